@@ -1,0 +1,49 @@
+# make book and make test each start from nothing but Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BOOK := book/_build
+
+export KVLAB_SCALE ?= tiny
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: book test check notebooks bench clean
+
+book: $(INSTALLED) $(BOOK)/.fresh
+	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -W --keep-going
+
+test: check book
+	$(BIN)/pytest --nbmake
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
+	$(BIN)/python book/notebooks.py --check
+
+notebooks: $(INSTALLED)
+	$(BIN)/python book/notebooks.py
+
+bench: $(INSTALLED)
+	mkdir -p book/results
+	set -e; for f in tests/benchmarks/*.py; do $(BIN)/python $$f --out book/results/$$(basename $$f .py).json; done
+
+# .venv stays; remove it by hand to install everything again.
+clean:
+	rm -rf $(BOOK) build dist .pytest_cache .ruff_cache .hypothesis
+	find kvlab tests book notebooks -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first and alone, so that pip takes the build of this machine's choice and nothing replaces it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), kvlab needs 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[book,dev]'
+	touch $@
+
+# The execution cache knows the cells, not the package: what a chapter printed is void when kvlab or a result changes.
+$(BOOK)/.fresh: $(shell find kvlab book/results -type f -not -name '*.pyc' 2>/dev/null)
+	rm -rf $(BOOK)/.jupyter_cache
+	mkdir -p $(BOOK) && touch $@

@@ -1,0 +1,1 @@
+"""kvlab: a KV cache is a value."""

@@ -1,0 +1,584 @@
+"""The KV cache as a value: make one, take it apart, put it together, move it, keep it.
+
+The only file that touches the inside of a transformers cache: `cache.layers[i].keys` and `.values` of a `DynamicCache`,
+which mean the same in every 5.x release. It does not know what a knowledge item, a draft or a scorer is.
+
+A cache holds, for each of L layers, keys and values of shape (B, H_kv, T, D); keys are stored rotated. An *entry* is
+one of the T columns, its *position* the number of steps its key was rotated by. The two agree until entries are dropped
+or moved: whoever returns such a cache returns the next position with it, and whoever continues it passes that position.
+
+No function writes into a tensor that it was given, so a cache never changes under its owner. Results may share memory
+with their arguments (`truncate` copies nothing, `shift` keeps the values); `clone` gives memory of its own. Gradients
+follow the caller: use `torch.no_grad()` for inference. What does not fit raises `CacheError` before any work is done.
+"""
+
+import hashlib
+import json
+import math
+import os
+import reprlib
+import secrets
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+FORMAT_VERSION = 1
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
+ARCHITECTURE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+                "num_key_value_heads", "hidden_act", "rms_norm_eps", "vocab_size")  # fmt: skip
+_checked = weakref.WeakSet()  # models and rotary modules that passed their checks
+
+
+class CacheError(ValueError):
+    """A cache, a model or a file that does not fit; the message says what was seen, what was expected, what to do."""
+
+
+class Prefill(NamedTuple):
+    """A cache, the logits (B, vocab) after its last token, and the next position: an int, or (B,) if rows differ."""
+
+    cache: DynamicCache
+    logits: Tensor
+    next_position: int | Tensor
+
+
+class Saved(NamedTuple):
+    """A cache from a file, the position at which to continue it, and what else was saved."""
+
+    cache: DynamicCache
+    next_position: int | Tensor
+    metadata: dict
+
+
+def _require(condition, sentence: str):
+    if not condition:
+        raise CacheError(sentence)
+
+
+def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Return (keys, values) of every layer, each (B, H_kv, T, D)."""
+    _require(isinstance(cache, DynamicCache), f"Expected a DynamicCache, got {type(cache).__name__}: use `prefill`.")
+    layers = cache.layers
+    _require(layers and all(layer.keys is not None for layer in layers), "The cache is empty: prefill something first.")
+    odd = sorted({type(layer).__name__ for layer in layers} - {"DynamicLayer"})
+    _require(not odd, f"The cache has layers of type {odd}, expected DynamicLayer: use full attention in every layer.")
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def _shape(pairs: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
+    """Return (L, B, H_kv, T, D)."""
+    return (len(pairs), *pairs[0][0].shape)
+
+
+def _build(pairs: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """Put a DynamicCache around tensors, without copying them."""
+    cache = DynamicCache()
+    for keys, values in pairs:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _example() -> tuple[PreTrainedModel, Tensor]:
+    """Return a random two-layer Qwen3 and five token ids, for the examples below."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # only needed here, and slow to import
+
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    model = Qwen3ForCausalLM(Qwen3Config(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    return model.eval().requires_grad_(False), torch.tensor([[5, 17, 2, 90, 33]])
+
+
+def rotary_of(model: nn.Module) -> nn.Module:
+    """Find the rotary embedding of a model: the module with `inv_freq` (D/2,) and `attention_scaling`.
+
+    >>> rotary_of(_example()[0]).inv_freq.shape
+    torch.Size([8])
+    """
+    found = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    _require(
+        len(found) == 1,
+        f"{type(model).__name__} has {len(found)} rotary embeddings, expected one, so its keys "
+        "cannot be moved: use a Llama-like decoder.",
+    )
+    return found[0]
+
+
+def require_supported(model: PreTrainedModel) -> None:
+    """Refuse a model whose cache cannot be cut, joined and moved.
+
+    Raises
+    ------
+    CacheError
+        For encoder-decoders, layers other than full attention (sliding window, linear attention), and a rotary
+        embedding that is missing, partial, interleaved, or changes with the length of the text.
+
+    Examples
+    --------
+    >>> require_supported(_example()[0])
+    """
+    if model in _checked:
+        return
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    _require(
+        not model.config.is_encoder_decoder,
+        f"{name} is an encoder-decoder, whose cache also depends on the encoder's input: use a decoder-only model.",
+    )
+    layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    _require(
+        layers == {"DynamicLayer"},
+        f"{name} has cache layers of type {sorted(layers)}; layers that drop or mix entries (sliding window, linear "
+        "attention) cannot be cut and joined. Use full attention in every layer (for Mistral: sliding_window=None).",
+    )
+    _require_rotary(rotary_of(model), _head_dim(config))
+    _checked.add(model)
+
+
+def _require_rotary(rotary: nn.Module, head_dim: int) -> None:
+    """Check type and width and, once a module, that `_turn` is the model's rotation and its own inverse."""
+    kind, width = getattr(rotary, "rope_type", "default"), 2 * rotary.inv_freq.numel()
+    _require(
+        kind in ROPE_TYPES,
+        f"Rotary embeddings of type '{kind}' change with the length of the text, so stored keys cannot be moved: "
+        f"use a model with one of {ROPE_TYPES}.",
+    )
+    _require(
+        width == head_dim,
+        f"The rotary embedding turns {width} of {head_dim} key dimensions, expected all: use the one of the model that "
+        "made the cache, and a model that rotates whole heads.",
+    )
+    if rotary in _checked:
+        return
+    by = torch.tensor([3, 11, 29], device=rotary.inv_freq.device)
+    keys = torch.linspace(-1, 1, 3 * width, device=by.device).reshape(1, 1, 3, width)
+    cos, sin = rotary(keys, by[None])  # (1, 3, D)
+    theirs = keys * cos + torch.cat((-keys[..., width // 2 :], keys[..., : width // 2]), -1) * sin
+    ours = _turn(keys, *_cos_sin(by, rotary)) * rotary.attention_scaling
+    back = _turn(ours, *_cos_sin(-by, rotary)) / rotary.attention_scaling
+    error = max((ours - theirs).abs().max().item(), (back - keys).abs().max().item())
+    _require(
+        error < 1e-3,
+        f"Keys turned by {type(rotary).__name__}.inv_freq differ from the model's own by {error:.2g} (expected less "
+        "than 0.001), so they cannot be moved: use a model with the Llama layout.",
+    )
+    _checked.add(rotary)
+
+
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    past: DynamicCache | None = None,
+    position: int | Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Prefill:
+    """Run token ids through a model, after `past`, and return the longer cache; `past` stays as it was.
+
+    In pieces or at once gives the same. Costs one forward pass over the new tokens, and the copy of `past` that a
+    `DynamicCache` makes whenever it grows. Logits are computed for the last token alone.
+
+    Parameters
+    ----------
+    model, input_ids
+        A supported model, and LongTensor (B, T) of new tokens, padded on the left if at all.
+    past
+        What the new tokens can look back to; P entries.
+    position
+        Position of the first new token that is no padding: one for all rows, or (B,). Default: the number of entries
+        of `past` that are no padding, which after an eviction or a shift is wrong.
+    attention_mask
+        (B, P + T), 0 for padding.
+
+    Raises
+    ------
+    CacheError
+        If the model is not supported or a shape does not fit.
+
+    Examples
+    --------
+    >>> model, ids = _example()
+    >>> cache, logits, next_position = prefill(model, ids)
+    >>> length(cache), logits.shape, next_position
+    (5, torch.Size([1, 97]), 5)
+    """
+    require_supported(model)
+    seen = 0 if past is None else length(past)
+    _require(input_ids.ndim == 2 and input_ids.numel(), f"input_ids is {tuple(input_ids.shape)}, expected (B, T > 0).")
+    pairs, new = _pairs(past) if seen else [], torch.ones_like(input_ids)
+    if seen:
+        config = model.config.get_text_config(decoder=True)
+        want = (config.num_hidden_layers, len(input_ids), config.num_key_value_heads, seen, _head_dim(config))
+        _require(_shape(pairs) == want, f"past has (L, B, H_kv, P, D) = {_shape(pairs)}, expected {want}.")
+    if attention_mask is not None:
+        want, have = (len(input_ids), seen + input_ids.shape[1]), tuple(attention_mask.shape)
+        _require(have == want, f"attention_mask is {have}, expected (rows, past and new tokens) = {want}.")
+        _require(attention_mask[:, -1].all(), "attention_mask ends in 0: pad on the left.")
+        new = attention_mask[:, seen:].long()
+    if position is None:
+        position = seen if attention_mask is None else attention_mask[:, :seen].sum(1)
+    start = torch.as_tensor(position, device=input_ids.device).reshape(-1, 1)
+    position_ids = (start + new.cumsum(1) - 1).clamp(min=0)  # (B, T); padding is masked, its position only has to exist
+    out = model(
+        input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=True,
+        logits_to_keep=1,
+        past_key_values=_build(pairs),
+    )
+    alike = isinstance(position, int) and attention_mask is None
+    after = position + input_ids.shape[1] if alike else position_ids[:, -1] + 1
+    return Prefill(out.past_key_values, out.logits[:, -1], after)
+
+
+def length(cache: DynamicCache) -> int:
+    """Count the entries T of a cache (which is not the next position, once entries were dropped).
+
+    >>> length(prefill(*_example()).cache)
+    5
+    """
+    return cache.get_seq_length()
+
+
+def clone(cache: DynamicCache) -> DynamicCache:
+    """Copy a cache into memory of its own.
+
+    >>> cache = prefill(*_example()).cache
+    >>> nbytes(clone(cache)) == nbytes(cache)
+    True
+    """
+    return _build((keys.clone(), values.clone()) for keys, values in _pairs(cache))
+
+
+def _per_entry(given: int | Tensor, cache: DynamicCache, any_length: bool = False) -> Tensor:
+    """Give a number, (T,), (B, T), (B, H_kv, T) or (L, B, H_kv, T) four dimensions that broadcast to the last."""
+    pairs = _pairs(cache)
+    full = _shape(pairs)[:4]
+    given = torch.as_tensor(given, device=pairs[0][0].device)
+    four = given[:, None] if given.ndim == 2 else given
+    four = four.reshape((1,) * (4 - four.ndim) + four.shape)
+    fits = [seen in (1, want) for seen, want in zip(four.shape, full, strict=False)]
+    _require(
+        four.ndim == 4 and all(fits[: 3 if any_length else 4]),
+        f"Shape {tuple(given.shape)} does not fit a cache of (L, B, H_kv, T) = {full}: give (T,), (B, T), (B, H_kv, T) "
+        "or (L, B, H_kv, T).",
+    )
+    return four
+
+
+def select(cache: DynamicCache, positions: Tensor) -> DynamicCache:
+    """Keep the entries at the given indices, in that order. This is real eviction: the rest is in memory no more.
+
+    Kept keys keep their rotation, so the next position is what it was.
+
+    Parameters
+    ----------
+    cache, positions
+        T entries, and indices 0 <= index < T of shape (P,), (B, P), (B, H_kv, P) or (L, B, H_kv, P).
+
+    Raises
+    ------
+    CacheError
+        If an index is out of range or no integer, or the shape does not fit.
+
+    Examples
+    --------
+    >>> length(select(prefill(*_example()).cache, torch.tensor([0, 3, 4])))
+    3
+    """
+    index, pairs, have = _per_entry(positions, cache, any_length=True), _pairs(cache), length(cache)
+    if index.numel():
+        _require(
+            not index.is_floating_point() and index.dtype != torch.bool,
+            f"Positions are {index.dtype}, expected integer indices: a mask becomes indices by nonzero().",
+        )
+        low, high = index.min().item(), index.max().item()
+        _require(low >= 0 and high < have, f"Positions {low} to {high} reach outside a cache of {have} entries.")
+    kept = []
+    for pair, i in zip(pairs, index.long().expand(len(pairs), -1, -1, -1), strict=True):
+        i = i.expand(*pair[0].shape[:2], -1)[..., None].to(pair[0].device)  # (B, H_kv, P, 1)
+        kept.append(tuple(tensor.gather(2, i.expand(-1, -1, -1, tensor.shape[-1])) for tensor in pair))
+    return _build(kept)
+
+
+def truncate(cache: DynamicCache, length: int) -> DynamicCache:
+    """Keep the first `length` entries, without copying.
+
+    >>> truncate(prefill(*_example()).cache, 2).get_seq_length()
+    2
+    """
+    have = cache.get_seq_length()
+    _require(0 <= length <= have, f"A cache of {have} entries cannot be truncated to {length}.")
+    return _build((keys[:, :, :length], values[:, :, :length]) for keys, values in _pairs(cache))
+
+
+def join(first: DynamicCache, second: DynamicCache) -> DynamicCache:
+    """Put the entries of `second` behind those of `first`; positions stay what they are (see `shift`).
+
+    An item prefilled alone has not seen what stands before it: beyond one layer, joining it is an approximation.
+
+    >>> cache = prefill(*_example()).cache
+    >>> length(join(cache, truncate(cache, 2)))
+    7
+    """
+    a, b = _pairs(first), _pairs(second)
+    one, two = ((*_shape(c)[:3], _shape(c)[4], c[0][0].dtype, str(c[0][0].device)) for c in (a, b))
+    _require(one == two, f"Cannot join caches that differ in (L, B, H_kv, D, dtype, device): {one} and {two}.")
+    return _build(tuple(torch.cat(two, 2) for two in zip(*layer, strict=True)) for layer in zip(a, b, strict=True))
+
+
+def _cos_sin(by: Tensor, rotary: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of by * inv_freq, (..., D/2), in float64 where the device has it."""
+    exact = torch.float32 if by.device.type == "mps" else torch.float64
+    angle = by[..., None].to(exact) * rotary.inv_freq.to(by.device, exact)
+    return angle.cos(), angle.sin()
+
+
+def _turn(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate keys (B, H_kv, T, D), coordinate i paired with i + D/2, by angles (B|1, H_kv|1, T|1, D/2)."""
+    kind = torch.promote_types(keys.dtype, torch.float32)
+    cos, sin = cos.to(keys.device, kind), sin.to(keys.device, kind)
+    x, y = keys.to(kind).chunk(2, -1)
+    return torch.cat((x * cos - y * sin, y * cos + x * sin), -1).to(keys.dtype)
+
+
+def _turned(cache: DynamicCache, by: int | Tensor, rotary: nn.Module, scale: float = 1.0) -> DynamicCache:
+    pairs = _pairs(cache)
+    _require_rotary(rotary, pairs[0][0].shape[-1])
+    cos_sin = ((scale * x).expand(len(pairs), -1, -1, -1, -1) for x in _cos_sin(_per_entry(by, cache), rotary))
+    return _build((_turn(keys, cos, sin), values) for (keys, values), cos, sin in zip(pairs, *cos_sin, strict=True))
+
+
+def shift(cache: DynamicCache, by: int | Tensor, rotary: nn.Module) -> DynamicCache:
+    """Move entries by a number of positions: rotate their keys by so many steps more.
+
+    Rotations add up: shift(shift(c, a), b) = shift(c, a + b), and shift(c, -a) undoes shift(c, a), up to rounding. They
+    are computed in float32 at least, then cast back. The attention scaling of yarn is in stored keys already and is not
+    applied again.
+
+    Parameters
+    ----------
+    cache, rotary
+        A cache, and `rotary_of` the model that made it.
+    by
+        Steps, negative for backwards: one number, (T,), (B, 1), (B, T), (B, H_kv, T) or (L, B, H_kv, T).
+
+    Raises
+    ------
+    CacheError
+        If the rotary embedding is of another kind or width, or fails its self-check (once a module, as in LMCache).
+
+    Notes
+    -----
+    Source: RoFormer (arXiv 2104.09864), section 3.2.2.
+
+    Examples
+    --------
+    >>> model, ids = _example()
+    >>> moved, there = shift(prefill(model, ids).cache, 100, rotary_of(model)), prefill(model, ids, position=100).cache
+    >>> torch.allclose(moved.layers[1].keys, there.layers[1].keys, atol=1e-4)
+    True
+    """
+    return _turned(cache, by, rotary)
+
+
+def unrotate(cache: DynamicCache, positions: int | Tensor, rotary: nn.Module) -> DynamicCache:
+    """Return keys as they were before the rotary embedding, attention scaling divided out; `rotate` undoes it.
+
+    Positions are those of the entries, shaped as for `shift`.
+
+    >>> model, ids = _example()
+    >>> cache, positions = prefill(model, ids).cache, torch.arange(5)
+    >>> again = rotate(unrotate(cache, positions, rotary_of(model)), positions, rotary_of(model))
+    >>> torch.allclose(again.layers[0].keys, cache.layers[0].keys, atol=1e-5)
+    True
+    """
+    return _turned(cache, -torch.as_tensor(positions), rotary, 1 / rotary.attention_scaling)
+
+
+def rotate(cache: DynamicCache, positions: int | Tensor, rotary: nn.Module) -> DynamicCache:
+    """Put un-rotated keys at positions, with the model's attention scaling: the inverse of `unrotate`."""
+    return _turned(cache, positions, rotary, rotary.attention_scaling)
+
+
+def nbytes(cache: DynamicCache) -> int:
+    """Count the bytes of all keys and values.
+
+    >>> model, ids = _example()
+    >>> nbytes(prefill(model, ids).cache) == 5 * bytes_per_token(model.config, torch.float32)
+    True
+    """
+    return sum(tensor.numel() * tensor.element_size() for pair in _pairs(cache) for tensor in pair)
+
+
+def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Predict the bytes of one token's keys and values: 2 * L * H_kv * D * bytes of one number.
+
+    >>> bytes_per_token(_example()[0].config, torch.float16)  # 2 * 2 layers * 2 heads * 16 * 2 bytes
+    256
+    """
+    config = config.get_text_config(decoder=True)
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * dtype.itemsize
+
+
+def _bytes(tensor: Tensor):
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def fingerprint(model: PreTrainedModel) -> dict:
+    """Describe what makes a cache belong to a model, in parts that JSON can hold.
+
+    The parts are "architecture" (sizes), "rope" (frequencies and scaling) and "weights" (dtype, and SHA-256 of 64
+    evenly spaced numbers of every parameter: any training changes some of them, a single edited number can escape).
+
+    >>> fingerprint(_example()[0])["architecture"]["num_key_value_heads"]
+    2
+    """
+    config, rotary, digest = model.config.get_text_config(decoder=True), rotary_of(model), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(_bytes(flat[:: max(1, flat.numel() // 64)][:64]))
+    return {
+        "architecture": {key: getattr(config, key, None) for key in ARCHITECTURE} | {"head_dim": _head_dim(config)},
+        "rope": {
+            "type": getattr(rotary, "rope_type", "default"),
+            "inv_freq": rotary.inv_freq.tolist(),
+            "attention_scaling": float(rotary.attention_scaling),
+        },
+        "weights": {"dtype": str(model.dtype), "sha256": digest.hexdigest()},
+    }
+
+
+def _same(a, b) -> bool:
+    """Compare, leaving the last digits of a frequency to the device that computed it."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return math.isclose(a, b, rel_tol=1e-5) if isinstance(a, float) and isinstance(b, float) else a == b
+
+
+def _differences(saved: dict, own: dict) -> str:
+    """Name the fields in which two fingerprints differ, with both values."""
+    fields = ((f"{part} {key}", saved[part].get(key), value) for part in own for key, value in own[part].items())
+    unlike = ((name, reprlib.repr(a), reprlib.repr(b)) for name, a, b in fields if not _same(a, b))
+    return "; ".join(f"{name} is {a} in the file and {b} in the model" for name, a, b in unlike)
+
+
+def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of all that a file holds except this number."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def save(
+    cache: DynamicCache,
+    path: str | Path,
+    model: PreTrainedModel | dict,
+    next_position: int | Tensor,
+    metadata: dict | None = None,
+) -> None:
+    """Write a cache to one safetensors file, atomically: a kill leaves the old file or the new one.
+
+    Parameters
+    ----------
+    cache, path, next_position
+        What to keep, where, and the position (int or (B,)) at which to continue.
+    model
+        The model that made the cache, or its `fingerprint`.
+    metadata
+        Anything JSON can hold.
+
+    Raises
+    ------
+    CacheError
+        If the cache does not have the model's layers, heads and width.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> model, ids = _example()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(prefill(model, ids).cache, f"{folder}/a.safetensors", model, 5, {"text": "hello"})
+    ...     load(f"{folder}/a.safetensors", model).metadata
+    {'text': 'hello'}
+    """
+    path, pairs = Path(path), _pairs(cache)
+    owner = model if isinstance(model, dict) else fingerprint(model)
+    _require(path.parent.is_dir(), f"There is no folder {path.parent}: make it first.")
+    have = tuple(_shape(pairs)[i] for i in (0, 2, 4))
+    want = tuple(owner["architecture"][key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    _require(have == want, f"The cache has (L, H_kv, D) = {have}, the model {want}: give the model that made it.")
+    tensors = {f"layer.{i}.keys": keys.detach().cpu().contiguous() for i, (keys, _) in enumerate(pairs)}
+    tensors |= {f"layer.{i}.values": values.detach().cpu().contiguous() for i, (_, values) in enumerate(pairs)}
+    header = {"version": FORMAT_VERSION, "fingerprint": owner, "next_position": torch.as_tensor(next_position).tolist()}
+    header |= {"dtype": str(pairs[0][0].dtype), "layers": len(pairs), "length": length(cache)}
+    header = json.loads(json.dumps(header | {"metadata": metadata or {}}))  # as it will be read, for the checksum
+    text = json.dumps(header | {"sha256": _digest(header, tensors)})
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        save_file(tensors, part, metadata={"kvlab": text})
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Return header and tensors of a file written by `save`, or say what is wrong with it."""
+    _require(path.is_file(), f"There is no file {path}: save a cache there first.")
+    damaged = f"{path} is damaged or cut short: delete it and save the cache again."
+    try:
+        with safe_open(path, framework="pt") as file:
+            text, names = (file.metadata() or {}).get("kvlab"), file.keys()
+            header = json.loads(text) if text else None
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
+        raise CacheError(f"{damaged} ({type(error).__name__}: {error})") from error
+    _require(isinstance(header, dict), f"{path} is a safetensors file but no kvlab cache: give one made by `save`.")
+    version = f"{path} has cache format version {header.get('version')}, this kvlab reads version {FORMAT_VERSION}"
+    _require(
+        header.get("version") == FORMAT_VERSION, f"{version}: use the kvlab that wrote it, or save the cache again."
+    )
+    claimed = header.pop("sha256", None)
+    _require(claimed == _digest(header, tensors), f"{damaged} (Its contents do not match its checksum.)")
+    return header, tensors
+
+
+def load(path: str | Path, model: PreTrainedModel | dict) -> Saved:
+    """Read a cache that `save` wrote, bit for bit, for the model that made it.
+
+    Parameters
+    ----------
+    path, model
+        The file, and the model (whose device the cache goes to) or its `fingerprint` (then the cache stays on the CPU).
+
+    Raises
+    ------
+    CacheError
+        If the file is missing, damaged, cut short, of another kind or format version, or of another model (the message
+        names the fields that differ).
+    """
+    header, tensors = _read(Path(path))
+    owner, device = (model, "cpu") if isinstance(model, dict) else (fingerprint(model), model.device)
+    unlike = _differences(header["fingerprint"], owner)
+    _require(not unlike, f"{path} was made by another model ({unlike}): load it with that model, or save it again.")
+    layers = [(tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]) for i in range(header["layers"])]
+    cache = clone(_build((keys.to(device), values.to(device)) for keys, values in layers))  # not a map of the file
+    position = header["next_position"]
+    position = torch.tensor(position, device=device) if isinstance(position, list) else position
+    return Saved(cache, position, header["metadata"])

@@ -1,0 +1,167 @@
+"""Scores and their uncertainty: generated answers, exact match and F1, multiple choice, perplexity, the bootstrap."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.text import squad
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.inference_mode()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[list[dict[str, str]]],
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    label: str = "answers",
+) -> list[str]:
+    """Greedy answers to conversations that end with a user message, in batches of similar length.
+
+    Parameters
+    ----------
+    conversations : each a list of {"role", "content"} messages, rendered by the tokenizer's chat template.
+    label : of the progress bar, which only shows when the work takes more than a second or two.
+
+    Returns
+    -------
+    One text a conversation, without special tokens and outer white space.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> ask = [{"role": "system", "content": "Anna lives in Rome."}, {"role": "user", "content": "Where does Anna live?"}]
+    >>> answers(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask])
+    ['Rome']
+    """
+    prompts = [
+        tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for c in conversations
+    ]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    texts = [""] * len(prompts)
+    for start in tqdm(range(0, len(order), batch_size), desc=label, delay=2, leave=False):
+        batch = order[start : start + batch_size]
+        padded = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        output = model.generate(**padded.to(model.device), generation_config=config)
+        for i, ids in zip(batch, output[:, padded["input_ids"].shape[1] :], strict=True):
+            texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return texts
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """SQuAD's exact match, 0 or 1 for each pair: equal after dropping case, punctuation, articles and extra space.
+
+    Examples
+    --------
+    >>> exact_match(["The cat.", "a dog"], ["cat", "cat"])
+    array([1., 0.])
+    """
+    return _squad(predictions, references, "exact_match")
+
+
+def f1(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """SQuAD's F1 over words, between 0 and 1 for each pair.
+
+    Examples
+    --------
+    >>> f1(["red box"], ["red"]).round(3)
+    array([0.667])
+    """
+    return _squad(predictions, references, "f1")
+
+
+def _squad(predictions: Sequence[str], references: Sequence[str], score: str) -> np.ndarray:
+    pairs = zip(predictions, references, strict=True)
+    records = (
+        ({"prediction_text": p, "id": "0"}, {"answers": {"text": [r], "answer_start": [0]}, "id": "0"})
+        for p, r in pairs
+    )
+    return np.array([squad(*record)[score].item() / 100 for record in records])
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tensor], endings: Sequence[Tensor]
+) -> np.ndarray:
+    """log p(ending | prompt) in nats, summed over the ending's tokens, for each pair of 1-D id tensors."""
+    rows = [torch.cat(pair) for pair in zip(prompts, endings, strict=True)]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    starts = torch.tensor([len(p) for p in prompts])[:, None]
+    stops = torch.tensor([len(r) for r in rows])[:, None]
+    places = torch.arange(input_ids.shape[1])[None]
+    # Padding stands on the right, where a causal model does not see it.
+    logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits[:, :-1].float()
+    logs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None].to(model.device))[..., 0].cpu()
+    inside = (places >= starts) & (places < stops)  # (B, T)
+    return (logs * inside[:, 1:]).sum(-1).double().numpy()
+
+
+def multiple_choice(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[list[dict[str, str]]],
+    options: Sequence[Sequence[str]],
+    label: str = "multiple choice",
+) -> np.ndarray:
+    """The index of the likeliest option for each conversation, by the sum of its tokens' log-probabilities.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> ask = [{"role": "system", "content": "Anna lives in Rome."}, {"role": "user", "content": "Where does Anna live?"}]
+    >>> multiple_choice(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask], [["Oslo", "Rome"]])
+    array([1])
+    """
+    chosen = []
+    for conversation, choices in tqdm(
+        list(zip(conversations, options, strict=True)), desc=label, delay=2, leave=False
+    ):
+        prompt = _ids(tokenizer, conversation, add_generation_prompt=True)
+        whole = [_ids(tokenizer, [*conversation, {"role": "assistant", "content": c}]) for c in choices]
+        scores = log_likelihoods(model, tokenizer, [prompt] * len(whole), [w[len(prompt) :] for w in whole])
+        chosen.append(int(scores.argmax()))
+    return np.array(chosen)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], **options) -> Tensor:
+    return torch.tensor(tokenizer.apply_chat_template(conversation, return_dict=True, **options)["input_ids"])
+
+
+def perplexity(log_likelihood: Sequence[float], tokens: Sequence[int]) -> float:
+    """exp of minus the mean log-likelihood a token, from sums over texts and their token counts.
+
+    Examples
+    --------
+    >>> round(perplexity([-2 * np.log(4.0)], [2]), 6)
+    4.0
+    """
+    return float(np.exp(-np.sum(log_likelihood) / np.sum(tokens)))
+
+
+def bootstrap(values: Sequence[float], n: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+    """The mean of `values` and its percentile bootstrap interval: (mean, low, high).
+
+    Resample what is independent (prompts, seeds), never tokens of one prompt. For a paired comparison pass differences.
+    Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap, section 13.3.
+
+    Examples
+    --------
+    >>> bootstrap([1, 1, 1])
+    (1.0, 1.0, 1.0)
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(f"Expected a list of finite numbers with at least one entry; got shape {values.shape}.")
+    picks = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(values.mean()), float(low), float(high)

@@ -1,0 +1,132 @@
+"""What the lab models read: documents from the worlds and the FAQ, and rows of tokens made of them."""
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from kvlab.lab import worlds
+
+DATA = Path(__file__).parent / "data"
+
+
+@cache
+def faq(language: str = "en") -> tuple[dict, ...]:
+    """The FAQ: id, domain, question, answer, three paraphrases (the last is held out from all training).
+
+    Examples
+    --------
+    >>> sorted({item["domain"] for item in faq()})[:2], len(faq()) >= 42
+    (['ai', 'biology'], True)
+    """
+    path = DATA / f"faq_{language}.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"There is no FAQ in {language!r}: expected 'en' or 'zh'.")
+    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def faq_texts() -> list[str]:
+    """The English FAQ's training texts: questions, the two training paraphrases, answers."""
+    return [" " + text for i in faq() for text in (i["question"], *i["paraphrases"][:2], i["answer"])]
+
+
+def faq_document(rng: random.Random) -> list[dict[str, str]]:
+    """One FAQ item asked as itself or as one of its two training paraphrases."""
+    item = rng.choice(faq())
+    question = rng.choice([item["question"], item["question"], *item["paraphrases"][:2]])
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": item["answer"]}]
+
+
+def question_kinds(rng: random.Random, n: int) -> list[str]:
+    """`n` kinds of reading questions: mostly free, some choice, unanswerable and open ones."""
+    return rng.choices(["free", "choice", "unanswerable", "about"], weights=[60, 15, 15, 10], k=n)
+
+
+def sample_document(rng: random.Random) -> list[dict[str, str]]:
+    """A training document of any world, in equal parts reading and arithmetic (for tokenizer training)."""
+    if rng.random() < 0.5:
+        return worlds.reading_document(rng, rng.randint(2, 16), question_kinds(rng, 4))
+    return worlds.arithmetic_document(rng, rng.randint(1, 5), rng.choice(list(worlds.STYLES)))
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a training row holds: shares of the worlds, and how hard they are at the end of the curriculum.
+
+    `easy` is the part of the run during which passages and problems grow from the smallest to the full range.
+    """
+
+    row: int = 128
+    repetition: float = 0.25
+    arithmetic: float = 0.15
+    faq: float = 0.0
+    facts: tuple[int, int] = (2, 16)
+    steps: tuple[int, int] = (1, 5)
+    questions: int = 6
+    easy: float = 0.5
+
+
+class Rows(Dataset):
+    """Training rows (input_ids, weights) of fixed length; row i is made from (seed, i) alone, so runs can resume.
+
+    Weights are 1.0 on answers (and their end token) and 0.05 elsewhere, 0 on padding.
+    """
+
+    def __init__(self, tokenizer, mix: Mix, n_rows: int, seed: int = 0):
+        self.tokenizer, self.mix, self.n_rows, self.seed = tokenizer, mix, n_rows, seed
+        self.encode = tokenizer.backend_tokenizer.encode
+        ids = tokenizer.convert_tokens_to_ids
+        self.roles = torch.tensor([ids("<|system|>"), ids("<|user|>"), ids("<|assistant|>")])
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(f"{self.seed}:{index}")
+        ids = self.row(rng, progress=index / self.n_rows)[: self.mix.row]
+        ids += [self.tokenizer.pad_token_id] * (self.mix.row - len(ids))
+        input_ids = torch.tensor(ids)
+        return {"input_ids": input_ids, "weights": self.weights(input_ids)}
+
+    def row(self, rng: random.Random, progress: float) -> list[int]:
+        """Token ids of one row: one passage with its questions, or a packed run of shorter documents."""
+        mix, kind = self.mix, rng.random()
+        hardness = min(1.0, progress / mix.easy) if mix.easy else 1.0
+        if kind < mix.repetition:
+            return self.tokens(worlds.repetition_document(rng, rng.randint(4, mix.row // 3)))
+        if kind < mix.repetition + mix.arithmetic:
+            top = round(mix.steps[0] + 1 + hardness * (mix.steps[1] - mix.steps[0] - 1))
+            return self.pack(
+                lambda: worlds.arithmetic_document(rng, rng.randint(mix.steps[0], top), rng.choice(list(worlds.STYLES)))
+            )
+        if kind < mix.repetition + mix.arithmetic + mix.faq:
+            return self.pack(lambda: faq_document(rng))
+        top = round(mix.facts[0] + 2 + hardness * (mix.facts[1] - mix.facts[0] - 2))
+        kinds, parts = question_kinds(rng, mix.questions), rng.choice([1, 1, 1, 2, 3])
+        return self.tokens(worlds.reading_document(rng, rng.randint(mix.facts[0], top), kinds, parts=parts))
+
+    def pack(self, document) -> list[int]:
+        """Documents one after another, as many whole ones as the row holds (at least one)."""
+        ids = self.tokens(document())
+        while len(more := self.tokens(document())) + len(ids) <= self.mix.row:
+            ids += more
+        return ids
+
+    def tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids of `tokenizer.apply_chat_template(messages)`, without its overhead."""
+        text = "".join(
+            f"<|{m['role']}|> {m['content']}" + ("<|end|>" if m["role"] == "assistant" else "") for m in messages
+        )
+        return self.encode(text).ids
+
+    def weights(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """1.0 where the last role opened is the assistant, 0.05 elsewhere, 0 on padding and on role tokens' own place."""
+        is_role = torch.isin(input_ids, self.roles)
+        opened = torch.where(is_role, torch.arange(len(input_ids)), 0).cummax(0).values
+        answer = (input_ids[opened] == self.roles[2]) & ~is_role
+        weights = torch.where(answer, 1.0, 0.05)
+        return weights.masked_fill(input_ids == self.tokenizer.pad_token_id, 0.0)

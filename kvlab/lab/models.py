@@ -1,0 +1,123 @@
+"""The lab family: shapes, growth, and loading of the models that ship with kvlab."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
+from transformers import Qwen3ForCausalLM
+
+MODELS = Path(__file__).parent / "models"
+NAMES = ("lab-target", "lab-draft", "lab-teacher")
+_SHARED = {
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+SHAPES = {
+    "lab-target": {
+        "vocab_size": 1536,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
+    "lab-draft": {
+        "vocab_size": 1536,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
+    "lab-teacher": {
+        "vocab_size": 640,
+        "hidden_size": 160,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 40,
+    },
+}
+
+
+def make(name: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """A model of the lab's shape `name` with random weights; `changes` replace entries of the shape.
+
+    Examples
+    --------
+    >>> make("lab-draft").config.num_hidden_layers
+    2
+    """
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(make_config(name, **changes)).eval()
+
+
+def make_config(name: str, **changes) -> Qwen3Config:
+    """The configuration of a lab model; `changes` replace entries of its shape."""
+    if name not in SHAPES:
+        raise ValueError(f"There is no lab model {name!r}; expected one of {', '.join(NAMES)}.")
+    return Qwen3Config(**_SHARED | SHAPES[name] | changes)
+
+
+def grow(model: PreTrainedModel, n_layers: int) -> PreTrainedModel:
+    """A deeper copy that computes the same function: each layer is followed by copies of it that add nothing yet.
+
+    The copies' two output projections are zero, so they pass the residual stream on and learn from the first step.
+
+    Examples
+    --------
+    >>> small, ids = make("lab-draft"), torch.arange(8)[None]
+    >>> torch.equal(grow(small, 6)(ids).logits, small(ids).logits)
+    True
+    """
+    old = model.config.num_hidden_layers
+    if n_layers % old:
+        raise ValueError(f"Cannot grow {old} layers to {n_layers}; expected a multiple of {old}.")
+    config = type(model.config)(**model.config.to_dict() | {"num_hidden_layers": n_layers, "layer_types": None})
+    grown, copies = type(model)(config).eval(), n_layers // old
+    grown.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    grown.model.norm.load_state_dict(model.model.norm.state_dict())
+    for i, layer in enumerate(grown.model.layers):
+        layer.load_state_dict(model.model.layers[i // copies].state_dict())
+        if i % copies:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return grown
+
+
+def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A trained lab model, in evaluation mode.
+
+    Examples
+    --------
+    >>> load("lab-target").config.num_hidden_layers
+    12
+    """
+    return AutoModelForCausalLM.from_pretrained(_folder(name), dtype=dtype).to(device).eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a lab model.
+
+    Examples
+    --------
+    >>> load_tokenizer("lab-target")("Anna lives in Paris.").input_ids == []
+    False
+    """
+    return AutoTokenizer.from_pretrained(_folder(name))
+
+
+def _folder(name: str) -> Path:
+    if name not in NAMES:
+        raise ValueError(f"There is no lab model {name!r}; expected one of {', '.join(NAMES)}.")
+    folder = MODELS / name
+    if not (folder / "model.safetensors").exists():
+        raise FileNotFoundError(f"{folder} holds no weights; make them with `python -m kvlab.lab train`.")
+    return folder

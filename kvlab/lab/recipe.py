@@ -1,0 +1,79 @@
+"""How the lab models are made: `python -m kvlab.lab train`. Seeded, resumable, on CPU or GPU.
+
+Look-up of facts grows from plain repetition, so repetition comes first and fades; passages and problems grow harder
+along each stage. The deep target is a shallow one that has learned, grown to its depth and trained on.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from kvlab.lab import models
+from kvlab.lab.corpora import Mix, Rows
+from kvlab.lab.tokenizers import train_tokenizer
+from kvlab.losses import cross_entropy
+from kvlab.training import fit
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of `fit`: a depth, a mix of documents, and for how long."""
+
+    layers: int
+    mix: Mix
+    steps: int
+    batch: int
+    learning_rate: float
+
+
+SHORT = Mix(row=192, repetition=0.22, arithmetic=0.25, faq=0.0, facts=(2, 16), easy=0.6)
+MIXED = Mix(row=192, repetition=0.15, arithmetic=0.3, faq=0.05, facts=(2, 20), easy=0.3)
+LONG = Mix(row=320, repetition=0.04, arithmetic=0.30, faq=0.10, facts=(4, 40), easy=0.2, questions=10)
+TOKENIZERS = {"lab-target": (1536, 0), "lab-draft": (1536, 0), "lab-teacher": (640, 1)}
+STAGES = {
+    "lab-draft": [Stage(2, SHORT, 1400, 24, 2e-3)],
+    "lab-target": [Stage(4, SHORT, 1600, 24, 2e-3), Stage(12, LONG, 1300, 16, 1e-3)],
+    "lab-teacher": [Stage(6, MIXED, 2600, 24, 2e-3)],
+}
+
+
+def train(name: str, work: Path = Path("lab-runs"), out: Path = models.MODELS, seed: int = 0) -> Path:
+    """Train one lab model from nothing and write it, half precision, with its tokenizer to `out/name`.
+
+    Checkpoints stand in `work`; a run that was stopped goes on from them. Returns the folder written.
+    """
+    tokenizer = train_tokenizer(*TOKENIZERS[name])
+    model = None
+    for number, stage in enumerate(STAGES[name]):
+        if model is None:
+            model = models.make(name, seed, num_hidden_layers=stage.layers)
+        elif stage.layers != model.config.num_hidden_layers:
+            model = models.grow(model, stage.layers)
+        rows = Rows(tokenizer, stage.mix, stage.steps * stage.batch, seed=seed + number)
+        fit(
+            model,
+            DataLoader(rows, batch_size=stage.batch),
+            _losses,
+            steps=stage.steps,
+            learning_rate=stage.learning_rate,
+            weight=lambda batch: batch["weights"][:, 1:].sum(),
+            checkpoint=work / f"{name}-{number}.safetensors",
+            every=100,
+            seed=seed,
+            label=f"{name}, stage {number + 1} of {len(STAGES[name])}",
+        )
+    return save(model, tokenizer, out / name)
+
+
+def save(model, tokenizer, folder: Path) -> Path:
+    """Write a model in float16 beside its tokenizer, in the Hugging Face layout."""
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _losses(model, batch):
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    return {"ce": cross_entropy(logits, batch["input_ids"], batch["weights"])}

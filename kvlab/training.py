@@ -1,0 +1,225 @@
+"""`fit`: one training loop, on Accelerate, for everything in kvlab that trains.
+
+It knows nothing of what is trained: a model, a loader, and a function from a batch to named losses. The same call runs
+on a CPU, on one GPU, or under `accelerate launch` on many, and gives the same weights for the same global batch.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_wsd_schedule
+
+Losses = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def fit(
+    model: nn.Module,
+    loader: DataLoader,
+    losses: Losses,
+    *,
+    steps: int,
+    learning_rate: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.98),
+    weight_decay: float = 0.05,
+    warmup: int = 100,
+    decay: float = 0.4,
+    clip: float = 1.0,
+    accumulate: int = 1,
+    precision: str = "no",
+    weight: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 200,
+    seed: int = 0,
+    label: str = "fit",
+) -> list[dict[str, float]]:
+    """Train the parameters of `model` that require a gradient, with AdamW, for `steps` optimizer steps.
+
+    Parameters
+    ----------
+    model : changed in place; parameters with `requires_grad=False` are left alone.
+    loader : batches are dicts of tensors; `batch_size` is the global batch, whatever the number of processes. It is
+        read again from its start when it ends.
+    losses : `losses(model, batch)` returns named scalar losses, coefficients applied; their sum is minimized.
+    steps, warmup : optimizer steps. The rate rises over `warmup`, stays, and falls linearly over the last `decay` share.
+    accumulate : batches for one optimizer step.
+    precision : "no", "fp16" or "bf16", as Accelerate names them.
+    weight : a batch's weight (its number of answer tokens, say). A loss that is a mean over tokens then stays an exact
+        mean over all tokens of the step, across batches and processes. By default batches weigh the same.
+    evaluate : called with the bare model every `every` steps and at the end; its figures join the history.
+    checkpoint : a safetensors file, written every `every` steps and at the end. If it exists, training goes on from it.
+    seed : of torch's and Python's generators, set before the first step.
+
+    Returns
+    -------
+    One dict a step: step, loss, each named loss, grad_norm, learning_rate, weight, seconds; and what `evaluate` gave.
+
+    Raises
+    ------
+    FloatingPointError : a loss is not finite; the weights are those of the step before.
+    ValueError : nothing to train, half-precision weights, an empty loader, a checkpoint of another run.
+
+    Examples
+    --------
+    >>> line = nn.Linear(1, 1)
+    >>> points = DataLoader([{"x": torch.ones(1)}] * 8, batch_size=4)
+    >>> history = fit(line, points, lambda m, b: {"mse": (m(b["x"]) - 3).pow(2).mean()}, steps=80, learning_rate=0.1)
+    >>> history[-1]["mse"] < 0.1 < history[0]["mse"]
+    True
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check(trainable, loader, steps, accumulate)
+    AcceleratorState._reset_state()  # a notebook calls fit more than once, perhaps with another precision
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
+    )
+    set_seed(seed)
+    optimizer = torch.optim.AdamW(_groups(trainable, weight_decay), lr=learning_rate, betas=betas)
+    schedule = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=min(warmup, steps // 2),
+        num_decay_steps=round(decay * steps),
+        num_training_steps=steps,
+        decay_type="linear",
+    )
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    wrapped.train()
+    run = {"steps": steps, "learning_rate": learning_rate, "accumulate": accumulate, "seed": seed}
+    history = []
+    if checkpoint and Path(checkpoint).exists():
+        history = _resume(Path(checkpoint), trainable, optimizer, schedule, run)
+    batches = _batches(loader, skip=len(history) * accumulate)
+    bar = tqdm(total=steps, initial=len(history), desc=label, disable=not accelerator.is_local_main_process)
+    while len(history) < steps:
+        started, step = time.perf_counter(), len(history) + 1
+        group = list(islice(batches, accumulate))
+        entry = _gradients(accelerator, wrapped, losses, group, weight, step)
+        entry["grad_norm"] = float(accelerator.clip_grad_norm_(trainable.values(), clip))
+        entry["learning_rate"] = schedule.get_last_lr()[0]
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        entry["seconds"] = time.perf_counter() - started
+        history.append(entry)
+        bar.update()
+        bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
+        if step % every == 0 or step == steps:
+            if evaluate:
+                model.eval()
+                entry.update(evaluate(model))
+                model.train()
+            if checkpoint and accelerator.is_main_process:
+                _save(Path(checkpoint), trainable, optimizer, schedule, run, history)
+    bar.close()
+    model.eval()
+    return history
+
+
+def _check(trainable: dict[str, nn.Parameter], loader: DataLoader, steps: int, accumulate: int) -> None:
+    if not trainable:
+        raise ValueError("The model has no parameter that requires a gradient; unfreeze what is to be trained.")
+    halves = [name for name, p in trainable.items() if p.dtype in (torch.float16, torch.bfloat16)]
+    if halves:
+        raise ValueError(
+            f"{len(halves)} trainable parameters are in half precision (first: {halves[0]}); keep trained weights in "
+            "float32 (model.float()) and pass precision='fp16' or 'bf16' for the arithmetic."
+        )
+    if len(loader) == 0:
+        raise ValueError("The loader gives no batch; expected at least one (is batch_size larger than the data set?).")
+    if steps < 1 or accumulate < 1:
+        raise ValueError(f"steps is {steps} and accumulate {accumulate}; both must be at least 1.")
+
+
+def _groups(trainable: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
+    """Weight decay for matrices only: norms, biases and gates are left to the data."""
+    return [
+        {"params": [p for p in trainable.values() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _batches(loader: DataLoader, skip: int) -> Iterator[Mapping[str, Tensor]]:
+    """Batches without end; the first `skip` are passed over without being made."""
+    epoch, skip = divmod(skip, len(loader))
+    while True:
+        loader.set_epoch(epoch)
+        yield from skip_first_batches(loader, skip) if skip else loader
+        epoch, skip = epoch + 1, 0
+
+
+def _gradients(accelerator, model, losses, group, weight, step) -> dict[str, float]:
+    """Backward through a group of batches; returns the step's losses, averaged by weight over batches and processes."""
+    weights = torch.stack(
+        [torch.as_tensor(weight(b) if weight else 1.0, dtype=torch.float32, device=accelerator.device) for b in group]
+    )
+    total = accelerator.reduce(weights.sum(), reduction="sum").clamp_min(1e-9)
+    sums: dict[str, Tensor] = {}
+    for i, batch in enumerate(group):
+        last = i == len(group) - 1
+        with model.no_sync() if not last and hasattr(model, "no_sync") else nullcontext():
+            named = losses(model, batch)
+            bad = [name for name, value in named.items() if not torch.isfinite(value)]
+            if bad:
+                raise FloatingPointError(
+                    f"Step {step}: the loss {bad[0]!r} is {named[bad[0]].item()}, expected a finite number. The weights "
+                    "are those of the step before; lower the learning rate, check the batch, or use float32."
+                )
+            share = weights[i] / total
+            # DistributedDataParallel takes the mean over processes; the factor makes it a sum.
+            accelerator.backward(sum(named.values()) * share * accelerator.num_processes)
+        for name, value in named.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() * share
+    means = {name: accelerator.reduce(value, reduction="sum").item() for name, value in sums.items()}
+    return {"step": step, "loss": sum(means.values()), **means, "weight": total.item()}
+
+
+def _save(path: Path, trainable, optimizer, schedule, run, history) -> None:
+    """One safetensors file: weights and AdamW moments as tensors, the rest as JSON in its header; replaced atomically."""
+    tensors = {f"weights.{name}": p.detach() for name, p in trainable.items()}
+    for name, p in trainable.items():
+        tensors |= {f"adamw.{name}.{key}": value for key, value in optimizer.state.get(p, {}).items()}
+    tensors["generator"] = torch.get_rng_state()
+    state = {"run": run, "schedule": schedule.state_dict(), "history": history}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    save_file(tensors, partial, {"kvlab": json.dumps(state, default=float)})
+    os.replace(partial, path)
+
+
+def _resume(path: Path, trainable, optimizer, schedule, run) -> list[dict[str, float]]:
+    with safe_open(path, "pt") as file:
+        state = json.loads(file.metadata()["kvlab"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    differing = {key: (state["run"].get(key), value) for key, value in run.items() if state["run"].get(key) != value}
+    names = {name.removeprefix("weights.") for name in tensors if name.startswith("weights.")}
+    if differing or names != set(trainable):
+        raise ValueError(
+            f"{path} is a checkpoint of another run (seen, expected: {differing or 'other parameters'}); "
+            "delete it to start again, or call fit with the settings that it was made with."
+        )
+    for name, p in trainable.items():
+        p.data.copy_(tensors[f"weights.{name}"])
+        prefix = f"adamw.{name}."
+        moments = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        optimizer.state[p] = {key: t if key == "step" else t.to(p.device) for key, t in moments.items()}
+    schedule.load_state_dict(state["schedule"])
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    torch.set_rng_state(tensors["generator"])
+    return state["history"]

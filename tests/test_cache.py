@@ -1,0 +1,485 @@
+"""The laws of a cache as a value, checked against transformers."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, ROPES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, StaticCache
+
+from kvlab import cache as kv
+from kvlab.cache import CacheError
+
+IDS = torch.randint(0, 97, (2, 13), generator=torch.Generator().manual_seed(7))
+TIGHT = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_rope = pytest.mark.parametrize("rope", ROPES)
+every_dtype = pytest.mark.parametrize("dtype", TIGHT, ids=str)
+
+
+def tensors(cache):
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
+def keys_of(cache):
+    return torch.stack([layer.keys for layer in cache.layers])  # (L, B, H_kv, T, D)
+
+
+def values_of(cache):
+    return torch.stack([layer.values for layer in cache.layers])
+
+
+def equal(one, two):
+    return len(one.layers) == len(two.layers) and all(map(torch.equal, tensors(one), tensors(two)))
+
+
+def distance(one, two):
+    """Largest difference, relative to the largest number."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(tensors(one), tensors(two), strict=True))
+
+
+def random_cache(rows=2, entries=9, dtype=torch.float32, seed=0):
+    generator, cache = torch.Generator().manual_seed(seed), DynamicCache()
+    for layer in range(3):
+        cache.update(*torch.randn(2, rows, 2, entries, 16, generator=generator, dtype=torch.float64).to(dtype), layer)
+    return cache
+
+
+# prefill
+
+
+@every_family
+@every_rope
+@every_dtype
+def test_prefill_in_pieces_is_prefill_at_once(tiny_model, family, rope, dtype):
+    model, near = tiny_model(family, rope, dtype), {"rtol": 0, "atol": TIGHT[dtype]}
+    whole = kv.prefill(model, IDS)
+    torch.testing.assert_close(whole.logits, model(IDS, use_cache=False).logits[:, -1], **near)
+    past = None
+    for piece in IDS.split([1, 4, 6, 2], dim=1):
+        past, logits, next_position = kv.prefill(model, piece, past)
+    assert next_position == whole.next_position == kv.length(past) == 13
+    torch.testing.assert_close(logits, whole.logits, **near)
+    torch.testing.assert_close(tensors(past), tensors(whole.cache), **near)
+
+
+@every_family
+@every_rope
+def test_decoding_from_a_cache_is_generate(tiny_model, family, rope):
+    model = tiny_model(family, rope, torch.float64)
+    want = model.generate(IDS, do_sample=False, max_new_tokens=8, attention_mask=torch.ones_like(IDS))[:, 13:]
+    cache, logits, position = kv.prefill(model, IDS)
+    tokens = []
+    for _ in range(8):
+        tokens.append(logits.argmax(-1, keepdim=True))
+        cache, logits, position = kv.prefill(model, tokens[-1], cache, position)
+    assert torch.equal(torch.cat(tokens, 1), want)
+
+
+@every_family
+def test_padded_rows_are_the_rows_alone(tiny_model, family):
+    model, lengths = tiny_model(family, dtype=torch.float64), torch.tensor([13, 9])
+    mask = (torch.arange(13) >= 13 - lengths[:, None]).long()
+    ids = torch.stack([IDS[0], torch.cat((torch.zeros(4, dtype=torch.long), IDS[1, :9]))])
+    cache, _, position = kv.prefill(model, ids[:, :7], attention_mask=mask[:, :7])
+    cache, logits, position = kv.prefill(model, ids[:, 7:], cache, attention_mask=mask)
+    assert position.tolist() == [13, 9]
+    for row, n in enumerate(lengths):
+        alone = kv.prefill(model, ids[row : row + 1, 13 - n :])
+        torch.testing.assert_close(logits[row], alone.logits[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(keys_of(cache)[:, row, :, 13 - n :], keys_of(alone.cache)[:, 0], rtol=0, atol=1e-6)
+
+
+@every_family
+def test_eviction_is_masking_if_the_position_is_passed(tiny_model, family):
+    model = tiny_model(family, dtype=torch.float64)
+    full, kept = kv.prefill(model, IDS[:, :10]).cache, torch.tensor([0, 2, 3, 7, 9])
+    seen = torch.zeros(2, 13)
+    seen[:, kept], seen[:, 10:] = 1, 1
+    masked = kv.prefill(model, IDS[:, 10:], full, position=10, attention_mask=seen)
+    small = kv.select(full, kept)
+    evicted = kv.prefill(model, IDS[:, 10:], small, position=10)
+    assert evicted.next_position == 13
+    assert kv.length(evicted.cache) == 8
+    torch.testing.assert_close(evicted.logits, masked.logits, rtol=0, atol=1e-12)
+    forgotten = kv.prefill(model, IDS[:, 10:], small)
+    assert (forgotten.logits - masked.logits).abs().max() > 1e-3
+
+
+def test_rows_may_continue_at_their_own_positions(tiny_model):
+    model, past = tiny_model(), kv.prefill(tiny_model(), IDS[:, :5]).cache
+    both = kv.prefill(model, IDS[:, 5:], past, position=torch.tensor([5, 40]))
+    assert both.next_position.tolist() == [13, 48]
+    for row, position in enumerate((5, 40)):
+        one = kv.prefill(model, IDS[:, 5:], past, position)
+        torch.testing.assert_close(both.logits[row], one.logits[row], rtol=0, atol=1e-5)
+
+
+def test_gradients_reach_what_a_cache_was_made_from(tiny_model):
+    model = copy.deepcopy(tiny_model())
+    weight = model.model.layers[0].self_attn.k_proj.weight.requires_grad_(True)
+    cache = kv.select(kv.prefill(model, IDS).cache, torch.tensor([1, 4]))
+    keys_of(kv.shift(cache, 3, kv.rotary_of(model))).square().sum().backward()
+    assert weight.grad.abs().sum() > 0
+
+
+# select, join, truncate
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data(), st.integers(1, 3), st.integers(1, 12))
+def test_select_and_join(data, rows, entries):
+    cache = random_cache(rows, entries)
+    cut = data.draw(st.integers(0, entries))
+    parts = kv.select(cache, torch.arange(cut)), kv.select(cache, torch.arange(cut, entries))
+    assert equal(kv.join(*parts), kv.clone(cache))
+    index = st.lists(st.integers(0, entries - 1), min_size=1, max_size=15)
+    p = torch.tensor(data.draw(index))
+    q = torch.tensor(data.draw(st.lists(st.integers(0, len(p) - 1), max_size=9)), dtype=torch.long)
+    assert equal(kv.select(kv.select(cache, p), q), kv.select(cache, p[q]))
+    assert torch.equal(keys_of(kv.select(cache, p)), keys_of(cache)[:, :, :, p])
+    assert torch.equal(values_of(kv.select(cache, p)), values_of(cache)[:, :, :, p])
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 2, 4), (3, 2, 2, 4)], ids=str)
+def test_select_by_row_head_and_layer(shape):
+    cache, index = random_cache(), torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(1))
+    four = index[:, None] if index.ndim == 2 else index
+    four = four.expand(3, 2, 2, 4)
+    for tensor, kept in ((keys_of(cache), keys_of(kv.select(cache, index))), (values_of(cache), None)):
+        kept = values_of(kv.select(cache, index)) if kept is None else kept
+        for at in [(0, 0, 0, 0), (1, 1, 0, 2), (2, 0, 1, 3), (2, 1, 1, 1)]:
+            assert torch.equal(kept[at], tensor[(*at[:3], four[at])])
+
+
+def test_truncate_is_crop():
+    for kept in range(9):  # crop(-n) alone means the same in every release; crop(0) does not
+        cropped = kv.clone(random_cache())
+        cropped.crop(-(9 - kept))
+        assert equal(kv.truncate(random_cache(), kept), cropped)
+
+
+def test_bytes(tiny_model):
+    model = tiny_model()
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        cache = random_cache(rows=2, entries=8, dtype=dtype)
+        assert kv.nbytes(cache) == kv.bytes_per_token(model.config, dtype) * 8 * 2
+        kept = kv.select(cache, torch.tensor([1, 5]))
+        assert kv.nbytes(kept) * 4 == kv.nbytes(cache)
+        assert sum(x.untyped_storage().nbytes() for x in tensors(kept)) == kv.nbytes(kept)
+
+
+def test_a_cache_never_changes_under_its_owner(tiny_model):
+    model, rotary = tiny_model(), kv.rotary_of(tiny_model())
+    cache = kv.prefill(model, IDS).cache
+    before, frozen = [(x.data_ptr(), x._version) for x in tensors(cache)], kv.clone(cache)
+    kv.prefill(model, IDS, cache)
+    kv.join(kv.select(cache, torch.tensor([1, 2])), kv.truncate(cache, 3))
+    kv.rotate(kv.unrotate(kv.shift(cache, 5, rotary), torch.arange(13), rotary), 3, rotary)
+    model(IDS, past_key_values=kv.truncate(cache, 13))  # transformers grows the result, not the argument
+    assert [(x.data_ptr(), x._version) for x in tensors(cache)] == before
+    assert equal(cache, frozen)
+    assert not {x.data_ptr() for x in tensors(frozen)} & {x.data_ptr() for x in tensors(cache)}
+
+
+# shift
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(-3000, 3000), st.integers(-3000, 3000), st.sampled_from(list(ROPES)), st.sampled_from(list(TIGHT)))
+def test_shift_adds_up_and_comes_back(tiny_model, a, b, rope, dtype):
+    cache, rotary = random_cache(dtype=dtype), kv.rotary_of(tiny_model(rope=rope))
+    near = 1e-6 if dtype == torch.float32 else 1e-12
+    assert distance(kv.shift(kv.shift(cache, a, rotary), -a, rotary), cache) < near
+    assert distance(kv.shift(kv.shift(cache, a, rotary), b, rotary), kv.shift(cache, a + b, rotary)) < near
+    assert torch.equal(values_of(kv.shift(cache, a, rotary)), values_of(cache))
+
+
+def test_shift_by_row_entry_head_and_layer(tiny_model):
+    cache, rotary = random_cache(), kv.rotary_of(tiny_model())
+    by_step = {n: keys_of(kv.shift(cache, n, rotary)) for n in range(5)}
+    for shape in [(9,), (2, 1), (2, 9), (2, 2, 9), (3, 2, 2, 9)]:
+        by = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(1))
+        moved = keys_of(kv.shift(cache, by, rotary))
+        four = (by[:, None] if by.ndim == 2 else by).expand(3, 2, 2, 9)
+        want = sum(by_step[n] * (four == n)[..., None] for n in range(5))
+        torch.testing.assert_close(moved, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_shift_in_low_precision_rounds_once(tiny_model, dtype):
+    cache, rotary = random_cache(dtype=dtype), kv.rotary_of(tiny_model())
+    exact = kv.shift(random_cache(dtype=dtype), 900, rotary)
+    wide = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        wide.update(layer.keys.double(), layer.values.double(), i)
+    assert keys_of(exact).dtype == dtype
+    torch.testing.assert_close(keys_of(exact), keys_of(kv.shift(wide, 900, rotary)).to(dtype))
+
+
+@every_family
+@every_rope
+def test_shift_is_prefill_at_that_position(tiny_model, family, rope):
+    model = tiny_model(family, rope)
+    moved = kv.shift(kv.prefill(model, IDS).cache, 50, kv.rotary_of(model))
+    there = kv.prefill(model, IDS, position=50).cache
+    torch.testing.assert_close(tensors(moved), tensors(there), rtol=0, atol=5e-5)
+
+
+@every_family
+@every_rope
+@every_dtype
+def test_in_one_layer_an_item_prefilled_alone_fits_after_a_shift(tiny_model, family, rope, dtype):
+    model = tiny_model(family, rope, dtype, num_hidden_layers=1)
+    whole, first, second = (kv.prefill(model, ids).cache for ids in (IDS, IDS[:, :6], IDS[:, 6:]))
+    joined = kv.join(first, kv.shift(second, 6, kv.rotary_of(model)))
+    torch.testing.assert_close(tensors(joined), tensors(whole), rtol=0, atol=1e-5)  # the model's angles are float32
+    unmoved = kv.join(first, second)
+    assert torch.allclose(values_of(unmoved), values_of(whole), atol=1e-5)
+    assert (keys_of(unmoved) - keys_of(whole)).abs().max() > 0.1
+
+
+def test_beyond_one_layer_an_item_prefilled_alone_is_an_approximation(tiny_model):
+    model = tiny_model()
+    whole, first, second = (kv.prefill(model, ids).cache for ids in (IDS, IDS[:, :6], IDS[:, 6:]))
+    off = (keys_of(kv.join(first, kv.shift(second, 6, kv.rotary_of(model)))) - keys_of(whole)).abs()
+    assert off[0].max() < 1e-4
+    assert off[1].max() > 0.1
+
+
+@every_family
+@pytest.mark.parametrize("rope", ["linear", "llama3", "yarn"])
+def test_scaled_rope_needs_its_own_frequencies(tiny_model, family, rope):
+    model = tiny_model(family, rope)
+    there = kv.prefill(model, IDS, position=50).cache
+    wrong = kv.shift(kv.prefill(model, IDS).cache, 50, kv.rotary_of(tiny_model(family)))
+    assert (keys_of(wrong) - keys_of(there)).abs().max() > 0.1
+
+
+@every_family
+@every_rope
+def test_unrotate_gives_the_keys_before_rotation(tiny_model, family, rope):
+    model, seen = tiny_model(family, rope), []
+    attention, rotary = model.model.layers[0].self_attn, kv.rotary_of(model)
+    last = attention.k_norm if family == "Qwen3" else attention.k_proj
+    handle = last.register_forward_hook(lambda module, args, out: seen.append(out))
+    cache = kv.prefill(model, IDS, position=20).cache
+    handle.remove()
+    plain = kv.unrotate(cache, torch.arange(20, 33), rotary)
+    want = seen[0].reshape(2, 13, 2, 16).transpose(1, 2)
+    torch.testing.assert_close(plain.layers[0].keys, want, rtol=0, atol=5e-5)
+    assert distance(kv.rotate(plain, torch.arange(20, 33), rotary), cache) < 1e-6
+
+
+# refusals
+
+
+def build(name, **config):
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = getattr(transformers, name)
+    return model(model.config_class(**sizes | config))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "sentence"),
+    [
+        ("MistralForCausalLM", {"num_key_value_heads": 1}, "DynamicSlidingWindowLayer.*sliding_window=None"),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "max_window_layers": 1, "num_key_value_heads": 1}, "Sliding"),
+        ("T5ForConditionalGeneration", {"d_ff": 32}, "encoder-decoder"),
+        ("GPT2LMHeadModel", {}, "0 rotary embeddings"),
+        ("MambaForCausalLM", {"state_size": 4}, "full attention in every layer"),
+        ("StableLmForCausalLM", {"num_key_value_heads": 1}, "turns 4 of 16 key dimensions"),
+        ("CohereForCausalLM", {"pad_token_id": 0}, "Llama layout"),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "type 'dynamic' change with the length",
+        ),
+    ],
+)
+def test_models_that_cannot_work_are_refused(name, config, sentence):
+    config = (
+        {"intermediate_size": 32} | config if name not in ("T5ForConditionalGeneration", "GPT2LMHeadModel") else config
+    )
+    with pytest.raises(CacheError, match=sentence):
+        kv.prefill(build(name, **config), torch.tensor([[1, 2]]))
+
+
+def test_a_sliding_window_that_is_switched_off_is_fine():
+    model = build(
+        "Qwen2ForCausalLM", intermediate_size=32, num_key_value_heads=1, sliding_window=4, use_sliding_window=False
+    )
+    kv.require_supported(model)
+
+
+def test_arguments_that_do_not_fit_are_refused(tiny_model):
+    model, cache, rotary = tiny_model(), random_cache(), kv.rotary_of(tiny_model())
+    narrow = kv.rotary_of(tiny_model(head_dim=8))
+    for sentence, call in {
+        "use `prefill`": lambda: kv.clone(StaticCache(config=model.config, max_cache_len=4)),
+        "is empty": lambda: kv.nbytes(DynamicCache()),
+        "9 entries cannot be truncated to 10": lambda: kv.truncate(cache, 10),
+        "Positions 2 to 9 reach outside a cache of 9": lambda: kv.select(cache, torch.tensor([2, 9])),
+        "Positions -1 to 3": lambda: kv.select(cache, torch.tensor([-1, 3])),
+        "torch.bool, expected integer": lambda: kv.select(cache, torch.ones(9, dtype=torch.bool)),
+        r"\(3, 4\) does not fit": lambda: kv.select(cache, torch.zeros(3, 4, dtype=torch.long)),
+        r"\(8,\) does not fit": lambda: kv.shift(cache, torch.arange(8), rotary),
+        "turns 8 of 16": lambda: kv.shift(cache, 1, narrow),
+        "Cannot join": lambda: kv.join(cache, random_cache(rows=1)),
+        "differ in .*float32.*float64": lambda: kv.join(cache, random_cache(dtype=torch.float64)),
+        r"input_ids is \(13,\)": lambda: kv.prefill(model, IDS[0]),
+        r"expected .* \(2, 22\)": lambda: kv.prefill(model, IDS, cache, attention_mask=torch.ones(2, 13)),
+        r"past has .* \(3, 2, 2, 9, 16\), expected \(3, 1, 2, 9, 16\)": lambda: kv.prefill(model, IDS[:1], cache),
+        r"past has .* expected \(2, 2, 2, 9, 16\)": lambda: kv.prefill(tiny_model(num_hidden_layers=2), IDS, cache),
+        "There is no folder": lambda: kv.save(cache, "/missing/folder/a", model, 9),
+        "pad on the left": lambda: kv.prefill(model, IDS, attention_mask=torch.arange(12, -1, -1).expand(2, 13)),
+    }.items():
+        with pytest.raises(CacheError, match=sentence):
+            call()
+
+
+# files
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    """Return the path of a saved cache, and the cache."""
+    path, cache = tmp_path / "a.safetensors", random_cache(entries=5)
+    kv.save(cache, path, tiny_model(), 5, {"text": "five words"})
+    return path, cache
+
+
+def rewrite(path, change):
+    """Change the header of a file and write it again."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["kvlab"])
+    change(header)
+    save_file(load_file(path), path, metadata={"kvlab": json.dumps(header)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entries", [0, 1, 7])
+def test_save_and_load_are_bit_equal(tiny_model, tmp_path, dtype, entries):
+    cache, model = random_cache(entries=entries, dtype=dtype), tiny_model()
+    kv.save(
+        cache, tmp_path / "a", model, torch.tensor([entries, 90]), {"question": "où?", "numbers": (1, 2.5), 2: 0, 10: 1}
+    )
+    again, position, metadata = kv.load(tmp_path / "a", kv.fingerprint(model))
+    assert equal(again, cache)
+    assert keys_of(again).dtype == dtype
+    assert position.tolist() == [entries, 90]
+    assert metadata == {"question": "où?", "numbers": [1, 2.5], "2": 0, "10": 1}  # as JSON has it
+
+
+@every_family
+@every_rope
+def test_a_text_continues_from_a_file(tiny_model, tmp_path, family, rope):
+    model = tiny_model(family, rope)
+    cache, _, position = kv.prefill(model, IDS[:, :8])
+    kv.save(kv.truncate(cache, 8), tmp_path / "a", model, position)
+    again = kv.load(tmp_path / "a", model)
+    want = kv.prefill(model, IDS[:, 8:], cache, position).logits
+    assert torch.equal(kv.prefill(model, IDS[:, 8:], again.cache, again.next_position).logits, want)
+
+
+def test_what_was_loaded_does_not_change_with_the_file(saved, tiny_model):
+    path, cache = saved
+    again = kv.load(path, tiny_model()).cache
+    path.write_bytes(bytes(path.stat().st_size))
+    assert equal(again, cache)
+
+
+def test_another_model_is_refused_by_the_part_that_differs(saved, tiny_model):
+    path, cache = saved
+    trained = copy.deepcopy(tiny_model())
+    trained.model.layers[2].mlp.down_proj.weight.data.mul_(1.01)
+    half = copy.deepcopy(tiny_model()).to(torch.float16)
+    for sentence, other in {
+        "architecture model_type is 'qwen3' in the file and 'llama' in the model": tiny_model("Llama"),
+        "architecture num_hidden_layers is 3 in the file and 2": tiny_model(num_hidden_layers=2),
+        "rope inv_freq": tiny_model(rope="linear"),
+        "rope attention_scaling is 1.0 in the file": tiny_model(rope="yarn"),
+        "another model .weights sha256": tiny_model(seed=1),
+        "another model .weights sha256 is": trained,
+        "weights dtype is 'torch.float32' in the file and 'torch.float16'": half,
+    }.items():
+        with pytest.raises(CacheError, match=sentence) as error:
+            kv.load(path, other)
+        assert str(path) in str(error.value)
+    assert equal(kv.load(path, copy.deepcopy(tiny_model())).cache, cache)
+    with pytest.raises(CacheError, match=r"\(3, 2, 16\), the model \(2, 2, 16\)"):
+        kv.save(cache, path, tiny_model(num_hidden_layers=2), 5)
+
+
+def test_a_file_cut_short_is_refused(saved, tiny_model):
+    path, _ = saved
+    whole, owner = path.read_bytes(), kv.fingerprint(tiny_model())
+    for kept in [0, 1, 7, 8, 9, 500, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:kept])
+        with pytest.raises(CacheError, match=r"a\.safetensors is damaged or cut short: delete it"):
+            kv.load(path, owner)
+
+
+def test_a_flipped_bit_is_found_or_harmless(saved, tiny_model):
+    path, cache = saved
+    whole, owner = path.read_bytes(), kv.fingerprint(tiny_model())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    draw = torch.Generator().manual_seed(3)
+    places = [*range(8), *torch.randint(8, header, (150,), generator=draw).tolist()]
+    places += torch.randint(header, len(whole), (50,), generator=draw).tolist()
+    found = 0
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(torch.randint(8, (), generator=draw))
+        path.write_bytes(damaged)
+        try:
+            again = kv.load(path, owner)
+        except CacheError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            found += 1
+        else:
+            assert equal(again.cache, cache)
+            assert again[1:] == (5, {"text": "five words"})
+    assert found >= len(places) - 2
+
+
+def test_files_of_other_kinds_are_refused(saved, tiny_model, tmp_path):
+    path, owner = saved[0], kv.fingerprint(tiny_model())
+    rewrite(path, lambda header: header.update(version=99))
+    with pytest.raises(CacheError, match=r"a\.safetensors has cache format version 99, this kvlab reads version 1"):
+        kv.load(path, owner)
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(CacheError, match=r"a\.safetensors is a safetensors file but no kvlab cache"):
+        kv.load(path, owner)
+    path.write_text("not a safetensors file at all")
+    with pytest.raises(CacheError, match="damaged or cut short"):
+        kv.load(path, owner)
+    with pytest.raises(CacheError, match=r"There is no file .*missing"):
+        kv.load(tmp_path / "missing", owner)
+
+
+@pytest.mark.parametrize("field", ["next_position", "length", "metadata", "dtype"])
+def test_an_edited_header_is_refused(saved, tiny_model, field):
+    rewrite(saved[0], lambda header: header.update({field: 6}))
+    with pytest.raises(CacheError, match="do not match its checksum"):
+        kv.load(saved[0], tiny_model())
+
+
+def test_a_write_that_fails_leaves_the_old_file(saved, tiny_model, monkeypatch):
+    path, cache = saved
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        kv.save(random_cache(seed=1), path, tiny_model(), 9)
+    assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+    assert equal(kv.load(path, tiny_model()).cache, cache)
