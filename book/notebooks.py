@@ -40,6 +40,8 @@ METADATA = {
 
 
 def citation(key: str, textual: bool) -> str:
+    if key not in PAPERS:
+        sys.exit(f"The paper {key} is cited, but book/references.bib has no such entry; it has {', '.join(PAPERS)}.")
     people, fields = PAPERS[key].persons["author"], PAPERS[key].fields
     names = [" ".join(person.last_names).strip("{}") for person in people]
     who = f"{names[0]} et al." if len(names) > 2 else " and ".join(names)
@@ -117,10 +119,9 @@ def colab(path: Path) -> str:
     source = jupytext.read(path).cells
     text = "\n".join(cell.source for cell in source if cell.cell_type == "markdown")
     titles = dict(HEADING.findall(text)) | {label: f"exercise “{name}”" for name, label in EXERCISE.findall(text)}
-    if f"git+{REPOSITORY}" not in next(cell.source for cell in source if cell.cell_type == "code"):
-        sys.exit(
-            f"{path.name}: its first code cell must install kvlab from git+{REPOSITORY}, as pyproject.toml has it."
-        )
+    first = next(cell.source for cell in source if cell.cell_type == "code")
+    if not re.search(rf"^[^#\n]*git\+{re.escape(REPOSITORY)}\b", first, re.M):
+        sys.exit(f"{path.name}: its first code cell must install kvlab from git+{REPOSITORY}, and not in a comment.")
     cells, seen, solving = [], Counter(), False
     for cell in source:
         inside, text = solving or "{solution-start}" in cell.source, cell.source

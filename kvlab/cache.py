@@ -1,15 +1,20 @@
 """The KV cache as a value: make one, take it apart, put it together, move it, keep it.
 
-The only file that touches the inside of a transformers cache: `cache.layers[i].keys` and `.values` of a `DynamicCache`,
-which mean the same in every 5.x release. It does not know what a knowledge item, a draft or a scorer is.
+The only file that touches the inside of a transformers cache. A `DynamicCache` holds, for each of L layers, keys and
+values of shape (B, H_kv, T, D); keys are stored rotated. An *entry* is one of the T columns, its *position* the number
+of steps its key was rotated by. The two agree until entries are dropped or moved: whoever returns such a cache returns
+the next position with it, and whoever continues it passes that position.
 
-A cache holds, for each of L layers, keys and values of shape (B, H_kv, T, D); keys are stored rotated. An *entry* is
-one of the T columns, its *position* the number of steps its key was rotated by. The two agree until entries are dropped
-or moved: whoever returns such a cache returns the next position with it, and whoever continues it passes that position.
+No function writes into a tensor that it was given; results may share memory with their arguments (`truncate` copies
+nothing, `shift` keeps the values). Gradients follow the caller: use `torch.no_grad()` for inference. What does not fit
+raises `CacheError` before any work is done. `_example()` is a random two-layer Qwen3 and five token ids.
 
-No function writes into a tensor that it was given, so a cache never changes under its owner. Results may share memory
-with their arguments (`truncate` copies nothing, `shift` keeps the values); `clone` gives memory of its own. Gradients
-follow the caller: use `torch.no_grad()` for inference. What does not fit raises `CacheError` before any work is done.
+>>> model, ids = _example()
+>>> cache, logits, next_position = prefill(model, ids)
+>>> length(cache), length(select(cache, torch.tensor([0, 3]))), length(join(cache, truncate(cache, 2)))
+(5, 2, 7)
+>>> nbytes(clone(cache)) == 5 * bytes_per_token(model.config, torch.float32)
+True
 """
 
 import hashlib
@@ -17,7 +22,6 @@ import json
 import math
 import os
 import reprlib
-import secrets
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,6 +38,8 @@ FORMAT_VERSION = 1
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
 ARCHITECTURE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
                 "num_key_value_heads", "hidden_act", "rms_norm_eps", "vocab_size")  # fmt: skip
+Position = int | Tensor  # one for all rows, or (B,)
+Owner = PreTrainedModel | dict  # the model that made a cache, or its `fingerprint`
 _checked = weakref.WeakSet()  # models and rotary modules that passed their checks
 
 
@@ -42,18 +48,18 @@ class CacheError(ValueError):
 
 
 class Prefill(NamedTuple):
-    """A cache, the logits (B, vocab) after its last token, and the next position: an int, or (B,) if rows differ."""
+    """A cache, the logits (B, vocab) after its last token, and the next position, (B,) if rows differ."""
 
     cache: DynamicCache
     logits: Tensor
-    next_position: int | Tensor
+    next_position: Position
 
 
 class Saved(NamedTuple):
     """A cache from a file, the position at which to continue it, and what else was saved."""
 
     cache: DynamicCache
-    next_position: int | Tensor
+    next_position: Position
     metadata: dict
 
 
@@ -63,7 +69,7 @@ def _require(condition, sentence: str):
 
 
 def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Return (keys, values) of every layer, each (B, H_kv, T, D)."""
+    """Return the L layers' (keys, values), each (B, H_kv, T, D)."""
     _require(isinstance(cache, DynamicCache), f"Expected a DynamicCache, got {type(cache).__name__}: use `prefill`.")
     layers = cache.layers
     _require(layers and all(layer.keys is not None for layer in layers), "The cache is empty: prefill something first.")
@@ -102,46 +108,27 @@ def _example() -> tuple[PreTrainedModel, Tensor]:
 
 
 def rotary_of(model: nn.Module) -> nn.Module:
-    """Find the rotary embedding of a model: the module with `inv_freq` (D/2,) and `attention_scaling`.
-
-    >>> rotary_of(_example()[0]).inv_freq.shape
-    torch.Size([8])
-    """
+    """Find the rotary embedding of a model: the module with `inv_freq` (D/2,) and `attention_scaling`."""
     found = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
-    _require(
-        len(found) == 1,
-        f"{type(model).__name__} has {len(found)} rotary embeddings, expected one, so its keys "
-        "cannot be moved: use a Llama-like decoder.",
-    )
+    seen = f"{type(model).__name__} has {len(found)} rotary embeddings, expected one"
+    _require(len(found) == 1, f"{seen}, so its keys cannot be moved: use a Llama-like decoder.")
     return found[0]
 
 
 def require_supported(model: PreTrainedModel) -> None:
     """Refuse a model whose cache cannot be cut, joined and moved.
 
-    Raises
-    ------
-    CacheError
-        For encoder-decoders, layers other than full attention (sliding window, linear attention), and a rotary
-        embedding that is missing, partial, interleaved, or changes with the length of the text.
-
-    Examples
-    --------
-    >>> require_supported(_example()[0])
+    Raises CacheError for encoder-decoders, for layers other than full attention (sliding window, linear attention), and
+    for rotary embeddings that are missing, partial, interleaved, or change with the length of the text.
     """
     if model in _checked:
         return
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    _require(
-        not model.config.is_encoder_decoder,
-        f"{name} is an encoder-decoder, whose cache also depends on the encoder's input: use a decoder-only model.",
-    )
+    seen = f"{name} is an encoder-decoder, whose cache also depends on the encoder's input"
+    _require(not model.config.is_encoder_decoder, f"{seen}: use a decoder-only model.")
     layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-    _require(
-        layers == {"DynamicLayer"},
-        f"{name} has cache layers of type {sorted(layers)}; layers that drop or mix entries (sliding window, linear "
-        "attention) cannot be cut and joined. Use full attention in every layer (for Mistral: sliding_window=None).",
-    )
+    seen = f"{name} has cache layers of type {sorted(layers)}, which drop or mix entries and cannot be cut and joined"
+    _require(layers == {"DynamicLayer"}, f"{seen}: use full attention in every layer (Mistral: sliding_window=None).")
     _require_rotary(rotary_of(model), _head_dim(config))
     _checked.add(model)
 
@@ -149,30 +136,21 @@ def require_supported(model: PreTrainedModel) -> None:
 def _require_rotary(rotary: nn.Module, head_dim: int) -> None:
     """Check type and width and, once a module, that `_turn` is the model's rotation and its own inverse."""
     kind, width = getattr(rotary, "rope_type", "default"), 2 * rotary.inv_freq.numel()
-    _require(
-        kind in ROPE_TYPES,
-        f"Rotary embeddings of type '{kind}' change with the length of the text, so stored keys cannot be moved: "
-        f"use a model with one of {ROPE_TYPES}.",
-    )
-    _require(
-        width == head_dim,
-        f"The rotary embedding turns {width} of {head_dim} key dimensions, expected all: use the one of the model that "
-        "made the cache, and a model that rotates whole heads.",
-    )
+    seen = f"Rotary embeddings of type '{kind}' change with the length of the text, so stored keys cannot be moved"
+    _require(kind in ROPE_TYPES, f"{seen}: use a model with one of {ROPE_TYPES}.")
+    seen = f"The rotary embedding turns {width} of {head_dim} key dimensions, expected all"
+    _require(width == head_dim, f"{seen}: use that of the model that made the cache, and one that rotates whole heads.")
     if rotary in _checked:
         return
-    by = torch.tensor([3, 11, 29], device=rotary.inv_freq.device)
+    by, scale = torch.tensor([3, 11, 29], device=rotary.inv_freq.device), rotary.attention_scaling
     keys = torch.linspace(-1, 1, 3 * width, device=by.device).reshape(1, 1, 3, width)
-    cos, sin = rotary(keys, by[None])  # (1, 3, D)
+    cos, sin = rotary(keys, by[None])  # (1, 3, D), times the scale
     theirs = keys * cos + torch.cat((-keys[..., width // 2 :], keys[..., : width // 2]), -1) * sin
-    ours = _turn(keys, *_cos_sin(by, rotary)) * rotary.attention_scaling
-    back = _turn(ours, *_cos_sin(-by, rotary)) / rotary.attention_scaling
+    ours = _turn(keys, by, rotary, scale)
+    back = _turn(ours, -by, rotary, 1 / scale)
     error = max((ours - theirs).abs().max().item(), (back - keys).abs().max().item())
-    _require(
-        error < 1e-3,
-        f"Keys turned by {type(rotary).__name__}.inv_freq differ from the model's own by {error:.2g} (expected less "
-        "than 0.001), so they cannot be moved: use a model with the Llama layout.",
-    )
+    seen = f"Keys turned by {type(rotary).__name__}.inv_freq differ from the model's own by {error:.2g}"
+    _require(error < 1e-3, f"{seen}, expected less than 0.001: use a model with the Llama layout.")
     _checked.add(rotary)
 
 
@@ -180,84 +158,51 @@ def prefill(
     model: PreTrainedModel,
     input_ids: Tensor,
     past: DynamicCache | None = None,
-    position: int | Tensor | None = None,
+    position: Position | None = None,
     attention_mask: Tensor | None = None,
 ) -> Prefill:
     """Run token ids through a model, after `past`, and return the longer cache; `past` stays as it was.
 
-    In pieces or at once gives the same. Costs one forward pass over the new tokens, and the copy of `past` that a
-    `DynamicCache` makes whenever it grows. Logits are computed for the last token alone.
+    In pieces or at once gives the same. Costs one pass over the new tokens, and a copy of `past`. Raises CacheError for
+    a model that is not supported and for shapes that do not fit.
 
     Parameters
     ----------
-    model, input_ids
-        A supported model, and LongTensor (B, T) of new tokens, padded on the left if at all.
-    past
-        What the new tokens can look back to; P entries.
-    position
-        Position of the first new token that is no padding: one for all rows, or (B,). Default: the number of entries
-        of `past` that are no padding, which after an eviction or a shift is wrong.
-    attention_mask
-        (B, P + T), 0 for padding.
-
-    Raises
-    ------
-    CacheError
-        If the model is not supported or a shape does not fit.
-
-    Examples
-    --------
-    >>> model, ids = _example()
-    >>> cache, logits, next_position = prefill(model, ids)
-    >>> length(cache), logits.shape, next_position
-    (5, torch.Size([1, 97]), 5)
+    input_ids : (B, T), the new tokens, padded on the left if at all.
+    past : what they can look back to; P entries.
+    position : of the first new token that is no padding. Default: the number of entries of `past` that are no padding,
+        which after an eviction or a shift is wrong.
+    attention_mask : (B, P + T), 0 for padding.
     """
     require_supported(model)
-    seen = 0 if past is None else length(past)
     _require(input_ids.ndim == 2 and input_ids.numel(), f"input_ids is {tuple(input_ids.shape)}, expected (B, T > 0).")
-    pairs, new = _pairs(past) if seen else [], torch.ones_like(input_ids)
+    (rows, count), seen = input_ids.shape, 0 if past is None else length(past)
+    pairs, shape = _pairs(past) if seen else [], (rows, seen + count)
     if seen:
         config = model.config.get_text_config(decoder=True)
-        want = (config.num_hidden_layers, len(input_ids), config.num_key_value_heads, seen, _head_dim(config))
+        want = (config.num_hidden_layers, rows, config.num_key_value_heads, seen, _head_dim(config))
         _require(_shape(pairs) == want, f"past has (L, B, H_kv, P, D) = {_shape(pairs)}, expected {want}.")
-    if attention_mask is not None:
-        want, have = (len(input_ids), seen + input_ids.shape[1]), tuple(attention_mask.shape)
-        _require(have == want, f"attention_mask is {have}, expected (rows, past and new tokens) = {want}.")
-        _require(attention_mask[:, -1].all(), "attention_mask ends in 0: pad on the left.")
-        new = attention_mask[:, seen:].long()
+    mask = input_ids.new_ones(shape) if attention_mask is None else attention_mask.long()
+    _require(mask.shape == shape, f"attention_mask is {tuple(mask.shape)}, expected (B, P + T) = {shape}.")
+    _require(attention_mask is None or mask[:, -1].all(), "attention_mask ends in 0: pad on the left.")
     if position is None:
-        position = seen if attention_mask is None else attention_mask[:, :seen].sum(1)
+        position = seen if attention_mask is None else mask[:, :seen].sum(1)
     start = torch.as_tensor(position, device=input_ids.device).reshape(-1, 1)
-    position_ids = (start + new.cumsum(1) - 1).clamp(min=0)  # (B, T); padding is masked, its position only has to exist
-    out = model(
-        input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=True,
-        logits_to_keep=1,
-        past_key_values=_build(pairs),
-    )
+    _require(len(start) in (1, rows), f"position has {len(start)} numbers, expected one, or one a row ({rows}).")
+    position_ids = (start + mask[:, seen:].cumsum(1) - 1).clamp(min=0)  # (B, T); what padding gets only has to exist
+    text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    out = model(**text, past_key_values=_build(pairs), use_cache=True, logits_to_keep=1)
     alike = isinstance(position, int) and attention_mask is None
-    after = position + input_ids.shape[1] if alike else position_ids[:, -1] + 1
-    return Prefill(out.past_key_values, out.logits[:, -1], after)
+    return Prefill(out.past_key_values, out.logits[:, -1], position + count if alike else position_ids[:, -1] + 1)
 
 
 def length(cache: DynamicCache) -> int:
-    """Count the entries T of a cache (which is not the next position, once entries were dropped).
-
-    >>> length(prefill(*_example()).cache)
-    5
-    """
+    """Count the entries T of a cache (which is not the next position, once entries were dropped)."""
     return cache.get_seq_length()
 
 
 def clone(cache: DynamicCache) -> DynamicCache:
-    """Copy a cache into memory of its own.
-
-    >>> cache = prefill(*_example()).cache
-    >>> nbytes(clone(cache)) == nbytes(cache)
-    True
-    """
+    """Copy a cache into memory of its own."""
     return _build((keys.clone(), values.clone()) for keys, values in _pairs(cache))
 
 
@@ -268,56 +213,30 @@ def _per_entry(given: int | Tensor, cache: DynamicCache, any_length: bool = Fals
     given = torch.as_tensor(given, device=pairs[0][0].device)
     four = given[:, None] if given.ndim == 2 else given
     four = four.reshape((1,) * (4 - four.ndim) + four.shape)
-    fits = [seen in (1, want) for seen, want in zip(four.shape, full, strict=False)]
-    _require(
-        four.ndim == 4 and all(fits[: 3 if any_length else 4]),
-        f"Shape {tuple(given.shape)} does not fit a cache of (L, B, H_kv, T) = {full}: give (T,), (B, T), (B, H_kv, T) "
-        "or (L, B, H_kv, T).",
-    )
+    fits = [have in (1, want) for have, want in zip(four.shape, full[: 3 if any_length else 4], strict=False)]
+    seen = f"Shape {tuple(given.shape)} does not fit a cache of (L, B, H_kv, T) = {full}"
+    _require(four.ndim == 4 and all(fits), f"{seen}: give (T,), (B, T), (B, H_kv, T) or (L, B, H_kv, T).")
     return four
 
 
 def select(cache: DynamicCache, positions: Tensor) -> DynamicCache:
     """Keep the entries at the given indices, in that order. This is real eviction: the rest is in memory no more.
 
-    Kept keys keep their rotation, so the next position is what it was.
-
-    Parameters
-    ----------
-    cache, positions
-        T entries, and indices 0 <= index < T of shape (P,), (B, P), (B, H_kv, P) or (L, B, H_kv, P).
-
-    Raises
-    ------
-    CacheError
-        If an index is out of range or no integer, or the shape does not fit.
-
-    Examples
-    --------
-    >>> length(select(prefill(*_example()).cache, torch.tensor([0, 3, 4])))
-    3
+    Indices, 0 <= index < T, are (P,), (B, P), (B, H_kv, P) or (L, B, H_kv, P); others raise CacheError. Kept keys keep
+    their rotation, so the next position is what it was.
     """
     index, pairs, have = _per_entry(positions, cache, any_length=True), _pairs(cache), length(cache)
     if index.numel():
-        _require(
-            not index.is_floating_point() and index.dtype != torch.bool,
-            f"Positions are {index.dtype}, expected integer indices: a mask becomes indices by nonzero().",
-        )
+        whole = not index.is_floating_point() and index.dtype != torch.bool
+        _require(whole, f"Positions are {index.dtype}, expected integer indices: a mask becomes indices by nonzero().")
         low, high = index.min().item(), index.max().item()
         _require(low >= 0 and high < have, f"Positions {low} to {high} reach outside a cache of {have} entries.")
-    kept = []
-    for pair, i in zip(pairs, index.long().expand(len(pairs), -1, -1, -1), strict=True):
-        i = i.expand(*pair[0].shape[:2], -1)[..., None].to(pair[0].device)  # (B, H_kv, P, 1)
-        kept.append(tuple(tensor.gather(2, i.expand(-1, -1, -1, tensor.shape[-1])) for tensor in pair))
-    return _build(kept)
+    layers = zip(pairs, index.long()[..., None].expand(len(pairs), -1, -1, -1, -1), strict=True)  # (B|1, H_kv|1, P, 1)
+    return _build([x.take_along_dim(i.to(x.device), 2) for x in pair] for pair, i in layers)
 
 
 def truncate(cache: DynamicCache, length: int) -> DynamicCache:
-    """Keep the first `length` entries, without copying.
-
-    >>> truncate(prefill(*_example()).cache, 2).get_seq_length()
-    2
-    """
+    """Keep the first `length` entries, without copying; CacheError if there are fewer."""
     have = cache.get_seq_length()
     _require(0 <= length <= have, f"A cache of {have} entries cannot be truncated to {length}.")
     return _build((keys[:, :, :length], values[:, :, :length]) for keys, values in _pairs(cache))
@@ -327,64 +246,39 @@ def join(first: DynamicCache, second: DynamicCache) -> DynamicCache:
     """Put the entries of `second` behind those of `first`; positions stay what they are (see `shift`).
 
     An item prefilled alone has not seen what stands before it: beyond one layer, joining it is an approximation.
-
-    >>> cache = prefill(*_example()).cache
-    >>> length(join(cache, truncate(cache, 2)))
-    7
+    Raises CacheError if the two differ in anything but T.
     """
     a, b = _pairs(first), _pairs(second)
     one, two = ((*_shape(c)[:3], _shape(c)[4], c[0][0].dtype, str(c[0][0].device)) for c in (a, b))
     _require(one == two, f"Cannot join caches that differ in (L, B, H_kv, D, dtype, device): {one} and {two}.")
-    return _build(tuple(torch.cat(two, 2) for two in zip(*layer, strict=True)) for layer in zip(a, b, strict=True))
+    return _build(tuple(torch.cat(both, 2) for both in zip(*layer, strict=True)) for layer in zip(a, b, strict=True))
 
 
-def _cos_sin(by: Tensor, rotary: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of by * inv_freq, (..., D/2), in float64 where the device has it."""
-    exact = torch.float32 if by.device.type == "mps" else torch.float64
-    angle = by[..., None].to(exact) * rotary.inv_freq.to(by.device, exact)
-    return angle.cos(), angle.sin()
-
-
-def _turn(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate keys (B, H_kv, T, D), coordinate i paired with i + D/2, by angles (B|1, H_kv|1, T|1, D/2)."""
-    kind = torch.promote_types(keys.dtype, torch.float32)
-    cos, sin = cos.to(keys.device, kind), sin.to(keys.device, kind)
-    x, y = keys.to(kind).chunk(2, -1)
+def _turn(keys: Tensor, by: Tensor, rotary: nn.Module, scale: float = 1.0) -> Tensor:
+    """Rotate keys (B, H_kv, T, D) by steps m of shape (B|1, H_kv|1, T|1): RoFormer, equation 34."""
+    exact = torch.float32 if keys.device.type == "mps" else torch.float64  # mps has no float64
+    angle = by[..., None].to(keys.device, exact) * rotary.inv_freq.to(keys.device, exact)  # m theta_i, (..., D/2)
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    cos, sin = (scale * angle.cos()).to(wide), (scale * angle.sin()).to(wide)
+    x, y = keys.to(wide).chunk(2, -1)  # Llama and its kin pair i with i + D/2, RoFormer 2i with 2i + 1
     return torch.cat((x * cos - y * sin, y * cos + x * sin), -1).to(keys.dtype)
 
 
 def _turned(cache: DynamicCache, by: int | Tensor, rotary: nn.Module, scale: float = 1.0) -> DynamicCache:
     pairs = _pairs(cache)
     _require_rotary(rotary, pairs[0][0].shape[-1])
-    cos_sin = ((scale * x).expand(len(pairs), -1, -1, -1, -1) for x in _cos_sin(_per_entry(by, cache), rotary))
-    return _build((_turn(keys, cos, sin), values) for (keys, values), cos, sin in zip(pairs, *cos_sin, strict=True))
+    layers = zip(pairs, _per_entry(by, cache).expand(len(pairs), -1, -1, -1), strict=True)
+    return _build((_turn(keys, m, rotary, scale), values) for (keys, values), m in layers)
 
 
 def shift(cache: DynamicCache, by: int | Tensor, rotary: nn.Module) -> DynamicCache:
-    """Move entries by a number of positions: rotate their keys by so many steps more.
+    """Move entries by a number of positions: rotate their keys by so many steps more (RoFormer, equations 14 to 16).
 
-    Rotations add up: shift(shift(c, a), b) = shift(c, a + b), and shift(c, -a) undoes shift(c, a), up to rounding. They
-    are computed in float32 at least, then cast back. The attention scaling of yarn is in stored keys already and is not
-    applied again.
+    Steps are one number, (T,), (B, 1), (B, T), (B, H_kv, T) or (L, B, H_kv, T), negative for backwards. They add up:
+    shift(shift(c, a), b) = shift(c, a + b), so -a undoes a, up to one rounding each. The attention scaling of yarn is
+    in stored keys already. `rotary` is `rotary_of` the model that made the cache; one of another kind or width, or that
+    fails its self-check (once a module), raises CacheError. Source: arXiv 2104.09864, sections 3.2.2 and 3.4.2.
 
-    Parameters
-    ----------
-    cache, rotary
-        A cache, and `rotary_of` the model that made it.
-    by
-        Steps, negative for backwards: one number, (T,), (B, 1), (B, T), (B, H_kv, T) or (L, B, H_kv, T).
-
-    Raises
-    ------
-    CacheError
-        If the rotary embedding is of another kind or width, or fails its self-check (once a module, as in LMCache).
-
-    Notes
-    -----
-    Source: RoFormer (arXiv 2104.09864), section 3.2.2.
-
-    Examples
-    --------
     >>> model, ids = _example()
     >>> moved, there = shift(prefill(model, ids).cache, 100, rotary_of(model)), prefill(model, ids, position=100).cache
     >>> torch.allclose(moved.layers[1].keys, there.layers[1].keys, atol=1e-4)
@@ -394,13 +288,11 @@ def shift(cache: DynamicCache, by: int | Tensor, rotary: nn.Module) -> DynamicCa
 
 
 def unrotate(cache: DynamicCache, positions: int | Tensor, rotary: nn.Module) -> DynamicCache:
-    """Return keys as they were before the rotary embedding, attention scaling divided out; `rotate` undoes it.
+    """Return keys as before the rotary embedding, attention scaling divided out; positions are shaped as for `shift`.
 
-    Positions are those of the entries, shaped as for `shift`.
-
-    >>> model, ids = _example()
-    >>> cache, positions = prefill(model, ids).cache, torch.arange(5)
-    >>> again = rotate(unrotate(cache, positions, rotary_of(model)), positions, rotary_of(model))
+    >>> (model, ids), positions = _example(), torch.arange(5)
+    >>> cache, rotary = prefill(model, ids).cache, rotary_of(model)
+    >>> again = rotate(unrotate(cache, positions, rotary), positions, rotary)
     >>> torch.allclose(again.layers[0].keys, cache.layers[0].keys, atol=1e-5)
     True
     """
@@ -413,27 +305,18 @@ def rotate(cache: DynamicCache, positions: int | Tensor, rotary: nn.Module) -> D
 
 
 def nbytes(cache: DynamicCache) -> int:
-    """Count the bytes of all keys and values.
-
-    >>> model, ids = _example()
-    >>> nbytes(prefill(model, ids).cache) == 5 * bytes_per_token(model.config, torch.float32)
-    True
-    """
-    return sum(tensor.numel() * tensor.element_size() for pair in _pairs(cache) for tensor in pair)
+    """Count the bytes of all keys and values."""
+    return sum(tensor.nbytes for pair in _pairs(cache) for tensor in pair)
 
 
 def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Predict the bytes of one token's keys and values: 2 * L * H_kv * D * bytes of one number.
-
-    >>> bytes_per_token(_example()[0].config, torch.float16)  # 2 * 2 layers * 2 heads * 16 * 2 bytes
-    256
-    """
+    """Predict the bytes of one token's keys and values: 2 * L * H_kv * D * bytes of one number."""
     config = config.get_text_config(decoder=True)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * dtype.itemsize
 
 
-def _bytes(tensor: Tensor):
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def fingerprint(model: PreTrainedModel) -> dict:
@@ -441,22 +324,15 @@ def fingerprint(model: PreTrainedModel) -> dict:
 
     The parts are "architecture" (sizes), "rope" (frequencies and scaling) and "weights" (dtype, and SHA-256 of 64
     evenly spaced numbers of every parameter: any training changes some of them, a single edited number can escape).
-
-    >>> fingerprint(_example()[0])["architecture"]["num_key_value_heads"]
-    2
     """
     config, rotary, digest = model.config.get_text_config(decoder=True), rotary_of(model), hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
-        digest.update(name.encode())
-        digest.update(_bytes(flat[:: max(1, flat.numel() // 64)][:64]))
+        digest.update(name.encode() + _bytes(flat[:: max(1, flat.numel() // 64)][:64]))
+    rope = {"type": getattr(rotary, "rope_type", "default"), "inv_freq": rotary.inv_freq.tolist()}
     return {
         "architecture": {key: getattr(config, key, None) for key in ARCHITECTURE} | {"head_dim": _head_dim(config)},
-        "rope": {
-            "type": getattr(rotary, "rope_type", "default"),
-            "inv_freq": rotary.inv_freq.tolist(),
-            "attention_scaling": float(rotary.attention_scaling),
-        },
+        "rope": rope | {"attention_scaling": float(rotary.attention_scaling)},
         "weights": {"dtype": str(model.dtype), "sha256": digest.hexdigest()},
     }
 
@@ -478,37 +354,18 @@ def _differences(saved: dict, own: dict) -> str:
 def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of all that a file holds except this number."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(_bytes(tensors[name]))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
-def save(
-    cache: DynamicCache,
-    path: str | Path,
-    model: PreTrainedModel | dict,
-    next_position: int | Tensor,
-    metadata: dict | None = None,
-) -> None:
+def save(cache: DynamicCache, path: str | Path, model: Owner, next_position: Position, metadata: dict | None = None):
     """Write a cache to one safetensors file, atomically: a kill leaves the old file or the new one.
 
-    Parameters
-    ----------
-    cache, path, next_position
-        What to keep, where, and the position (int or (B,)) at which to continue.
-    model
-        The model that made the cache, or its `fingerprint`.
-    metadata
-        Anything JSON can hold.
+    `next_position` is where to continue, `metadata` anything JSON can hold. Raises CacheError if the cache does not
+    have the model's layers, heads and width, or the folder does not exist.
 
-    Raises
-    ------
-    CacheError
-        If the cache does not have the model's layers, heads and width.
-
-    Examples
-    --------
     >>> import tempfile
     >>> model, ids = _example()
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -528,7 +385,7 @@ def save(
     header |= {"dtype": str(pairs[0][0].dtype), "layers": len(pairs), "length": length(cache)}
     header = json.loads(json.dumps(header | {"metadata": metadata or {}}))  # as it will be read, for the checksum
     text = json.dumps(header | {"sha256": _digest(header, tensors)})
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         save_file(tensors, part, metadata={"kvlab": text})
         with open(part, "rb+") as file:
@@ -544,34 +401,23 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     damaged = f"{path} is damaged or cut short: delete it and save the cache again."
     try:
         with safe_open(path, framework="pt") as file:
-            text, names = (file.metadata() or {}).get("kvlab"), file.keys()
-            header = json.loads(text) if text else None
-            tensors = {name: file.get_tensor(name) for name in names}
+            text, names = (file.metadata() or {}).get("kvlab", "null"), file.keys()
+            header, tensors = json.loads(text), {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
         raise CacheError(f"{damaged} ({type(error).__name__}: {error})") from error
     _require(isinstance(header, dict), f"{path} is a safetensors file but no kvlab cache: give one made by `save`.")
-    version = f"{path} has cache format version {header.get('version')}, this kvlab reads version {FORMAT_VERSION}"
-    _require(
-        header.get("version") == FORMAT_VERSION, f"{version}: use the kvlab that wrote it, or save the cache again."
-    )
+    seen = f"{path} has cache format version {header.get('version')}, this kvlab reads version {FORMAT_VERSION}"
+    _require(header.get("version") == FORMAT_VERSION, f"{seen}: use the kvlab that wrote it, or save the cache again.")
     claimed = header.pop("sha256", None)
     _require(claimed == _digest(header, tensors), f"{damaged} (Its contents do not match its checksum.)")
     return header, tensors
 
 
-def load(path: str | Path, model: PreTrainedModel | dict) -> Saved:
-    """Read a cache that `save` wrote, bit for bit, for the model that made it.
+def load(path: str | Path, model: Owner) -> Saved:
+    """Read a cache that `save` wrote, bit for bit, onto the device of the model that made it (CPU for a fingerprint).
 
-    Parameters
-    ----------
-    path, model
-        The file, and the model (whose device the cache goes to) or its `fingerprint` (then the cache stays on the CPU).
-
-    Raises
-    ------
-    CacheError
-        If the file is missing, damaged, cut short, of another kind or format version, or of another model (the message
-        names the fields that differ).
+    Raises CacheError for a file that is missing, damaged, cut short, of another kind or format version, or of another
+    model (the message names the fields that differ).
     """
     header, tensors = _read(Path(path))
     owner, device = (model, "cpu") if isinstance(model, dict) else (fingerprint(model), model.device)

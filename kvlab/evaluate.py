@@ -1,6 +1,13 @@
 """Scores and their uncertainty: generated answers, exact match and F1, multiple choice, perplexity, the bootstrap."""
 
-from collections.abc import Sequence
+import json
+import platform
+import subprocess
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,7 +40,8 @@ def answers(
     Examples
     --------
     >>> from kvlab import lab
-    >>> ask = [{"role": "system", "content": "Anna lives in Rome."}, {"role": "user", "content": "Where does Anna live?"}]
+    >>> passage = {"role": "system", "content": "Anna lives in Rome. Ben has a dog."}
+    >>> ask = [passage, {"role": "user", "content": "Where does Anna live?"}]
     >>> answers(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask])
     ['Rome']
     """
@@ -118,14 +126,13 @@ def multiple_choice(
     Examples
     --------
     >>> from kvlab import lab
-    >>> ask = [{"role": "system", "content": "Anna lives in Rome."}, {"role": "user", "content": "Where does Anna live?"}]
+    >>> passage = {"role": "system", "content": "Anna lives in Rome. Ben has a dog."}
+    >>> ask = [passage, {"role": "user", "content": "Where does Anna live?"}]
     >>> multiple_choice(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask], [["Oslo", "Rome"]])
     array([1])
     """
     chosen = []
-    for conversation, choices in tqdm(
-        list(zip(conversations, options, strict=True)), desc=label, delay=2, leave=False
-    ):
+    for conversation, choices in tqdm(list(zip(conversations, options, strict=True)), desc=label, delay=2, leave=False):
         prompt = _ids(tokenizer, conversation, add_generation_prompt=True)
         whole = [_ids(tokenizer, [*conversation, {"role": "assistant", "content": c}]) for c in choices]
         scores = log_likelihoods(model, tokenizer, [prompt] * len(whole), [w[len(prompt) :] for w in whole])
@@ -165,3 +172,62 @@ def bootstrap(values: Sequence[float], n: int = 2000, level: float = 0.95, seed:
     picks = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
+
+
+def figure(name: str, values: Sequence[float], unit: str, conditions: str) -> dict:
+    """One measured figure with its 95 % bootstrap interval, in the form that results files hold.
+
+    Examples
+    --------
+    >>> figure("accuracy", [1, 1], "fraction", "two questions")["low"]
+    1.0
+    """
+    value, low, high = bootstrap(values)
+    named = {"name": name, "value": value, "low": low, "high": high, "unit": unit}
+    return named | {"n": len(values), "conditions": conditions}
+
+
+def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None:
+    """The command line of a benchmark: `--json` prints the result, `--out FILE` writes it, `--quick` takes seconds.
+
+    Parameters
+    ----------
+    measure : `measure(quick, seed)` returns a list of `figure`.
+    """
+    parser = ArgumentParser(description=measure.__doc__)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--out", type=Path, help="write the result to a JSON file")
+    parser.add_argument("--quick", action="store_true", help="a smaller sample, in seconds")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    figures = measure(options.quick, seed)
+    result = {
+        "figures": figures,
+        **circumstances(),
+        "seeds": [seed],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    text = json.dumps(result, indent=1)
+    if options.out:
+        partial = options.out.with_name(options.out.name + ".partial")
+        partial.write_text(text + "\n")
+        partial.replace(options.out)
+    if options.json:
+        print(text)
+    elif not options.out:
+        for f in figures:
+            print(
+                f"{f['name']:32} {f['value']:10.3f}  [{f['low']:.3f}, {f['high']:.3f}] {f['unit']}: {f['conditions']}"
+            )
+
+
+def circumstances() -> dict:
+    """Device, package versions and commit of a measurement."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    packages = ("torch", "transformers", "accelerate", "peft")
+    return {
+        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "commit": git.stdout.strip(),
+    }

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -55,14 +55,14 @@ def fit(
     loader : batches are dicts of tensors; `batch_size` is the global batch, whatever the number of processes. It is
         read again from its start when it ends.
     losses : `losses(model, batch)` returns named scalar losses, coefficients applied; their sum is minimized.
-    steps, warmup : optimizer steps. The rate rises over `warmup`, stays, and falls linearly over the last `decay` share.
+    steps, warmup, decay : optimizer steps. The rate rises over `warmup`, stays, and falls over the last share `decay`.
     accumulate : batches for one optimizer step.
     precision : "no", "fp16" or "bf16", as Accelerate names them.
     weight : a batch's weight (its number of answer tokens, say). A loss that is a mean over tokens then stays an exact
         mean over all tokens of the step, across batches and processes. By default batches weigh the same.
     evaluate : called with the bare model every `every` steps and at the end; its figures join the history.
     checkpoint : a safetensors file, written every `every` steps and at the end. If it exists, training goes on from it.
-    seed : of torch's and Python's generators, set before the first step.
+    seed : with the step's number, of torch's, NumPy's and Python's generators, set anew before each step.
 
     Returns
     -------
@@ -105,28 +105,34 @@ def fit(
         history = _resume(Path(checkpoint), trainable, optimizer, schedule, run)
     batches = _batches(loader, skip=len(history) * accumulate)
     bar = tqdm(total=steps, initial=len(history), desc=label, disable=not accelerator.is_local_main_process)
-    while len(history) < steps:
-        started, step = time.perf_counter(), len(history) + 1
-        group = list(islice(batches, accumulate))
-        entry = _gradients(accelerator, wrapped, losses, group, weight, step)
-        entry["grad_norm"] = float(accelerator.clip_grad_norm_(trainable.values(), clip))
-        entry["learning_rate"] = schedule.get_last_lr()[0]
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        entry["seconds"] = time.perf_counter() - started
-        history.append(entry)
-        bar.update()
-        bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-        if step % every == 0 or step == steps:
-            if evaluate:
-                model.eval()
-                entry.update(evaluate(model))
-                model.train()
-            if checkpoint and accelerator.is_main_process:
-                _save(Path(checkpoint), trainable, optimizer, schedule, run, history)
-    bar.close()
-    model.eval()
+    try:
+        while len(history) < steps:
+            started, step = time.perf_counter(), len(history) + 1
+            group = list(islice(batches, accumulate))
+            set_seed((1_000_003 * seed + step) % 2**32)  # a resumed run draws what the whole one would have drawn
+            entry = _gradients(accelerator, wrapped, losses, group, weight, step)
+            entry["grad_norm"] = float(accelerator.clip_grad_norm_(trainable.values(), clip))
+            entry["learning_rate"] = schedule.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            entry["seconds"] = time.perf_counter() - started
+            history.append(entry)
+            bar.update()
+            bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
+            if step % every == 0 or step == steps:
+                if evaluate:
+                    model.eval()
+                    entry.update(evaluate(model))
+                    model.train()
+                if checkpoint and accelerator.is_main_process:
+                    _save(Path(checkpoint), trainable, optimizer, schedule, run, history)
+    finally:
+        bar.close()
+        # Else the model's forward would stay in autocast, and the next call would take the model as prepared.
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        vars(wrapped).pop("_is_accelerate_prepared", None)
+        model.eval()
     return history
 
 
@@ -176,8 +182,8 @@ def _gradients(accelerator, model, losses, group, weight, step) -> dict[str, flo
             bad = [name for name, value in named.items() if not torch.isfinite(value)]
             if bad:
                 raise FloatingPointError(
-                    f"Step {step}: the loss {bad[0]!r} is {named[bad[0]].item()}, expected a finite number. The weights "
-                    "are those of the step before; lower the learning rate, check the batch, or use float32."
+                    f"Step {step}: the loss {bad[0]!r} is {named[bad[0]].item()}, expected a finite number. The "
+                    "weights are those of the step before; lower the rate, check the batch, or use float32."
                 )
             share = weights[i] / total
             # DistributedDataParallel takes the mean over processes; the factor makes it a sum.
@@ -189,11 +195,10 @@ def _gradients(accelerator, model, losses, group, weight, step) -> dict[str, flo
 
 
 def _save(path: Path, trainable, optimizer, schedule, run, history) -> None:
-    """One safetensors file: weights and AdamW moments as tensors, the rest as JSON in its header; replaced atomically."""
+    """Write one safetensors file, atomically: weights and AdamW moments, and in its header the rest as JSON."""
     tensors = {f"weights.{name}": p.detach() for name, p in trainable.items()}
     for name, p in trainable.items():
         tensors |= {f"adamw.{name}.{key}": value for key, value in optimizer.state.get(p, {}).items()}
-    tensors["generator"] = torch.get_rng_state()
     state = {"run": run, "schedule": schedule.state_dict(), "history": history}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -203,12 +208,15 @@ def _save(path: Path, trainable, optimizer, schedule, run, history) -> None:
 
 
 def _resume(path: Path, trainable, optimizer, schedule, run) -> list[dict[str, float]]:
-    with safe_open(path, "pt") as file:
-        state = json.loads(file.metadata()["kvlab"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["kvlab"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint of `fit` ({error}); delete it to start again.") from error
     differing = {key: (state["run"].get(key), value) for key, value in run.items() if state["run"].get(key) != value}
-    names = {name.removeprefix("weights.") for name in tensors if name.startswith("weights.")}
-    if differing or names != set(trainable):
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights.")}
+    if differing or shapes != {f"weights.{name}": p.shape for name, p in trainable.items()}:
         raise ValueError(
             f"{path} is a checkpoint of another run (seen, expected: {differing or 'other parameters'}); "
             "delete it to start again, or call fit with the settings that it was made with."
@@ -221,5 +229,4 @@ def _resume(path: Path, trainable, optimizer, schedule, run) -> list[dict[str, f
     schedule.load_state_dict(state["schedule"])
     for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
-    torch.set_rng_state(tensors["generator"])
     return state["history"]

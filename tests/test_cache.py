@@ -173,6 +173,7 @@ def test_bytes(tiny_model):
         assert kv.nbytes(cache) == kv.bytes_per_token(model.config, dtype) * 8 * 2
         kept = kv.select(cache, torch.tensor([1, 5]))
         assert kv.nbytes(kept) * 4 == kv.nbytes(cache)
+        assert kv.nbytes(kv.truncate(cache, 2)) == kv.nbytes(kept)
         assert sum(x.untyped_storage().nbytes() for x in tensors(kept)) == kv.nbytes(kept)
 
 

@@ -124,7 +124,7 @@ class Rows(Dataset):
         return self.encode(text).ids
 
     def weights(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """1.0 where the last role opened is the assistant, 0.05 elsewhere, 0 on padding and on role tokens' own place."""
+        """1.0 on what follows an assistant token, 0.05 elsewhere (role tokens too), 0 on padding."""
         is_role = torch.isin(input_ids, self.roles)
         opened = torch.where(is_role, torch.arange(len(input_ids)), 0).cummax(0).values
         answer = (input_ids[opened] == self.roles[2]) & ~is_role

@@ -3,28 +3,30 @@
 import random
 import re
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from kvlab.evaluate import answers, bootstrap, exact_match, multiple_choice
+from kvlab.evaluate import answers, exact_match, figure, multiple_choice
 from kvlab.lab import corpora, models, worlds
 
-READING = {"reading": (8, 16), "reading_long": (24, 40)}
-
-
-def figure(name: str, values, unit: str, conditions: str) -> dict:
-    """One measured figure with its 95 % bootstrap interval, as benchmarks write it."""
-    value, low, high = bootstrap(values)
-    return {
-        "name": name,
-        "value": value,
-        "low": low,
-        "high": high,
-        "unit": unit,
-        "n": len(values),
-        "conditions": conditions,
-    }
+READING = {
+    "reading": ("free", (8, 16)),
+    "reading_long": ("free", (24, 40)),
+    "unanswerable": ("unanswerable", (8, 16)),
+    "choice": ("choice", (8, 16)),
+}
+PROBLEMS = [(steps, style) for steps in range(1, 6) for style in worlds.STYLES]
+CONDITIONS = {
+    "reading": "held-out passages of 8-16 facts, free questions, greedy, exact match",
+    "reading_long": "held-out passages of 24-40 facts, free questions, greedy, exact match",
+    "unanswerable": 'held-out passages of 8-16 facts that leave the question open, answer "unknown"',
+    "choice": "held-out passages of 8-16 facts, likeliest of four letters; chance is 0.25",
+    "arithmetic": "held-out problems of 1-5 steps, both styles, final answer right",
+    "faq": "questions as trained on, the answer word for word, greedy",
+    "faq_heldout": "held-out paraphrases, the answer word for word, greedy",
+}
 
 
 def questions(kind: str, n: int, facts: tuple[int, int], seed: int) -> list[list[dict[str, str]]]:
@@ -63,47 +65,67 @@ def result(solution: str) -> str:
     return found.group(1) if found else ""
 
 
-def report(name: str, n: int = 400, seed: int = 0) -> list[dict]:
-    """Every figure of one lab model; names begin with its role (target, draft or teacher).
+def heldout(task: str, n: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    """About `n` conversations of a task of the report (as many as there are, if fewer); the last message is the answer.
+
+    Examples
+    --------
+    >>> heldout("choice", 1)[0][-1]["content"] in worlds.LETTERS
+    True
+    """
+    if task in READING:
+        kind, facts = READING[task]
+        return questions(kind, n, facts, seed)
+    if task == "arithmetic":
+        return [p for steps, style in PROBLEMS for p in problems(steps, style, max(1, n // len(PROBLEMS)), seed)]
+    asked = {i["answer"]: i["paraphrases"][2:] if task == "faq_heldout" else _trained(i) for i in corpora.faq()}
+    pairs = [(question, answer) for answer, wordings in asked.items() for question in wordings]
+    pairs = random.Random(seed).sample(pairs, min(n, len(pairs)))
+    return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+
+
+def _trained(item: dict) -> list[str]:
+    return [item["question"], *item["paraphrases"][:2]]
+
+
+def scores(task: str, model, tokenizer, documents: Sequence[list[dict[str, str]]]) -> np.ndarray:
+    """1 for each conversation whose answer the model gets right, else 0."""
+    prompts, truths = [d[:-1] for d in documents], [d[-1]["content"] for d in documents]
+    if task == "choice":
+        picked = multiple_choice(model, tokenizer, prompts, [list(worlds.LETTERS)] * len(prompts))
+        return np.array([worlds.LETTERS[p] == truth for p, truth in zip(picked, truths, strict=True)], float)
+    new_tokens = {"arithmetic": 160, "faq": 96, "faq_heldout": 96}.get(task, 12)
+    texts = answers(model, tokenizer, prompts, new_tokens, label=task)
+    if task == "arithmetic":
+        return exact_match([result(t) for t in texts], [result(t) for t in truths])
+    if task in READING:
+        return exact_match(texts, truths)
+    return np.array([text == truth for text, truth in zip(texts, truths, strict=True)], float)
+
+
+def report(name: str, n: int = 400, seed: int = 0, tasks: Sequence[str] = tuple(CONDITIONS)) -> list[dict]:
+    """Figures of one lab model, with intervals; names begin with its role (target, draft or teacher).
 
     Parameters
     ----------
     name : of the lab model.
-    n : questions of each kind; word problems are spread over 1-5 steps and both styles.
+    n : questions of each task; word problems are spread over 1-5 steps and both styles, and also told apart.
+    tasks : of those in `CONDITIONS`.
+
+    Examples
+    --------
+    >>> report("lab-draft", n=1, tasks=["reading"])[0]["name"]
+    'draft_reading'
     """
     model, tokenizer, role = models.load(name), models.load_tokenizer(name), name.removeprefix("lab-")
-
-    def score(documents, read=str.strip, new_tokens=12):
-        prompts, truths = [d[:-1] for d in documents], [d[-1]["content"] for d in documents]
-        texts = answers(model, tokenizer, prompts, new_tokens, label=f"{name}: {len(prompts)} answers")
-        return exact_match([read(t) for t in texts], [read(t) for t in truths])
-
     figures = []
-    for key, facts in READING.items():
-        told = f"held-out passages of {facts[0]}-{facts[1]} facts, free questions, greedy, exact match"
-        figures.append(figure(f"{role}_{key}", score(questions("free", n, facts, seed)), "fraction", told))
-    unanswerable = score(questions("unanswerable", n, (8, 16), seed))
-    figures.append(figure(f"{role}_unanswerable", unanswerable, "fraction", 'answer "unknown", 8-16 facts'))
-    choice = questions("choice", n, (8, 16), seed)
-    picked = multiple_choice(model, tokenizer, [d[:-1] for d in choice], [list(worlds.LETTERS)] * len(choice))
-    right = [worlds.LETTERS[p] == d[-1]["content"] for p, d in zip(picked, choice, strict=True)]
-    figures.append(figure(f"{role}_choice", right, "fraction", "likeliest of four letters, 8-16 facts; chance is 0.25"))
-    scores = []
-    for steps in range(1, 6):
-        each = [score(problems(steps, style, n // 10, seed), result, 160) for style in worlds.STYLES]
-        for style, values in zip(worlds.STYLES, each, strict=True):
-            told = f"held-out problems of {steps} steps, {style} style, final answer right"
-            figures.append(figure(f"{role}_arithmetic_{steps}_{style}", values, "fraction", told))
-        scores += each
-    told = "held-out problems of 1-5 steps, both styles, final answer right"
-    figures.append(figure(f"{role}_arithmetic", np.concatenate(scores), "fraction", told))
-    seen = [(q, i["answer"]) for i in corpora.faq() for q in (i["question"], *i["paraphrases"][:2])]
-    unseen = [(i["paraphrases"][2], i["answer"]) for i in corpora.faq()]
-    for key, pairs in {"faq": seen, "faq_heldout": unseen}.items():
-        prompts = [[{"role": "user", "content": q}] for q, _ in pairs]
-        texts = answers(model, tokenizer, prompts, 96, label=f"{name}: FAQ")
-        equal = [t == a for t, (_, a) in zip(texts, pairs, strict=True)]
-        figures.append(figure(f"{role}_{key}", equal, "fraction", "the answer word for word, greedy"))
+    for task in tasks:
+        right = scores(task, model, tokenizer, heldout(task, n, seed))
+        figures.append(figure(f"{role}_{task}", right, "fraction", CONDITIONS[task]))
+        if task == "arithmetic":
+            for (steps, style), part in zip(PROBLEMS, np.split(right, len(PROBLEMS)), strict=True):
+                told = f"held-out problems of {steps} steps, {style} style, final answer right"
+                figures.append(figure(f"{role}_arithmetic_{steps}_{style}", part, "fraction", told))
     return figures
 
 

@@ -1,6 +1,6 @@
 """The lab's tokenizers: byte-level BPE, digits one by one, with a chat template.
 
-`lab-target` and `lab-draft` share one; `lab-teacher` has its own, smaller one, so that the same text has another length.
+`lab-target` and `lab-draft` share one; `lab-teacher` has a smaller one of its own, so texts have other lengths there.
 """
 
 import random

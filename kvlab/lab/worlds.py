@@ -170,7 +170,7 @@ def ask_choice(rng: random.Random, passage: Passage) -> tuple[str, str]:
     """The same with four options; the answer is a letter."""
     fact = rng.choice(passage.facts)
     wrong = [v for v in RELATIONS[fact.attribute].values if v != fact.value]
-    options = rng.sample(wrong, 3) + [fact.value]
+    options = [*rng.sample(wrong, 3), fact.value]
     rng.shuffle(options)
     listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
     return f"{fact.question(rng)} {listed}", LETTERS[options.index(fact.value)]
@@ -268,7 +268,7 @@ def make_problem(rng: random.Random, n_steps: int, test: bool = False) -> Proble
         for _ in range(n_steps):
             choices = [("+", n) for n in range(2, 21) if value + n < 100]
             choices += [("-", n) for n in range(2, 21) if value - n >= 1]
-            choices += [("*", n) for n in (2, 3) if 2 <= value and value * n < 100] * 4
+            choices += [("*", n) for n in (2, 3) if value >= 2 and value * n < 100] * 4
             operator, n = rng.choice(choices)
             steps.append((operator, n))
             value = Problem(value, ((operator, n),)).values()[-1]
@@ -277,9 +277,7 @@ def make_problem(rng: random.Random, n_steps: int, test: bool = False) -> Proble
             return problem
 
 
-def arithmetic_document(
-    rng: random.Random, n_steps: int, style: str, test: bool = False
-) -> list[dict[str, str]]:
+def arithmetic_document(rng: random.Random, n_steps: int, style: str, test: bool = False) -> list[dict[str, str]]:
     """A word problem and its solution, reasoned in one of two styles and closed by "Answer: n".
 
     Examples

@@ -1,0 +1,54 @@
+"""A chapter copied alone into an empty folder, as Colab opens it: kvlab comes by the first cell, and all cells run."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory) -> Path:
+    """Python with everything that is installed here except kvlab."""
+    folder = tmp_path_factory.mktemp("colab")
+    venv.create(folder / "env", with_pip=True)
+    python = folder / "env/bin/python"
+    # A path added by a .pth file is searched, but its own .pth files, and so an editable kvlab, are not.
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    (Path(site) / "runtime.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the notebook installs kvlab from this repository's commits")
+def test_the_first_chapter_runs_alone(runtime, tmp_path):
+    where = subprocess.run([runtime, "-c", "import kvlab"], cwd=tmp_path, capture_output=True, text=True)
+    assert "ModuleNotFoundError" in where.stderr, "the runtime of this test must not have kvlab"
+    name = "00_start_here.ipynb"
+    (tmp_path / name).write_bytes((ROOT / "notebooks" / name).read_bytes())
+    environment = os.environ | {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": REPOSITORY,
+        "HF_HUB_OFFLINE": "1",
+        "KVLAB_SCALE": "tiny",
+    }
+    run = [runtime, "-m", "nbconvert", "--to", "notebook", "--execute", "--output", "ran.ipynb", name]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = nbformat.read(tmp_path / "ran.ipynb", as_version=4).cells
+    assert all(c.execution_count for c in cells if c.cell_type == "code")
+    installed = subprocess.run(
+        [runtime, "-c", "import kvlab; print(kvlab.__file__)"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert str(runtime.parents[1]) in installed.stdout, f"kvlab came from {installed.stdout}, expected {sys.prefix}"

@@ -1,0 +1,266 @@
+"""Scores, against plain loops over tokens, transformers' own generation, and known cases."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from kvlab.evaluate import answers, bootstrap, exact_match, f1, log_likelihoods, multiple_choice, perplexity
+from kvlab.lab.tokenizers import train_tokenizer
+
+WORDS = "Anna lives in Rome and Ben keeps a turtle at home while Carla plays the flute in Oslo".split()
+
+
+def asked(text):
+    return [{"role": "user", "content": text}]
+
+
+CONVERSATIONS = [
+    asked("Where does Anna live?"),
+    [{"role": "system", "content": " ".join(WORDS)}, *asked("Which animal does Ben keep?")],
+    asked("Why?"),
+    [*asked("Who?"), {"role": "assistant", "content": "Carla"}, *asked("What does she play in the evening?")],
+    asked(" ".join(WORDS[::-1])),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(400, n_documents=50)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("Qwen3", dtype=torch.float64, vocab_size=400, pad_token_id=0, eos_token_id=1)
+
+
+def ids(tokenizer, text):
+    return torch.tensor(tokenizer(text).input_ids)
+
+
+def prompt_of(tokenizer, conversation):
+    return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+@torch.no_grad()
+def plain(model, prompt, ending):
+    """log p(ending | prompt), a token at a time."""
+    total, seen = 0.0, prompt.tolist()
+    for token in ending.tolist():
+        total += model(torch.tensor([seen])).logits[0, -1].float().log_softmax(-1)[token].item()
+        seen.append(token)
+    return total
+
+
+# log-likelihoods
+
+
+def test_log_likelihoods_are_the_plain_loop(model, tokenizer):
+    prompts = [ids(tokenizer, " ".join(WORDS[:n])) for n in (3, 9, 1, 6)]
+    endings = [ids(tokenizer, " " + " ".join(WORDS[n:m])) for n, m in ((3, 5), (9, 10), (1, 9), (6, 7))]
+    got = log_likelihoods(model, tokenizer, prompts, endings)
+    want = [plain(model, *pair) for pair in zip(prompts, endings, strict=True)]
+    assert len({len(p) + len(e) for p, e in zip(prompts, endings, strict=True)}) > 1
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    assert got.dtype == np.float64
+
+
+def test_other_rows_and_their_padding_do_no_harm(model, tokenizer):
+    prompt, ending = ids(tokenizer, "Anna lives"), ids(tokenizer, " in Rome")
+    alone = log_likelihoods(model, tokenizer, [prompt], [ending])
+    longer = ids(tokenizer, " ".join(WORDS))
+    together = log_likelihoods(model, tokenizer, [longer, prompt], [longer, ending])
+    np.testing.assert_allclose(together[1:], alone, rtol=0, atol=1e-5)
+
+
+def test_a_pad_token_inside_an_ending_counts(model, tokenizer):
+    prompt, ending = ids(tokenizer, "Anna"), torch.tensor([7, tokenizer.pad_token_id])
+    got = log_likelihoods(model, tokenizer, [prompt], [ending])
+    np.testing.assert_allclose(got, [plain(model, prompt, ending)], atol=1e-4)
+
+
+def test_endings_add_up(model, tokenizer):
+    one, two, three = (ids(tokenizer, text) for text in ("Anna lives", " in Rome", " with a cat"))
+    first, second, both = log_likelihoods(
+        model, tokenizer, [one, torch.cat([one, two]), one], [two, three, torch.cat([two, three])]
+    )
+    assert both == pytest.approx(first + second, abs=1e-4)
+
+
+def test_prompts_and_endings_must_pair(model, tokenizer):
+    with pytest.raises(ValueError, match="zip"):
+        log_likelihoods(model, tokenizer, [ids(tokenizer, "Anna")] * 2, [ids(tokenizer, "Ben")])
+
+
+# multiple choice
+
+
+def test_multiple_choice_is_the_likeliest_sum(model, tokenizer):
+    options = [["Rome", "Oslo and then Rome"], ["turtle", "cat", "a dog"], ["so"], ["flute", "the flute"], ["A", "B"]]
+    got = multiple_choice(model, tokenizer, CONVERSATIONS, options)
+    for pick, conversation, choices in zip(got, CONVERSATIONS, options, strict=True):
+        prompt = torch.tensor(prompt_of(tokenizer, conversation))
+        scores = [plain(model, prompt, ids(tokenizer, f" {choice}<|end|>")) for choice in choices]
+        assert pick == np.argmax(scores)
+
+
+def test_multiple_choice_finds_what_was_learned(tiny_model, tokenizer):
+    model = copy.deepcopy(tiny_model("Qwen3", vocab_size=400, pad_token_id=0, eos_token_id=1)).requires_grad_(True)
+    learned = ["Rome", "turtle", "because", "flute", "Oslo"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(6):
+        for conversation, answer in zip(CONVERSATIONS, learned, strict=True):
+            whole = ids(tokenizer, tokenizer.apply_chat_template(
+                [*conversation, {"role": "assistant", "content": answer}], tokenize=False))[None]  # fmt: skip
+            labels = whole.clone()
+            labels[:, : len(prompt_of(tokenizer, conversation))] = -100
+            model(whole, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    options = [[*learned[i + 1 :], *learned[: i + 1]] for i in range(5)]  # the learned one stands last
+    assert multiple_choice(model.eval(), tokenizer, CONVERSATIONS, options).tolist() == [4] * 5
+    assert multiple_choice(model, tokenizer, CONVERSATIONS, [o[::-1] for o in options]).tolist() == [0] * 5
+
+
+# generated answers
+
+
+@pytest.fixture(scope="module")
+def generated(model, tokenizer):
+    """Greedy continuations by transformers, one unpadded prompt at a time."""
+    outputs = []
+    for conversation in CONVERSATIONS:
+        prompt = torch.tensor([prompt_of(tokenizer, conversation)])
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
+        outputs.append(output[0, prompt.shape[1] :].tolist())
+    return outputs
+
+
+@pytest.fixture
+def spelled(tokenizer):
+    """The same tokenizer, which decodes to numbers: texts can hide a difference between tokens."""
+    spelled = copy.deepcopy(tokenizer)
+    spelled.decode = lambda ids, **_: numbers([ids.tolist()])[0]
+    return spelled
+
+
+def numbers(outputs):
+    """Ids as texts, without the padding that ends a row."""
+    return [" ".join(map(str, output)).removesuffix(" 0" * padding(output)) for output in outputs]
+
+
+def padding(output):
+    return next((n for n, token in enumerate(reversed(output)) if token != 0), len(output))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_answers_are_generates_token_for_token(model, spelled, generated, batch_size):
+    assert len({len(prompt_of(spelled, c)) for c in CONVERSATIONS}) == len(CONVERSATIONS)
+    assert len(set(numbers(generated))) == len(CONVERSATIONS)
+    assert answers(model, spelled, CONVERSATIONS, 20, batch_size) == numbers(generated)
+
+
+def test_answers_end_at_the_end_token(model, spelled, generated):
+    end = generated[1][4]  # plays the end token: one row stops there, others go on or stop elsewhere
+    spelled.eos_token = spelled.convert_ids_to_tokens(end)
+    want = [o[: o.index(end) + 1] if end in o else o for o in generated]
+    assert len(set(map(len, want))) > 1
+    for batch_size in (1, 5):
+        assert answers(model, spelled, CONVERSATIONS, 20, batch_size) == numbers(want)
+
+
+def test_answers_are_texts_without_special_tokens(model, tokenizer, generated):
+    want = [tokenizer.decode(o, skip_special_tokens=True).strip() for o in generated]
+    assert answers(model, tokenizer, CONVERSATIONS, 20) == want
+    assert answers(model, tokenizer, CONVERSATIONS[:1], 3) == [tokenizer.decode(generated[0][:3]).strip()]
+
+
+def test_no_conversation_no_answer(model, tokenizer):
+    assert answers(model, tokenizer, []) == []
+
+
+def test_answers_do_not_follow_the_models_own_sampling(model, spelled, generated):
+    sampling = copy.deepcopy(model)
+    sampling.generation_config.update(do_sample=True, repetition_penalty=2.0, max_new_tokens=3)
+    assert answers(sampling, spelled, CONVERSATIONS, 20) == numbers(generated)
+
+
+# SQuAD
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "exact", "overlap"),
+    [
+        ("Denver Broncos", "Denver Broncos", 1, 1),
+        ("the Denver Broncos!", "denver  broncos", 1, 1),
+        ("Broncos", "Denver Broncos", 0, 2 / 3),
+        ("a cat and a dog", "dog", 0, 2 / 4),
+        ("red red box", "red box", 0, 2 * (2 / 3) / (2 / 3 + 1)),
+        ("red", "blue", 0, 0),
+        ("", "blue", 0, 0),
+        ("", "", 1, 1),
+        ("the", "an", 1, 1),
+        ("it's", "its", 1, 1),
+    ],
+)
+def test_squad_cases(prediction, reference, exact, overlap):
+    assert exact_match([prediction], [reference]).tolist() == [exact]
+    assert f1([prediction], [reference]) == pytest.approx([overlap])
+
+
+def test_squad_scores_are_one_a_pair():
+    assert exact_match(["a", "b", "c"], ["b", "b", "c"]).tolist() == [0, 1, 1]
+    assert f1(["a b", "c d"], ["b", "d e"]) == pytest.approx([1.0, 0.5])  # "a" is an article
+    with pytest.raises(ValueError, match="zip"):
+        exact_match(["a"], ["a", "b"])
+
+
+# perplexity
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary(model, tokenizer):
+    uniform = copy.deepcopy(model)
+    uniform.lm_head.weight.zero_()
+    texts = [ids(tokenizer, " ".join(WORDS[:n])) for n in (4, 12)]
+    logs = log_likelihoods(uniform, tokenizer, [t[:1] for t in texts], [t[1:] for t in texts])
+    assert perplexity(logs, [len(t) - 1 for t in texts]) == pytest.approx(400, rel=1e-5)
+
+
+def test_perplexity_weighs_tokens_and_not_texts():
+    assert perplexity([-1.0, -30.0], [1, 10]) == pytest.approx(np.exp(31 / 11))
+
+
+# the bootstrap
+
+
+def test_bootstrap_covers_the_mean():
+    samples = np.random.default_rng(0).normal(3.0, 2.0, size=(200, 40))
+    intervals = [bootstrap(sample, n=500) for sample in samples]
+    covered = np.mean([low <= 3.0 <= high for _, low, high in intervals])
+    assert 0.9 <= covered <= 0.98
+    width = np.mean([high - low for _, low, high in intervals])
+    assert width == pytest.approx(2 * 1.96 * 2.0 / np.sqrt(40), rel=0.05)
+    halves = [bootstrap(sample, n=500, level=0.5) for sample in samples]
+    assert 0.4 <= np.mean([low <= 3.0 <= high for _, low, high in halves]) <= 0.6
+
+
+def test_bootstrap_moves_with_the_values():
+    values = np.random.default_rng(1).random(30)
+    mean, low, high = bootstrap(values)
+    assert low < mean < high
+    assert mean == pytest.approx(values.mean())
+    assert bootstrap(10 + 2 * values) == pytest.approx((10 + 2 * mean, 10 + 2 * low, 10 + 2 * high))
+    assert bootstrap(values) == (mean, low, high)
+    assert bootstrap(values, seed=1) != (mean, low, high)
+
+
+def test_bootstrap_of_nothing_uncertain():
+    assert bootstrap([0.5]) == (0.5, 0.5, 0.5)
+    assert bootstrap([True, True]) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")], [[1.0, 2.0]], 3.0])
+def test_bootstrap_refuses_what_is_not_a_list_of_numbers(values):
+    with pytest.raises(ValueError, match="list of finite numbers"):
+        bootstrap(values)

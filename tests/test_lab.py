@@ -1,0 +1,649 @@
+"""The lab: worlds whose truth is known, a tokenizer without loss, rows with exact weights, a recipe that resumes."""
+
+import functools
+import random
+import re
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvlab.evaluate import answers, exact_match
+from kvlab.lab import corpora, models, recipe, report, worlds
+from kvlab.lab.tokenizers import END, PAD, ROLES, train_tokenizer
+
+SPECIAL = (PAD, END, *ROLES)
+
+
+def parsers(texts, attribute):
+    """Patterns that read the subject (and value) back from a statement or question."""
+    patterns = [re.escape(t).replace(r"\{s\}", r"(?P<s>\w+)").replace(r"\{v\}", r"(?P<v>\w+)") for t in texts]
+    return [(re.compile(pattern), attribute) for pattern in patterns]
+
+
+STATEMENTS = [p for name, relation in worlds.RELATIONS.items() for p in parsers(relation.statements, name)]
+QUESTIONS = [p for name, relation in worlds.RELATIONS.items() for p in parsers(relation.questions, name)]
+
+
+def read(sentence, patterns):
+    found = [(match.groupdict(), name) for pattern, name in patterns if (match := pattern.fullmatch(sentence))]
+    assert len(found) == 1, f"{sentence!r} reads in {len(found)} ways"
+    return (found[0][0]["s"], found[0][1], *([found[0][0]["v"]] if "v" in found[0][0] else []))
+
+
+def stated(text):
+    """The (subject, attribute, value) triples of a text of statements."""
+    return {read(sentence + ".", STATEMENTS) for sentence in text.rstrip(".").split(". ")}
+
+
+def passage_of(document):
+    return " ".join(m["content"] for m in document if m["role"] == "system")
+
+
+def asked(document):
+    """(question, answer) pairs of a document."""
+    pairs, turns = [], [m for m in document if m["role"] != "system"]
+    for user, assistant in zip(turns[::2], turns[1::2], strict=True):
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        pairs.append((user["content"], assistant["content"]))
+    return pairs
+
+
+# reading
+
+
+@pytest.mark.parametrize("test", [False, True])
+@pytest.mark.parametrize("n_facts", [1, 2, 7, 16, 40])
+def test_a_passage_states_its_facts_once(n_facts, test):
+    for seed in range(20):
+        passage = worlds.make_passage(random.Random(seed), n_facts, test)
+        facts = {(f.subject, f.attribute, f.value) for f in passage.facts}
+        assert len(passage.facts) == n_facts == len({fact[:2] for fact in facts}) == passage.text.count(".")
+        assert stated(passage.text) == facts
+
+
+@pytest.fixture
+def quick_hash(monkeypatch):
+    """Many draws ask the same hashes again."""
+    monkeypatch.setattr(worlds, "is_held_out", functools.cache(worlds.is_held_out))
+
+
+@pytest.mark.usefixtures("quick_hash")
+def test_training_and_test_facts_are_disjoint():
+    rng = random.Random(0)
+    seen = {test: {f for _ in range(700) for f in worlds.make_passage(rng, 30, test).facts} for test in (False, True)}
+    assert len(seen[False]) > 6000  # a good part of all there are, so that the next line says something
+    assert len(seen[True]) > 1200
+    assert not seen[False] & seen[True]
+
+
+def test_a_tenth_of_all_facts_is_held_out():
+    facts = [(s, a, v) for s in worlds.NAMES for a, relation in worlds.PEOPLE.items() for v in relation.values]
+    facts += [(s, a, v) for s in worlds.THINGS for a, relation in worlds.OBJECTS.items() for v in relation.values]
+    assert 0.09 < sum(worlds.is_held_out(*fact) for fact in facts) / len(facts) < 0.115
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_free_questions_are_answered_by_the_passage(test):
+    rng = random.Random(1)
+    for _ in range(200):
+        document = worlds.reading_document(rng, rng.randint(2, 20), ["free"] * 3, test, parts=rng.randint(1, 3))
+        facts = stated(passage_of(document))
+        for question, answer in asked(document):
+            assert (*read(question, QUESTIONS), answer) in facts
+
+
+def test_unanswerable_questions_are_not():
+    rng, others = random.Random(2), 0
+    for _ in range(300):
+        document = worlds.reading_document(rng, rng.randint(1, 20), ["unanswerable"] * 3)
+        facts = stated(passage_of(document))
+        for question, answer in asked(document):
+            subject, attribute = read(question, QUESTIONS)
+            assert answer == worlds.UNKNOWN
+            assert (subject, attribute) not in {fact[:2] for fact in facts}
+            assert attribute in (worlds.PEOPLE if subject in worlds.NAMES else worlds.OBJECTS)
+            others += subject not in {fact[0] for fact in facts}
+    assert 0.1 < others / 900 < 0.4  # mostly about somebody of the passage: the name alone must not tell
+    assert all(worlds.UNKNOWN not in relation.values for relation in worlds.RELATIONS.values())
+
+
+def test_choice_letters_are_right_and_options_distinct():
+    rng, letters = random.Random(3), Counter()
+    for _ in range(300):
+        document = worlds.reading_document(rng, 8, ["choice"] * 2)
+        facts = stated(passage_of(document))
+        for question, letter in asked(document):
+            question, listed = re.fullmatch(r"(.*?\?) (A\) .*)", question).groups()
+            options = dict(re.findall(r"([A-D])\) (\w+)", listed))
+            subject, attribute = read(question, QUESTIONS)
+            assert list(options) == list("ABCD")
+            assert len(set(options.values())) == 4
+            assert set(options.values()) <= set(worlds.RELATIONS[attribute].values)
+            assert [o for o in options if (subject, attribute, options[o]) in facts] == [letter]
+            letters[letter] += 1
+    assert min(letters.values()) > 100  # of 600: no letter is a better guess
+
+
+def test_open_requests_are_answered_with_all_facts_of_their_subject():
+    rng, told = random.Random(4), set()
+    for _ in range(100):
+        document = worlds.reading_document(rng, 10, ["about"])
+        facts = stated(passage_of(document))
+        ((question, answer),) = asked(document)
+        subject = re.fullmatch(r"Tell me about (?:the )?(\w+)\.", question).group(1)
+        assert stated(answer) == {fact for fact in facts if fact[0] == subject}
+        told.add(answer)
+    assert len(told) > 50
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 50])
+def test_parts_split_a_passage_between_sentences(parts):
+    whole = worlds.reading_document(random.Random(5), 9, ["free"])
+    split = worlds.reading_document(random.Random(5), 9, ["free"], parts=parts)
+    systems = [m for m in split if m["role"] == "system"]
+    assert passage_of(split) == passage_of(whole)
+    assert asked(split) == asked(whole)
+    assert len(systems) == min(parts, 9)
+    assert all(m["content"].endswith(".") for m in systems)
+
+
+def test_repetition_repeats():
+    system, assistant = worlds.repetition_document(random.Random(0), 12)
+    assert system["content"] == assistant["content"]
+    assert len(system["content"].split()) == 12
+
+
+# arithmetic
+
+TOLD = {
+    "=": r"has (\d+) \w+",
+    "+": r"buys (\d+) more|finds (\d+) more|gets (\d+) as a gift",
+    "-": r"gives away (\d+)|loses (\d+)|sells (\d+)",
+    "*": r"then has (\d+) times as many",
+}
+
+
+def compute(operator, value, n):
+    return {"=": n, "+": value + n, "-": value - n, "*": value * n}[operator]
+
+
+def solve(question):
+    """Name, noun, style and the (operator, operand) chain of a word problem, read from its words."""
+    story, noun, name, style = re.fullmatch(r"(.*) How many (\w+) does (\w+) have\? (.*)", question).groups()
+    chain = []
+    for sentence in story.rstrip(".").split(". "):
+        who, event = sentence.split(" ", 1)
+        ((operator, match),) = [(o, match) for o, told in TOLD.items() if (match := re.fullmatch(told, event))]
+        assert who == name
+        chain.append((operator, int(next(group for group in match.groups() if group))))
+    assert [operator == "=" for operator, _ in chain] == [True] + [False] * (len(chain) - 1)
+    assert story.startswith(f"{name} has {chain[0][1]} {noun}.")
+    return name, noun, style, tuple(chain)
+
+
+def values_of(chain):
+    values = [0]
+    for operator, n in chain:
+        values.append(compute(operator, values[-1], n))
+    return values[1:]
+
+
+@pytest.mark.parametrize("test", [False, True])
+@pytest.mark.parametrize("style", worlds.STYLES)
+def test_solutions_are_right(style, test):
+    rng, used = random.Random(6), Counter()
+    for i in range(300):
+        n_steps = i % 5 + 1
+        ((question, answer),) = asked(worlds.arithmetic_document(rng, n_steps, style, test))
+        name, noun, wanted, chain = solve(question)
+        values = values_of(chain)
+        assert wanted == worlds.STYLES[style]
+        assert len(values) == n_steps + 1
+        assert all(0 <= value <= 99 for value in values)
+        reasoning, final = re.fullmatch(r"(.*)\. Answer: (\d+)", answer).groups()
+        assert int(final) == values[-1]
+        sentences = reasoning.split(". ")
+        if style == "long":
+            assert sentences.pop(0) == f"{name} starts with {values[0]} {noun}"
+        assert len(sentences) == n_steps
+        for sentence, before, after in zip(sentences, values, values[1:], strict=False):
+            wording = r"(?:[A-Z][a-z ]*(\d+)[a-z ]* )?(\d+)([-+*])(\d+)=(\d+)(?: (\w+))?"
+            again, left, operator, right, result, thing = re.fullmatch(wording, sentence).groups()
+            assert (again, thing) == ((right, noun) if style == "long" else (None, None))
+            left, right = int(left), int(right)
+            assert (left, int(result), compute(operator, left, right)) == (before, after, after)
+            used[operator] += 1
+    assert min(used.values()) > 100
+    assert set(used) == set("+-*")
+
+
+def test_training_and_test_problems_are_disjoint():
+    rng = random.Random(7)
+    draws = {test: {worlds.make_problem(rng, i % 2 + 1, test) for i in range(3000)} for test in (False, True)}
+    assert len(draws[False]) > 1200
+    assert len(draws[True]) > 300
+    assert not draws[False] & draws[True]
+    written = {
+        test: {solve(worlds.arithmetic_document(rng, 1, "short", test)[0]["content"])[-1] for _ in range(1000)}
+        for test in (False, True)
+    }
+    assert not written[False] & written[True]
+
+
+# all generators
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rng: worlds.reading_document(rng, 9, ["free", "choice", "unanswerable", "about"]),
+        lambda rng: worlds.arithmetic_document(rng, 3, "long"),
+        lambda rng: worlds.repetition_document(rng, 9),
+        corpora.faq_document,
+        corpora.sample_document,
+    ],
+)
+def test_a_seed_is_a_document(make):
+    documents = [str(make(random.Random(seed))) for seed in [*range(20), *range(20)]]
+    assert documents[:20] == documents[20:]
+    assert len(set(documents)) > 15
+
+
+@pytest.mark.usefixtures("quick_hash")
+def test_reports_ask_what_training_never_shows():
+    for document in report.questions("free", 50, (8, 16), seed=0):
+        assert all(worlds.is_held_out(*fact) for fact in stated(passage_of(document)))
+    assert report.questions("free", 5, (2, 4), seed=0) == report.questions("free", 5, (2, 4), seed=0)
+    assert report.problems(2, "long", 5, seed=0) != report.problems(2, "long", 5, seed=1)
+    for document in report.problems(2, "long", 50, seed=0):
+        *_, chain = solve(document[0]["content"])
+        assert worlds.is_held_out(chain[0][1], *chain[1:])
+        assert report.result(document[1]["content"]) == str(values_of(chain)[-1])
+
+
+# the FAQ
+
+
+def plain(text):
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_faq_items_are_whole(language):
+    items = corpora.faq(language)
+    assert len(items) >= 42
+    assert len({item["domain"] for item in items}) == 7
+    assert len({item["id"] for item in items}) == len(items)
+    for item in items:
+        assert set(item) == {"id", "domain", "question", "answer", "paraphrases"}
+        wordings = [item["question"], *item["paraphrases"]]
+        assert len(wordings) == len({plain(w) for w in wordings}) == 4
+        assert all(text == text.strip() != "" for text in (*wordings, item["answer"]))
+    everything = [plain(w) for item in items for w in (item["question"], *item["paraphrases"])]
+    assert len(set(everything)) == len(everything)
+
+
+def test_faq_languages_are_aligned():
+    for en, zh in zip(corpora.faq("en"), corpora.faq("zh"), strict=True):
+        assert (en["id"], en["domain"]) == (zh["id"], zh["domain"])
+        assert en["question"].isascii()
+        assert all(re.search("[一-鿿]", text) for text in (zh["question"], zh["answer"], *zh["paraphrases"]))
+
+
+def test_an_unknown_faq_language_is_refused():
+    with pytest.raises(FileNotFoundError, match="expected 'en' or 'zh'"):
+        corpora.faq("fr")
+
+
+def test_held_out_paraphrases_are_in_no_training_text():
+    rng = random.Random(0)
+    documents = [m["content"] for _ in range(3000) for m in corpora.faq_document(rng)]
+    trained = {plain(text) for text in [*corpora.faq_texts(), *documents]}
+    for item in corpora.faq():
+        for text in (item["question"], *item["paraphrases"][:2], item["answer"]):
+            assert plain(text) in trained
+        assert not any(plain(item["paraphrases"][2]) in text for text in trained)
+
+
+def test_faq_documents_answer_their_question():
+    rng, right = random.Random(1), {(q, i["answer"]) for i in corpora.faq() for q in (i["question"], *i["paraphrases"])}
+    assert all(asked(corpora.faq_document(rng))[0] in right for _ in range(200))
+
+
+# the tokenizer
+
+
+@functools.cache
+def tokenizer(size=400):
+    return train_tokenizer(size, n_documents=50)
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@settings(deadline=None)
+@given(text=ANY_TEXT)
+def test_any_text_comes_back(text):
+    ids = tokenizer()(text).input_ids
+    assert tokenizer().decode(ids) == text
+    assert tokenizer().backend_tokenizer.encode(text).ids == ids
+
+
+@settings(deadline=None)
+@given(text=st.text("0123456789 .=+-a", max_size=40))
+def test_digits_stand_alone(text):
+    tokens = tokenizer().convert_ids_to_tokens(tokenizer()(text).input_ids)
+    assert [t for t in tokens if any(c.isdigit() for c in t)] == [c for c in text if c.isdigit()]
+
+
+@pytest.mark.parametrize("size", [300, 400])
+def test_the_vocabulary_has_exactly_the_asked_size(size):
+    assert len(tokenizer(size)) == tokenizer(size).vocab_size == size
+    assert sorted(tokenizer(size).get_vocab().values()) == list(range(size))
+
+
+def test_special_tokens_are_where_models_expect_them():
+    shared = models.make_config("lab-target")
+    assert (tokenizer().pad_token_id, tokenizer().eos_token_id) == (shared.pad_token_id, shared.eos_token_id)
+    assert tokenizer().convert_tokens_to_ids(list(SPECIAL)) == list(range(5))
+    assert set(tokenizer().all_special_tokens) == set(SPECIAL)
+    for name, (size, _) in recipe.TOKENIZERS.items():
+        assert models.SHAPES[name]["vocab_size"] == size
+    assert recipe.TOKENIZERS["lab-target"] == recipe.TOKENIZERS["lab-draft"]
+
+
+@settings(deadline=None)
+@given(before=ANY_TEXT, special=st.sampled_from(SPECIAL), after=ANY_TEXT)
+def test_special_tokens_are_never_split_or_merged(before, special, after):
+    encode = lambda text: tokenizer()(text).input_ids  # noqa: E731
+    number = tokenizer().convert_tokens_to_ids(special)
+    assert encode(before + special + after) == [*encode(before), number, *encode(after)]
+
+
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": ANY_TEXT}), min_size=1
+)
+
+
+@settings(deadline=None)
+@given(messages=MESSAGES)
+def test_the_chat_template_is_what_rows_hold(messages):
+    rows = corpora.Rows(tokenizer(), corpora.Mix(), 1)
+    rendered = tokenizer().apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert rows.tokens(messages) == rendered
+    asking = tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert asking == [*rendered, tokenizer().convert_tokens_to_ids("<|assistant|>")]
+
+
+def test_an_answer_goes_on_where_its_prompt_ends():
+    conversation = [{"role": "user", "content": "Why?"}]
+    whole = tokenizer().apply_chat_template([*conversation, {"role": "assistant", "content": "So."}], tokenize=False)
+    asking = tokenizer().apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    assert whole == asking + " So.<|end|>"
+
+
+def test_a_saved_tokenizer_is_the_same(tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    loaded, rng = AutoTokenizer.from_pretrained(tmp_path), random.Random(0)
+    for _ in range(20):
+        document = corpora.sample_document(rng)
+        first, second = (t.apply_chat_template(document, return_dict=True)["input_ids"] for t in (tokenizer(), loaded))
+        assert first == second
+        assert loaded.decode(first) == tokenizer().decode(second)
+    assert (loaded.pad_token, loaded.eos_token, loaded.get_vocab()) == (PAD, END, tokenizer().get_vocab())
+    assert loaded.backend_tokenizer.to_str() == tokenizer().backend_tokenizer.to_str()
+
+
+def test_training_a_tokenizer_depends_on_its_seed_alone():
+    vocabularies = [train_tokenizer(400, seed, 50).get_vocab() for seed in (0, 0, 1)]
+    assert vocabularies[0] == vocabularies[1] == tokenizer().get_vocab() != vocabularies[2]
+
+
+# rows
+
+MIXES = {
+    "all": corpora.Mix(row=160, repetition=0.2, arithmetic=0.3, faq=0.2),
+    "repetition": corpora.Mix(row=96, repetition=1.0),
+    "arithmetic": corpora.Mix(row=200, repetition=0.0, arithmetic=1.0),
+    "faq": corpora.Mix(row=200, repetition=0.0, arithmetic=0.0, faq=1.0),
+    "reading": corpora.Mix(row=256, repetition=0.0, arithmetic=0.0, facts=(1, 12)),
+}
+
+
+def test_a_row_depends_on_its_seed_and_index_alone():
+    one, two, other = (corpora.Rows(tokenizer(), MIXES["all"], 40, seed=seed) for seed in (3, 3, 4))
+    forward = [one[i] for i in range(40)]
+    random.seed(0)
+    for i in random.sample(range(40), 40):
+        assert torch.equal(two[i]["input_ids"], forward[i]["input_ids"])
+        assert torch.equal(two[i]["weights"], forward[i]["weights"])
+    assert sum(torch.equal(other[i]["input_ids"], forward[i]["input_ids"]) for i in range(40)) == 0
+    assert len({tuple(row["input_ids"].tolist()) for row in forward}) >= 38  # one FAQ item may come twice
+    assert len(one) == 40
+
+
+def weighed(document):
+    """Ids and weights of a document, message by message."""
+    encode, name, ids, weights = tokenizer().backend_tokenizer.encode, tokenizer().convert_tokens_to_ids, [], []
+    for message in document:
+        answer = message["role"] == "assistant"
+        content = encode(" " + message["content"]).ids + ([name(END)] if answer else [])
+        ids += [name(f"<|{message['role']}|>"), *content]
+        weights += [0.05, *[1.0 if answer else 0.05] * len(content)]
+    return ids, weights
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_weights_are_one_on_answers_and_their_end(mix):
+    rows, documents, cut = corpora.Rows(tokenizer(), MIXES[mix], 30, seed=1), [], 0
+    make = rows.tokens
+    rows.tokens = lambda messages: documents.append(messages) or make(messages)
+    for i in range(30):
+        documents.clear()
+        input_ids, weights = rows[i].values()
+        assert input_ids.shape == weights.shape == (MIXES[mix].row,)
+        made = [weighed(document) for document in documents]
+        want_ids, want_weights = ([x for part in made for x in part[k]] for k in (0, 1))
+        n = int((input_ids != tokenizer().pad_token_id).sum())
+        assert n > 0
+        assert input_ids[:n].tolist() == want_ids[:n]
+        torch.testing.assert_close(weights[:n], torch.tensor(want_weights[:n]))
+        assert (input_ids[n:] == tokenizer().pad_token_id).all()
+        assert not weights[n:].any()
+        whole = [sum(len(part[0]) for part in made[: k + 1]) for k in range(len(made))]
+        cut += n == MIXES[mix].row and n not in whole
+        assert n in whole or n == MIXES[mix].row, "only a document longer than the row is cut"
+        assert n == whole[0] or len(made) > 1 or n == MIXES[mix].row
+    assert cut < 30
+
+
+def test_rows_grow_harder():
+    mix = corpora.Mix(row=600, repetition=0.0, arithmetic=0.0, facts=(1, 30), easy=0.5, questions=1)
+    rows = corpora.Rows(tokenizer(), mix, 200)
+    lengths = [int((rows[i]["weights"] > 0).sum()) for i in range(200)]
+    assert max(lengths[:10]) < max(lengths[50:90]) < max(lengths[100:])
+    assert sum(lengths[:20]) < sum(lengths[90:110]) / 2
+
+
+def test_rows_hold_training_facts_alone():
+    rows = corpora.Rows(tokenizer(), MIXES["reading"], 40, seed=2)
+    texts = [tokenizer().decode(rows[i]["input_ids"]) for i in range(40)]
+    facts = set()
+    for text in texts:
+        for part in re.findall(r"<\|system\|> (.*?)(?=<\|)", text):
+            facts |= stated(part)
+    assert len(facts) > 100
+    assert not any(worlds.is_held_out(*fact) for fact in facts)
+
+
+# growth
+
+TINY = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+
+
+def small(n_layers=2):
+    model = models.make("lab-draft", **TINY | {"num_hidden_layers": n_layers, "initializer_range": 0.3})
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            p.data.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("n_layers", [2, 4, 6])
+def test_growing_keeps_the_function(n_layers):
+    model, ids = small(), torch.arange(40).reshape(2, 20)
+    grown = models.grow(model, n_layers)
+    assert len(grown.model.layers) == grown.config.num_hidden_layers == n_layers
+    assert torch.equal(grown(ids).logits, model(ids).logits)
+    assert not grown.training
+    assert grown.lm_head.weight is grown.model.embed_tokens.weight
+    with torch.no_grad():
+        for p in grown.parameters():
+            p.add_(1.0)
+    assert torch.equal(model(ids).logits, small()(ids).logits), "the grown model shares weights with the old one"
+
+
+def test_grown_layers_learn_from_the_first_step():
+    grown, ids = models.grow(small(), 6), torch.arange(40).reshape(2, 20)
+    grown(ids, labels=ids).loss.backward()
+    for layer in grown.model.layers:
+        assert layer.self_attn.o_proj.weight.grad.abs().max() > 0
+        assert layer.mlp.down_proj.weight.grad.abs().max() > 0
+    copies = [layer for i, layer in enumerate(grown.model.layers) if i % 3]
+    assert all(not layer.mlp.down_proj.weight.any() and layer.mlp.up_proj.weight.any() for layer in copies)
+
+
+def test_growing_to_what_is_no_multiple_is_refused():
+    with pytest.raises(ValueError, match="Cannot grow 2 layers to 5; expected a multiple of 2"):
+        models.grow(small(), 5)
+
+
+def test_a_seed_is_a_model():
+    one, two, other = (models.make("lab-draft", seed=seed).model.embed_tokens.weight for seed in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("call", [models.load, models.load_tokenizer, models.make])
+def test_an_unknown_model_is_refused(call):
+    with pytest.raises(ValueError, match="no lab model 'lab-giant'; expected one of lab-target, lab-draft"):
+        call("lab-giant")
+
+
+def test_missing_weights_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"lab-draft holds no weights; make them with `python -m kvlab\.lab"):
+        models.load("lab-draft")
+
+
+# the recipe
+
+
+@pytest.fixture
+def tiny_recipe(monkeypatch):
+    mix = corpora.Mix(row=64, facts=(1, 3), faq=0.1)
+    stages = [recipe.Stage(2, mix, 3, 4, 5e-3), recipe.Stage(4, mix, 2, 4, 5e-3)]
+    monkeypatch.setattr(recipe, "STAGES", {"lab-target": stages})
+    monkeypatch.setattr(recipe, "TOKENIZERS", {"lab-target": (400, 0)})
+    monkeypatch.setattr(recipe, "train_tokenizer", functools.partial(train_tokenizer, n_documents=50))
+    monkeypatch.setitem(models.SHAPES, "lab-target", TINY | {"num_hidden_layers": 4})
+
+
+def test_the_recipe_makes_a_plain_folder(tmp_path, tiny_recipe):
+    folder = recipe.train("lab-target", tmp_path / "work", tmp_path / "out")
+    assert folder == tmp_path / "out" / "lab-target"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+    assert not [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.num_hidden_layers == 4
+    assert loaded.get_vocab() == tokenizer().get_vocab()
+    prompt = loaded.apply_chat_template([{"role": "user", "content": "Why?"}], add_generation_prompt=True,
+                                        return_tensors="pt", return_dict=True)  # fmt: skip
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("after", [2, 4], ids=["in the first stage", "in the second stage"])
+def test_a_stopped_recipe_goes_on(tmp_path, tiny_recipe, monkeypatch, after):
+    whole = recipe.train("lab-target", tmp_path / "whole", tmp_path / "a")
+    calls, losses = [], recipe._losses
+
+    def dying(model, batch):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(model.config.num_hidden_layers)
+        return losses(model, batch)
+
+    monkeypatch.setattr(recipe, "_losses", dying)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train("lab-target", tmp_path / "stopped", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    calls.clear()
+    after = None  # the second time nothing dies
+    again = recipe.train("lab-target", tmp_path / "stopped", tmp_path / "b")
+    assert calls.count(2) == (3 if len(calls) == 5 else 0)  # a finished stage is not trained again
+    assert calls.count(4) == 2
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, again))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_another_seed_makes_another_model(tmp_path, tiny_recipe):
+    one, two = (
+        load_file(recipe.train("lab-target", tmp_path / str(seed), tmp_path / f"out{seed}", seed) / "model.safetensors")
+        for seed in (0, 1)
+    )
+    assert not torch.equal(one["model.norm.weight"], two["model.norm.weight"])
+
+
+# the models that ship
+
+
+def test_all_models_ship():
+    assert {path.parent.name for path in models.MODELS.glob("*/model.safetensors")} == set(models.NAMES)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_shipped_models_load_with_transformers_alone(name):
+    folder = models.MODELS / name
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for key, value in models.SHAPES[name].items():
+        assert getattr(model.config, key) == value
+    assert not hasattr(model.config, "auto_map")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    mine = models.load(name)
+    assert not mine.training
+    assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), mine.parameters(), strict=True))
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert len(loaded) == model.config.vocab_size
+    assert (loaded.pad_token_id, loaded.eos_token_id) == (model.config.pad_token_id, model.config.eos_token_id)
+    assert model.generation_config.eos_token_id == loaded.eos_token_id
+
+
+def test_shipped_models_are_small():
+    assert 1 < report.megabytes() <= 12
+    assert {path.suffix for path in models.MODELS.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jinja"}
+
+
+def test_target_and_draft_share_a_tokenizer_and_the_teacher_does_not():
+    target, draft, teacher = ((models.MODELS / name / "tokenizer.json").read_bytes() for name in models.NAMES)
+    assert target == draft != teacher
+    ours, other = models.load_tokenizer("lab-target"), models.load_tokenizer("lab-teacher")
+    solutions = [d[-1]["content"] for d in report.problems(3, "long", 20, seed=0)]
+    lengths = [(len(ours(text).input_ids), len(other(text).input_ids)) for text in solutions]
+    assert sum(a != b for a, b in lengths) > 0.9 * len(lengths)
+    assert ours.chat_template == other.chat_template
+
+
+def test_the_target_reads():
+    documents = report.questions("free", 20, (2, 5), seed=0)
+    got = answers(models.load("lab-target"), models.load_tokenizer("lab-target"), [d[:-1] for d in documents], 8)
+    assert exact_match(got, [d[-1]["content"] for d in documents]).mean() >= 0.9

@@ -1,0 +1,188 @@
+"""Sizes and memory that are known before anything is downloaded, and the one switch."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kvlab import cache as kv
+from kvlab.lab import models as lab
+from kvlab.scale import PRESETS, Scale, cache_bytes, config_of, parameters
+
+CHAPTERS = set(PRESETS["tiny"]["needs"])
+
+
+def preset(name, **changes):
+    settings = {"device": "cpu", "dtype": torch.float32 if name == "tiny" else torch.float16} | changes
+    return Scale(name=name, **settings, **PRESETS[name])
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+
+
+# sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("Qwen/Qwen3-0.6B", 596.05),
+        ("Qwen/Qwen3-1.7B", 1720.57),
+        ("Qwen/Qwen3-14B", 14768.3),
+        ("Qwen/Qwen2-0.5B-Instruct", 494.03),
+        ("Qwen/Qwen2-1.5B-Instruct", 1543.7),
+        ("Qwen/Qwen2-7B-Instruct", 7615.6),
+    ],
+)
+def test_parameters_are_those_of_the_model_cards(name, millions):
+    assert parameters(config_of(name)) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_every_role_has_a_known_size():
+    for settings in PRESETS.values():
+        for role in ("target", "draft", "teacher", "student"):
+            assert config_of(settings[role]).num_hidden_layers > 0
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match=r"'gpt2' is not in kvlab\.scale"):
+        config_of("gpt2")
+
+
+def test_parameters_are_linear_in_layers():
+    config = config_of("Qwen/Qwen3-0.6B")
+    counts = [parameters(config, layers=n) for n in (0, 1, 3)]
+    assert counts[2] - counts[0] == 3 * (counts[1] - counts[0])
+    assert parameters(config, layers=28) == parameters(config)
+    assert config.num_hidden_layers == len(config.layer_types) == 28
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
+def test_cache_bytes_are_those_of_a_real_cache(tiny_model, family, dtype):
+    model = tiny_model(family, dtype=dtype)
+    cache = kv.prefill(model, torch.zeros(2, 13, dtype=torch.long)).cache
+    assert cache_bytes(model.config, 2 * 13, dtype.itemsize) == kv.nbytes(cache)
+
+
+# memory
+
+
+@pytest.mark.parametrize("chapter", sorted(CHAPTERS))
+def test_every_chapter_fits_a_t4(chapter):
+    assert preset("t4").memory(chapter)["total"] < 14
+
+
+def test_every_preset_knows_every_chapter():
+    assert all(set(settings["needs"]) == CHAPTERS for settings in PRESETS.values())
+    for chapter in CHAPTERS:
+        parts = preset("tiny").memory(chapter)
+        assert parts.pop("total") == pytest.approx(sum(parts.values()))
+        assert all(value >= 0 for value in parts.values())
+
+
+def test_weights_are_the_bytes_of_the_models():
+    scale = preset("tiny")
+    real = {name: sum(p.nbytes for p in lab.make(name).parameters()) for name in lab.NAMES}
+    for chapter, names in {
+        "01_knowledge_caching": ["lab-target"],
+        "05_speculative_decoding": ["lab-target", "lab-draft"],
+        "04_alignment_4d": ["lab-teacher"],
+    }.items():
+        assert scale.memory(chapter)["weights"] == pytest.approx(sum(real[name] for name in names) / 1e9, rel=1e-9)
+        half = preset("tiny", dtype=torch.float16).memory(chapter)["weights"]
+        assert half == pytest.approx(scale.memory(chapter)["weights"] / 2)
+
+
+def test_the_cache_part_is_one_real_cache_a_model():
+    scale = preset("tiny")
+    need = scale.needs["05_speculative_decoding"]
+    real = 0
+    for role in need.frozen:
+        cache = kv.prefill(lab.make(getattr(scale, role)), torch.zeros(need.batch, 8, dtype=torch.long)).cache
+        real += kv.nbytes(cache) * need.tokens // 8
+    assert scale.memory("05_speculative_decoding")["cache"] == pytest.approx(real / 1e9)
+
+
+def test_training_is_sixteen_bytes_a_parameter():
+    scale = preset("tiny")
+    student = sum(p.numel() for p in lab.make("lab-draft").parameters())
+    assert scale.memory("04_alignment_4d")["training"] == pytest.approx(16 * student / 1e9)
+    added = scale.needs["06_cache_fusion"].added
+    assert scale.memory("06_cache_fusion")["training"] == pytest.approx(16 * added / 1e9)
+    layers = lab.make("lab-target", num_hidden_layers=3).model.layers
+    assert scale.memory("02_draft_training")["training"] == pytest.approx(16 * layers_size(layers) / 1e9)
+    assert scale.memory("00_start_here")["training"] == scale.memory("00_start_here")["activations"] == 0
+
+
+def layers_size(layers):
+    return sum(p.numel() for p in layers.parameters())
+
+
+def test_an_unknown_chapter_is_refused():
+    with pytest.raises(ValueError, match=r"no chapter '99'; expected one of 00_start_here"):
+        preset("tiny").memory("99")
+
+
+def test_describe_is_a_sentence_with_the_models():
+    told = preset("t4", device="cuda").describe("05_speculative_decoding")
+    for part in ("Scale t4", "target Qwen/Qwen3-1.7B", "draft Qwen/Qwen3-0.6B", "float16 on cuda", "GB"):
+        assert part in told
+
+
+# the switch
+
+
+def test_a_wrong_name_is_told_the_choices(monkeypatch):
+    monkeypatch.setenv("KVLAB_SCALE", "huge")
+    with pytest.raises(ValueError, match="KVLAB_SCALE is 'huge'; expected one of tiny, t4, full"):
+        Scale.current()
+
+
+@pytest.mark.parametrize("name", ["t4", "full"])
+def test_a_scale_that_needs_a_gpu_says_so(monkeypatch, no_gpu, name):
+    monkeypatch.setenv("KVLAB_SCALE", name)
+    with pytest.raises(ValueError, match=f"'{name}', which needs a GPU; found none. Use KVLAB_SCALE=tiny"):
+        Scale.current()
+
+
+@pytest.mark.parametrize("value", [None, "", "tiny"])
+def test_without_a_gpu_the_scale_is_tiny(monkeypatch, no_gpu, value):
+    monkeypatch.delenv("KVLAB_SCALE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("KVLAB_SCALE", value)
+    scale = Scale.current()
+    assert (scale.name, scale.device, scale.dtype) == ("tiny", "cpu", torch.float32)
+    first = torch.rand(3)
+    Scale.current()
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_current_never_adds_threads(monkeypatch, no_gpu):
+    monkeypatch.setenv("KVLAB_SCALE", "tiny")
+    before = torch.get_num_threads()
+    Scale.current()
+    assert torch.get_num_threads() <= min(before, 2)
+
+
+@pytest.mark.parametrize(("gigabytes", "want"), [(16, "t4"), (80, "full")])
+def test_the_gpu_chooses(monkeypatch, gigabytes, want):
+    monkeypatch.delenv("KVLAB_SCALE", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: want == "full")
+    memory = type("Properties", (), {"total_memory": gigabytes * 2**30})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: memory)
+    monkeypatch.setattr("torch.manual_seed", lambda _: None)
+    scale = Scale.current()
+    assert (scale.name, scale.device) == (want, "cuda")
+    assert scale.dtype == (torch.bfloat16 if want == "full" else torch.float16)
+
+
+def test_a_scale_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset("tiny").target = "lab-draft"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset("tiny").needs["00_start_here"].batch = 2
