@@ -50,26 +50,27 @@ def decode_cost(seconds: Mapping[str, Sequence[float]], tokens: Sequence[int]) -
     return ax
 
 
-def cache_picture(keys: Tensor, values: Tensor, tokens: Sequence[str]) -> np.ndarray:
-    """Keys and values of one head, (T, D) each, as two heat maps with the tokens beside their rows."""
-    both = axes(2, height=0.5 + 0.17 * len(tokens), sharey=True)
-    for ax, matrix, name in zip(both, (keys, values), ("keys", "values"), strict=True):
+def cache_picture(matrices: Mapping[str, Tensor], tokens: Sequence[str]) -> np.ndarray:
+    """Keys or values of one head, (T, D) each, as heat maps side by side with the tokens beside their rows."""
+    places = axes(len(matrices), height=0.7 + 0.17 * len(tokens), sharey=True)
+    for ax, (name, matrix) in zip(places, matrices.items(), strict=True):
         matrix = matrix.float().cpu().numpy()
         limit = np.abs(matrix).max()
         image = ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         ax.set(title=name, xlabel="dimension of the head")
         ax.figure.colorbar(image, ax=ax, shrink=0.8)
-    both[0].set_yticks(range(len(tokens)), tokens, fontsize=7)
-    return both
+    places[0].set_yticks(range(len(tokens)), tokens, fontsize=7)
+    return places
 
 
 def cache_sizes(gigabytes: pd.DataFrame) -> Axes:
-    """Bars of cache size by model (rows), one color a column; columns are drawn over each other, largest first."""
+    """Bars of cache size by model (rows), one color for each of two columns."""
     ax = axes(height=0.6 + 0.5 * len(gigabytes))[0]
     places = np.arange(len(gigabytes))
     for i, (name, color) in enumerate(zip(gigabytes, (FAINT, BLUE), strict=True)):
         bars = ax.barh(places + 0.2 - 0.4 * i, gigabytes[name], 0.38, color=color)
-        ax.bar_label(bars, [f"{name}: {value:.2f}" for value in gigabytes[name]], padding=3, fontsize=8)
+        labels = [f"{value:.2f}" for value in gigabytes[name]]
+        ax.bar_label(bars, [f"{labels[0]}  {name}", *labels[1:]], padding=3, fontsize=9)
     ax.set_yticks(places, gigabytes.index)
     ax.set(xlabel="GB of cache", xlim=(0, 1.25 * gigabytes.to_numpy().max()))
     ax.invert_yaxis()

@@ -97,12 +97,22 @@ def test_prompts_and_endings_must_pair(model, tokenizer):
 
 
 def test_multiple_choice_is_the_likeliest_sum(model, tokenizer):
-    options = [["Rome", "Oslo and then Rome"], ["turtle", "cat", "a dog"], ["so"], ["flute", "the flute"], ["A", "B"]]
+    options = [
+        ["so", "Rome and Oslo", " ".join(WORDS)],
+        ["a dog", "turtle"],
+        ["so " * 30, "why"],
+        ["a", "b " * 9],
+        ["A", "B"],
+    ]
     got = multiple_choice(model, tokenizer, CONVERSATIONS, options)
+    means = []
     for pick, conversation, choices in zip(got, CONVERSATIONS, options, strict=True):
         prompt = torch.tensor(prompt_of(tokenizer, conversation))
-        scores = [plain(model, prompt, ids(tokenizer, f" {choice}<|end|>")) for choice in choices]
+        endings = [ids(tokenizer, f" {choice}<|end|>") for choice in choices]
+        scores = [plain(model, prompt, ending) for ending in endings]
         assert pick == np.argmax(scores)
+        means.append(np.argmax([score / len(ending) for score, ending in zip(scores, endings, strict=True)]))
+    assert got.tolist() != means, "the mean a token would have chosen the same: these options tell nothing"
 
 
 def test_multiple_choice_finds_what_was_learned(tiny_model, tokenizer):

@@ -41,9 +41,9 @@ def faq_document(rng: random.Random) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": item["answer"]}]
 
 
-def question_kinds(rng: random.Random, n: int) -> list[str]:
-    """`n` kinds of reading questions: mostly free, some choice, unanswerable and open ones."""
-    return rng.choices(["free", "choice", "unanswerable", "about"], weights=[60, 15, 15, 10], k=n)
+def question_kinds(rng: random.Random, n: int, shares: tuple[float, ...] = (60, 15, 15, 10)) -> list[str]:
+    """`n` kinds of reading questions, in shares of free, choice, unanswerable and open ones."""
+    return rng.choices(list(worlds.QUESTIONS), weights=shares, k=n)
 
 
 def sample_document(rng: random.Random) -> list[dict[str, str]]:
@@ -67,11 +67,12 @@ class Mix:
     facts: tuple[int, int] = (2, 16)
     steps: tuple[int, int] = (1, 5)
     questions: int = 6
+    kinds: tuple[float, ...] = (60, 15, 15, 10)
     easy: float = 0.5
 
 
 class Rows(Dataset):
-    """Training rows (input_ids, weights) of fixed length; row i is made from (seed, i) alone, so runs can resume.
+    """Training rows (input_ids, weights) of fixed length; row i is made from mix, seed and i alone, so runs can resume.
 
     Weights are 1.0 on answers (and their end token) and 0.05 elsewhere, 0 on padding.
     """
@@ -106,7 +107,7 @@ class Rows(Dataset):
         if kind < mix.repetition + mix.arithmetic + mix.faq:
             return self.pack(lambda: faq_document(rng))
         top = round(mix.facts[0] + 2 + hardness * (mix.facts[1] - mix.facts[0] - 2))
-        kinds, parts = question_kinds(rng, mix.questions), rng.choice([1, 1, 1, 2, 3])
+        kinds, parts = question_kinds(rng, mix.questions, mix.kinds), rng.choice([1, 1, 1, 2, 3])
         return self.tokens(worlds.reading_document(rng, rng.randint(mix.facts[0], top), kinds, parts=parts))
 
     def pack(self, document) -> list[int]:

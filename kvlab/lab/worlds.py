@@ -154,8 +154,10 @@ def make_passage(rng: random.Random, n_facts: int, test: bool = False) -> Passag
     rng.shuffle(slots)
     facts = []
     for subject, attribute in slots:
+        if len(facts) == n_facts:
+            break
         values = [v for v in RELATIONS[attribute].values if is_held_out(subject, attribute, v) == test]
-        if values and len(facts) < n_facts:
+        if values:
             facts.append(Fact(subject, attribute, rng.choice(values)))
     return Passage(tuple(facts), " ".join(f.statement(rng) for f in facts))
 
@@ -180,11 +182,17 @@ def ask_unanswerable(rng: random.Random, passage: Passage) -> tuple[str, str]:
     """A question about a subject of the passage (mostly) that the passage leaves open; the answer is "unknown"."""
     known = {(f.subject, f.attribute) for f in passage.facts}
     subjects = sorted({f.subject for f in passage.facts}) if rng.random() < 0.7 else NAMES + THINGS
+    if all((s, a) in known for s in subjects for a in _attributes(s)):
+        subjects = NAMES + THINGS
     while True:
         subject = rng.choice(subjects)
-        attribute = rng.choice(list(PEOPLE if subject in NAMES else OBJECTS))
+        attribute = rng.choice(_attributes(subject))
         if (subject, attribute) not in known:
             return Fact(subject, attribute, "").question(rng), UNKNOWN
+
+
+def _attributes(subject: str) -> list[str]:
+    return list(PEOPLE if subject in NAMES else OBJECTS)
 
 
 def ask_about(rng: random.Random, passage: Passage) -> tuple[str, str]:
