@@ -225,7 +225,9 @@ def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None
 def circumstances() -> dict:
     """Device, package versions and commit of a measurement."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
     packages = ("torch", "transformers", "accelerate", "peft")
     return {
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",

@@ -53,7 +53,8 @@ def fit(
     ----------
     model : changed in place; parameters with `requires_grad=False` are left alone.
     loader : batches are dicts of tensors; `batch_size` is the global batch, whatever the number of processes. It is
-        read again from its start when it ends.
+        read again from its start when it ends. For the number of processes not to matter, batches must be full
+        (`drop_last=True`).
     losses : `losses(model, batch)` returns named scalar losses, coefficients applied; their sum is minimized.
     steps, warmup, decay : optimizer steps. The rate rises over `warmup`, stays, and falls over the last share `decay`.
     accumulate : batches for one optimizer step.
@@ -99,6 +100,7 @@ def fit(
     )
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     wrapped.train()
+    optimizer.zero_grad()  # a run that broke off may have left gradients
     run = {"steps": steps, "learning_rate": learning_rate, "accumulate": accumulate, "seed": seed}
     history = []
     if checkpoint and Path(checkpoint).exists():

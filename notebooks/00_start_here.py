@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # A KV cache in your hands
+# # 00. A KV cache in your hands
 #
 # ```{admonition} In this chapter
 # :class: tip
@@ -26,8 +26,8 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("kvlab") is None:  # on Colab
-    address = "git+https://github.com/kvlab/kvlab"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", address], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+    subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
 import tempfile
@@ -39,7 +39,8 @@ import pandas as pd
 import torch
 
 from kvlab import Scale, lab, plots
-from kvlab.cache import bytes_per_token, clone, length, nbytes, prefill, rotary_of, select, shift, truncate
+from kvlab.cache import bytes_per_token, clone, length, nbytes, prefill
+from kvlab.cache import rotary_of, select, shift, truncate, unrotate
 
 scale = Scale.current()
 print(scale.describe("00_start_here"))
@@ -72,27 +73,45 @@ print(scale.describe("00_start_here"))
 model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
 
 passage = (
-    "Anna lives in Oslo. The lamp is in the kitchen. Bruno works as a baker. Anna has a parrot. "
-    "The lamp belongs to Bruno. Rosa plays the cello. Bruno lives in Lima. Rosa is 34 years old."
+    "Anna lives in Oslo. The lamp is in the kitchen. Bruno works as a baker. "
+    "Anna has a parrot. The lamp belongs to Bruno. Rosa plays the cello. "
+    "Bruno lives in Lima. Rosa is 34 years old."
 )
-questions = ["Where does Anna live?", "Who owns the lamp?", "What does Bruno work as?", "How old is Rosa?"]
+questions = [
+    "Where does Anna live?",
+    "Who owns the lamp?",
+    "What does Bruno work as?",
+    "How old is Rosa?",
+]
 
+# %% [markdown]
+# A conversation is a list of messages. The tokenizer's chat template turns it into text, and the text into ids of shape
+# (1, tokens). The passage is the system's message, and the question the user's.
 
+# %%
 def encode(messages, **options):
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    return ids.to(model.device)
+
+
+read_passage = {"role": "system", "content": passage}
 
 
 def ask(question):
-    messages = [{"role": "system", "content": passage}, {"role": "user", "content": question}]
+    messages = [read_passage, {"role": "user", "content": question}]
     return encode(messages, add_generation_prompt=True)
+
+
+def words(ids):
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 # %%
 for question in questions:
     prompt = ask(question)
     output = model.generate(prompt, max_new_tokens=16, do_sample=False)
-    print(f"{question:28} {tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()}")
+    print(f"{question:28} {words(output[0, prompt.shape[1] :])}")
 
 # %% [markdown]
 # Three models make up the lab. `lab-target` is deep and knows the FAQ. `lab-draft` has two layers: fast, and often wrong.
@@ -109,7 +128,9 @@ tasks = {
     "arithmetic": "word problems, 1-5 steps",
     "faq": "FAQ, word for word",
 }
-figures = [f for name in lab.NAMES for f in report(name, n=30, tasks=list(tasks))]
+figures = []
+for name in lab.NAMES:
+    figures += report(name, n=30, tasks=list(tasks))
 plots.lab_report(figures, tasks, ["target", "draft", "teacher"]);
 
 # %% [markdown]
@@ -125,7 +146,8 @@ plots.lab_report(figures, tasks, ["target", "draft", "teacher"]);
 # %%
 prompt = ask(questions[0])
 cache, logits, next_position = prefill(model, prompt)
-print(f"{prompt.shape[1]} tokens read; cache of {length(cache)} entries; continue at position {next_position}")
+print(f"{prompt.shape[1]} tokens read, a cache of {length(cache)} entries")
+print("continue at position", next_position)
 print("likeliest next token:", repr(tokenizer.decode(logits[0].argmax())))
 
 # %% [markdown]
@@ -139,11 +161,11 @@ def continue_from(cache, logits, position, steps):
         tokens.append(logits.argmax(-1, keepdim=True))
         if tokens[-1].item() == tokenizer.eos_token_id:
             break
-        cache, logits, position = prefill(model, tokens[-1], past=cache, position=position)
-    return torch.cat(tokens, 1)
+        cache, logits, position = prefill(model, tokens[-1], cache, position)
+    return torch.cat(tokens, 1)[0]
 
 
-print(tokenizer.decode(continue_from(cache, logits, next_position, 8)[0]))
+print(words(continue_from(cache, logits, next_position, 8)))
 
 # %% [markdown]
 # Without a cache, each new token would have to read everything before it again. With one, a step computes the keys and
@@ -166,9 +188,11 @@ text = torch.randint(10, 500, (1, max(lengths) + 1), device=model.device)
 whole = prefill(model, text[:, :-1]).cache
 costs = {"read all again": [], "use the cache": []}
 for n in lengths:
-    past = truncate(whole, n)
-    costs["read all again"].append(seconds(lambda: model(text[:, : n + 1], logits_to_keep=1)))
-    costs["use the cache"].append(seconds(lambda: model(text[:, n : n + 1], past_key_values=clone(past))))
+    past, new = truncate(whole, n), text[:, n : n + 1]
+    again = seconds(lambda: model(text[:, : n + 1], logits_to_keep=1))
+    costs["read all again"].append(again)
+    step = seconds(lambda: model(new, past_key_values=clone(past)))
+    costs["use the cache"].append(step)
 
 # %% mystnb={"image": {"alt": "Milliseconds for the next token against tokens already read: rising steeply without a cache, nearly flat with one."}}
 plots.decode_cost(costs, lengths);
@@ -186,16 +210,19 @@ plots.decode_cost(costs, lengths);
 # %%
 for i in (0, len(cache.layers) - 1):
     keys, values = cache.layers[i].keys, cache.layers[i].values
-    print(f"layer {i:2}: keys {tuple(keys.shape)}, values {tuple(values.shape)}, {keys.dtype}")
+    shapes = f"keys {tuple(keys.shape)}, values {tuple(values.shape)}"
+    print(f"layer {i:2}: {shapes}, {keys.dtype}")
 
 # %% [markdown]
 # Here is the cache of the first three sentences: one head of a middle layer, a row for each token.
 
 # %% mystnb={"image": {"alt": "Heat maps of the keys and values of one head, a row for each token; the first dimensions of the keys show waves along the tokens."}}
-start = encode([{"role": "system", "content": " ".join(passage.split(". ")[:3]) + "."}])
+opening = ". ".join(passage.split(". ")[:3]) + "."
+start = encode([{"role": "system", "content": opening}])
 layer = prefill(model, start).cache.layers[len(cache.layers) // 2]
 tokens = [tokenizer.decode(i) for i in start[0]]
-plots.cache_picture({"keys": layer.keys[0, 0], "values": layer.values[0, 0]}, tokens);
+pictures = {"keys": layer.keys[0, 0], "values": layer.values[0, 0]}
+plots.cache_picture(pictures, tokens);
 
 # %% [markdown]
 # Not much can be read from it by eye: what a number means is between this layer and the ones that read it. One thing can be
@@ -203,14 +230,16 @@ plots.cache_picture({"keys": layer.keys[0, 0], "values": layer.values[0, 0]}, to
 # a value depends on the word alone, so all rows are equal. The keys are not: each carries its *position*.
 
 # %% mystnb={"image": {"alt": "Heat maps for one word repeated: stored keys show waves along the positions, keys turned back and values are the same in every row."}}
-from kvlab.cache import unrotate
-
-word = tokenizer(" bread" * 24, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
-stored = prefill(model, word).cache
-turned_back = unrotate(stored, torch.arange(length(stored)), rotary_of(model))
-pictures = {"keys, as stored": stored.layers[0].keys, "keys, turned back": turned_back.layers[0].keys}
-pictures["values"] = stored.layers[0].values
-plots.cache_picture({name: matrix[0, 0] for name, matrix in pictures.items()}, range(length(stored)));
+bread = tokenizer(" bread", add_special_tokens=False).input_ids
+stored = prefill(model, torch.tensor([bread * 24], device=model.device)).cache
+places = torch.arange(length(stored))
+turned_back = unrotate(stored, places, rotary_of(model))
+pictures = {
+    "keys, as stored": stored.layers[0].keys[0, 0],
+    "keys, turned back": turned_back.layers[0].keys[0, 0],
+    "values": stored.layers[0].values[0, 0],
+}
+plots.cache_picture(pictures, places.tolist());
 
 # %% [markdown]
 # The waves on the left are the position: fast ones in the first columns, slow ones further right, and again in the second half of the
@@ -225,9 +254,10 @@ plots.cache_picture({name: matrix[0, 0] for name, matrix in pictures.items()}, r
 
 # %%
 c = model.config
-predicted = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+predicted = numbers * model.dtype.itemsize
 measured = nbytes(cache) / length(cache)
-print(f"{predicted} bytes a token by the formula, {measured:.0f} in the tensors")
+print(f"{predicted} bytes a token by the formula, {measured:.0f} measured")
 assert predicted == measured == bytes_per_token(c, model.dtype)
 
 # %% [markdown]
@@ -237,11 +267,15 @@ assert predicted == measured == bytes_per_token(c, model.dtype)
 # %% mystnb={"image": {"alt": "Bars of cache size for 8192 tokens of five public models, with KV heads as they are and with one KV head for each query head."}}
 from kvlab.scale import config_of
 
-names = ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen2-7B-Instruct", "Qwen/Qwen3-14B"]
-configs = {name.split("/")[1]: config_of(name) for name in names}
-shared = {n: 8192 * bytes_per_token(c, torch.float16) / 1e9 for n, c in configs.items()}
-alone = {n: shared[n] * c.num_attention_heads / c.num_key_value_heads for n, c in configs.items()}
-plots.cache_sizes(pd.DataFrame({"a KV head for every query head": alone, "as built": shared}));
+names = ["Qwen3-0.6B", "Qwen3-1.7B", "Qwen2-7B-Instruct", "Qwen3-14B"]
+configs = {name: config_of(f"Qwen/{name}") for name in names}
+sizes = pd.DataFrame(index=names)
+for name, c in configs.items():
+    gigabytes = 8192 * bytes_per_token(c, torch.float16) / 1e9
+    query_heads = c.num_attention_heads / c.num_key_value_heads
+    sizes.loc[name, "a KV head for every query head"] = gigabytes * query_heads
+    sizes.loc[name, "as built"] = gigabytes
+plots.cache_sizes(sizes);
 
 # %% [markdown]
 # That is for one sequence of 8192 tokens in half precision. A knowledge base of a thousand such texts is a question of disks and
@@ -272,7 +306,7 @@ def moved(keys, by, theta):
 
 theta = rotary_of(model).inv_freq
 first = cache.layers[0].keys
-by_hand = moved(first.float(), 100, theta.float())
+by_hand = moved(first.float(), 100, theta)
 by_kvlab = shift(cache, 100, rotary_of(model)).layers[0].keys
 print("largest difference:", (by_hand - by_kvlab.float()).abs().max().item())
 
@@ -286,12 +320,13 @@ tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
 
 
 def agrees(keys):
-    return torch.allclose(keys.float(), there.layers[0].keys.float(), atol=tolerance * first.abs().max().item())
+    error = (keys.float() - there.layers[0].keys.float()).abs().max()
+    return bool(error < tolerance * first.abs().max())
 
 
 assert agrees(by_kvlab)
-assert not agrees(first), "keys left where they were must not agree"
-assert not agrees(moved(first.float(), 100, 1.5 * theta.float())), "nor keys turned at another speed"
+assert not agrees(first), "keys left where they were"
+assert not agrees(moved(first.float(), 100, 1.5 * theta)), "another speed"
 back = shift(shift(cache, 100, rotary_of(model)), -100, rotary_of(model))
 print("there and back:", (back.layers[0].keys - first).abs().max().item())
 
@@ -300,32 +335,39 @@ print("there and back:", (back.layers[0].keys - first).abs().max().item())
 # rotation is for. We take one query and one key of the model, and move them.
 
 # %% mystnb={"image": {"alt": "The score of a query and a key stays constant when both are moved together, and swings when only the key is moved."}}
-query = moved(first[:1, :1, -1:].float(), 0, theta.float())  # any vector will do as a query
-key = first[:1, :1, 3:4].float()
-steps = range(65)
-together = [(moved(query, n, theta) * moved(key, n, theta)).sum().item() for n in steps]
-alone = [(query * moved(key, n, theta)).sum().item() for n in steps]
-plots.turned_scores(list(steps), {"both moved": together, "only the key": alone});
+query = first[:, :1, -1:].float()  # any vector will do as a query
+key = first[:, :1, 3:4].float()
+steps = list(range(65))
+keys_moved = [moved(key, n, theta) for n in steps]
+together = [moved(query, n, theta) * k for n, k in zip(steps, keys_moved)]
+alone = [query * k for k in keys_moved]
+scores = {"both moved": together, "only the key": alone}
+scores = {way: [s.sum().item() for s in list_] for way, list_ in scores.items()}
+plots.turned_scores(steps, scores);
 
 # %% [markdown]
 # ## The number of entries is not the position
 #
 # When entries are dropped, the kept keys stay where they are. The next token still stands at the *old* end of the text, not at the
 # number of entries left. Public code gets this wrong again and again, because `transformers` counts entries when nobody tells it
-# otherwise. Let us drop the two sentences in the middle of the passage that say nothing about Anna or Rosa, and ask on.
+# otherwise. Let us drop the four sentences about the lamp and Bruno, and ask about Anna and Rosa.
 
 # %%
-read = encode([{"role": "system", "content": passage}])
+read = encode([read_passage])
 whole, _, end = prefill(model, read)
-offsets = tokenizer(tokenizer.decode(read[0]), add_special_tokens=False, return_offsets_mapping=True)
-sentence = np.searchsorted([tokenizer.decode(read[0]).find(s) for s in passage.split(". ")], [o[1] for o in offsets["offset_mapping"]])
-kept = torch.tensor([i for i, s in enumerate(sentence) if s not in (2, 3, 5)])
+
+period = tokenizer(".", add_special_tokens=False).input_ids[0]
+ends = (read[0] == period).long()
+sentence = ends.cumsum(0) - ends  # the number of each token's sentence
+dropped = torch.tensor([1, 2, 4, 6], device=model.device)
+kept = (~torch.isin(sentence, dropped)).nonzero()[:, 0]
 small = select(whole, kept)
-print(f"{length(whole)} entries, {length(small)} kept, {nbytes(whole) / nbytes(small):.2f} times smaller; next position {end}")
+print(f"{length(whole)} entries, {length(small)} kept; next position {end}")
 
 # %%
 def asked(cache, question, position):
-    tail = encode([{"role": "user", "content": question}], add_generation_prompt=True)
+    user = {"role": "user", "content": question}
+    tail = encode([user], add_generation_prompt=True)
     return prefill(model, tail, past=cache, position=position)
 
 
@@ -337,9 +379,11 @@ def kl(p, q):
 rows = {}
 for question in (questions[0], questions[3]):
     full = asked(whole, question, end).logits
+    right = asked(small, question, end).logits
+    wrong = asked(small, question, length(small)).logits
     rows[question] = {
-        "dropped, position kept": kl(full, asked(small, question, end).logits),
-        "dropped, position miscounted": kl(full, asked(small, question, length(small)).logits),
+        "position kept": kl(full, right),
+        "entries counted": kl(full, wrong),
     }
 pd.DataFrame(rows).T.rename_axis("KL to the full cache (nats)").round(4)
 
@@ -361,29 +405,35 @@ rng = random.Random(scale.seed)
 long = worlds.make_passage(rng, 40, test=True)
 asks = [worlds.ask_free(rng, long) for _ in range(12)]
 document = encode([{"role": "system", "content": long.text}])
-tails = [encode([{"role": "user", "content": q}], add_generation_prompt=True) for q, _ in asks]
+tails = []
+for question, _ in asks:
+    user = {"role": "user", "content": question}
+    tails.append(encode([user], add_generation_prompt=True))
 print(long.text[:160], "...")
 
 # %%
 started = time.perf_counter()
-again = [prefill(model, torch.cat([document, tail], 1)).logits for tail in tails]
+again = [prefill(model, torch.cat([document, t], 1)).logits for t in tails]
 seconds_again = time.perf_counter() - started
 
 started = time.perf_counter()
 read_once, _, stop = prefill(model, document)
-reused = [prefill(model, tail, past=read_once, position=stop) for tail in tails]
+reused = [prefill(model, t, past=read_once, position=stop) for t in tails]
 seconds_reused = time.perf_counter() - started
 
 # %% [markdown]
 # The logits are the same as when everything is read again each time, up to rounding, and the time is not:
 
 # %%
-difference = max((a - b.logits).abs().max().item() for a, b in zip(again, reused, strict=True))
+pairs = zip(again, reused, strict=True)
+difference = max((a - b.logits).abs().max().item() for a, b in pairs)
 assert difference < (1e-3 if model.dtype == torch.float32 else 0.5)
 print(f"largest difference between logits: {difference:.1e}")
-print(f"{seconds_again / seconds_reused:.1f} times faster for {len(tails)} questions on {document.shape[1]} tokens")
-said = [tokenizer.decode(continue_from(*each, 8)[0], skip_special_tokens=True) for each in reused]
-print("right:", sum(answer in text for text, (_, answer) in zip(said, asks, strict=True)), "of", len(asks))
+print(f"{document.shape[1]} tokens read once instead of {len(tails)} times:",
+      f"{seconds_again / seconds_reused:.1f} times faster")  # fmt: skip
+said = [words(continue_from(*each, 8)) for each in reused]
+right = [answer in text for text, (_, answer) in zip(said, asks)]
+print("answers right:", sum(right), "of", len(right))
 
 # %% [markdown]
 # ## Keep it
@@ -394,31 +444,37 @@ print("right:", sum(answer in text for text, (_, answer) in zip(said, asks, stri
 # %%
 from kvlab import cache as kv
 
-folder = Path(tempfile.mkdtemp())
-kv.save(whole, folder / "passage.safetensors", model, end, metadata={"text": passage})
-saved = kv.load(folder / "passage.safetensors", model)
-print(f"{(folder / 'passage.safetensors').stat().st_size / 1000:.0f} kB; continue at {saved.next_position}")
+file = Path(tempfile.mkdtemp()) / "passage.safetensors"
+kv.save(whole, file, model, end, metadata={"text": passage})
+saved = kv.load(file, model)
+print(f"{file.stat().st_size / 1000:.0f} kB; go on at {saved.next_position}")
 
-_, logits, position = past = asked(saved.cache, "Who owns the lamp?", saved.next_position)
-print(tokenizer.decode(continue_from(past.cache, logits, position, 8)[0]))
+state = asked(saved.cache, "Who owns the lamp?", saved.next_position)
+print(words(continue_from(*state, 8)))
 
 # %% [markdown]
 # And if something is wrong with the file, or with the model?
 
 # %%
+import textwrap
+
+
 def attempt(path, model):
     try:
         kv.load(path, model)
     except kv.CacheError as error:
-        print(f"- {str(error).replace(str(folder), '')[:300]}")
+        text = str(error).replace(f"{path.parent}/", "")
+        print(textwrap.fill(text, 78), end="\n\n")
 
 
-data = (folder / "passage.safetensors").read_bytes()
-(folder / "short.safetensors").write_bytes(data[: len(data) // 2])
-(folder / "flipped.safetensors").write_bytes(data[:-1000] + bytes([data[-1000] ^ 1]) + data[-999:])
-attempt(folder / "short.safetensors", model)
-attempt(folder / "flipped.safetensors", model)
-attempt(folder / "passage.safetensors", scale.load("draft"))
+data = bytearray(file.read_bytes())
+short, flipped = file.with_stem("short"), file.with_stem("flipped")
+short.write_bytes(data[: len(data) // 2])
+data[-1000] ^= 1  # one bit
+flipped.write_bytes(data)
+attempt(short, model)
+attempt(flipped, model)
+attempt(file, scale.load("draft"))
 
 # %% [markdown]
 # ## Exercises
@@ -439,8 +495,9 @@ attempt(folder / "passage.safetensors", scale.load("draft"))
 # %%
 for name in ("Qwen3-14B", "Qwen2-7B-Instruct"):
     c = configs[name]
-    tokens_in_gb = 1e9 // bytes_per_token(c, torch.float16)
-    print(f"{name}: {tokens_in_gb:.0f} tokens; {c.num_hidden_layers} layers x {c.num_key_value_heads} KV heads")
+    fit = 1e9 // bytes_per_token(c, torch.float16)
+    layers, heads = c.num_hidden_layers, c.num_key_value_heads
+    print(f"{name}: {fit:.0f} tokens; {layers} layers, {heads} KV heads")
 
 # %% [markdown]
 # Layers differ by a factor of 1.4, KV heads by a factor of 2.
@@ -463,16 +520,21 @@ for name in ("Qwen3-14B", "Qwen2-7B-Instruct"):
 
 # %%
 def error_by_layer(one, other):
-    return [((a.keys - b.keys).norm() / b.keys.norm()).item() for a, b in zip(one.layers, other.layers, strict=True)]
+    pairs = zip(one.layers, other.layers, strict=True)
+    return [((a.keys - b.keys).norm() / b.keys.norm()).item() for a, b in pairs]
 
 
 rotary = rotary_of(model)
-moved_prompt = error_by_layer(shift(cache, 100, rotary), there)
-tail = encode([{"role": "user", "content": questions[0]}], add_generation_prompt=True)
+user = {"role": "user", "content": questions[0]}
+tail = encode([user], add_generation_prompt=True)
 alone_then_moved = shift(prefill(model, tail).cache, end, rotary)
-in_place = select(asked(whole, questions[0], end).cache, torch.arange(end, end + tail.shape[1]))
-moved_question = error_by_layer(alone_then_moved, in_place)
-pd.DataFrame({"whole prompt moved": moved_prompt, "question made alone": moved_question}).rename_axis("layer").round(5)
+in_place = asked(whole, questions[0], end).cache
+in_place = select(in_place, torch.arange(end, length(in_place)))
+errors = {
+    "whole prompt moved": error_by_layer(shift(cache, 100, rotary), there),
+    "question made alone": error_by_layer(alone_then_moved, in_place),
+}
+pd.DataFrame(errors).rename_axis("layer").round(5)
 
 # %% [markdown]
 # Moving the whole text changes no distance between tokens, so it is exact in every layer. A question prefilled alone has not seen the passage:
@@ -496,11 +558,15 @@ pd.DataFrame({"whole prompt moved": moved_prompt, "question made alone": moved_q
 
 # %%
 full = asked(whole, questions[0], end).logits
-everything = torch.arange(length(whole))
-moves = [kl(full, asked(select(whole, everything[everything != i]), questions[0], end).logits) for i in range(length(whole))]
-order = np.argsort(moves)[::-1]
-print(f"without the first entry: {moves[0]:.4f} nats (rank {1 + list(order).index(0)} of {len(moves)})")
-print("largest:", [(tokenizer.decode(read[0, i]), round(moves[i], 4)) for i in order[:4]])
+everything, moves = torch.arange(length(whole)), []
+for i in everything:
+    without = select(whole, everything[everything != i])
+    moves.append(kl(full, asked(without, questions[0], end).logits))
+order = list(np.argsort(moves)[::-1])
+rank = f"rank {1 + order.index(0)} of {len(moves)}"
+print(f"without the first entry: {moves[0]:.4f} nats ({rank})")
+for i in order[:4]:
+    print(f"without {tokenizer.decode(read[0, i])!r}: {moves[i]:.4f} nats")
 
 # %% [markdown]
 # The entries that matter most for this question are those that hold its answer. How much the first entry matters depends on the model; in
@@ -523,9 +589,10 @@ print("largest:", [(tokenizer.decode(read[0, i]), round(moves[i], 4)) for i in o
 from kvlab.cache import load, prefill, save
 
 first = prefill(model, ask("Where does Anna live?"))
-save(first.cache, folder / "mine.safetensors", model, first.next_position)
-mine = load(folder / "mine.safetensors", model)
+save(first.cache, "mine.safetensors", model, first.next_position)
+mine = load("mine.safetensors", model)
 assert mine.next_position == length(mine.cache) == first.next_position
+Path("mine.safetensors").unlink()
 
 # %% [markdown]
 # **Further reading**: rotary embeddings {cite}`su2021roformer`; grouped-query attention {cite}`ainslie2023gqa`; attention sinks

@@ -113,6 +113,15 @@ def test_unanswerable_questions_are_not():
     assert all(worlds.UNKNOWN not in relation.values for relation in worlds.RELATIONS.values())
 
 
+def test_an_unanswerable_question_is_found_where_the_passage_leaves_nothing_open():
+    everything = tuple(worlds.Fact("lamp", a, r.values[0]) for a, r in worlds.OBJECTS.items())
+    passage = worlds.Passage(everything, " ".join(f.statement(random.Random(0)) for f in everything))
+    for seed in range(30):
+        question, answer = worlds.ask_unanswerable(random.Random(seed), passage)
+        assert answer == worlds.UNKNOWN
+        assert read(question, QUESTIONS)[0] != "lamp"
+
+
 def test_choice_letters_are_right_and_options_distinct():
     rng, letters = random.Random(3), Counter()
     for _ in range(300):

@@ -1,0 +1,52 @@
+"""Every benchmark runs alone and quickly, and writes the one form that the book reads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "tests/benchmarks").glob("*.py"))
+PROMISED = {
+    "lab": {
+        *(
+            f"{role}_{task}"
+            for role in ("target", "draft", "teacher")
+            for task in ("reading", "reading_long", "choice", "arithmetic", "faq", "faq_heldout")
+        ),
+        "tokens_per_second",
+        "megabytes",
+    },
+}
+
+
+def check(result, name):
+    assert set(result) == {"figures", "device", "versions", "commit", "seeds", "seconds"}
+    names = [figure["name"] for figure in result["figures"]]
+    assert len(names) == len(set(names))
+    assert set(names) >= PROMISED[name]
+    for figure in result["figures"]:
+        assert set(figure) == {"name", "value", "low", "high", "unit", "n", "conditions"}
+        assert figure["low"] <= figure["value"] <= figure["high"]
+        assert figure["n"] >= 1
+        assert figure["conditions"]
+        if figure["unit"] == "fraction":
+            assert 0 <= figure["low"] <= figure["high"] <= 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_quick_run_gives_every_figure(script, tmp_path):
+    out = tmp_path / "result.json"
+    run = [sys.executable, script, "--quick", "--json", "--out", out]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == json.loads(out.read_text())
+    assert not list(tmp_path.glob("*.partial"))
+    check(json.loads(done.stdout), script.stem)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_committed_result_has_the_same_form(script):
+    check(json.loads((ROOT / f"book/results/{script.stem}.json").read_text()), script.stem)
