@@ -1,4 +1,4 @@
-"""kvlab: five ways of working with the key/value cache of a language model."""
+"""kvlab: ways of working with the key/value cache of a language model, each with its best implementation."""
 
 from kvlab.scale import Scale
 

@@ -2,8 +2,8 @@
 
 The only file that touches the inside of a transformers cache. A `DynamicCache` holds, for each of L layers, keys and
 values of shape (B, H_kv, T, D); keys are stored rotated. An *entry* is one of the T columns, its *position* the number
-of steps its key was rotated by. The two agree until entries are dropped or moved: whoever returns such a cache returns
-the next position with it, and whoever continues it passes that position.
+of steps its key was rotated by. The two agree until entries are dropped or moved. `prefill` and `load`
+return the next position with a cache, `select` leaves it, `shift` moves it; whoever continues such a cache passes it.
 
 No function writes into a tensor that it was given; results may share memory with their arguments (`truncate` copies
 nothing, `shift` keeps the values). Gradients follow the caller: use `torch.no_grad()` for inference. What does not fit
@@ -68,9 +68,14 @@ def _require(condition, sentence: str):
         raise CacheError(sentence)
 
 
+def _require_cache(cache: DynamicCache):
+    hint = "pass its .cache" if hasattr(cache, "cache") else "make one with `prefill`"
+    _require(isinstance(cache, DynamicCache), f"Expected a DynamicCache, got {type(cache).__name__}: {hint}.")
+
+
 def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Return the L layers' (keys, values), each (B, H_kv, T, D)."""
-    _require(isinstance(cache, DynamicCache), f"Expected a DynamicCache, got {type(cache).__name__}: use `prefill`.")
+    """Return (keys, values) of every layer, each (B, H_kv, T, D)."""
+    _require_cache(cache)
     layers = cache.layers
     _require(layers and all(layer.keys is not None for layer in layers), "The cache is empty: prefill something first.")
     odd = sorted({type(layer).__name__ for layer in layers} - {"DynamicLayer"})
@@ -135,6 +140,8 @@ def require_supported(model: PreTrainedModel) -> None:
 
 def _require_rotary(rotary: nn.Module, head_dim: int) -> None:
     """Check type and width and, once a module, that `_turn` is the model's rotation and its own inverse."""
+    seen = f"The rotary embedding is a {type(rotary).__name__} without inv_freq"
+    _require(isinstance(getattr(rotary, "inv_freq", None), Tensor), f"{seen}: pass rotary_of(model).")
     kind, width = getattr(rotary, "rope_type", "default"), 2 * rotary.inv_freq.numel()
     seen = f"Rotary embeddings of type '{kind}' change with the length of the text, so stored keys cannot be moved"
     _require(kind in ROPE_TYPES, f"{seen}: use a model with one of {ROPE_TYPES}.")
@@ -172,7 +179,7 @@ def prefill(
     past : what they can look back to; P entries.
     position : of the first new token that is no padding. Default: the number of entries of `past` that are no padding,
         which after an eviction or a shift is wrong.
-    attention_mask : (B, P + T), 0 for padding.
+    attention_mask : (B, P + T), 0 for padding. A padded cache must be continued with its mask, which no file holds.
     """
     require_supported(model)
     _require(input_ids.ndim == 2 and input_ids.numel(), f"input_ids is {tuple(input_ids.shape)}, expected (B, T > 0).")
@@ -181,14 +188,17 @@ def prefill(
     if seen:
         config = model.config.get_text_config(decoder=True)
         want = (config.num_hidden_layers, rows, config.num_key_value_heads, seen, _head_dim(config))
-        _require(_shape(pairs) == want, f"past has (L, B, H_kv, P, D) = {_shape(pairs)}, expected {want}.")
+        hint = "prefill it with this model, one row a text"
+        _require(_shape(pairs) == want, f"past has (L, B, H_kv, P, D) = {_shape(pairs)}, expected {want}: {hint}.")
+        have, want = ((str(t.dtype), str(t.device)) for t in (pairs[0][0], next(model.parameters())))
+        _require(have == want, f"past is in {have}, the model in {want}: {hint}, or move the cache.")
     mask = input_ids.new_ones(shape) if attention_mask is None else attention_mask.long()
     _require(mask.shape == shape, f"attention_mask is {tuple(mask.shape)}, expected (B, P + T) = {shape}.")
     _require(attention_mask is None or mask[:, -1].all(), "attention_mask ends in 0: pad on the left.")
     if position is None:
         position = seen if attention_mask is None else mask[:, :seen].sum(1)
     start = torch.as_tensor(position, device=input_ids.device).reshape(-1, 1)
-    _require(len(start) in (1, rows), f"position has {len(start)} numbers, expected one, or one a row ({rows}).")
+    _require_position(position, rows)
     position_ids = (start + mask[:, seen:].cumsum(1) - 1).clamp(min=0)  # (B, T); what padding gets only has to exist
     text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     out = model(**text, past_key_values=_build(pairs), use_cache=True, logits_to_keep=1)
@@ -198,7 +208,15 @@ def prefill(
 
 def length(cache: DynamicCache) -> int:
     """Count the entries T of a cache (which is not the next position, once entries were dropped)."""
+    _require_cache(cache)
     return cache.get_seq_length()
+
+
+def _require_position(position: Position, rows: int):
+    given = torch.as_tensor(position).flatten()
+    whole = not given.is_floating_point() and bool((given >= 0).all())
+    seen = f"The position is {position}, expected one whole number from 0, or one for each of {rows} rows"
+    _require(whole and len(given) in (1, rows), f"{seen}: pass the next_position that came with the cache.")
 
 
 def clone(cache: DynamicCache) -> DynamicCache:
@@ -230,16 +248,17 @@ def select(cache: DynamicCache, positions: Tensor) -> DynamicCache:
         whole = not index.is_floating_point() and index.dtype != torch.bool
         _require(whole, f"Positions are {index.dtype}, expected integer indices: a mask becomes indices by nonzero().")
         low, high = index.min().item(), index.max().item()
-        _require(low >= 0 and high < have, f"Positions {low} to {high} reach outside a cache of {have} entries.")
+        _require(low >= 0 and high < have, f"Positions are {low} to {high}: count from 0 to {have - 1}.")
     layers = zip(pairs, index.long()[..., None].expand(len(pairs), -1, -1, -1, -1), strict=True)  # (B|1, H_kv|1, P, 1)
     return _build([x.take_along_dim(i.to(x.device), 2) for x in pair] for pair, i in layers)
 
 
 def truncate(cache: DynamicCache, length: int) -> DynamicCache:
     """Keep the first `length` entries, without copying; CacheError if there are fewer."""
-    have = cache.get_seq_length()
-    _require(0 <= length <= have, f"A cache of {have} entries cannot be truncated to {length}.")
-    return _build((keys[:, :, :length], values[:, :, :length]) for keys, values in _pairs(cache))
+    pairs = _pairs(cache)
+    have = _shape(pairs)[3]
+    _require(0 <= length <= have, f"A cache of {have} entries cannot be truncated to {length}: give 0 to {have}.")
+    return _build((keys[:, :, :length], values[:, :, :length]) for keys, values in pairs)
 
 
 def join(first: DynamicCache, second: DynamicCache) -> DynamicCache:
@@ -250,7 +269,7 @@ def join(first: DynamicCache, second: DynamicCache) -> DynamicCache:
     """
     a, b = _pairs(first), _pairs(second)
     one, two = ((*_shape(c)[:3], _shape(c)[4], c[0][0].dtype, str(c[0][0].device)) for c in (a, b))
-    _require(one == two, f"Cannot join caches that differ in (L, B, H_kv, D, dtype, device): {one} and {two}.")
+    _require(one == two, f"Cannot join (L, B, H_kv, D, dtype, device) {one} and {two}: make both with one model.")
     return _build(tuple(torch.cat(both, 2) for both in zip(*layer, strict=True)) for layer in zip(a, b, strict=True))
 
 
@@ -264,9 +283,10 @@ def _turn(keys: Tensor, by: Tensor, rotary: nn.Module, scale: float = 1.0) -> Te
     return torch.cat((x * cos - y * sin, y * cos + x * sin), -1).to(keys.dtype)
 
 
-def _turned(cache: DynamicCache, by: int | Tensor, rotary: nn.Module, scale: float = 1.0) -> DynamicCache:
+def _turned(cache: DynamicCache, by: int | Tensor, rotary: nn.Module, power: int = 0) -> DynamicCache:
     pairs = _pairs(cache)
     _require_rotary(rotary, pairs[0][0].shape[-1])
+    scale = rotary.attention_scaling**power
     layers = zip(pairs, _per_entry(by, cache).expand(len(pairs), -1, -1, -1), strict=True)
     return _build((_turn(keys, m, rotary, scale), values) for (keys, values), m in layers)
 
@@ -296,12 +316,12 @@ def unrotate(cache: DynamicCache, positions: int | Tensor, rotary: nn.Module) ->
     >>> torch.allclose(again.layers[0].keys, cache.layers[0].keys, atol=1e-5)
     True
     """
-    return _turned(cache, -torch.as_tensor(positions), rotary, 1 / rotary.attention_scaling)
+    return _turned(cache, -torch.as_tensor(positions), rotary, -1)
 
 
 def rotate(cache: DynamicCache, positions: int | Tensor, rotary: nn.Module) -> DynamicCache:
     """Put un-rotated keys at positions, with the model's attention scaling: the inverse of `unrotate`."""
-    return _turned(cache, positions, rotary, rotary.attention_scaling)
+    return _turned(cache, positions, rotary, 1)
 
 
 def nbytes(cache: DynamicCache) -> int:
@@ -376,6 +396,8 @@ def save(cache: DynamicCache, path: str | Path, model: Owner, next_position: Pos
     path, pairs = Path(path), _pairs(cache)
     owner = model if isinstance(model, dict) else fingerprint(model)
     _require(path.parent.is_dir(), f"There is no folder {path.parent}: make it first.")
+    _require(not path.is_dir(), f"{path} is a folder: give the name of a file in it.")
+    _require_position(next_position, _shape(pairs)[1])
     have = tuple(_shape(pairs)[i] for i in (0, 2, 4))
     want = tuple(owner["architecture"][key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
     _require(have == want, f"The cache has (L, H_kv, D) = {have}, the model {want}: give the model that made it.")
@@ -398,7 +420,7 @@ def save(cache: DynamicCache, path: str | Path, model: Owner, next_position: Pos
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Return header and tensors of a file written by `save`, or say what is wrong with it."""
     _require(path.is_file(), f"There is no file {path}: save a cache there first.")
-    damaged = f"{path} is damaged or cut short: delete it and save the cache again."
+    damaged = f"{path} is damaged or cut short: delete it and save the cache again, if it ever was a cache."
     try:
         with safe_open(path, framework="pt") as file:
             text, names = (file.metadata() or {}).get("kvlab", "null"), file.keys()

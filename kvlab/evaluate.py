@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.text import squad
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -90,6 +89,8 @@ def f1(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
 
 
 def _squad(predictions: Sequence[str], references: Sequence[str], score: str) -> np.ndarray:
+    from torchmetrics.functional.text import squad  # here, so that a notebook without it can use all the rest
+
     pairs = zip(predictions, references, strict=True)
     records = (
         ({"prediction_text": p, "id": "0"}, {"answers": {"text": [r], "answer_start": [0]}, "id": "0"})

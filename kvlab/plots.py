@@ -72,7 +72,7 @@ def cache_sizes(gigabytes: pd.DataFrame) -> Axes:
         labels = [f"{value:.2f}" for value in gigabytes[name]]
         ax.bar_label(bars, [f"{labels[0]}  {name}", *labels[1:]], padding=3, fontsize=9)
     ax.set_yticks(places, gigabytes.index)
-    ax.set(xlabel="GB of cache", xlim=(0, 1.25 * gigabytes.to_numpy().max()))
+    ax.set(xlabel="GB of cache for 8192 tokens, float16", xlim=(0, 1.25 * gigabytes.to_numpy().max()))
     ax.invert_yaxis()
     return ax
 
@@ -99,7 +99,7 @@ def lab_report(figures: Sequence[Mapping], tasks: Mapping[str, str], models: Seq
         y, f = rows[0]
         ax.annotate(model, (f["high"], y), (8, 0), textcoords="offset points", color=color, va="center", fontsize=9)
     ax.set_yticks(range(len(tasks)), tasks.values())
-    ax.set(xlim=(-0.02, 1.02), xlabel="fraction right on held-out data, with 95 % interval")
+    ax.set(xlim=(-0.02, 1.02), xlabel="fraction right, with 95 % interval")
     ax.grid(axis="x", color="#EEEEEE")
     ax.set_axisbelow(True)
     ax.invert_yaxis()

@@ -324,17 +324,17 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model):
     model, cache, rotary = tiny_model(), random_cache(), kv.rotary_of(tiny_model())
     narrow = kv.rotary_of(tiny_model(head_dim=8))
     for sentence, call in {
-        "use `prefill`": lambda: kv.clone(StaticCache(config=model.config, max_cache_len=4)),
+        "StaticCache: make one with `prefill`": lambda: kv.clone(StaticCache(config=model.config, max_cache_len=4)),
         "is empty": lambda: kv.nbytes(DynamicCache()),
         "9 entries cannot be truncated to 10": lambda: kv.truncate(cache, 10),
-        "Positions 2 to 9 reach outside a cache of 9": lambda: kv.select(cache, torch.tensor([2, 9])),
-        "Positions -1 to 3": lambda: kv.select(cache, torch.tensor([-1, 3])),
+        "Positions are 2 to 9: count from 0 to 8": lambda: kv.select(cache, torch.tensor([2, 9])),
+        "Positions are -1 to 3": lambda: kv.select(cache, torch.tensor([-1, 3])),
         "torch.bool, expected integer": lambda: kv.select(cache, torch.ones(9, dtype=torch.bool)),
         r"\(3, 4\) does not fit": lambda: kv.select(cache, torch.zeros(3, 4, dtype=torch.long)),
         r"\(8,\) does not fit": lambda: kv.shift(cache, torch.arange(8), rotary),
         "turns 8 of 16": lambda: kv.shift(cache, 1, narrow),
         "Cannot join": lambda: kv.join(cache, random_cache(rows=1)),
-        "differ in .*float32.*float64": lambda: kv.join(cache, random_cache(dtype=torch.float64)),
+        "Cannot join .*float32.*float64": lambda: kv.join(cache, random_cache(dtype=torch.float64)),
         r"input_ids is \(13,\)": lambda: kv.prefill(model, IDS[0]),
         r"expected .* \(2, 22\)": lambda: kv.prefill(model, IDS, cache, attention_mask=torch.ones(2, 13)),
         r"past has .* \(3, 2, 2, 9, 16\), expected \(3, 1, 2, 9, 16\)": lambda: kv.prefill(model, IDS[:1], cache),

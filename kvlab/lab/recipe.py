@@ -31,11 +31,13 @@ class Stage:
 SHORT = Mix(row=192, repetition=0.22, arithmetic=0.25, faq=0.0, facts=(2, 16), easy=0.6)
 MIXED = Mix(row=192, repetition=0.18, arithmetic=0.34, faq=0.06, facts=(2, 16), easy=0.5)
 LONG = Mix(row=320, repetition=0.04, arithmetic=0.30, faq=0.10, facts=(4, 40), easy=0.2, questions=10)
-CHOICE = Mix(row=256, repetition=0.0, arithmetic=0.2, faq=0.1, facts=(2, 32), questions=8, kinds=(35, 45, 12, 8))
+LOOKUP = Mix(
+    row=320, repetition=0.03, arithmetic=0.2, faq=0.08, facts=(8, 40), kinds=(75, 0, 15, 10), easy=0.0, questions=12
+)
 TOKENIZERS = {"lab-target": (1536, 0), "lab-draft": (1536, 0), "lab-teacher": (640, 1)}
 STAGES = {
     "lab-draft": [Stage(2, SHORT, 1400, 24, 2e-3)],
-    "lab-target": [Stage(4, SHORT, 1600, 24, 2e-3), Stage(12, LONG, 1300, 16, 1e-3), Stage(12, CHOICE, 750, 16, 7e-4)],
+    "lab-target": [Stage(4, SHORT, 1600, 24, 2e-3), Stage(12, LONG, 1300, 16, 1e-3), Stage(12, LOOKUP, 420, 16, 7e-4)],
     "lab-teacher": [Stage(6, MIXED, 1900, 24, 2e-3)],
 }
 

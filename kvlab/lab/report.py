@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvlab.evaluate import answers, exact_match, figure, multiple_choice
+from kvlab.evaluate import answers, figure, multiple_choice
 from kvlab.lab import corpora, models, worlds
 
 READING = {
@@ -16,13 +16,15 @@ READING = {
     "reading_long": ("free", (24, 40)),
     "unanswerable": ("unanswerable", (8, 16)),
     "choice": ("choice", (8, 16)),
+    "letter": ("choice", (8, 16)),
 }
 PROBLEMS = [(steps, style) for steps in range(1, 6) for style in worlds.STYLES]
 CONDITIONS = {
-    "reading": "held-out passages of 8-16 facts, free questions, greedy, exact match",
-    "reading_long": "held-out passages of 24-40 facts, free questions, greedy, exact match",
+    "reading": "held-out passages of 8-16 facts, free questions, greedy, the answer word for word",
+    "reading_long": "held-out passages of 24-40 facts, free questions, greedy, the answer word for word",
     "unanswerable": 'held-out passages of 8-16 facts that leave the question open, answer "unknown"',
-    "choice": "held-out passages of 8-16 facts, likeliest of four letters; chance is 0.25",
+    "choice": "held-out passages of 8-16 facts, the likeliest of four answers to the question; chance is 0.25",
+    "letter": "held-out passages of 8-16 facts, four options in the question, greedy letter; chance is 0.25",
     "arithmetic": "held-out problems of 1-5 steps, both styles, final answer right",
     "faq": "questions as trained on, the answer word for word, greedy",
     "faq_heldout": "held-out paraphrases, the answer word for word, greedy",
@@ -92,14 +94,16 @@ def scores(task: str, model, tokenizer, documents: Sequence[list[dict[str, str]]
     """1 for each conversation whose answer the model gets right, else 0."""
     prompts, truths = [d[:-1] for d in documents], [d[-1]["content"] for d in documents]
     if task == "choice":
-        picked = multiple_choice(model, tokenizer, prompts, [list(worlds.LETTERS)] * len(prompts))
-        return np.array([worlds.LETTERS[p] == truth for p, truth in zip(picked, truths, strict=True)], float)
+        asked = [re.split(r" [A-D]\) ", p[-1]["content"]) for p in prompts]  # the question, then its four options
+        prompts = [
+            [*p[:-1], {"role": "user", "content": question}] for p, (question, *_) in zip(prompts, asked, strict=True)
+        ]
+        picked = multiple_choice(model, tokenizer, prompts, [options for _, *options in asked])
+        return np.array([worlds.LETTERS[i] == truth for i, truth in zip(picked, truths, strict=True)], float)
     new_tokens = {"arithmetic": 160, "faq": 96, "faq_heldout": 96}.get(task, 12)
     texts = answers(model, tokenizer, prompts, new_tokens, label=task)
     if task == "arithmetic":
-        return exact_match([result(t) for t in texts], [result(t) for t in truths])
-    if task in READING:
-        return exact_match(texts, truths)
+        texts, truths = map(result, texts), map(result, truths)
     return np.array([text == truth for text, truth in zip(texts, truths, strict=True)], float)
 
 
