@@ -98,10 +98,12 @@ def fit(
         num_training_steps=steps,
         decay_type="linear",
     )
+    run = {"steps": steps, "batch_size": loader.batch_size, "accumulate": accumulate, "learning_rate": learning_rate}
+    run |= {"betas": list(betas), "weight_decay": weight_decay, "warmup": warmup, "decay": decay, "clip": clip}
+    run |= {"precision": precision, "seed": seed}
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     wrapped.train()
     optimizer.zero_grad()  # a run that broke off may have left gradients
-    run = {"steps": steps, "learning_rate": learning_rate, "accumulate": accumulate, "seed": seed}
     history = []
     if checkpoint and Path(checkpoint).exists():
         history = _resume(Path(checkpoint), trainable, optimizer, schedule, run)

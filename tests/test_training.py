@@ -369,11 +369,13 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         ({"seed": 1}, r"'seed': \(0, 1\)"),
         ({"learning_rate": 0.1}, "learning_rate"),
         ({"accumulate": 2}, "accumulate"),
+        ({"clip": 0.5}, "clip"),
+        ({"precision": "bf16"}, "precision"),
         ({"model": nn.Linear(3, 2)}, "other parameters"),
         ({"model": nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), nn.Identity(), nn.Identity(), nn.Linear(1, 2))},
          "other parameters"),
     ],
-    ids=["steps", "seed", "rate", "accumulate", "names", "shapes"],
+    ids=["steps", "seed", "rate", "accumulate", "clip", "precision", "names", "shapes"],
 )  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, told):
     path = tmp_path / "net.safetensors"
