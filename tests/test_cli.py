@@ -32,9 +32,9 @@ def test_help_lists_options_of_the_signature(capsys):
 
 def test_an_unknown_option_is_an_error(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["scale", "--sise", "3"])
+        main(["scale", "--colour", "3"])
     assert stop.value.code == 2
-    assert "sise" in capsys.readouterr().err
+    assert "colour" in capsys.readouterr().err
 
 
 def test_an_unknown_model_is_a_sentence():
