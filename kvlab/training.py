@@ -67,7 +67,8 @@ def fit(
 
     Returns
     -------
-    One dict a step: step, loss, each named loss, grad_norm, learning_rate, weight, seconds; and what `evaluate` gave.
+    A dict for each step, with step, loss, each named loss, grad_norm, learning_rate, weight, seconds, and what
+    `evaluate` gave.
 
     Raises
     ------
