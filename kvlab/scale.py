@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from kvlab.cache import bytes_per_token
 from kvlab.lab import models as lab
 
 # Shapes of the public models that the larger scales use, so that memory is known before anything is downloaded.
@@ -123,7 +124,7 @@ class Scale:
         configs = {role: config_of(getattr(self, role)) for role in {*need.frozen, need.trains} - {""}}
         places = need.batch * need.tokens
         weights = sum(parameters(configs[role]) for role in need.frozen) * size
-        cache = sum(cache_bytes(configs[role], places, size) for role in need.frozen)
+        cache = sum(places * bytes_per_token(configs[role], self.dtype) for role in need.frozen)
         trained, activations = need.added, 0.0
         if need.trains or need.added:
             config = configs[need.trains or need.frozen[0]]
@@ -192,11 +193,6 @@ def parameters(config: PreTrainedConfig, layers: int | None = None) -> int:
         config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
-
-
-def cache_bytes(config: PreTrainedConfig, tokens: int, itemsize: int) -> int:
-    """Bytes of the KV cache of `tokens` tokens: 2 * layers * KV heads * head size * itemsize each."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize * tokens
 
 
 def _device() -> str:

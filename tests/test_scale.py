@@ -7,7 +7,7 @@ import torch
 
 from kvlab import cache as kv
 from kvlab.lab import models as lab
-from kvlab.scale import PRESETS, Scale, cache_bytes, config_of, parameters
+from kvlab.scale import PRESETS, Scale, config_of, parameters
 
 CHAPTERS = set(PRESETS["tiny"]["needs"])
 
@@ -65,7 +65,7 @@ def test_parameters_are_linear_in_layers():
 def test_cache_bytes_are_those_of_a_real_cache(tiny_model, family, dtype):
     model = tiny_model(family, dtype=dtype)
     cache = kv.prefill(model, torch.zeros(2, 13, dtype=torch.long)).cache
-    assert cache_bytes(model.config, 2 * 13, dtype.itemsize) == kv.nbytes(cache)
+    assert 2 * 13 * kv.bytes_per_token(model.config, dtype) == kv.nbytes(cache)
 
 
 # memory
