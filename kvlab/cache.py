@@ -17,6 +17,7 @@ raises `CacheError` before any work is done. `_example()` is a random two-layer 
 True
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -32,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 FORMAT_VERSION = 1
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
@@ -322,6 +323,94 @@ def unrotate(cache: DynamicCache, positions: int | Tensor, rotary: nn.Module) ->
 def rotate(cache: DynamicCache, positions: int | Tensor, rotary: nn.Module) -> DynamicCache:
     """Put un-rotated keys at positions, with the model's attention scaling: the inverse of `unrotate`."""
     return _turned(cache, positions, rotary, 1)
+
+
+class _Cursor:
+    """Where the next call of a model writes in every layer of a `Slots`, and how many columns it sees."""
+
+    where: slice | Tensor = slice(0, 0)  # the same columns of all rows, or (B, k)
+    seen: int | None = None  # None: all
+
+
+class _SlotLayer(DynamicLayer):
+    """The columns of one layer."""
+
+    def __init__(self, cursor: _Cursor, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.cursor, self.keys, self.values, self.is_initialized = cursor, keys, values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        where, seen = self.cursor.where, self.cursor.seen
+        for memory, states in ((self.keys, key_states), (self.values, value_states)):
+            if isinstance(where, slice):
+                memory[:, :, where] = states
+            else:
+                rows = torch.arange(len(where), device=where.device)[:, None]
+                memory[rows, :, where] = states.transpose(1, 2)
+        return self.keys[:, :, :seen], self.values[:, :, :seen]
+
+
+class Slots(Cache):
+    """A transformers cache in memory that stays in place, each row of which grows and shrinks by itself.
+
+    Row b has `lengths[b]` entries, in columns 0, 1, ... of `room`; column i stands at position i + `offsets[b]`. A call
+    of a model must be aimed, and overwrites the columns it is aimed at: to take entries back is to make `lengths[b]`
+    smaller, and costs nothing. What a query must not see (later columns, columns never written) the caller hides with
+    a mask.
+
+    >>> model, ids = _example()
+    >>> slots, (cache, _, next_position) = Slots(model, rows=1, room=8), prefill(model, ids)
+    >>> slots.put(0, cache, next_position)
+    >>> columns = slots.aim(slots.lengths, count=1)
+    >>> there = model(ids[:, :1], position_ids=columns + slots.offsets, past_key_values=slots).logits
+    >>> torch.allclose(there[0], prefill(model, ids[:, :1], cache).logits, atol=1e-5)
+    True
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, room: int):
+        config = model.config.get_text_config(decoder=True)
+        shape, self.room = (rows, config.num_key_value_heads, room, _head_dim(config)), room
+        kind = {"dtype": model.dtype, "device": model.device}
+        self.cursor, self.lengths = _Cursor(), [0] * rows
+        self.offsets = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+        # Zeros, for what is hidden is still multiplied by 0, and 0 * nan is nan.
+        memory = (torch.zeros(2, *shape, **kind) for _ in range(config.num_hidden_layers))
+        super().__init__(layers=[_SlotLayer(self.cursor, keys, values) for keys, values in memory])
+
+    def put(self, row: int, cache: DynamicCache, next_position: Position) -> None:
+        """Make a row a copy of a cache of one row."""
+        count = length(cache)
+        _require(count <= self.room, f"The cache has {count} entries, a row has room for {self.room}: give more room.")
+        for layer, (keys, values) in zip(self.layers, _pairs(cache), strict=True):
+            layer.keys[row, :, :count], layer.values[row, :, :count] = keys[0], values[0]
+        self.lengths[row] = count
+        self.offsets[row] = next_position - count
+
+    def aim(self, starts: list[int], count: int, fixed: bool = False) -> Tensor:
+        """Let the next call write `count` columns of each row, from `starts[b]` on, and return them, (B, count).
+
+        `fixed` makes all calls alike, as a compiler wants them: columns are a tensor, and all are seen.
+        """
+        stop = max(starts) + count
+        _require(stop <= self.room, f"Column {stop - 1} does not fit a row of {self.room}: give more room.")
+        if alike := min(starts) == max(starts) and not fixed:
+            columns = torch.arange(stop - count, stop, device=self.offsets.device).expand(len(starts), -1)
+        else:
+            columns = torch.tensor([[*range(start, start + count)] for start in starts], device=self.offsets.device)
+        self.cursor.where, self.cursor.seen = slice(stop - count, stop) if alike else columns, None if fixed else stop
+        return columns
+
+    def entries(self, row: int, start: int = 0, stop: int | None = None) -> DynamicCache:
+        """Return the entries of a row, or a part of them, as a cache that shares their memory."""
+        rows, columns = slice(row, row + 1), slice(start, self.lengths[row] if stop is None else stop)
+        return _build((layer.keys[rows, :, columns], layer.values[rows, :, columns]) for layer in self.layers)
+
+    def first(self, layers: int) -> "Slots":
+        """Return the first layers, in the same memory, to be aimed on their own."""
+        part = copy.copy(self)
+        part.cursor, part.lengths = _Cursor(), list(self.lengths)
+        part.layers = [_SlotLayer(part.cursor, layer.keys, layer.values) for layer in self.layers[:layers]]
+        return part
 
 
 def nbytes(cache: DynamicCache) -> int:

@@ -176,6 +176,27 @@ def bootstrap(values: Sequence[float], n: int = 2000, level: float = 0.95, seed:
     return float(values.mean()), float(low), float(high)
 
 
+def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
+    """The p-value of Pearson's test that `counts` are draws from `probabilities`; small by chance alone is rare.
+
+    Outcomes expected fewer than five times are taken together. One that has probability 0 and occurs gives 0.
+
+    Examples
+    --------
+    >>> round(chi_square([480, 520], [0.5, 0.5]), 3), chi_square([400, 600], [0.5, 0.5]) < 1e-9
+    (0.206, True)
+    """
+    from scipy.stats import chisquare  # slow to import
+
+    counts, probabilities = np.asarray(counts, float), np.asarray(probabilities, float)
+    expected = probabilities / probabilities.sum() * counts.sum()
+    if (counts[expected == 0] > 0).any():
+        return 0.0
+    rare = expected < 5
+    counts, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
+    return float(chisquare(counts[expected > 0], expected[expected > 0]).pvalue)
+
+
 def figure(name: str, values: Sequence[float], unit: str, conditions: str) -> dict:
     """One measured figure with its 95 % bootstrap interval, in the form that results files hold.
 

@@ -1,0 +1,705 @@
+"""Speculative decoding: a proposer drafts, the target verifies, and the text is exactly the target's.
+
+`decode` is the loop. It knows a proposer only by three methods and yields one `Round` a target call; texts, statistics
+and pictures are made from the rounds. Without a proposer it is plain autoregressive decoding. Rows of a batch advance
+each at its own pace, because every row has its own columns in memory (`kvlab.cache.Slots`).
+
+Sources: Leviathan, Kalman and Matias (2023), arXiv 2211.17192, Algorithm 1 and section 3; Chen et al. (2023),
+arXiv 2302.01318, Algorithm 2. Names: gamma drafted tokens, draft distribution q, target distribution p.
+"""
+
+import copy
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kvlab.cache import Position, Slots, length, prefill, require_supported
+
+Texts = list[list[int]]  # token ids of each row
+
+
+class Prefix(NamedTuple):
+    """What was read before the prompt: a cache of one row, its next position, and the ids it stands for (if known).
+
+    A prefilled, spliced, compressed or loaded cache. The ids are for proposers and the repetition penalty; the target
+    does not read them again.
+    """
+
+    cache: DynamicCache
+    next_position: Position
+    input_ids: Sequence[int] = ()
+
+
+class Proposal(NamedTuple):
+    """Drafted tokens (B, g), and the distributions (B, g, V) they were drawn from; None: each was certain.
+
+    A token of -1 stands for "no guess", in rows that have fewer than others.
+    """
+
+    tokens: Tensor
+    probabilities: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one target call did. Lists have one entry a row; rows that had ended before have no tokens.
+
+    `tokens` is what the row gained: the accepted ones and one of the target's own, up to the end of the text.
+    `reading` marks the reading of the prompt, by the target (it gives the first token) and then by the proposer.
+    `seconds` is the whole round, so it includes both others.
+    """
+
+    drafted: Texts
+    accepted: list[int]
+    tokens: Texts
+    draft_seconds: float
+    target_seconds: float
+    seconds: float
+    reading: bool = False
+
+
+class Proposer(Protocol):
+    """What drafts. `target_cache` is the target's own memory: may be read, must not be changed."""
+
+    def start(self, texts: Texts, target_cache: Slots, sampling: "Sampling", room: int) -> None:
+        """Begin with texts (prefix, prompt, the target's first token) that will gain fewer than `room` tokens."""
+
+    def propose(self, gamma: int) -> Proposal:
+        """Draft up to `gamma` tokens a row."""
+
+    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
+        """Take note that each row gained so many drafted tokens and the next one; -1: the row has ended."""
+
+
+@dataclass
+class Sampling:
+    """How tokens are chosen: the likeliest at temperature 0 (the default), else drawn.
+
+    `top_k` 0 and `top_p` 1.0 keep all. The processors are those of transformers, in its order. `generator` is one for
+    all rows, or a list of one for each: then a row's text does not depend on the rows beside it.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"The temperature is {self.temperature}, expected 0 (greedy) or more.")
+        warpers = LogitsProcessorList()
+        if self.temperature not in (0, 1):
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p != 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        self._warpers = LogitsProcessorList() if self.greedy else warpers
+        self._penalty = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def scores(self, logits: Tensor, texts: Texts) -> Tensor:
+        """Processed logits (B, k, V), in float32 or wider; the last of the k follows texts[b], the others its start."""
+        rows, count, size = logits.shape
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.repetition_penalty != 1:
+            scores = scores.clone()
+            for row, text in enumerate(texts):
+                ids = torch.tensor([text], device=logits.device)
+                for i in range(count):
+                    seen = ids[:, : len(text) - count + 1 + i]
+                    scores[row, i] = self._penalty(seen, scores[row, i][None])[0]
+        return self._warpers(None, scores.reshape(-1, size)).reshape(rows, count, size)
+
+    def uniform(self, rows: int, count: int, device: torch.device) -> Tensor:
+        """Numbers in [0, 1), (rows, count)."""
+        one = self.generator is None or isinstance(self.generator, torch.Generator)
+        sources = [(self.generator, rows)] if one else [(generator, 1) for generator in self.generator]
+        drawn = [torch.rand(n, count, generator=g, device=g.device if g else None) for g, n in sources]
+        return torch.cat(drawn).to(device)
+
+    def choose(self, logits: Tensor, texts: Texts) -> tuple[Tensor, Tensor | None]:
+        """One token a row, (B,), from logits (B, 1, V), and what it was drawn from, (B, V) (greedy: None)."""
+        scores = self.scores(logits, texts)[:, 0]
+        if self.greedy:
+            return scores.argmax(-1), None
+        probabilities = scores.softmax(-1)
+        return draw(probabilities, self.uniform(len(logits), 1, logits.device)[:, 0]), probabilities
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The index (B,) at which the running sum of weights (B, V) passes the uniform number's share of the total.
+
+    >>> draw(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([0.5]))
+    tensor([2])
+    """
+    exact = torch.float32 if weights.device.type == "mps" else torch.float64  # mps has no float64
+    total = weights.to(exact).cumsum(-1)
+    return torch.searchsorted(total, uniform.to(exact)[:, None] * total[:, -1:], right=True)[:, 0]
+
+
+def match(choices: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
+    """Count the drafted tokens (B, g) that equal the target's choices (B, g + 1), and give its next token, both (B,).
+
+    >>> match(torch.tensor([[4, 7, 9]]), Proposal(torch.tensor([[4, 5]])))
+    (tensor([1]), tensor([7]))
+    """
+    width = proposal.tokens.shape[1]
+    accepted = (choices[:, :width] == proposal.tokens).long().cumprod(1).sum(1)
+    return accepted, choices.gather(1, accepted[:, None])[:, 0]
+
+
+def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Accept or resample (Leviathan et al. 2023, Algorithm 1): tokens accepted and the next token, both (B,).
+
+    Token i is accepted if u_i < p_i(x_i) / q_i(x_i). At the first that is not, the next token is drawn from
+    norm(max(0, p_i - q_i)); after all g, from p_(g+1). What results is distributed as p, whatever q is.
+
+    Parameters
+    ----------
+    p : (B, g + 1, V), the target's distributions, processed as q was.
+    proposal : g tokens a row, with the distributions they were really drawn from.
+    uniform : (B, at least g + 1) independent numbers in [0, 1).
+
+    Examples
+    --------
+    >>> p = torch.tensor([[[0.2, 0.8], [0.5, 0.5]]])
+    >>> proposal = Proposal(torch.tensor([[0]]), torch.tensor([[[0.9, 0.1]]]))
+    >>> verify(p, proposal, torch.tensor([[0.1, 0.7]])), verify(p, proposal, torch.tensor([[0.5, 0.7]]))
+    ((tensor([1]), tensor([1])), (tensor([0]), tensor([1])))
+    """
+    (tokens, q), width = proposal, proposal.tokens.shape[1]
+    guess = tokens.clamp(min=0)[..., None]
+    if q is None:
+        q = torch.zeros_like(p[:, :width]).scatter(-1, guess, 1.0)
+    q = torch.where((tokens < 0)[..., None], 0.0, q)
+    passed = uniform[:, :width] * q.gather(-1, guess)[..., 0] < p[:, :width].gather(-1, guess)[..., 0]
+    accepted = (passed & (tokens >= 0)).long().cumprod(1).sum(1)
+    at = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+    p_next, q_next = (x.gather(1, at)[:, 0] for x in (p, torch.cat((q, torch.zeros_like(p[:, :1])), 1)))
+    rest = (p_next - q_next).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)  # p = q up to rounding
+    return accepted, draw(rest, uniform[:, -1])
+
+
+class Runner:
+    """A causal LM and the memory it writes to. Called with tokens (B, k) and their columns, it gives logits (B, k, V).
+
+    With `compiled_room`, memory has that many columns and stays where it is, and each shape of call is compiled once
+    (on a GPU into a CUDA graph): the same tokens sooner, after a minute of compiling. Worth it for many texts. The
+    model's weights may change afterwards, its modules may not.
+    """
+
+    def __init__(self, model: PreTrainedModel, compiled_room: int | None = None):
+        require_supported(model)
+        if model.config._attn_implementation not in ("eager", "sdpa"):
+            kind = model.config._attn_implementation
+            raise ValueError(
+                f"The attention implementation is {kind!r}, expected 'sdpa' or 'eager', which take a mask."
+            )
+        self.model, self.compiled_room, self.slots, self._shapes = model, compiled_room, None, set()
+        self._step = _compiled_step(model.device) if compiled_room else _step
+
+    def start(self, texts: Texts, prefixes: Sequence[Prefix | None], room: int) -> Tensor:
+        """Read texts, each after its prefix, and return the logits (B, V) that follow; leave room for more columns."""
+        device, states, keys = self.model.device, {}, []
+        for text, prefix in zip(texts, prefixes, strict=True):
+            keys.append((tuple(text), id(prefix)))
+            if keys[-1] not in states:  # many samples of one prompt read it once
+                past, position = (prefix.cache, prefix.next_position) if prefix else (None, None)
+                states[keys[-1]] = prefill(self.model, torch.tensor([text], device=device), past, position)
+        self.prepare(len(texts), max(length(state.cache) for state in states.values()) + room)
+        for row, key in enumerate(keys):
+            self.slots.put(row, states[key].cache, states[key].next_position)
+        return torch.cat([states[key].logits for key in keys])
+
+    def prepare(self, rows: int, needed: int) -> None:
+        """Make memory for so many rows and columns, or, compiled, use what there is."""
+        if self.compiled_room and needed > self.compiled_room:
+            raise ValueError(f"The texts need {needed} columns, compiled_room is {self.compiled_room}: make it larger.")
+        if self.compiled_room is None or self.slots is None or len(self.slots.lengths) != rows:
+            self.slots = Slots(self.model, rows, self.compiled_room or needed)
+            if self.compiled_room:
+                for layer in self.slots.layers:
+                    torch._dynamo.mark_static_address(layer.keys)
+                    torch._dynamo.mark_static_address(layer.values)
+
+    def __call__(self, tokens: Tensor, starts: list[int]) -> Tensor:
+        columns = self.slots.aim(starts, tokens.shape[1], fixed=self.compiled_room is not None)
+        if self.compiled_room is None or tokens.shape in self._shapes:
+            return self._step(self.model, self.slots, tokens, columns)
+        self._shapes.add(tokens.shape)
+        with torch._dynamo.config.patch(recompile_limit=64):  # else it gives up on the ninth shape
+            return self._step(self.model, self.slots, tokens, columns)
+
+
+def _compiled_step(device: torch.device) -> Callable[..., Tensor]:
+    """Compile `_step` for one model, without the check at each call that none of its modules has changed.
+
+    The compiler tells programs apart by their code, and without that check would take one model's for another's: so
+    each gets its own copy of the code.
+    """
+    own = types.FunctionType(_step.__code__.replace(), globals())
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return torch.compile(own, dynamic=False, options=options | {"triton.cudagraphs": device.type == "cuda"})
+
+
+def _step(model: PreTrainedModel, slots: Slots, tokens: Tensor, columns: Tensor) -> Tensor:
+    """Run tokens (B, k) at columns (B, k); query i of row b sees columns 0 to columns[b, i]."""
+    seen, mask = slots.cursor.seen or slots.room, None
+    if tokens.shape[1] > 1 or not isinstance(slots.cursor.where, slice):  # else all that is seen may be seen
+        later = torch.arange(seen, device=columns.device) > columns[..., None]  # (B, k, seen)
+        mask = torch.zeros(later.shape, dtype=model.dtype, device=later.device).masked_fill(later, float("-inf"))[
+            :, None
+        ]
+    places = {"position_ids": columns + slots.offsets, "attention_mask": mask}
+    return model(input_ids=tokens, past_key_values=slots, use_cache=True, **places).logits
+
+
+class ModelProposer:
+    """A smaller causal LM with the target's tokenizer. It reads texts itself, but for prefixes of its own."""
+
+    def __init__(self, model: PreTrainedModel | Runner, prefix: Prefix | Sequence[Prefix] | None = None):
+        self.runner, self.prefix = model if isinstance(model, Runner) else Runner(model), prefix
+
+    def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        self.texts, self.sampling, self.unread = [list(text) for text in texts], sampling, [1] * len(texts)
+        prefixes = _per_row(self.prefix, len(texts))
+        parts = [
+            text[len(prefix.input_ids) if prefix else 0 : -1] for text, prefix in zip(texts, prefixes, strict=True)
+        ]
+        self.runner.start(parts, prefixes, room)
+
+    def propose(self, gamma: int) -> Proposal:
+        """Draw x_1 from q_1(text), x_2 from q_2(text, x_1), ... (Algorithm 1, lines 1 to 4)."""
+        lengths, device = self.runner.slots.lengths, self.runner.model.device
+        width = 2 if self.runner.compiled_room else max(1, *self.unread)  # rows that lack less read a token again
+        tokens, drafted, q = torch.tensor([text[-width:] for text in self.texts], device=device), [], []
+        starts = [have + new - width for have, new in zip(lengths, self.unread, strict=True)]
+        for i in range(gamma):
+            logits = self.runner(tokens, starts)[:, -1:]
+            token, probabilities = self.sampling.choose(logits, self._texts(drafted))
+            drafted.append(token)
+            q.append(probabilities)
+            tokens, starts = token[:, None], [have + new + i for have, new in zip(lengths, self.unread, strict=True)]
+        self.drafted = torch.stack(drafted, 1)
+        return Proposal(self.drafted, None if self.sampling.greedy else torch.stack(q, 1))
+
+    def _texts(self, drafted: list[Tensor]) -> Texts:
+        """Texts with what was drafted since, for the repetition penalty alone: on a GPU the answer makes it wait."""
+        if self.sampling.repetition_penalty == 1 or not drafted:
+            return self.texts
+        return [text + new for text, new in zip(self.texts, torch.stack(drafted, 1).tolist(), strict=True)]
+
+    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
+        """Keep what was accepted. The last drafted token was never read: after full acceptance two are missing."""
+        for row, (n, drafted) in enumerate(zip(accepted, self.drafted.tolist(), strict=True)):
+            self.runner.slots.lengths[row] += self.unread[row] + min(max(n, 0), len(drafted) - 1)
+            self.unread[row] = 0 if n < 0 else 1 + (n == len(drafted))
+            self.texts[row] += [*drafted[:n], next_tokens[row]] if n >= 0 else []
+
+
+class EarlyExitProposer(ModelProposer):
+    """The first layers of the target itself, then its last norm and its head, in the target's own memory.
+
+    Nothing is copied and nothing read twice: what the target's first layers kept of a text is what the draft needs.
+    """
+
+    def __init__(self, target: PreTrainedModel | Runner, layers: int):
+        model, room = (target.model, target.compiled_room) if isinstance(target, Runner) else (target, None)
+        have = model.config.num_hidden_layers
+        if not 0 < layers < have:
+            raise ValueError(f"layers is {layers}, expected 1 to {have - 1}: the target has {have}.")
+        super().__init__(Runner(_first_layers(model, layers), room))
+        self.layers = layers
+
+    def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        self.texts, self.sampling, self.unread = [list(text) for text in texts], sampling, [1] * len(texts)
+        self.runner.slots = target_cache.first(self.layers)
+
+    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
+        super().accept(accepted, next_tokens, target_cache)
+        self.runner.slots.lengths, self.unread = list(target_cache.lengths), [1] * len(accepted)
+
+
+def _first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """The same modules under a configuration with fewer layers, which decoders read when they run."""
+    shallow, base = copy.copy(model), copy.copy(model.base_model)
+    shallow.config = base.config = copy.copy(model.config)
+    base.config.num_hidden_layers = layers
+    shallow._modules = {**model._modules, model.base_model_prefix: base}
+    return shallow
+
+
+class LookupProposer:
+    """Prompt lookup: what followed the last tokens where they stood before (Saxena 2023). No model, no distribution."""
+
+    def __init__(self, longest: int = 3):
+        self.longest = longest
+
+    def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        self.texts, self.device = [list(text) for text in texts], target_cache.offsets.device
+
+    def propose(self, gamma: int) -> Proposal:
+        guesses = [self.find(text, gamma) for text in self.texts]
+        width = gamma if any(guesses) else 0
+        self.drafted = [guess + [-1] * (width - len(guess)) for guess in guesses]
+        return Proposal(torch.tensor(self.drafted, dtype=torch.long, device=self.device).reshape(len(guesses), width))
+
+    def find(self, text: list[int], gamma: int) -> list[int]:
+        """What followed the latest earlier occurrence of the longest possible ending of a text.
+
+        >>> LookupProposer().find([5, 6, 7, 8, 5, 6], gamma=2)
+        [7, 8]
+        """
+        ids = np.asarray(text)
+        for n in range(min(self.longest, len(text) - 1), 0, -1):
+            windows = np.lib.stride_tricks.sliding_window_view(ids[:-1], n)
+            ends = (windows == ids[-n:]).all(1).nonzero()[0] + n
+            if len(ends):
+                whole = ends[ends + gamma <= len(text)]
+                start = whole[-1] if len(whole) else ends[0]
+                return text[start : start + gamma]
+        return []
+
+    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
+        for row, n in enumerate(accepted):
+            self.texts[row] += [*self.drafted[row][:n], next_tokens[row]] if n >= 0 else []
+
+
+class _Clock:
+    """Seconds between marks: on a GPU by events in its stream, so that the host need not wait."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> float | torch.cuda.Event:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, a: float | torch.cuda.Event, b: float | torch.cuda.Event) -> float:
+        if not self.cuda:
+            return b - a
+        b.synchronize()
+        return a.elapsed_time(b) / 1000
+
+
+def _per_row(given, rows: int) -> list:
+    """One for all rows, or one for each."""
+    if given is None or isinstance(given, Prefix):
+        return [given] * rows
+    if len(given) != rows:
+        raise ValueError(f"There are {len(given)} prefixes for {rows} rows: give one for all, or one for each.")
+    return list(given)
+
+
+def _prompts(input_ids: Tensor | Sequence[Tensor]) -> Texts:
+    """Rows of token ids, from (B, T) or a list of (T,) of any lengths."""
+    rows = [torch.as_tensor(row).tolist() for row in input_ids]
+    if not rows or not all(isinstance(row, list) and row for row in rows):
+        raise ValueError(
+            "Every prompt needs at least one token: give input_ids as (B, T) or as a list of (T,) tensors."
+        )
+    return rows
+
+
+def _ends(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> set[int]:
+    given = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
+    return {given} if isinstance(given, int) else set(given or ())
+
+
+class _Rows:
+    """The texts so far, and how many tokens each may still gain (0: it has ended)."""
+
+    def __init__(self, texts: Texts, max_new_tokens: int, ends: set[int]):
+        self.texts, self.left, self.ends = texts, [max_new_tokens] * len(texts), ends
+
+    def extend(self, row: int, tokens: list[int]) -> list[int]:
+        """Add tokens up to the end of the text, and return those."""
+        stop = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), None)
+        kept = tokens[: self.left[row]][:stop]
+        self.texts[row] += kept
+        self.left[row] = 0 if kept and kept[-1] in self.ends else self.left[row] - len(kept)
+        return kept
+
+
+@torch.inference_mode()
+def decode(
+    target: PreTrainedModel | Runner,
+    input_ids: Tensor | Sequence[Tensor],
+    proposer: Proposer | None = None,
+    *,
+    gamma: "int | AdaptiveGamma" = 4,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    prefix: Prefix | Sequence[Prefix] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> Iterator[Round]:
+    """Decode, and yield a `Round` after each target call: print its tokens as they come, or keep all for `summarize`.
+
+    The text is the target's own: with greedy choice token for token, with sampling in distribution (for any proposer
+    that tells the truth about q). Without a proposer this is plain decoding, one token a round.
+
+    Parameters
+    ----------
+    input_ids : (B, T), or a list of prompts (T,) of any lengths; what follows the prefix, if there is one.
+    gamma : tokens to draft a round.
+    max_new_tokens : of each row; the end is exact, also inside a round.
+    prefix : what was read before: one for all rows, or one for each.
+    eos_token_id : where a row ends; default: the target's own.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> prompt = lab.load_tokenizer("lab-target")("Anna lives in", return_tensors="pt").input_ids
+    >>> draft = ModelProposer(lab.load("lab-draft"))
+    >>> rounds = list(decode(lab.load("lab-target"), prompt, draft, max_new_tokens=8))
+    >>> sum(len(r.tokens[0]) for r in rounds) <= 8
+    True
+    """
+    runner, sampling = target if isinstance(target, Runner) else Runner(target), sampling or Sampling()
+    prompts, widest = _prompts(input_ids), gamma.maximum if isinstance(gamma, AdaptiveGamma) else gamma
+    if widest < 1 or max_new_tokens < 1:
+        raise ValueError(f"gamma is {widest} and max_new_tokens {max_new_tokens}, expected 1 or more of each.")
+    prefixes, room, clock = _per_row(prefix, len(prompts)), max_new_tokens + widest + 1, _Clock(runner.model.device)
+    texts = [[*(p.input_ids if p else ()), *prompt] for p, prompt in zip(prefixes, prompts, strict=True)]
+    rows, nothing = _Rows(texts, max_new_tokens, _ends(runner.model, eos_token_id)), [[] for _ in texts]
+
+    began, start = time.perf_counter(), clock.mark()
+    token = sampling.choose(runner.start(prompts, prefixes, room)[:, None], texts)[0]  # (B,)
+    read = clock.mark()
+    gained = [rows.extend(row, [one]) for row, one in enumerate(token.tolist())]
+    seconds = (0.0, clock.between(start, read), time.perf_counter() - began)
+    yield (last := Round(nothing, [0] * len(texts), gained, *seconds, reading=True))
+    if proposer and any(rows.left):
+        began, start = time.perf_counter(), clock.mark()
+        proposer.start(texts, runner.slots, sampling, room)
+        seconds = (clock.between(start, clock.mark()), 0.0, time.perf_counter() - began)
+        yield Round(nothing, [0] * len(texts), nothing, *seconds, reading=True)
+
+    while any(rows.left):
+        began, start = time.perf_counter(), clock.mark()
+        g = gamma(last) if isinstance(gamma, AdaptiveGamma) else gamma
+        proposal = proposer.propose(g) if proposer else Proposal(token.new_empty(len(texts), 0))
+        drafted = clock.mark()
+        logits = runner(torch.cat((token[:, None], proposal.tokens.clamp(min=0)), 1), runner.slots.lengths)
+        accepted, token = _judge(logits, proposal, sampling, texts, g)
+        judged = clock.mark()
+        *guesses, counts, chosen = torch.cat((proposal.tokens, accepted[:, None], token[:, None]), 1).T.tolist()
+        guesses, gained = [list(row) for row in zip(*guesses, strict=True)] or nothing, []
+        for row, (guess, n, one) in enumerate(zip(guesses, counts, chosen, strict=True)):
+            gained.append(rows.extend(row, [*guess[:n], one]) if rows.left[row] else [])
+            runner.slots.lengths[row] += n + 1 if rows.left[row] else 0
+        if proposer:
+            going = [n if left else -1 for n, left in zip(counts, rows.left, strict=True)]
+            proposer.accept(going, chosen, runner.slots)
+        seconds = (clock.between(start, drafted), clock.between(drafted, judged), time.perf_counter() - began)
+        yield (last := Round(guesses, counts, gained, *seconds))
+
+
+def _judge(logits: Tensor, proposal: Proposal, sampling: Sampling, texts: Texts, gamma: int) -> tuple[Tensor, Tensor]:
+    """Verify a proposal by the target's logits (B, g + 1, V) after the last token of each text and after each guess."""
+    if sampling.repetition_penalty != 1:
+        texts = [text + new for text, new in zip(texts, proposal.tokens.clamp(min=0).tolist(), strict=True)]
+    scores = sampling.scores(logits, texts)
+    if sampling.greedy:
+        return match(scores.argmax(-1), proposal)
+    return verify(scores.softmax(-1), proposal, sampling.uniform(len(logits), gamma + 1, logits.device))
+
+
+class Generated(NamedTuple):
+    """New tokens of each row, (n,), and the rounds that made them."""
+
+    tokens: list[Tensor]
+    rounds: list[Round]
+
+
+def generate(target: PreTrainedModel | Runner, input_ids: Tensor | Sequence[Tensor], *args, **options) -> Generated:
+    """Run `decode`, with the same arguments, to the end.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> prompt = lab.load_tokenizer("lab-target")("Anna lives in", return_tensors="pt").input_ids
+    >>> len(generate(lab.load("lab-target"), prompt, LookupProposer(), max_new_tokens=8).tokens[0]) <= 8
+    True
+    """
+    rounds = list(decode(target, input_ids, *args, **options))
+    rows = zip(*(r.tokens for r in rounds), strict=True)
+    return Generated([torch.tensor([i for ids in row for i in ids], dtype=torch.long) for row in rows], rounds)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What rounds add up to. Lists have an entry for each drafted position, fractions are of 1, times in seconds.
+
+    `conditional[k]` : of the guesses at position k + 1 that were reached (all before accepted), the share accepted.
+    `unconditional[k]` : of all guesses at position k + 1, the share accepted.
+    `acceptance` : of all guesses that were reached, the share accepted.
+    `tokens_per_call` : gained by a row in a round, the target's own included.
+    `draft_calls` : drafted positions of all rounds; one call of a draft model each.
+    Rounds that read a prompt count in `reading_seconds` and `first_token_seconds` (mean over texts) only.
+    """
+
+    tokens: int
+    target_calls: int
+    draft_calls: int
+    acceptance: float
+    conditional: list[float]
+    unconditional: list[float]
+    tokens_per_call: float
+    seconds: float
+    draft_seconds: float
+    target_seconds: float
+    reading_seconds: float
+    first_token_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, prompts apart."""
+        return self.tokens / self.seconds if self.seconds else float("nan")
+
+
+def _tested(r: Round, row: int) -> tuple[int, int]:
+    """How many guesses of a row were reached, and how many of them accepted, as far as the text went."""
+    guesses, gained, n = sum(token >= 0 for token in r.drafted[row]), len(r.tokens[row]), r.accepted[row]
+    return (min(n + 1, guesses), n) if gained == n + 1 else (gained, gained)
+
+
+def summarize(rounds: Sequence[Round]) -> Summary:
+    """Add up the rounds of one text or of many.
+
+    Examples
+    --------
+    >>> rounds = [Round([[5, 6]], [1], [[5, 9]], 0.1, 0.2, 0.3), Round([[7, 8]], [2], [[7, 8, 4]], 0.1, 0.2, 0.3)]
+    >>> summary = summarize(rounds)
+    >>> summary.conditional, summary.tokens_per_call, round(summary.tokens_per_second, 2)
+    ([1.0, 0.5], 2.5, 8.33)
+    """
+    reading, rounds = [r for r in rounds if r.reading], [r for r in rounds if not r.reading]
+    steps = [(r, row) for r in rounds for row in range(len(r.tokens)) if r.tokens[row]]
+    widest = max((len(r.drafted[row]) for r, row in steps), default=0)
+    made, reached, passed = np.zeros(widest), np.zeros(widest), np.zeros(widest)
+    for r, row in steps:
+        tested, accepted = _tested(r, row)
+        made[: sum(token >= 0 for token in r.drafted[row])] += 1
+        reached[:tested] += 1
+        passed[:accepted] += 1
+    tokens, firsts = sum(len(r.tokens[row]) for r, row in steps), [r for r in reading if any(r.tokens)]
+    return Summary(
+        tokens=tokens,
+        target_calls=len(rounds),
+        draft_calls=sum(len(r.drafted[0]) for r in rounds),
+        acceptance=_share(passed.sum(), reached.sum()),
+        conditional=[_share(*pair) for pair in zip(passed, reached, strict=True)],
+        unconditional=[_share(*pair) for pair in zip(passed, made, strict=True)],
+        tokens_per_call=_share(tokens, len(steps)),
+        seconds=sum(r.seconds for r in rounds),
+        draft_seconds=sum(r.draft_seconds for r in rounds),
+        target_seconds=sum(r.target_seconds for r in rounds),
+        reading_seconds=sum(r.seconds for r in reading),
+        first_token_seconds=_share(sum(r.seconds for r in firsts), len(firsts)),
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return float(part / whole) if whole else float("nan")
+
+
+class Expected(NamedTuple):
+    """Tokens gained a target call, and how many times faster than plain decoding."""
+
+    tokens_per_call: float
+    speedup: float
+
+
+def cost_model(
+    acceptance: float | Sequence[float], c: float, gamma: int, v: float | Callable[[int], float] = 1.0
+) -> Expected:
+    """Tokens a call and speed-up of speculative decoding (Leviathan et al. 2023, equation 1 and theorem 3.8).
+
+    E = 1 + sum over k of a_1 ... a_k, which is (1 - a^(gamma + 1)) / (1 - a) if all a_k are alike, and the speed-up is
+    E / (gamma c + v): the paper has v = 1, a target call that costs the same for any number of tokens.
+
+    Parameters
+    ----------
+    acceptance : a, or the conditional a_k by position (at least gamma of them).
+    c : seconds of one draft step over seconds of one target step.
+    gamma : drafted tokens a round.
+    v : seconds of a target call on gamma + 1 tokens over that on one; a number, or a function of gamma.
+
+    Examples
+    --------
+    >>> [round(value, 4) for value in cost_model(0.8, c=0.1, gamma=6)]
+    [3.9514, 2.4696]
+    """
+    chain = [acceptance] * gamma if np.isscalar(acceptance) else list(acceptance[:gamma])
+    if len(chain) < gamma:
+        raise ValueError(f"acceptance has {len(chain)} positions, expected at least gamma = {gamma}.")
+    tokens = 1.0 + float(np.cumprod(chain).sum())
+    return Expected(tokens, tokens / (gamma * c + (v(gamma) if callable(v) else v)))
+
+
+def best_gamma(
+    acceptance: float | Sequence[float], c: float, v: float | Callable[[int], float] = 1.0, maximum: int = 16
+) -> int:
+    """The gamma up to `maximum` with the largest predicted speed-up; 0 if none is faster than plain decoding.
+
+    Examples
+    --------
+    >>> best_gamma(0.8, c=0.1), best_gamma(0.3, c=0.5)
+    (6, 0)
+    """
+    top = maximum if np.isscalar(acceptance) else min(maximum, len(acceptance))
+    speedups = [1.0, *(cost_model(acceptance, c, gamma, v).speedup for gamma in range(1, top + 1))]
+    return int(np.argmax(speedups))
+
+
+def costs(speculative: Summary, plain: Summary) -> tuple[float, float]:
+    """Measured c and v: seconds of a draft step and of a verification, over those of a plain target step."""
+    step = plain.target_seconds / plain.target_calls
+    c = speculative.draft_seconds / speculative.draft_calls
+    return c / step, speculative.target_seconds / speculative.target_calls / step
+
+
+@dataclass
+class AdaptiveGamma:
+    """A gamma that follows the text: the best for the acceptance seen lately, given c and v (measure them: `costs`).
+
+    `prior` is the acceptance assumed before anything was seen, `memory` the weight that a round keeps in the next.
+    """
+
+    c: float
+    v: float | Callable[[int], float] = 1.0
+    maximum: int = 8
+    prior: float = 0.7
+    memory: float = 0.8
+    _seen: list[float] = field(default_factory=list, repr=False)  # accepted and reached, fading
+
+    def __call__(self, last: Round) -> int:
+        if last.reading:
+            self._seen = [self.prior, 1.0]
+        pairs = [_tested(last, row) for row in range(len(last.tokens)) if last.tokens[row]]
+        reached, accepted = (sum(part) / max(1, len(pairs)) for part in zip(*pairs, strict=True))
+        self._seen = [self.memory * old + new for old, new in zip(self._seen, (accepted, reached), strict=True)]
+        return max(1, best_gamma(self._seen[0] / self._seen[1], self.c, self.v, self.maximum))
