@@ -3,17 +3,30 @@
 Figures stand on a white card, so that they read the same on a light and on a dark page.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+    from transformers import PreTrainedTokenizerBase
+
+    from kvlab.speculate import Round, Summary
 
 # Okabe and Ito (2008), distinguishable with any color vision; black and yellow are left out.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-INK, FAINT = "#222222", "#BBBBBB"
+INK, GRAY, FAINT = "#222222", "#666666", "#BBBBBB"
+LINES = ((BLUE, "o", "-"), (RED, "s", "--"), (GREEN, "D", "-."), (PURPLE, "^", ":"))
+PARTS = {"draft": (ORANGE, "///"), "target": (SKY, ""), "rest": (FAINT, "...")}  # of a decoded token's time
 STYLE = {
     "figure.dpi": 150,
     "figure.facecolor": "white",
@@ -104,3 +117,217 @@ def lab_report(figures: Sequence[Mapping], tasks: Mapping[str, str], models: Seq
     ax.set_axisbelow(True)
     ax.invert_yaxis()
     return ax
+
+
+def _apart(wanted: Sequence[float], sizes: Sequence[float], low: float, high: float) -> np.ndarray:
+    """Centers near the wanted ones (ascending) of labels that do not overlap and stay between low and high."""
+    sizes = np.asarray(sizes)
+    offsets = np.cumsum((sizes + np.roll(sizes, 1)) / 2) - (sizes[0] + sizes[-1]) / 2
+    free = np.asarray(wanted) - offsets  # labels do not overlap where this does not decrease
+    up, down = np.maximum.accumulate(free), np.minimum.accumulate(free[::-1])[::-1]
+    return np.clip((up + down) / 2, low + sizes[0] / 2, high - sizes[-1] / 2 - offsets[-1]) + offsets
+
+
+def _label_ends(ax: Axes, ends: Iterable[tuple[str, float, float, str]]) -> None:
+    """Write labels right of the axes, each (label, x, y, color) level with the end of its line, or tied to it."""
+    ends = sorted(ends, key=lambda end: end[2], reverse=True)[::-1]  # of ends alike, the first is on top
+    ax.figure.draw_without_rendering()  # the height of the axes is known only after layout
+    (low, high), points = ax.get_ylim(), 72 * ax.get_window_extent().height / ax.figure.dpi
+    gap = 13 * (high - low) / points
+    heights = _apart([y for _, _, y, _ in ends], [gap] * len(ends), low - gap / 2, high + gap / 2)
+    for (label, x, y, color), height in zip(ends, heights, strict=True):
+        tie = {"arrowstyle": "-", "color": FAINT, "lw": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
+        where = {"xycoords": "data", "textcoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
+        ax.annotate(label, (x, y), (1.06, height), color=color, arrowprops=tie, **where)
+
+
+def acceptance_by_position(summaries: Mapping[str, Summary]) -> np.ndarray:
+    """Share of drafted tokens accepted, by position, one line a label: of those reached, and of all drafted."""
+    if not 1 <= len(summaries) <= len(LINES):
+        raise ValueError(f"There are {len(summaries)} summaries, expected 1 to {len(LINES)}: draw fewer.")
+    panels = axes(2, width=7.6, height=3, sharey=True)
+    panels[0].set(ylabel="share accepted", ylim=(-0.02, 1.02))
+    titles = {"conditional": "of the drafted tokens reached", "unconditional": "of all drafted tokens"}
+    for ax, (kind, title) in zip(panels, titles.items(), strict=True):
+        ends = []
+        for (label, summary), (color, marker, dash) in zip(summaries.items(), LINES, strict=False):
+            shares = np.asarray(getattr(summary, kind), dtype=float)  # not a number where no token was reached
+            places = 1 + np.flatnonzero(np.isfinite(shares))
+            if not len(places):
+                raise ValueError(f"{label!r} has no drafted tokens, expected a summary of speculative decoding.")
+            ax.plot(places, shares[places - 1], color=color, marker=marker, ls=dash, ms=4.5, clip_on=False)
+            ends.append((label, places[-1], shares[places[-1] - 1], color))
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.set(xlabel="drafted position", xlim=(0.6, 0.4 + max(x for _, x, *_ in ends)))
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        ax.grid(axis="y", color="#EEEEEE")
+        _label_ends(ax, ends)
+    return panels
+
+
+def speedup_over_gamma(
+    gammas: Sequence[int],
+    measured: Sequence[tuple[float, float, float]],
+    predicted: Mapping[str, Sequence[float]],
+) -> Axes:
+    """Times faster than plain decoding by drafted tokens: measured (value, low, high) on predicted curves."""
+    ax, (values, low, high) = axes(width=6.8)[0], np.transpose(measured)
+    ends = [("plain decoding", gammas[-1], 1.0, GRAY), ("measured", gammas[-1], values[-1], INK)]
+    ax.axhline(1, color=FAINT, lw=1, zorder=0)
+    for (label, curve), (color, _, dash) in zip(predicted.items(), LINES, strict=False):
+        ax.plot(gammas, curve, color=color, ls=dash)
+        ends.append((label, gammas[-1], curve[-1], color))
+    ax.vlines(gammas, low, high, color=INK, lw=1.5)
+    ax.plot(gammas, values, "o", color=INK, ms=5)
+    ax.set(xlabel="gamma, drafted tokens a round", ylabel="times faster than plain", xticks=gammas)
+    ax.set_ylim(0, 1.08 * max(1, high.max(), *(max(curve) for curve in predicted.values())))
+    _label_ends(ax, ends)
+    return ax
+
+
+def time_spent(parts: Mapping[str, Mapping[str, float]]) -> Axes:
+    """Milliseconds of a token as one bar a label, from seconds spent in "draft", "target" and "rest"."""
+    ax = axes(height=0.6 + 0.62 * len(parts))[0]
+    ms = {label: {name: 1000 * seconds.get(name, 0.0) for name in PARTS} for label, seconds in parts.items()}
+    for y, row in enumerate(ms.values()):
+        for name, left in zip(row, np.cumsum([0, *row.values()]), strict=False):
+            color, hatch = PARTS[name]
+            ax.barh(y, row[name], 0.42, left, color=color, hatch=hatch, edgecolor="white", lw=0)
+        ax.text(sum(row.values()), y, f" {sum(row.values()):.3g} ms", va="center", weight="bold", color=INK, fontsize=9)
+    ax.set(xlabel="milliseconds a token", xlim=(0, 1.15 * max(sum(row.values()) for row in ms.values())))
+    ax.set(ylim=(len(ms) - 0.6, -0.65))
+    ax.set_yticks(range(len(ms)), ms)
+    for y, row in enumerate(ms.values()):
+        _label_segments(ax, y - 0.24, {name: value for name, value in row.items() if value > 0})
+    return ax
+
+
+def _label_segments(ax: Axes, y: float, segments: Mapping[str, float]) -> None:
+    """Write name and length of each segment of a bar above its middle, moved apart where those are close."""
+    ends = np.cumsum([*segments.values()])
+    labels = [f"{name} {value:.3g}" for name, value in segments.items()]
+    texts = [ax.text(0, y, label, ha="center", va="bottom", fontsize=8, color=GRAY) for label in labels]
+    ax.figure.draw_without_rendering()  # sizes are known only after layout
+    pixels = ax.get_xlim()[1] / ax.get_window_extent().width
+    sizes = [(text.get_window_extent().width + ax.figure.dpi / 12) * pixels for text in texts]
+    for text, x in zip(texts, _apart(ends - np.diff(ends, prepend=0) / 2, sizes, 0, ax.get_xlim()[1]), strict=True):
+        text.set_x(x)
+
+
+def speed_ratios(figures: Mapping[str, Mapping], names: Mapping[str, str]) -> Axes:
+    """Measured ratios of speeds with 95 % intervals, one row a figure; `names` gives each figure's words."""
+    ax = axes(height=0.7 + 0.38 * len(names))[0]
+    for y, name in enumerate(names):
+        f = figures[name]
+        ax.plot([f["low"], f["high"]], [y, y], color=BLUE, lw=2, alpha=0.5)
+        ax.plot(f["value"], y, "o", color=BLUE, ms=6)
+        ax.annotate(f"{f['value']:.2f}", (f["high"], y), (8, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.axvline(1, color=FAINT, zorder=0)
+    ax.set_yticks(range(len(names)), names.values())
+    ax.set(xlabel="times as many tokens a second", xlim=(0, 1.15 * max(figures[name]["high"] for name in names)))
+    ax.invert_yaxis()
+    return ax
+
+
+def joint_histogram(expected: np.ndarray, counts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Observed frequency of each of n outcomes as bars, its exact probability as a diamond, one panel a label."""
+    panels = axes(len(counts), width=1 + 3.3 * len(counts), height=2.8, sharey=True, sharex=True)
+    for ax, (label, count), (color, *_) in zip(panels, counts.items(), LINES, strict=False):
+        ax.bar(range(len(expected)), np.asarray(count) / np.sum(count), 0.8, color=color, alpha=0.55)
+        ax.plot(range(len(expected)), expected, "D", color=INK, mfc="white", ms=3, mew=0.9)
+        ax.set_title(label, loc="left", fontsize=10)
+        ax.set_xlabel("outcome")
+    panels[-1].set_title("◇ exact", loc="right", fontsize=9)
+    panels[0].set(ylabel="share drawn", xlim=(-0.8, len(expected) - 0.2))
+    panels[0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    return panels
+
+
+def residual(p: Sequence[float], q: Sequence[float]) -> np.ndarray:
+    """How a guess from q becomes a draw from p: the two; what is accepted, rejected, drawn instead; what results."""
+    p, q = np.asarray(p, dtype=float), np.asarray(q, dtype=float)
+    both, tokens, hatched = np.minimum(p, q), np.arange(len(p)), {"edgecolor": "white", "lw": 0}
+    one, two, three = panels = axes(3, width=8.4, height=1 + 0.4 * len(p), sharex=True, sharey=True)
+    _label_longest(one.barh(tokens - 0.2, q, 0.38, color=ORANGE, hatch="///", **hatched), "draft q")
+    _label_longest(one.barh(tokens + 0.2, p, 0.38, color=BLUE), "target p")
+    dropped = two.barh(tokens, q - both, 0.7, both, color="white", edgecolor=GRAY, ls=":", lw=np.where(q > p, 1, 0))
+    _label_longest(dropped, "rejected")
+    for ax in (two, three):
+        ax.barh(tokens, both, 0.7, color=GREEN)
+        ax.barh(tokens, p - both, 0.7, both, color=PURPLE, hatch="xxx", **hatched)
+    _label_longest(two.containers[-1], "from the residual")
+    if both.any():
+        place = {"textcoords": "offset points", "va": "center"}
+        two.annotate("accepted", (0, both.argmax()), (4, 0), color=INK, fontsize=8, **place)
+    three.plot(p, tokens, "D", color=INK, mfc="white", ms=5)
+    three.annotate("p", (p.max(), p.argmax()), (7, 0), textcoords="offset points", va="center", color=INK, fontsize=9)
+    titles = "a guess from q, wanted: p", f"{100 * both.sum():.0f} % of guesses accepted", "together: exactly p"
+    for ax, title in zip(panels, titles, strict=True):
+        ax.set_title(title, loc="left", fontsize=10)
+    one.set(ylabel="token", yticks=tokens, xlim=(0, 1.6 * max(p.max(), q.max())))
+    one.invert_yaxis()
+    two.set_xlabel("probability")
+    return panels
+
+
+def _label_longest(bars: BarContainer, label: str) -> None:
+    """Write what bars are beside the longest of them."""
+    bar = max(bars, key=lambda bar: bar.get_width())
+    if bar.get_width() > 0:
+        place = (bar.get_x() + bar.get_width(), bar.get_y() + bar.get_height() / 2)
+        bar.axes.annotate(label, place, (5, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
+
+
+TOKEN_STYLE = """<style>
+.kv-tokens { line-height: 1.8; }
+.kv-tokens div { padding-left: 1.5em; text-indent: -1.5em; }
+.kv-tokens :is(u, s, b) { display: inline-block; text-indent: 0; margin: 0 1px; padding: 0 2px; line-height: 1.35;
+  border-radius: 3px; font-weight: inherit; }
+.kv-tokens u { background: rgba(0, 158, 115, 0.2); text-decoration: underline 1.5px; text-underline-offset: 3px; }
+.kv-tokens s { background: rgba(213, 94, 0, 0.2); text-decoration: line-through 1px; font-size: 0.85em; }
+.kv-tokens b { background: rgba(0, 114, 178, 0.2); outline: 1.5px solid; outline-offset: -1px; }
+.kv-tokens i { opacity: 0.4; font-style: normal; }
+.kv-tokens .key { font-size: 0.9em; margin-bottom: 0.4em; }
+</style>"""
+
+
+def token_view(rounds: Sequence[Round], tokenizer: PreTrainedTokenizerBase, row: int = 0) -> HTML:
+    """Show one text as it came, a line a round: which tokens were drafted, and what the target made of them.
+
+    Accepted tokens are underlined, rejected ones struck through, the target's own in a box. Rounds in which the row
+    gained nothing are left out.
+
+    Examples
+    --------
+    >>> from kvlab import lab, speculate
+    >>> rounds = [speculate.Round([[37, 82]], [1], [[37, 18]], 0.1, 0.2, 0.3)]
+    >>> print(token_view(rounds, lab.load_tokenizer("lab-target")).data.splitlines()[-2])
+    <div><u>A</u><s>n</s><b>.</b></div>
+    """
+    from IPython.display import HTML
+
+    lines, drafted, totals = [], 0, np.zeros(3, dtype=int)
+    for r in (r for r in rounds if r.tokens[row]):
+        guesses, n = [token for token in r.drafted[row] if token >= 0], r.accepted[row]
+        accepted, own = r.tokens[row][:n], r.tokens[row][n:]
+        rejected = guesses[n:] if own else []  # where the text ended among the accepted, nothing follows
+        kinds = {"u": accepted, "s": rejected, "b": own}
+        marked = [f"<{tag}>{_token_html(i, tokenizer)}</{tag}>" for tag, ids in kinds.items() for i in ids]
+        lines.append(f"<div>{''.join(marked)}</div>")
+        drafted += len(guesses)
+        totals += [len(ids) for ids in kinds.values()]
+    words = f"One text in {len(lines)} rounds: {drafted} tokens drafted, {totals[0]} of them accepted; {totals[2]} of"
+    key = '<div class="key"><u>drafted, accepted</u> <s>drafted, rejected</s> <b>the target\'s own</b></div>'
+    start = f'<div class="kv-tokens" role="figure" aria-label="{words} the target\'s own.">'
+    return HTML("\n".join([TOKEN_STYLE, start, key, *lines, "</div>"]))
+
+
+def _token_html(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of one token, or its name where it is part of a character, with white space made visible."""
+    text = tokenizer.decode([token])
+    if not text or "\ufffd" in text:
+        text = tokenizer.convert_ids_to_tokens(token)
+    text = html.escape(text)
+    for space, sign in {" ": "·", "\n": "↵", "\t": "⇥"}.items():
+        text = text.replace(space, f"<i>{sign}</i>")
+    return text

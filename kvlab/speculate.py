@@ -12,7 +12,7 @@ import copy
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -290,9 +290,14 @@ class ModelProposer:
     def propose(self, gamma: int) -> Proposal:
         """Draw x_1 from q_1(text), x_2 from q_2(text, x_1), ... (Algorithm 1, lines 1 to 4)."""
         lengths, device = self.runner.slots.lengths, self.runner.model.device
-        width = 2 if self.runner.compiled_room else max(1, *self.unread)  # rows that lack less read a token again
-        tokens, drafted, q = torch.tensor([text[-width:] for text in self.texts], device=device), [], []
-        starts = [have + new - width for have, new in zip(lengths, self.unread, strict=True)]
+        self.drafted = torch.empty(len(self.texts), 0, dtype=torch.long)
+        if gamma == 0:
+            return Proposal(self.drafted.to(device))
+        # Rows that lack less read a token again (only rows that have ended can be too short for that: any will do).
+        width = max(2 if self.runner.compiled_room else 1, *self.unread)
+        tokens = torch.tensor([([0] * width + text)[-width:] for text in self.texts], device=device)
+        starts = [max(0, have + new - width) for have, new in zip(lengths, self.unread, strict=True)]
+        drafted, q = [], []
         for i in range(gamma):
             logits = self.runner(tokens, starts)[:, -1:]
             token, probabilities = self.sampling.choose(logits, self._texts(drafted))
@@ -311,9 +316,13 @@ class ModelProposer:
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
         """Keep what was accepted. The last drafted token was never read: after full acceptance two are missing."""
         for row, (n, drafted) in enumerate(zip(accepted, self.drafted.tolist(), strict=True)):
-            self.runner.slots.lengths[row] += self.unread[row] + min(max(n, 0), len(drafted) - 1)
-            self.unread[row] = 0 if n < 0 else 1 + (n == len(drafted))
-            self.texts[row] += [*drafted[:n], next_tokens[row]] if n >= 0 else []
+            read = min(max(n, 0), max(len(drafted) - 1, 0))  # of what was accepted
+            if drafted:
+                self.runner.slots.lengths[row] += self.unread[row] + read
+                self.unread[row] = 0
+            if n >= 0:
+                self.texts[row] += [*drafted[:n], next_tokens[row]]
+                self.unread[row] += n + 1 - read
 
 
 class EarlyExitProposer(ModelProposer):
@@ -686,7 +695,8 @@ def costs(speculative: Summary, plain: Summary) -> tuple[float, float]:
 class AdaptiveGamma:
     """A gamma that follows the text: the best for the acceptance seen lately, given c and v (measure them: `costs`).
 
-    `prior` is the acceptance assumed before anything was seen, `memory` the weight that a round keeps in the next.
+    Where drafting does not pay it is 0, and the target decodes alone; then what was seen fades, and `prior`, the
+    acceptance assumed before anything is seen, has another try. `memory` is the weight that a round keeps in the next.
     """
 
     c: float
@@ -694,12 +704,14 @@ class AdaptiveGamma:
     maximum: int = 8
     prior: float = 0.7
     memory: float = 0.8
-    _seen: list[float] = field(default_factory=list, repr=False)  # accepted and reached, fading
 
     def __call__(self, last: Round) -> int:
         if last.reading:
-            self._seen = [self.prior, 1.0]
+            self._accepted = self._reached = 0.0
         pairs = [_tested(last, row) for row in range(len(last.tokens)) if last.tokens[row]]
-        reached, accepted = (sum(part) / max(1, len(pairs)) for part in zip(*pairs, strict=True))
-        self._seen = [self.memory * old + new for old, new in zip(self._seen, (accepted, reached), strict=True)]
-        return max(1, best_gamma(self._seen[0] / self._seen[1], self.c, self.v, self.maximum))
+        reached, accepted = np.mean(pairs, 0)
+        self._accepted = self.memory * self._accepted + accepted
+        self._reached = self.memory * self._reached + reached
+        weight = 0.25  # of the prior, against one guess that was tested in this round
+        acceptance = (weight * self.prior + self._accepted) / (weight + self._reached)
+        return best_gamma(acceptance, self.c, self.v, self.maximum)

@@ -33,10 +33,11 @@ def runtime(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the notebook installs kvlab from this repository's commits")
-def test_the_first_chapter_runs_alone(runtime, tmp_path):
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))])
+def test_a_chapter_runs_alone(runtime, tmp_path, name):
+    subprocess.run([runtime, "-m", "pip", "uninstall", "-qy", "kvlab"], check=True)
     where = subprocess.run([runtime, "-c", "import kvlab"], cwd=tmp_path, capture_output=True, text=True)
     assert "ModuleNotFoundError" in where.stderr, "the runtime of this test must not have kvlab"
-    name = "00_start_here.ipynb"
     (tmp_path / name).write_bytes((ROOT / "notebooks" / name).read_bytes())
     environment = os.environ | {
         "GIT_CONFIG_COUNT": "1",

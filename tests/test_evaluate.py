@@ -5,8 +5,18 @@ import copy
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chi2, kstest
 
-from kvlab.evaluate import answers, bootstrap, exact_match, f1, log_likelihoods, multiple_choice, perplexity
+from kvlab.evaluate import (
+    answers,
+    bootstrap,
+    chi_square,
+    exact_match,
+    f1,
+    log_likelihoods,
+    multiple_choice,
+    perplexity,
+)
 from kvlab.lab.tokenizers import train_tokenizer
 
 WORDS = "Anna lives in Rome and Ben keeps a turtle at home while Carla plays the flute in Oslo".split()
@@ -274,3 +284,24 @@ def test_bootstrap_of_nothing_uncertain():
 def test_bootstrap_refuses_what_is_not_a_list_of_numbers(values):
     with pytest.raises(ValueError, match="list of finite numbers"):
         bootstrap(values)
+
+
+def test_chi_square_p_values_are_uniform_when_the_draws_are_right():
+    rng, p = np.random.default_rng(0), [0.4, 0.3, 0.2, 0.0997, 0.0002, 0.0001]
+    values = [chi_square(rng.multinomial(2000, p), p) for _ in range(400)]
+    assert kstest(values, "uniform").pvalue > 0.01
+    assert np.mean(np.array(values) < 0.05) == pytest.approx(0.05, abs=0.03)
+
+
+def test_chi_square_finds_a_small_fault_and_an_impossible_outcome():
+    p, wrong = np.array([0.5, 0.3, 0.2]), np.array([0.47, 0.33, 0.2])
+    assert chi_square(np.random.default_rng(0).multinomial(20_000, wrong), p) < 1e-6
+    assert chi_square([500, 499, 1], [0.5, 0.5, 0.0]) == 0.0
+    assert chi_square([500, 500, 0], [0.5, 0.5, 0.0]) == pytest.approx(1.0)
+
+
+def test_chi_square_takes_rare_outcomes_together():
+    p = np.array([0.5, 0.496, 0.002, 0.002])  # expected 500, 496, 2, 2: three cells, the last of 4
+    counts = [505, 490, 5, 0]
+    statistic = 5**2 / 500 + 6**2 / 496 + 1**2 / 4
+    assert chi_square(counts, p) == pytest.approx(chi2.sf(statistic, df=2))

@@ -1,13 +1,19 @@
 """Figures show the numbers they were given, on a white card, with labels on the data."""
 
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
-from kvlab import plots
+from kvlab import lab, plots
+from kvlab.speculate import Round, summarize
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +24,27 @@ def close():
 
 def texts(ax):
     return [t.get_text() for t in ax.texts]
+
+
+def boxes(ax):
+    """Where the words of an Axes are on the card, without the lines that tie them to data."""
+    ax.figure.canvas.draw()
+    return [Text.get_window_extent(text) for text in ax.texts]
+
+
+def overlaps(ax):
+    found = boxes(ax)
+    return any(one.overlaps(other) for i, one in enumerate(found) for other in found[:i])
+
+
+def on_card(ax):
+    (right, top) = ax.figure.bbox.max
+    return all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= right and box.y1 <= top for box in boxes(ax))
+
+
+def summary(conditional):
+    """A summary with this acceptance by position."""
+    return replace(summarize([]), conditional=conditional, unconditional=np.cumprod(conditional).tolist())
 
 
 def test_axes_are_in_the_books_style_and_leave_other_figures_alone():
@@ -70,3 +97,194 @@ def test_colors_are_apart_in_lightness_or_hue():
     for i, one in enumerate(colors):
         for other in colors[:i]:
             assert np.abs(np.subtract(one, other)).max() > 0.2
+
+
+def test_apart_moves_only_what_overlaps_and_stays_in_bounds():
+    assert plots._apart([1, 5], [1, 1], 0, 9).tolist() == [1, 5]
+    assert plots._apart([4, 4, 4], [1, 1, 1], 0, 9).tolist() == [3, 4, 5]
+    assert plots._apart([0, 9], [2, 4], 0, 9).tolist() == [1, 7]
+    sizes, moved = np.array([1, 2, 3]), plots._apart([9, 9, 9], [1, 2, 3], 0, 9)
+    assert moved[-1] + 1.5 == 9
+    assert (np.diff(moved) >= (sizes[1:] + sizes[:-1]) / 2).all()
+
+
+def test_acceptance_by_position_draws_both_meanings_with_labels_apart():
+    given = {"a": summary([1.0, 0.5]), "b": summary([0.99, 0.51, 0.8]), "c": summary([0.98, 0.5])}
+    panels = plots.acceptance_by_position(given)
+    for ax, kind in zip(panels, ("conditional", "unconditional"), strict=True):
+        assert [line.get_ydata().tolist() for line in ax.lines] == [getattr(s, kind) for s in given.values()]
+        assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2], [1, 2, 3], [1, 2]]
+        assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines}) == 3
+        assert sorted(texts(ax)) == ["a", "b", "c"]
+        assert {t.get_text(): tuple(t.xy) for t in ax.texts}["b"] == (3, getattr(given["b"], kind)[-1])
+        assert not overlaps(ax)
+        assert on_card(ax)
+        assert ax.get_ylim() == (-0.02, 1.02)
+
+
+def test_acceptance_leaves_out_positions_that_no_text_reached():
+    given = summarize([Round([[5, 6, 7]], [1], [[5, 9]], 0.1, 0.2, 0.3)])
+    left, right = plots.acceptance_by_position({"one": given})
+    assert left.lines[0].get_ydata().tolist() == [1, 0]  # the third guess was not reached
+    assert right.lines[0].get_ydata().tolist() == [1, 0, 0]
+    assert left.texts[0].xy == (2, 0)
+
+
+def test_acceptance_names_a_summary_without_drafts():
+    with pytest.raises(ValueError, match="'plain' has no drafted tokens"):
+        plots.acceptance_by_position({"plain": summary([])})
+    with pytest.raises(ValueError, match="5 summaries, expected 1 to 4"):
+        plots.acceptance_by_position(dict.fromkeys("abcde", summary([0.5])))
+
+
+def test_speedup_over_gamma_shows_points_intervals_and_curves():
+    measured, curves = [(1.2, 1.1, 1.4), (1.5, 1.3, 1.6), (1.01, 0.9, 1.2)], {"by position": [1.2, 1.4, 1.0]}
+    ax = plots.speedup_over_gamma([1, 2, 8], measured, curves)
+    plain, curve, points = ax.lines
+    assert list(plain.get_ydata()) == [1, 1]
+    assert list(curve.get_ydata()) == curves["by position"]
+    assert list(zip(points.get_xdata(), points.get_ydata(), strict=True)) == [(1, 1.2), (2, 1.5), (8, 1.01)]
+    bars = [bar.tolist() for bar in ax.collections[0].get_segments()]
+    assert bars == [[[1, 1.1], [1, 1.4]], [[2, 1.3], [2, 1.6]], [[8, 0.9], [8, 1.2]]]
+    assert ax.get_xticks().tolist() == [1, 2, 8]
+    assert ax.get_ylim()[0] == 0
+    assert sorted(texts(ax)) == ["by position", "measured", "plain decoding"]
+    assert not overlaps(ax)
+    assert on_card(ax)
+
+
+def test_time_spent_adds_up_in_milliseconds_and_labels_do_not_overlap():
+    parts = {"plain": {"target": 0.04, "rest": 0.0005}, "gamma 8": {"draft": 0.0009, "target": 0.0008, "rest": 0.0002}}
+    ax = plots.time_spent(parts)
+    drawn = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
+    expected = [(0, 0), (0, 40), (40, 0.5), (0, 0.9), (0.9, 0.8), (1.7, 0.2)]
+    assert np.allclose(drawn, expected)
+    assert texts(ax) == [" 40.5 ms", " 1.9 ms", "target 40", "rest 0.5", "draft 0.9", "target 0.8", "rest 0.2"]
+    assert len({bar.get_hatch() for bar in ax.patches}) == 3
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["plain", "gamma 8"]
+    assert not overlaps(ax)
+    assert on_card(ax)
+
+
+def test_joint_histogram_draws_shares_with_the_exact_probability_on_each():
+    expected, counts = np.array([0.5, 0.25, 0.25]), {"right": np.array([5, 3, 2]), "wrong": np.array([1, 1, 2])}
+    panels = plots.joint_histogram(expected, counts)
+    for ax, (label, count) in zip(panels, counts.items(), strict=True):
+        assert np.allclose([bar.get_height() for bar in ax.patches], count / count.sum())
+        assert ax.lines[0].get_ydata().tolist() == expected.tolist()
+        assert ax.get_title("left") == label
+    assert panels[-1].get_title("right") == "◇ exact"
+    assert panels[0].get_ylim() == panels[1].get_ylim()
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "labels"),
+    [
+        ([0.6, 0.28, 0.08, 0.04], [0.35, 0.5, 0.1, 0.05], {"accepted", "rejected", "from the residual"}),
+        ([0.1, 0.9], [0.95, 0.05], {"accepted", "rejected", "from the residual"}),
+        ([0.5, 0.5], [0.5, 0.5], {"accepted"}),
+        ([1.0, 0.0], [0.0, 1.0], {"rejected", "from the residual"}),
+    ],
+)
+def test_residual_splits_both_distributions_and_gives_the_target_back(p, q, labels):
+    _, two, three = panels = plots.residual(p, q)
+    widths = [[[bar.get_width() for bar in bars] for bars in ax.containers] for ax in panels]
+    assert widths[0] == [q, p]
+    dropped, accepted, rest = widths[1]
+    assert np.allclose(accepted, np.minimum(p, q))
+    assert np.allclose(np.add(accepted, dropped), q)
+    assert np.allclose(np.add(accepted, rest), p)
+    assert np.isclose(sum(dropped), sum(rest))  # what is rejected is what the residual gives
+    assert widths[2] == [accepted, rest]
+    assert list(three.lines[0].get_xdata()) == p
+    assert two.get_title("left") == f"{100 * sum(accepted):.0f} % of guesses accepted"
+    assert set(texts(two)) == labels
+    assert not any(overlaps(ax) or not on_card(ax) for ax in panels)
+
+
+class Reader(HTMLParser):
+    """Text of each marked token, line by line; the first line is the key."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.lines, self.attributes, self.open = [], {}, []
+        self.feed(view.data)
+        assert not self.open  # every element is closed
+
+    def handle_starttag(self, tag, attributes):
+        self.open.append(tag)
+        self.attributes |= dict(attributes)
+        if tag == "div":
+            self.lines.append([])
+        if tag in "usb":
+            self.lines[-1].append((tag, ""))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if set("usb") & set(self.open):
+            tag, before = self.lines[-1][-1]
+            self.lines[-1][-1] = (tag, before + text)
+
+    @property
+    def tokens(self):
+        return self.lines[2:]  # after the outer element and the key
+
+
+class Letters:
+    """A tokenizer of fixed texts; the last is half of a character."""
+
+    texts = ("a", "<b>&", " c", "\n", '"d"', "\ufffd")
+
+    def decode(self, ids):
+        return "".join(self.texts[i] for i in ids)
+
+    def convert_ids_to_tokens(self, i):
+        return f"byte{i}"
+
+
+SECONDS = (0.1, 0.2, 0.3)
+ROUNDS = [
+    Round([[], []], [0, 0], [[0], [0]], *SECONDS, reading=True),
+    Round([[], []], [0, 0], [[], []], *SECONDS, reading=True),
+    Round([[1, 2, 3], [1, 1, -1]], [1, 0], [[1, 4], [0]], *SECONDS),
+    Round([[2, 5], [1, 0]], [2, 1], [[2, 5, 3], [1]], *SECONDS),  # the second row ends at an accepted token
+    Round([[0, 0], [0, 0]], [2, 2], [[0], []], *SECONDS),  # the first ends among accepted ones
+]
+
+
+def test_token_view_marks_what_was_accepted_rejected_and_the_targets_own():
+    read = Reader(plots.token_view(ROUNDS, Letters()))
+    assert read.tokens == [
+        [("b", "a")],
+        [("u", "<b>&"), ("s", "·c"), ("s", "↵"), ("b", '"d"')],
+        [("u", "·c"), ("u", "byte5"), ("b", "↵")],
+        [("u", "a")],
+    ]
+    assert read.attributes["role"] == "figure"
+    words = "One text in 4 rounds: 7 tokens drafted, 4 of them accepted; 3 of the target's own."
+    assert read.attributes["aria-label"] == words
+
+
+def test_token_view_of_a_row_that_ended_sooner_and_had_fewer_guesses():
+    read = Reader(plots.token_view(ROUNDS, Letters(), row=1))
+    assert read.tokens == [[("b", "a")], [("s", "<b>&"), ("s", "<b>&"), ("b", "a")], [("u", "<b>&")]]
+    assert "3 rounds: 4 tokens drafted, 1 of them accepted; 2 of" in read.attributes["aria-label"]
+
+
+def test_token_view_is_static_escaped_and_inherits_the_color_of_the_page():
+    page = plots.token_view(ROUNDS, Letters()).data
+    assert "<u><b>&" not in page
+    assert "&lt;b&gt;&amp;" in page
+    assert "<script" not in page
+    assert not re.search(r"[^-]color:", page)
+    key = [tag for tag, _ in Reader(plots.token_view([], Letters())).lines[1]]
+    assert key == ["u", "s", "b"]
+
+
+def test_token_view_shows_parts_of_characters_by_name():
+    tokenizer = lab.load_tokenizer("lab-target")
+    ids = tokenizer("€ \n").input_ids
+    tokens = Reader(plots.token_view([Round([[]], [0], [ids], *SECONDS)], tokenizer)).tokens[0]
+    assert "".join(text for _, text in tokens) == "â" + "Ĥ" + "¬" + "·↵"

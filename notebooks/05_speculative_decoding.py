@@ -1,0 +1,637 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 05. Speculative decoding
+#
+# ```{admonition} In this chapter
+# :class: tip
+# - see why a rejected guess need not be wasted, and why the text stays *exactly* the large model's;
+# - write the loop, with and without a cache, and test that it is exact, sampling included;
+# - measure acceptance, and predict from three measured numbers how much faster decoding becomes;
+# - choose how many tokens to draft, and recognize when drafting does not pay.
+#
+# **Time and memory**: about two minutes and 1 GB (with PyTorch itself) at `tiny`; at `t4`, memory is printed by the second cell.
+#
+# **Code**: `kvlab/speculate.py`; what is written out here is checked against it.
+# ```
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("kvlab") is None:  # on Colab
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+    subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
+
+# %%
+import json
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from kvlab import Scale, plots, speculate
+from kvlab.cache import prefill
+from kvlab.evaluate import bootstrap, chi_square
+from kvlab.lab import corpora
+from kvlab.lab.report import problems
+from kvlab.speculate import ModelProposer, Prefix, Sampling, summarize
+
+scale = Scale.current()
+print(scale.describe("05_speculative_decoding"))
+target, draft = scale.load("target"), scale.load("draft")
+tokenizer = scale.load_tokenizer("target")
+exact = target.dtype == torch.float32  # in half precision ties can break
+
+# %% [markdown]
+# ## The question
+#
+# A large model spends most of a {term}`decoding <decode>` step on going through its layers at all, and little on how many tokens it looks at: chapter
+# 00 measured that eight tokens cost hardly more than one. But text comes one token at a time, because each depends on the
+# one before. So let a small model *guess* the next few tokens, and let the large one look at all the guesses at once. Where a guess
+# is what the large model would have said, a step is saved.
+#
+# That much is easy. The question is what to do about guesses that are *nearly* right. With sampling there is no one right token: the large
+# model says "bread" with probability 0.6 and "soup" with 0.3, the small one the other way round. When is "soup" to be accepted, so
+# that the text is not a compromise between two models, but one that the large model could have written alone, with exactly the
+# same probability?
+
+# %% [markdown]
+# ## One token
+#
+# Call the small model's distribution $q$ and the large one's $p$. Draw a guess $x$ from $q$. Accept it with probability
+# $\min(1, p(x)/q(x))$; otherwise draw again, from what $q$ has left uncovered {cite}`leviathan2023speculative,chen2023speculative`:
+#
+# $$ p_{\text{rest}}(x) = \frac{\max(0,\; p(x) - q(x))}{\sum_y \max(0,\; p(y) - q(y))} $$ (residual)
+#
+# Token $x$ then comes out in one of two ways. As an accepted guess: $q(x)\min(1, p(x)/q(x)) = \min(p(x), q(x))$. Or from the rest, after any
+# rejection, which happens with probability $1 - \sum_y \min(p(y), q(y)) = \sum_y \max(0, p(y) - q(y))$: just the denominator, so it gives
+# $\max(0, p(x) - q(x))$. The two add up to $p(x)$, whatever $q$ is.
+
+# %%
+def accept_or_resample(p, q, rng):
+    """One token distributed as p, from a guess distributed as q."""
+    x = rng.choice(len(q), p=q)
+    if rng.random() < p[x] / q[x]:
+        return x
+    rest = np.maximum(0, p - q)
+    return rng.choice(len(p), p=rest / rest.sum())
+
+
+p = np.array([0.60, 0.28, 0.08, 0.04])
+q = np.array([0.35, 0.50, 0.10, 0.05])
+rng = np.random.default_rng(scale.seed)
+drawn = [accept_or_resample(p, q, rng) for _ in range(20_000)]
+counts = np.bincount(drawn, minlength=4)
+print("drawn:", counts / counts.sum(), " p-value:", chi_square(counts, p))
+assert chi_square(counts, p) > 0.001
+
+# %% mystnb={"image": {"alt": "Three panels: draft and target probabilities of four tokens; their overlap, which is accepted, and what the target has beyond it, which comes from the residual; together they are the target's distribution."}}
+plots.residual(p, q);
+
+# %% [markdown]
+# The share of guesses that are accepted is the overlap of the two distributions, $\sum_x \min(p(x), q(x))$: here
+# three quarters. No rule that leaves $p$ exact can accept more of them.
+
+# %% [markdown]
+# ## Many tokens
+#
+# Now guess $\gamma$ tokens, one after another, and let the target give its distribution at all of the $\gamma + 1$ places in one call. Accept
+# from the left until the first rejection. The token that takes its place comes from {eq}`residual`, and what was guessed after it is thrown
+# away. If all are accepted, the target's last distribution gives one more token for free. So each target call gains between
+# $1$ and $\gamma + 1$ tokens, and never none.
+#
+# Here is the whole method without a cache, for greedy decoding, where the rule is simply: accept while the guess is the target's own choice.
+
+# %%
+def greedy_choices(model, ids):
+    with torch.inference_mode():
+        return model(ids.to(model.device)).logits[0].argmax(-1).cpu()
+
+
+def speculative(target, draft, ids, gamma, new_tokens):
+    """(1, T) ids, continued as the target alone would."""
+    end = ids.shape[1] + new_tokens
+    calls = 0
+    while ids.shape[1] < end:
+        start, guess = ids.shape[1], ids
+        for _ in range(gamma):
+            choice = greedy_choices(draft, guess)[-1]
+            guess = torch.cat([guess, choice.view(1, 1)], 1)
+        own = greedy_choices(target, guess)[start - 1 :]  # gamma + 1 choices
+        agree = (own[:-1] == guess[0, start:]).long()
+        n = int(agree.cumprod(0).sum())
+        ids = torch.cat([guess[:, : start + n], own[n].view(1, 1)], 1)
+        calls += 1
+    return ids[:, :end], calls
+
+
+# %% [markdown]
+# `kvlab.speculate.generate` does the same with caches, sampling and batches. The two must give the same tokens, and both what the
+# target gives alone:
+
+# %%
+def encode(messages):
+    options = {"add_generation_prompt": True, "enable_thinking": False}
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+
+problem = problems(4, "long", 1, seed=scale.seed)[0]
+prompt = encode(problem[:-1])
+new = 24
+ours, calls = speculative(target, draft, prompt, gamma=4, new_tokens=new)
+
+proposer = ModelProposer(draft)
+options = {"gamma": 4, "max_new_tokens": new, "eos_token_id": []}
+theirs = speculate.generate(target, prompt, proposer, **options)
+alone = speculate.generate(target, prompt, **options)
+print(f"{new} tokens in {calls} target calls:")
+print(tokenizer.decode(ours[0, prompt.shape[1] :]))
+if exact:
+    assert ours[0, prompt.shape[1] :].tolist() == theirs.tokens[0].tolist()
+    assert alone.tokens[0].tolist() == theirs.tokens[0].tolist()
+
+# %% [markdown]
+# With a cache there is one thing to take care of. The draft never *reads* the last token it guesses. If all guesses are accepted, the next round must
+# begin with two tokens that are not in the draft's cache. Forget one, and the text is still right (the target decides), but the
+# draft continues a text with a hole in it and is accepted less. It is the classic mistake, because it cannot be seen in the output. A draft that *is*
+# the target shows it at once: everything must be accepted.
+
+# %%
+same = speculate.generate(target, prompt, ModelProposer(target), **options)
+summary = summarize(same.rounds)
+print("acceptance by position:", summary.conditional)
+if exact:
+    assert summary.acceptance == 1.0
+
+# %% [markdown]
+# Here is a whole solution, with one line a target call. Underlined tokens were drafted and accepted, those struck through were rejected, and the one in a
+# box is the target's own.
+
+# %%
+solution = speculate.generate(target, prompt, proposer, gamma=4)
+plots.token_view(solution.rounds, tokenizer)
+
+# %% [markdown]
+# ## Is it exact?
+#
+# For greedy decoding, equal tokens settle it. For sampling, "the same distribution" is a claim about probabilities, and it can be tested
+# like one. Take two random models with a vocabulary of six tokens, so that all 36 continuations of two tokens can be enumerated with their exact
+# probabilities. Draw many pairs by speculative decoding, and compare by a chi-square test.
+
+# %%
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+def tiny(layers, seed):
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=6, hidden_size=32, intermediate_size=64, head_dim=16,
+        num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+        initializer_range=0.25, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
+
+
+small_target, small_draft = tiny(2, seed=1), tiny(1, seed=2)
+start = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+def exact_pairs(model, temperature):
+    """The probability of each pair of next tokens, (36,)."""
+    state = prefill(model, start)
+    first = (state.logits[0] / temperature).softmax(-1)
+    pairs = []
+    for token in range(6):
+        step = prefill(model, torch.tensor([[token]]), state.cache, state.next_position)
+        pairs.append(first[token] * (step.logits[0] / temperature).softmax(-1))
+    return torch.cat(pairs).double().numpy()
+
+
+def drawn_pairs(n=8000, temperature=1.0):
+    """How often each pair comes, from one call on n rows."""
+    sampling = Sampling(temperature, generator=torch.Generator().manual_seed(0))
+    rows = start.expand(n, -1)
+    options = {"gamma": 3, "max_new_tokens": 2, "sampling": sampling}
+    drawn = speculate.generate(small_target, rows, ModelProposer(small_draft), **options)
+    pairs = torch.stack(drawn.tokens)
+    return np.bincount(6 * pairs[:, 0] + pairs[:, 1], minlength=36)
+
+
+# %% [markdown]
+# A test that has never failed says little. So the same test gets a broken variant as well: on rejection, draw from $p$ itself instead of
+# the rest. It looks harmless.
+
+# %%
+right = speculate.verify
+
+
+def no_residual(p, proposal, uniform):
+    accepted, token = right(p, proposal, uniform)
+    again = speculate.draw(p[torch.arange(len(p)), accepted], uniform[:, -1])
+    return accepted, again
+
+
+expected = exact_pairs(small_target, 1.0)
+counts = {"speculative": drawn_pairs()}
+speculate.verify = no_residual
+counts["without the residual"] = drawn_pairs()
+speculate.verify = right
+
+p_values = {name: chi_square(c, expected) for name, c in counts.items()}
+print(p_values)
+assert p_values["speculative"] > 0.001
+assert p_values["without the residual"] < 1e-6
+
+# %% mystnb={"image": {"alt": "Two histograms of 36 token pairs with the exact probabilities marked: speculative decoding agrees with them, the variant without the residual does not."}}
+plots.joint_histogram(expected, counts);
+
+# %% [markdown]
+# Break it yourself: change the temperature in `drawn_pairs` alone, or return `accepted * 0`. The same test runs in kvlab's test suite over many settings:
+# temperatures, top-k, top-p, repetition penalty, prefixes, proposers.
+
+# %% [markdown]
+# ## How many guesses are accepted
+#
+# Now to models that have learned something. We let the draft guess for the target on three kinds of text: word problems decoded greedily, the same
+# with sampling at temperature 1, and the FAQ, which the target knows by heart and the draft has never seen.
+
+# %%
+count = scale.questions // 8
+texts = {
+    "word problems": [p for n in (3, 4, 5) for p in problems(n, "long", count // 2, seed=1)],
+    "FAQ": [[{"role": "user", "content": i["question"]}, {}] for i in corpora.faq()[:count]],
+}
+prompts = {kind: [encode(t[:-1]) for t in all_] for kind, all_ in texts.items()}
+longest = 128 if scale.name == "tiny" else 64
+
+
+def run(prompts, proposer=None, gamma=8, **options):
+    """The rounds of each prompt, one at a time."""
+    options = {"gamma": gamma, "max_new_tokens": longest} | options
+    bar = tqdm(prompts, desc="decoding", leave=False, delay=2)
+    return [speculate.generate(target, p, proposer, **options).rounds for p in bar]
+
+
+def together(many):
+    return summarize([r for rounds in many for r in rounds])
+
+
+warm = Sampling(1.0, generator=torch.Generator().manual_seed(scale.seed))
+accepted = {
+    "word problems": together(run(prompts["word problems"], proposer)),
+    "sampled": together(run(prompts["word problems"], proposer, sampling=warm)),
+    "FAQ": together(run(prompts["FAQ"], proposer)),
+}
+
+# %% mystnb={"image": {"alt": "Acceptance of drafted tokens by position, conditional on the position being reached and unconditional, for word problems, sampled word problems and the FAQ."}}
+plots.acceptance_by_position(accepted);
+
+# %% [markdown]
+# "Acceptance" has two meanings, and papers do not always say which. Left: of the guesses at a position *that was reached*, how many were accepted. Right: of *all*
+# guesses at that position. The second can only fall; the first tells whether the draft loses its way as it guesses further on. In this chapter
+# $\alpha_k$ is the first.
+
+# %%
+columns = {"acceptance": "acceptance", "tokens_per_call": "tokens a target call"}
+table = pd.DataFrame(
+    {k: {title: getattr(s, c) for c, title in columns.items()} for k, s in accepted.items()}
+)
+table.T.round(2)
+
+# %% [markdown]
+# ## What it costs and what it gains
+#
+# A round gains one token for sure, a second if the first guess holds, a third if the second holds too. So with conditional acceptance $\alpha_k$,
+#
+# $$ E(\gamma) = 1 + \sum_{k=1}^{\gamma} \prod_{i=1}^{k} \alpha_i, \qquad \text{and if all are } \alpha\!: \quad E(\gamma) = \frac{1 - \alpha^{\gamma+1}}{1 - \alpha}. $$ (expected)
+#
+# It costs $\gamma$ steps of the draft and one call of the target. In units of a plain target step, let $c$ be a draft step and $v(\gamma)$ a target
+# call on $\gamma + 1$ tokens. Then
+#
+# $$ \text{speed-up}(\gamma) = \frac{E(\gamma)}{\gamma\, c + v(\gamma)}. $$ (speedup)
+
+# %%
+def speedup_by_hand(alphas, c, v):
+    tokens, reach = 1.0, 1.0
+    for alpha in alphas:
+        reach *= alpha  # all up to here accepted
+        tokens += reach
+    return tokens / (len(alphas) * c + v)
+
+
+by_hand = speedup_by_hand([0.8] * 6, c=0.1, v=1.0)
+by_kvlab = speculate.cost_model(0.8, c=0.1, gamma=6).speedup
+assert abs(by_hand - by_kvlab) < 1e-12
+print(f"{by_kvlab:.2f} at gamma {speculate.best_gamma(0.8, c=0.1)}, the best for 0.8 and 0.1")
+
+# %% [markdown]
+# The model predicts; does it hold? We decode the same prompts plainly and with several $\gamma$, in one run, interleaved prompt by prompt. The speed-up of a
+# prompt is the ratio of its two times, prefill apart, and the interval is a bootstrap over prompts.
+
+# %%
+gammas = [1, 2, 4, 6, 8, 12]
+plain, sweep = [], {g: [] for g in gammas}
+for p in tqdm(prompts["word problems"], desc="sweep", leave=False):
+    plain += run([p])
+    for g in gammas:
+        sweep[g] += run([p], proposer, gamma=g)
+
+base = together(plain)
+measured, c_of, v_of = [], {}, {}
+for g in gammas:
+    ratios = [
+        summarize(a).seconds / summarize(b).seconds
+        for a, b in zip(plain, sweep[g], strict=True)
+    ]
+    measured.append(bootstrap(ratios))
+    c_of[g], v_of[g] = speculate.costs(together(sweep[g]), base)
+
+pd.DataFrame({"c": c_of, "v": v_of}).rename_axis("gamma").round(2)
+
+# %%
+last = together(sweep[gammas[-1]])
+predictions = {"measured by position": last.conditional, "one for all": last.acceptance}
+predicted = {
+    name: [speculate.cost_model(a, c_of[g], g, v_of[g]).speedup for g in gammas]
+    for name, a in predictions.items()
+}
+
+# %% mystnb={"image": {"alt": "Speed-up over plain decoding against the number of drafted tokens: measured points with intervals, close to the curves predicted by the cost model."}}
+plots.speedup_over_gamma(gammas, measured, predicted);
+
+# %% [markdown]
+# A draft with a sixth of the layers has a $c$ above one sixth: embedding, head and choosing a token cost the same for both models. And $v$ is not 1, as most papers
+# assume, but grows with $\gamma$. Both are measured here, so the prediction is not a fit. Where does the time go?
+
+# %% mystnb={"image": {"alt": "Milliseconds a token spent in the draft, in the target and in the rest of the loop, for plain decoding and several gammas."}}
+def per_token(s):
+    parts = {"draft": s.draft_seconds, "target": s.target_seconds}
+    parts["rest"] = s.seconds - sum(parts.values())
+    return {name: seconds / s.tokens for name, seconds in parts.items()}
+
+
+chosen = {"plain": base} | {f"gamma {g}": together(sweep[g]) for g in (1, 4, 8)}
+plots.time_spent({name: per_token(s) for name, s in chosen.items()});
+
+# %% [markdown]
+# ## When it does not pay
+#
+# On the FAQ nearly nothing is accepted. Each round then costs $\gamma c + v$ and gains one token: slower than plain decoding, and the more it
+# drafts, the slower. `best_gamma` returns 0 when no draft length is predicted to pay.
+
+# %%
+faq = together(run(prompts["FAQ"], proposer, gamma=4))
+faq_plain = together(run(prompts["FAQ"]))
+c, v = speculate.costs(faq, faq_plain)
+ratio = faq.tokens_per_second / faq_plain.tokens_per_second
+print(f"acceptance {faq.acceptance:.2f}: {ratio:.2f} times the plain speed")
+print("best gamma:", speculate.best_gamma(faq.acceptance, c, v))
+
+# %% [markdown]
+# What could be done? A better draft: chapter 02 lets it read the answers from a knowledge cache. A shorter $\gamma$ while guesses fail:
+# `AdaptiveGamma` keeps a fading average of acceptance and takes the best $\gamma$ for it. Or another proposer. Two need no second model at all:
+#
+# - *prompt lookup* guesses what followed the last few tokens when they stood earlier in the text {cite}`saxena2023lookup`;
+# - *early exit* lets the target's own first layers guess, through its own head, from its own cache {cite}`elhoushi2024layerskip`.
+
+# %%
+adaptive = speculate.AdaptiveGamma(c=c_of[4], v=lambda g: 1 + g * (v_of[8] - 1) / 8)
+half = target.config.num_hidden_layers // 2
+arms = {
+    "draft, gamma 4": (proposer, 4),
+    "draft, adaptive": (proposer, adaptive),
+    "prompt lookup, gamma 4": (speculate.LookupProposer(), 4),
+    f"first {half} layers, gamma 4": (speculate.EarlyExitProposer(target, half), 4),
+}
+rows = {}
+for name, (arm, gamma) in arms.items():
+    for kind, reference in (("word problems", base), ("FAQ", faq_plain)):
+        s = together(run(prompts[kind], arm, gamma=gamma))
+        ratio = s.tokens_per_second / reference.tokens_per_second
+        rows[name, kind] = {"acceptance": s.acceptance, "times plain speed": ratio}
+pd.DataFrame(rows).T.round(2)
+
+# %% [markdown]
+# Every arm gives the same text; they differ in speed only. Lookup pays where a text repeats itself. The lab target was never trained to answer
+# from its middle, and early exit shows it: a draft that costs half a target must be right nearly always.
+
+# %% [markdown]
+# ## Sampling against greedy
+#
+# Sampled text is harder to guess: even a perfect guess of the target's *distribution* is needed, not only of its favorite. The expected acceptance of one
+# guess is the overlap $\sum_x \min(p(x), q(x))$, and a lower temperature brings both distributions closer to their favorites.
+
+# %%
+rows = {}
+for temperature in (0.0, 0.5, 1.0, 1.5):
+    seeds = torch.Generator().manual_seed(scale.seed)
+    s = together(run(prompts["word problems"], proposer, gamma=4,
+                     sampling=Sampling(temperature, generator=seeds)))  # fmt: skip
+    rows[temperature] = {"acceptance": s.acceptance, "tokens a call": s.tokens_per_call}
+pd.DataFrame(rows).T.rename_axis("temperature").round(3)
+
+# %% [markdown]
+# The draft must be processed like the target: same temperature, top-k, top-p. It may be sampled otherwise and the text stays exact, *if* the $q$ it reports is
+# the one it sampled from; but acceptance falls. Reporting another $q$ breaks the text: that is the second broken variant in the test suite.
+
+# %% [markdown]
+# ## After a prefix
+#
+# A {term}`KV cache` is a value: the target may have read a passage long ago, or loaded it from a file. Speculation has to go on from there as plain decoding
+# does. `Prefix` holds the cache, the position at which to go on, and the tokens it stands for, which the draft reads itself.
+
+# %%
+passage = "Anna lives in Oslo. Bruno works as a baker. Rosa plays the cello."
+document = tokenizer(passage, add_special_tokens=False, return_tensors="pt").input_ids
+read = prefill(target, document.to(target.device))
+prefix = Prefix(read.cache, read.next_position, document[0].tolist())
+
+begin = tokenizer(" Bruno", add_special_tokens=False, return_tensors="pt").input_ids
+options = {"gamma": 4, "max_new_tokens": 12, "eos_token_id": []}
+after = speculate.generate(target, begin, proposer, prefix=prefix, **options)
+whole = speculate.generate(target, torch.cat([document, begin], 1), **options)
+print(tokenizer.decode(after.tokens[0]))
+if exact:
+    assert after.tokens[0].tolist() == whole.tokens[0].tolist()
+
+# %% [markdown]
+# `transformers` can speculate too, `model.generate(..., assistant_model=draft)`, but not from a cache: the versions tried here (5.6 to 5.23) feed the whole prompt again, on top of
+# the cache that holds it already. On twenty pairs of small random models, with the prompt's first part in a cache, how often is the text
+# what plain decoding gives? And how do the speeds compare? Those figures take minutes, so a benchmark measured them
+# (`tests/benchmarks/speculate.py`), with 95 % bootstrap intervals over prompts.
+
+# %% mystnb={"image": {"alt": "Dots with intervals: how many times faster speculative decoding is than plain generate and than assisted generation, eager and compiled."}}
+from pathlib import Path
+
+file = Path("../book/results/speculate.json")
+if file.exists():
+    results = json.loads(file.read_text())
+    figures = {f["name"]: f for f in results["figures"]}
+    ours, peer = figures["prefix_equal"], figures["prefix_equal_assisted"]
+    print(f"text after a cache as without one: ours {ours['value']:.0%},",
+          f"assistant_model {peer['value']:.0%} of {ours['n']}")  # fmt: skip
+    print("measured on", results["device"], results["versions"])
+    names = {
+        "over_generate": "over plain generate",
+        "over_assisted": "over generate(assistant_model=...)",
+        "plain_over_generate": "our plain loop over plain generate",
+        "over_generate_compiled": "over plain generate, both compiled",
+        "over_assisted_compiled": "over assisted, both compiled",
+        "batch_8_over_assisted": "8 texts at once, over assisted one by one",
+    }
+    plots.speed_ratios(figures, names)
+else:
+    print("The measured figures are in the repository, book/results/speculate.json.")
+
+# %% [markdown]
+# In eager mode a small model's step is mostly the cost of starting each operation, and both programs start the same ones. With `Runner(model, compiled_room=...)` the
+# three shapes of call, draft one, verify $\gamma + 1$, plain one, are compiled on memory that stays where it is, into CUDA graphs on a GPU. That takes a
+# minute, so it pays for many texts, not for one.
+#
+# ## Many texts at once
+#
+# Rows of a batch accept different numbers of guesses, so they drift apart. A cache that is one tensor with one length cannot follow; the one that the loop uses
+# gives every row a length of its own. Each row then gets exactly the text it would get alone:
+
+# %%
+several = [ids[0] for ids in prompts["word problems"][:4]]
+batch = speculate.generate(target, several, proposer, gamma=4, max_new_tokens=longest)
+for ids, tokens in zip(several, batch.tokens, strict=True):
+    one = speculate.generate(target, ids[None], gamma=4, max_new_tokens=longest)
+    if exact:
+        assert tokens.tolist() == one.tokens[0].tolist()
+print("accepted by row:", [r.accepted for r in batch.rounds if not r.reading][:6])
+
+# %% [markdown]
+# ## Exercises
+#
+# ```{exercise-start} The same number of layers
+# :label: ex-layers
+# ```
+# *Easy, 5 minutes.* Qwen3-14B has 40 layers, Qwen3-0.6B has 28. In eager mode on a fast GPU a step can cost about as many starts of operations as there are layers, so $c$ is near
+# 28/40. With $\alpha = 0.8$ and $v = 1$, which $\gamma$ is best and what does it gain? What if compiling brings $c$ down to the ratio of the bytes
+# of their weights?
+# ```{exercise-end}
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex-layers
+# :class: dropdown
+# ````
+
+# %%
+from kvlab.scale import config_of, parameters
+
+large, small = config_of("Qwen/Qwen3-14B"), config_of("Qwen/Qwen3-0.6B")
+by_layers = small.num_hidden_layers / large.num_hidden_layers
+by_bytes = parameters(small) / parameters(large)
+for c in (by_layers, by_bytes):
+    g = speculate.best_gamma(0.8, c)
+    gain = speculate.cost_model(0.8, c, g).speedup
+    print(f"c = {c:.2f}: best gamma {g}, {gain:.2f} times plain")
+
+# %% [markdown]
+# The number of layers decides until something removes the cost of starting operations.
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise-start} A lenient rule
+# :label: ex-lenient
+# ```
+# *Medium, 10 minutes.* Accept a guess if $u < 2\,p(x)/q(x)$. How much does acceptance rise for the tiny models, and does the chi-square test notice? (Change what `verify` is given.)
+# ```{exercise-end}
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex-lenient
+# :class: dropdown
+# ````
+
+# %%
+def lenient(p, proposal, uniform):
+    halved = uniform.clone()
+    halved[:, :-1] /= 2
+    return right(p, proposal, halved)
+
+
+speculate.verify = lenient
+counts = drawn_pairs()
+speculate.verify = right
+print("p-value:", chi_square(counts, expected))
+
+# %% [markdown]
+# More is accepted, and the text is no longer the target's: it leans towards what the draft likes. Some systems make that trade on purpose; it should then not be called lossless.
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise-start} The classic mistake
+# :label: ex-missing
+# ```
+# *Medium, 15 minutes.* Subclass `ModelProposer` so that it forgets the token it never read. Which two figures tell that something is wrong, and which one does not?
+# ```{exercise-end}
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex-missing
+# :class: dropdown
+# ````
+
+# %%
+class Forgetful(ModelProposer):
+    def accept(self, accepted, next_tokens, target_cache):
+        super().accept(accepted, next_tokens, target_cache)
+        for row, unread in enumerate(self.unread):
+            if unread == 2:  # leave a hole where the token would be
+                self.unread[row] = 1
+                self.runner.slots.lengths[row] += 1
+
+
+for name, arm in (("whole", ModelProposer(target)), ("forgetful", Forgetful(target))):
+    made = speculate.generate(target, prompt, arm, gamma=2, max_new_tokens=longest)
+    s = summarize(made.rounds)
+    told = f"acceptance {s.acceptance:.3f}, {s.tokens_per_call:.2f} tokens a call"
+    print(f"{name:10} {told}:", tokenizer.decode(made.tokens[0])[-20:])
+
+# %% [markdown]
+# Acceptance and tokens a call fall; the text does not change.
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ## Takeaways
+#
+# - Accept with probability $\min(1, p/q)$, else draw from $\max(0, p - q)$: the text is the target's, whatever the draft. The draft decides only how fast.
+# - Exactness is a claim about a distribution. Test it as one, with variants that must fail.
+# - Speed-up is $E/(\gamma c + v)$: acceptance, the price of a guess, the price of checking. Measure all three before choosing $\gamma$.
+# - $c$ follows the number of layers until compiling removes the cost of starting operations.
+# - A draft that does not know the text costs more than it gains.
+#
+# The cell below runs alone, after the imports.
+
+# %%
+from kvlab import Scale, speculate
+
+scale = Scale.current()
+target, draft = scale.load("target"), scale.load("draft")
+tokenizer = scale.load_tokenizer("target")
+ids = tokenizer("Anna lives in Oslo. Anna", return_tensors="pt").input_ids
+
+proposer = speculate.ModelProposer(draft)
+for r in speculate.decode(target, ids, proposer, gamma=4, max_new_tokens=16):
+    print(tokenizer.decode(r.tokens[0]), end="", flush=True)
+
+# %% [markdown]
+# **Further reading**: the two papers that found the rule {cite}`leviathan2023speculative,chen2023speculative`; prompt lookup {cite}`saxena2023lookup`; early exit
+# {cite}`elhoushi2024layerskip`. Next (coming): a draft whose cache is fused from the target's.
