@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
@@ -78,7 +79,7 @@ class Proposer(Protocol):
         """Begin with texts (prefix, prompt, the target's first token) that will gain fewer than `room` tokens."""
 
     def propose(self, gamma: int) -> Proposal:
-        """Draft up to `gamma` tokens a row."""
+        """Draft up to `gamma` tokens a row (0: none)."""
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
         """Take note that each row gained so many drafted tokens and the next one; -1: the row has ended."""
@@ -131,6 +132,9 @@ class Sampling:
     def uniform(self, rows: int, count: int, device: torch.device) -> Tensor:
         """Numbers in [0, 1), (rows, count)."""
         one = self.generator is None or isinstance(self.generator, torch.Generator)
+        if not one and len(self.generator) != rows:
+            seen = f"There are {len(self.generator)} generators for {rows} rows"
+            raise ValueError(f"{seen}: give one for all, or one for each.")
         sources = [(self.generator, rows)] if one else [(generator, 1) for generator in self.generator]
         drawn = [torch.rand(n, count, generator=g, device=g.device if g else None) for g, n in sources]
         return torch.cat(drawn).to(device)
@@ -189,6 +193,10 @@ def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tens
     guess = tokens.clamp(min=0)[..., None]
     if q is None:
         q = torch.zeros_like(p[:, :width]).scatter(-1, guess, 1.0)
+    if (wider := q.shape[-1] - p.shape[-1]) > 0:  # vocabularies of one family can be padded to different sizes
+        p = pad(p, (0, wider))
+    elif wider < 0:
+        q = pad(q, (0, -wider))
     q = torch.where((tokens < 0)[..., None], 0.0, q)
     passed = uniform[:, :width] * q.gather(-1, guess)[..., 0] < p[:, :width].gather(-1, guess)[..., 0]
     accepted = (passed & (tokens >= 0)).long().cumprod(1).sum(1)
@@ -266,9 +274,8 @@ def _step(model: PreTrainedModel, slots: Slots, tokens: Tensor, columns: Tensor)
     seen, mask = slots.cursor.seen or slots.room, None
     if tokens.shape[1] > 1 or not isinstance(slots.cursor.where, slice):  # else all that is seen may be seen
         later = torch.arange(seen, device=columns.device) > columns[..., None]  # (B, k, seen)
-        mask = torch.zeros(later.shape, dtype=model.dtype, device=later.device).masked_fill(later, float("-inf"))[
-            :, None
-        ]
+        mask = torch.zeros(later.shape, dtype=model.dtype, device=later.device)
+        mask = mask.masked_fill(later, float("-inf"))[:, None]
     places = {"position_ids": columns + slots.offsets, "attention_mask": mask}
     return model(input_ids=tokens, past_key_values=slots, use_cache=True, **places).logits
 
@@ -495,7 +502,8 @@ def decode(
     rows, nothing = _Rows(texts, max_new_tokens, _ends(runner.model, eos_token_id)), [[] for _ in texts]
 
     began, start = time.perf_counter(), clock.mark()
-    token = sampling.choose(runner.start(prompts, prefixes, room)[:, None], texts)[0]  # (B,)
+    logits, size = runner.start(prompts, prefixes, room), runner.model.get_input_embeddings().num_embeddings
+    token = sampling.choose(logits[:, None], texts)[0]  # (B,)
     read = clock.mark()
     gained = [rows.extend(row, [one]) for row, one in enumerate(token.tolist())]
     seconds = (0.0, clock.between(start, read), time.perf_counter() - began)
@@ -511,7 +519,8 @@ def decode(
         g = gamma(last) if isinstance(gamma, AdaptiveGamma) else gamma
         proposal = proposer.propose(g) if proposer else Proposal(token.new_empty(len(texts), 0))
         drafted = clock.mark()
-        logits = runner(torch.cat((token[:, None], proposal.tokens.clamp(min=0)), 1), runner.slots.lengths)
+        given = proposal.tokens.clamp(0, size - 1)  # what cannot be accepted still has to be read as something
+        logits = runner(torch.cat((token[:, None], given), 1), runner.slots.lengths)
         accepted, token = _judge(logits, proposal, sampling, texts, g)
         judged = clock.mark()
         *guesses, counts, chosen = torch.cat((proposal.tokens, accepted[:, None], token[:, None]), 1).T.tolist()

@@ -19,6 +19,32 @@ PROMISED = {
         "tokens_per_second",
         "megabytes",
     },
+    "speculate": {
+        *(
+            name + suffix
+            for name in ("over_assisted", "over_generate", "plain_over_generate", "measured_over_predicted")
+            for suffix in ("", "_compiled")
+        ),
+        *(
+            f"{name}_{task}"
+            for name in ("over_generate", "acceptance")
+            for task in ("arithmetic_short", "arithmetic_long", "faq", "sampled")
+        ),
+        *(f"over_assisted_{case}" for case in ("end_to_end", "gamma_4", "gamma_8", "sampled")),
+        *(f"tokens_per_second_{arm}" for arm in ("generate", "assisted", "plain", "speculative")),
+        *(f"control_{fault}_p_value" for fault in ("no_residual", "another_q", "off_by_one")),
+        "over_generate_end_to_end",
+        "acceptance",
+        "c",
+        "v",
+        "best_gamma",
+        "batch_8_over_assisted",
+        "lookup_over_generate",
+        "early_exit_acceptance",
+        "prefix_equal",
+        "prefix_equal_assisted",
+        "min_p_value",
+    },
 }
 
 

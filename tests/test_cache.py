@@ -484,3 +484,158 @@ def test_a_write_that_fails_leaves_the_old_file(saved, tiny_model, monkeypatch):
         kv.save(random_cache(seed=1), path, tiny_model(), 9)
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
     assert equal(kv.load(path, tiny_model()).cache, cache)
+
+
+# slots
+
+
+def run_slots(model, slots, tokens, starts, fixed=False):
+    """Run tokens (B, k) at columns from starts on, with a mask that hides later columns; return the logits."""
+    columns = slots.aim(starts, tokens.shape[1], fixed)
+    seen = slots.cursor.seen or slots.room
+    mask = torch.zeros(len(starts), 1, tokens.shape[1], seen, dtype=model.dtype)
+    mask.masked_fill_((torch.arange(seen) > columns[..., None])[:, None], float("-inf"))
+    places = {"position_ids": columns + slots.offsets, "attention_mask": mask}
+    return model(tokens, past_key_values=slots, use_cache=True, **places).logits
+
+
+def filled(model, caches, room):
+    """Slots with a row for each (cache, next position)."""
+    slots = kv.Slots(model, len(caches), room)
+    for row, (cache, position) in enumerate(caches):
+        slots.put(row, cache, position)
+    return slots
+
+
+def near(one, two, atol=1e-10):
+    torch.testing.assert_close(tensors(one), tensors(two), rtol=0, atol=atol)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(9, 12), st.data())
+def test_put_and_entries_give_back_what_was_put(tiny_model, lengths, room, data):
+    caches = [random_cache(rows=1, entries=n, dtype=torch.float32, seed=n) for n in lengths]
+    slots = filled(tiny_model(), [(cache, 20 + n) for n, cache in zip(lengths, caches, strict=True)], room)
+    assert slots.lengths == lengths
+    assert slots.offsets.tolist() == [[20]] * len(lengths)
+    for row, cache in enumerate(caches):
+        assert equal(slots.entries(row), kv.clone(cache))
+        start = data.draw(st.integers(0, lengths[row]))
+        stop = data.draw(st.integers(start, lengths[row]))
+        assert equal(slots.entries(row, start, stop), kv.select(cache, torch.arange(start, stop)))
+    shorter = random_cache(rows=1, entries=data.draw(st.integers(1, 9)), seed=99)
+    slots.put(0, shorter, torch.tensor([7]))  # a position may be a tensor
+    assert (slots.lengths[0], slots.offsets[0].item()) == (kv.length(shorter), 7 - kv.length(shorter))
+    assert equal(slots.entries(0), kv.clone(shorter))
+    assert all(equal(slots.entries(row), kv.clone(caches[row])) for row in range(1, len(caches)))
+
+
+def test_put_copies_and_entries_share(tiny_model):
+    cache = random_cache(rows=1, entries=4)
+    slots, frozen = filled(tiny_model(), [(cache, 4)], 6), kv.clone(cache)
+    shared, places = slots.entries(0), [layer.keys.data_ptr() for layer in slots.layers]
+    slots.layers[1].keys[0, :, 2] = 5
+    assert equal(cache, frozen)
+    assert (shared.layers[1].keys[0, :, 2] == 5).all()
+    assert [layer.keys.data_ptr() for layer in shared.layers] == places
+    assert not kv.Slots(tiny_model(), 2, 6).layers[0].keys.any()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@every_family
+def test_ragged_writes_are_the_rows_alone(tiny_model, family, fixed):
+    model, lengths = tiny_model(family, dtype=torch.float64), (9, 2, 6, 6)
+    texts = [torch.randint(0, 97, (1, n + 5), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    pasts = [kv.prefill(model, text[:, :n]) for text, n in zip(texts, lengths, strict=True)]
+    pasts[2] = pasts[2]._replace(cache=kv.select(pasts[2].cache, torch.tensor([0, 3, 5])))
+    slots = filled(model, [(past.cache, past.next_position) for past in pasts], 16)
+    for first, last in ((0, 1), (1, 4), (4, 5)):  # in pieces of 1, 3 and 1
+        tokens = torch.cat([text[:, n + first : n + last] for text, n in zip(texts, lengths, strict=True)])
+        logits = run_slots(model, slots, tokens, slots.lengths, fixed)
+        slots.lengths = [n + last - first for n in slots.lengths]
+    for row, (text, n, past) in enumerate(zip(texts, lengths, pasts, strict=True)):
+        alone = kv.prefill(model, text[:, n:], past.cache, past.next_position)
+        torch.testing.assert_close(logits[row, -1], alone.logits[0], rtol=0, atol=1e-10)
+        near(slots.entries(row), alone.cache)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_was_taken_back_leaves_no_trace(tiny_model, fixed):
+    model = tiny_model(dtype=torch.float64)
+    past = kv.prefill(model, IDS[:1, :6])
+    slots = filled(model, [(past.cache, 6)] * 2, 14)
+    run_slots(model, slots, IDS[:, 8:13], slots.lengths, fixed)  # tried, and given up: lengths did not grow
+    assert slots.lengths == [6, 6]
+    near(slots.entries(0), past.cache, 0)
+    run_slots(model, slots, IDS[:, 2:4], [6, 4], fixed)
+    slots.lengths = [8, 6]  # row 1 gave up two entries of the prompt as well
+    for row, kept in enumerate((6, 4)):
+        want = kv.prefill(model, IDS[row : row + 1, 2:4], kv.truncate(past.cache, kept)).cache
+        near(slots.entries(row), want)
+    logits = run_slots(model, slots, IDS[:, 5:6], slots.lengths, fixed)
+    again = kv.prefill(model, IDS[1:, 5:6], want)
+    torch.testing.assert_close(logits[1], again.logits, rtol=0, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=4), st.integers(1, 4), st.booleans())
+def test_a_write_changes_the_columns_it_is_aimed_at_and_no_other(tiny_model, starts, count, fixed):
+    slots = kv.Slots(tiny_model(), len(starts), 12)
+    columns = slots.aim(starts, count, fixed)
+    assert columns.tolist() == [[*range(start, start + count)] for start in starts]
+    states = torch.randn(2, len(starts), 2, count, 16, generator=torch.Generator().manual_seed(0))
+    seen = slots.layers[1].update(*states)
+    for memory, written, visible in zip((slots.layers[1].keys, slots.layers[1].values), states, seen, strict=True):
+        for row, start in enumerate(starts):
+            assert torch.equal(memory[row, :, start : start + count], written[row])
+            assert not memory[row, :, :start].any()
+            assert not memory[row, :, start + count :].any()
+        assert visible.shape[2] == (12 if fixed else max(starts) + count)
+        assert visible.data_ptr() == memory.data_ptr()
+    assert not slots.layers[0].keys.any()
+
+
+def test_the_first_layers_share_memory_and_are_aimed_apart(tiny_model):
+    model, ids = tiny_model(dtype=torch.float64), IDS[:1]
+    past = kv.prefill(model, ids[:, :6])
+    slots = filled(model, [(past.cache, 9)], 12)
+    part = slots.first(2)
+    assert [layer.keys.data_ptr() for layer in part.layers] == [layer.keys.data_ptr() for layer in slots.layers[:2]]
+    assert (len(part.layers), len(slots.layers), part.lengths, part.offsets.tolist()) == (2, 3, [6], [[3]])
+    slots.aim([6], 2)
+    part.aim([8], 1)
+    assert (slots.cursor.where, slots.cursor.seen) == (slice(6, 8), 8)
+    part.lengths[0] = 7
+    assert slots.lengths == [6]
+    part.layers[0].update(*torch.ones(2, 1, 2, 1, 16, dtype=torch.float64))
+    assert (slots.layers[0].keys[0, :, 8] == 1).all()
+    near(slots.entries(0), past.cache, 0)
+
+
+def test_slots_say_what_does_not_fit(tiny_model):
+    slots = kv.Slots(tiny_model(), 2, 6)
+    for sentence, call in {
+        "The cache has 9 entries, a row has room for 6: give more room": lambda: slots.put(0, random_cache(rows=1), 9),
+        "Column 6 does not fit a row of 6: give more room": lambda: slots.aim([0, 4], 3),
+        "Column 7 does not fit": lambda: slots.aim([5, 5], 3, fixed=True),
+        "The cache is empty|Expected a DynamicCache": lambda: slots.put(0, DynamicCache(), 0),
+    }.items():
+        with pytest.raises(CacheError, match=sentence):
+            call()
+    assert slots.lengths == [0, 0]
+    assert not slots.layers[0].keys.any()
+    slots.aim([0, 3], 3)
+
+
+def test_slots_refuse_a_cache_of_another_shape(tiny_model):
+    slots = kv.Slots(tiny_model(), 2, 9)
+    for cache in (
+        random_cache(rows=2, entries=4),
+        kv.prefill(tiny_model(num_hidden_layers=2), IDS[:1]).cache,
+        kv.prefill(tiny_model(num_key_value_heads=1), IDS[:1, :4]).cache,
+        random_cache(rows=1, entries=4, dtype=torch.float64),
+    ):
+        with pytest.raises(CacheError, match="expected"):
+            slots.put(0, kv.truncate(cache, 4), 4)
+        assert slots.lengths == [0, 0]
+        assert not slots.layers[0].keys.any()

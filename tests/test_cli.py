@@ -140,6 +140,15 @@ def test_one_token_leaves_nothing_to_compare(tmp_path, capsys):
     assert found["summary"]["equal_texts"] is True
 
 
+def test_compiled_memory_has_room_for_the_longest_prompt(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda step, **_: step)
+    prompts = ["Anna has 3 apples. " * 6, "Hello."]
+    main([*FEW, "--prompts", *prompts, "--compiled", "--output_dir", str(tmp_path)])
+    found, _ = result(tmp_path, capsys)
+    assert found["settings"]["compiled"] is True
+    assert found["summary"]["equal_texts"] is True
+
+
 def test_a_fuser_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"'fuser.pt', but kvlab has no cache fuser yet: leave it out"):

@@ -1,0 +1,1321 @@
+"""The laws of speculative decoding: the text is the target's own, the statistics are what happened."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kvlab import cache as kv
+from kvlab import lab, speculate
+from kvlab.cache import CacheError, Slots
+from kvlab.evaluate import chi_square
+from kvlab.lab.report import heldout
+from kvlab.speculate import (
+    AdaptiveGamma,
+    EarlyExitProposer,
+    LookupProposer,
+    ModelProposer,
+    Prefix,
+    Proposal,
+    Round,
+    Runner,
+    Sampling,
+    best_gamma,
+    cost_model,
+    costs,
+    decode,
+    draw,
+    generate,
+    match,
+    summarize,
+    verify,
+)
+
+DOUBLE = torch.float64
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def random_prompts(*lengths, seed=0, vocab=97):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab, (n,), generator=generator) for n in lengths]
+
+
+def plain(model, ids, count, ends=()):
+    """Greedy decoding of one row with no cache at all."""
+    ids, new = torch.as_tensor(ids), []
+    while len(new) < count and not (new and new[-1] in ends):
+        new.append(model(torch.cat((ids, torch.tensor(new, dtype=torch.long)))[None], use_cache=False).logits[0, -1])
+        new[-1] = new[-1].argmax().item()
+    return new
+
+
+def plain_after(model, prefix, ids, count):
+    """Greedy decoding of one row after a prefix, one token at a time, by `kvlab.cache.prefill`."""
+    cache, position, new, ids = prefix.cache, prefix.next_position, [], torch.as_tensor(ids)[None]
+    for _ in range(count):
+        cache, logits, position = kv.prefill(model, ids, cache, position)
+        ids = logits.argmax(-1, keepdim=True)
+        new.append(ids.item())
+    return new
+
+
+def theirs(model, ids, count, **options):
+    """Greedy decoding of one row by transformers, all settings explicit."""
+    given = {"max_new_tokens": count, "do_sample": False, "repetition_penalty": 1.0, "eos_token_id": None} | options
+    config = GenerationConfig(**given, pad_token_id=0)
+    ids = torch.as_tensor(ids)[None]
+    return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[
+        0, ids.shape[1] :
+    ].tolist()
+
+
+def noisy(model, scale=0.02, seed=3):
+    """A copy of a model with other weights close by: it guesses right often, not always."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for weight in other.parameters():
+        weight.data += scale * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+    return other
+
+
+def read(model, ids, **options):
+    """The prefix that reading ids gives."""
+    cache, _, position = kv.prefill(model, torch.as_tensor(ids)[None], **options)
+    return Prefix(cache, position, torch.as_tensor(ids).tolist())
+
+
+def compressed(model, ids, kept):
+    """The same with some of its entries only, and its position."""
+    whole = read(model, ids)
+    return whole._replace(cache=kv.select(whole.cache, torch.tensor(kept)))
+
+
+def new_tokens(target, prompts, *args, **options):
+    return [row.tolist() for row in generate(target, prompts, *args, **options).tokens]
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def verifications(rounds):
+    return [r for r in rounds if not r.reading]
+
+
+# Greedy decoding gives the target's text, token for token.
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize("draft", ["small", "noisy"])
+def test_greedy_text_is_the_targets(tiny_model, family, dtype, draft):
+    target, prompts = tiny_model(family, dtype=dtype), random_prompts(7, 1)
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    draft = tiny_model(family, dtype=dtype, seed=1, **small) if draft == "small" else noisy(target)
+    want = [plain(target, ids, 10) for ids in prompts]
+    assert want == [theirs(target, ids, 10) for ids in prompts] == new_tokens(target, prompts, max_new_tokens=10)
+    for gamma in (1, 3, 8):
+        assert new_tokens(target, prompts[0][None], ModelProposer(draft), gamma=gamma, max_new_tokens=10) == want[:1]
+    for gamma in (2, 5):
+        assert new_tokens(target, prompts, ModelProposer(draft), gamma=gamma, max_new_tokens=10) == want
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 4, 7])
+def test_ragged_rows_are_the_rows_alone(tiny_model, gamma):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(3, 11, 1, 6, 6, 20, 2, 9)
+    rounds = generate(target, prompts, ModelProposer(noisy(target)), gamma=gamma, max_new_tokens=14)
+    assert [row.tolist() for row in rounds.tokens] == [plain(target, ids, 14) for ids in prompts]
+    assert 0 < summarize(rounds.rounds).acceptance < 1
+
+
+PREFIX_KINDS = ("none", "prefilled", "compressed", "moved")
+
+
+def make_prefix(model, kind, seed):
+    (ids,) = random_prompts(10, seed=100 + seed)
+    if kind == "prefilled":
+        return read(model, ids)
+    if kind == "compressed":
+        return compressed(model, ids, [0, 2, 3, 7, 9])
+    return read(model, ids, position=30 + seed) if kind == "moved" else None
+
+
+def after(model, prefix, ids, count):
+    return plain_after(model, prefix, ids, count) if prefix else plain(model, ids, count)
+
+
+@pytest.mark.parametrize("kind", PREFIX_KINDS[1:])
+@every_family
+def test_a_prefix_shared_by_rows(tiny_model, family, kind):
+    target, prompts = tiny_model(family, dtype=DOUBLE), random_prompts(5, 1, 8)
+    prefix = make_prefix(target, kind, 0)
+    want = [plain_after(target, prefix, ids, 9) for ids in prompts]
+    if kind == "prefilled":
+        assert want == [plain(target, [*prefix.input_ids, *ids.tolist()], 9) for ids in prompts]
+    for proposer in (None, ModelProposer(noisy(target)), LookupProposer(), EarlyExitProposer(target, 1)):
+        assert new_tokens(target, prompts, proposer, gamma=3, max_new_tokens=9, prefix=prefix) == want
+    without_ids = prefix._replace(input_ids=())
+    assert new_tokens(target, prompts, ModelProposer(noisy(target)), max_new_tokens=9, prefix=without_ids) == want
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from(FAMILIES),
+    st.integers(1, 8),
+    st.lists(st.tuples(st.integers(1, 9), st.sampled_from(PREFIX_KINDS)), min_size=1, max_size=4),
+    st.sampled_from(("model", "noisy", "lookup", "early")),
+    st.integers(1, 9),
+)
+def test_each_row_with_its_own_prefix(tiny_model, family, gamma, rows, drafter, count):
+    target = tiny_model(family, dtype=DOUBLE)
+    proposer = {
+        "model": lambda: ModelProposer(tiny_model(family, dtype=DOUBLE, seed=1, num_hidden_layers=1)),
+        "noisy": lambda: ModelProposer(noisy(target)),
+        "lookup": lambda: LookupProposer(longest=2),
+        "early": lambda: EarlyExitProposer(target, 2),
+    }[drafter]()
+    prompts = random_prompts(*[n for n, _ in rows])
+    prefixes = [make_prefix(target, kind, seed) for seed, (_, kind) in enumerate(rows)]
+    want = [after(target, *pair, count) for pair in zip(prefixes, prompts, strict=True)]
+    assert new_tokens(target, prompts, proposer, gamma=gamma, max_new_tokens=count, prefix=prefixes) == want
+
+
+def test_one_prompt_after_different_prefixes(tiny_model):
+    target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(5)
+    prefixes = [make_prefix(target, "prefilled", 0), None, make_prefix(target, "prefilled", 1)]
+    want = [after(target, prefix, ids, 9) for prefix in prefixes]
+    assert new_tokens(target, [ids] * 3, ModelProposer(noisy(target)), max_new_tokens=9, prefix=prefixes) == want
+
+
+def test_a_draft_may_have_a_prefix_of_its_own(tiny_model):
+    target, (known, *prompts) = tiny_model(dtype=DOUBLE), random_prompts(10, 6, 3)
+    draft, want = noisy(target), [plain(target, [*known, *ids], 12) for ids in prompts]
+    drafted = []
+    for own in (None, read(draft, known), [read(draft, known), read(draft, known)], compressed(draft, known, [0, 9])):
+        got = generate(target, prompts, ModelProposer(draft, own), max_new_tokens=12, prefix=read(target, known))
+        assert [row.tolist() for row in got.tokens] == want
+        drafted.append([r.drafted for r in verifications(got.rounds)])
+    assert drafted[0] == drafted[1] == drafted[2] != drafted[3]
+    hint = read(draft, random_prompts(8, seed=9)[0])._replace(input_ids=())  # known to the draft alone
+    alone = generate(target, prompts, ModelProposer(draft, hint), max_new_tokens=12)
+    assert [row.tolist() for row in alone.tokens] == [plain(target, ids, 12) for ids in prompts]
+
+
+def test_a_draft_with_the_targets_prefix_is_accepted_whole(tiny_model):
+    target, (known, *prompts) = tiny_model(dtype=DOUBLE), random_prompts(10, 6, 3)
+    small = compressed(target, known, [0, 4, 9])
+    got = generate(target, prompts, ModelProposer(target, small), max_new_tokens=12, prefix=small)
+    assert summarize(got.rounds).acceptance == 1
+    reads_all = generate(target, prompts, ModelProposer(target), max_new_tokens=12, prefix=small)
+    assert summarize(reads_all.rounds).acceptance < 1
+    assert all(map(torch.equal, reads_all.tokens, got.tokens))
+
+
+def test_the_lab_pair():
+    tokenizer, target, draft = lab.load_tokenizer("lab-target"), lab.load("lab-target"), lab.load("lab-draft")
+    questions = [d[:-1] for task in ("reading", "arithmetic") for d in heldout(task, 2, seed=4)[:2]]
+    prompts = [
+        tokenizer.apply_chat_template(q, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ][0]
+        for q in questions
+    ]
+    end = tokenizer.eos_token_id
+    want = [theirs(target, ids, 24, eos_token_id=end) for ids in prompts]
+    for proposer in (ModelProposer(draft), LookupProposer()):
+        got = generate(target, prompts, proposer, gamma=4, max_new_tokens=24, eos_token_id=end)
+        assert [row.tolist() for row in got.tokens] == want
+        assert summarize(got.rounds).acceptance > 0.2
+
+
+# A cache that was prefilled gives the same text as none.
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_prefilled_cache_gives_the_text_of_the_whole_prompt(tiny_model, seed):
+    target, draft = (tiny_model(seed=s, num_hidden_layers=2, dtype=DOUBLE) for s in (seed, 50 + seed))
+    (whole,) = random_prompts(12, seed=seed)
+    prefix = read(target, whole[:8])
+    got = new_tokens(target, whole[None, 8:], ModelProposer(draft), max_new_tokens=10, prefix=prefix)
+    assert got == [plain(target, whole, 10)]
+
+
+# A draft equal to the target is accepted whole.
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+def test_a_draft_equal_to_the_target_is_always_right(tiny_model, temperature, gamma):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 1)
+    sampling = Sampling(temperature, generator=seeded(1, 2, 3))
+    count = 1 + 4 * (gamma + 1)
+    got = generate(target, prompts, ModelProposer(target), gamma=gamma, max_new_tokens=count, sampling=sampling)
+    summary = summarize(got.rounds)
+    assert summary.acceptance == 1
+    assert summary.conditional == summary.unconditional == [1.0] * gamma
+    assert summary.tokens_per_call == gamma + 1
+    assert summary.target_calls == 4
+    assert summary.draft_calls == 4 * gamma
+    assert all(r.accepted == [gamma] * 3 for r in verifications(got.rounds))
+
+
+class ForgetfulProposer(ModelProposer):
+    """The classic bug: after full acceptance the last drafted token is taken for read."""
+
+    def accept(self, accepted, next_tokens, target_cache):
+        super().accept(accepted, next_tokens, target_cache)
+        for row, missing in enumerate(self.unread):
+            self.runner.slots.lengths[row] += missing == 2
+            self.unread[row] = min(missing, 1)
+
+
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_a_forgotten_draft_token_costs_acceptance_and_not_the_text(tiny_model, gamma):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9)
+    got = generate(target, prompts, ForgetfulProposer(target), gamma=gamma, max_new_tokens=25)
+    assert [row.tolist() for row in got.tokens] == [plain(target, ids, 25) for ids in prompts]
+    assert summarize(got.rounds).acceptance < 1
+
+
+# Lookup and early exit.
+
+
+def lookup_by_search(text, gamma, longest):
+    """Try every earlier place of every ending, the longest first."""
+    for n in range(min(longest, len(text) - 1), 0, -1):
+        follows = [i + n for i in range(len(text) - n) if text[i : i + n] == text[-n:]]
+        if follows:
+            whole = [at for at in follows if at + gamma <= len(text)]
+            at = whole[-1] if whole else follows[0]
+            return text[at : at + gamma]
+    return []
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 6), st.integers(1, 4))
+def test_lookup_finds_what_a_search_finds(text, gamma, longest):
+    found = LookupProposer(longest).find(text, gamma)
+    assert found == lookup_by_search(text, gamma, longest)
+    assert bool(found) == (text[-1] in text[:-1])
+    assert len(found) <= gamma
+
+
+def test_lookup_with_guesses_in_some_rows_only(tiny_model):
+    target = tiny_model(dtype=DOUBLE)
+    prompts = [torch.tensor([5, 6, 7, 8] * 3), torch.arange(20, 31), torch.tensor([40]), torch.tensor([9, 9])]
+    for gamma in (1, 3, 6):
+        got = generate(target, prompts, LookupProposer(), gamma=gamma, max_new_tokens=25)
+        assert [row.tolist() for row in got.tokens] == [plain(target, ids, 25) for ids in prompts]
+        drafted = [r.drafted for r in verifications(got.rounds)]
+        guessed = {(any(row)) for d in drafted if any(d) for row in [[t >= 0 for t in r] for r in d]}
+        assert guessed == {True, False}
+
+
+class PartialGuesses(LookupProposer):
+    """Right guesses from a known text, of another number in each row, then none."""
+
+    def __init__(self, texts):
+        super().__init__()
+        self.known = texts
+
+    def find(self, text, gamma):
+        whole = next(t for t in self.known if t[: len(text)] == text)
+        return whole[len(text) : len(text) + (len(text) + len(whole)) % (gamma + 1)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_guess_is_never_accepted(tiny_model, temperature):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(3, 8, 5)
+    known = [ids.tolist() + plain(target, ids, 30) for ids in prompts]
+    certain = Sampling(1e-6) if temperature else None  # sampling from a point
+    got = generate(target, prompts, PartialGuesses(known), gamma=4, max_new_tokens=20, sampling=certain)
+    assert [row.tolist() for row in got.tokens] == [plain(target, ids, 20) for ids in prompts]
+    for r in verifications(got.rounds)[:3]:
+        for drafted, accepted in zip(r.drafted, r.accepted, strict=True):
+            assert accepted == sum(token >= 0 for token in drafted)
+    assert summarize(got.rounds).acceptance == 1
+
+
+@every_family
+@pytest.mark.parametrize("layers", [1, 2])
+def test_early_exit(tiny_model, family, layers):
+    target, prompts = tiny_model(family, dtype=DOUBLE, initializer_range=0.05), random_prompts(3, 11, 1)
+    want = [plain(target, ids, 20) for ids in prompts]
+    for gamma in (1, 4):
+        got = generate(target, prompts, EarlyExitProposer(target, layers), gamma=gamma, max_new_tokens=20)
+        assert [row.tolist() for row in got.tokens] == want
+        assert 0 < summarize(got.rounds).acceptance < 1
+
+
+def test_early_exit_drafts_what_a_model_of_the_first_layers_drafts(tiny_model):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(3, 11, 1)
+    config = copy.deepcopy(target.config)
+    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    shallow = type(target)(config).to(DOUBLE).eval()
+    shallow.load_state_dict(target.state_dict(), strict=False)
+    one, two = (
+        generate(target, prompts, p, max_new_tokens=20) for p in (EarlyExitProposer(target, 1), ModelProposer(shallow))
+    )
+    assert [r.drafted for r in one.rounds] == [r.drafted for r in two.rounds]
+    assert [r.accepted for r in one.rounds] == [r.accepted for r in two.rounds]
+
+
+def test_early_exit_leaves_the_targets_memory_as_plain_decoding_would(tiny_model):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9)
+    runner = Runner(target)
+    tokens = generate(runner, prompts, EarlyExitProposer(target, 2), gamma=3, max_new_tokens=10).tokens
+    for row, (ids, new) in enumerate(zip(prompts, tokens, strict=True)):
+        have = runner.slots.lengths[row]
+        want = kv.prefill(target, torch.cat((ids, new))[None, :have]).cache
+        for mine, good in zip(runner.slots.entries(row).layers, want.layers, strict=True):
+            torch.testing.assert_close(mine.keys, good.keys, rtol=0, atol=1e-10)
+            torch.testing.assert_close(mine.values, good.values, rtol=0, atol=1e-10)
+
+
+# Sampling is exact.
+
+
+def processors(sampling):
+    """The processors of transformers, in the order of its `generate`."""
+    penalty, k, p, t = sampling.repetition_penalty, sampling.top_k, sampling.top_p, sampling.temperature
+    return LogitsProcessorList(
+        ([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])
+        + ([TemperatureLogitsWarper(t)] if t != 1 else [])
+        + ([TopKLogitsWarper(k)] if k else [])
+        + ([TopPLogitsWarper(p)] if p != 1 else [])
+    )
+
+
+def joint(model, prompt, count, sampling, prefix=None):
+    """Exact probabilities of all texts of `count` new tokens, (V,) * count, by enumeration."""
+    size, process = model.config.vocab_size, processors(sampling)
+    known = torch.tensor(prefix.input_ids if prefix else [], dtype=torch.long)
+    total = torch.ones(1, dtype=DOUBLE)
+    for n in range(count):
+        new = torch.tensor(list(itertools.product(range(size), repeat=n)), dtype=torch.long).reshape(size**n, n)
+        ids = torch.cat((prompt.expand(len(new), -1), new), 1)
+        past = kv.clone(prefix.cache) if prefix else None
+        if prefix:
+            past.batch_repeat_interleave(len(new))
+        logits = kv.prefill(model, ids, past, prefix.next_position if prefix else None).logits
+        scores = process(torch.cat((known.expand(len(new), -1), ids), 1), logits)
+        total = (total.reshape(-1, 1) * scores.double().softmax(-1)).flatten()
+    return total.reshape((size,) * count).numpy()
+
+
+def p_values(target, prompt, sampling, proposer, gamma, rows=2000, count=5, prefix=None):
+    """Chi-square p-values of the first three and of the last two of five new tokens of many rows."""
+    model = target.model if isinstance(target, Runner) else target
+    sampling.generator = torch.Generator().manual_seed(5)
+    got = generate(
+        target, prompt.expand(rows, -1), proposer, gamma=gamma, max_new_tokens=count, sampling=sampling, prefix=prefix
+    )
+    counts = np.zeros((model.config.vocab_size,) * count)
+    np.add.at(counts, tuple(torch.stack(got.tokens).T.numpy()), 1)
+    exact = joint(model, prompt, count, dataclasses.replace(sampling, generator=None), prefix)
+    first, last = tuple(range(3, count)), tuple(range(count - 2))
+    return [chi_square(counts.sum(axes).ravel(), exact.sum(axes).ravel()) for axes in (first, last)]
+
+
+TINY = {"vocab_size": 5, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.3}
+PROMPT = torch.tensor([1, 2, 3, 1, 2, 4, 1, 2])
+KNOWN = [0, 3, 3, 1, 4, 2]
+SETTINGS = {
+    "model, gamma 1": ("model", 1, {}, None),
+    "model, gamma 2, cool": ("model", 2, {"temperature": 0.6}, None),
+    "model, gamma 3, top-k": ("model", 3, {"top_k": 3}, None),
+    "model, gamma 5, hot, top-p": ("model", 5, {"temperature": 1.6, "top_p": 0.8}, None),
+    "model, gamma 2, penalty": ("model", 2, {"repetition_penalty": 1.4}, None),
+    "model, gamma 3, all": (
+        "model",
+        3,
+        {"temperature": 1.3, "top_k": 4, "top_p": 0.9, "repetition_penalty": 1.2},
+        None,
+    ),
+    "noisy copy, gamma 4": ("noisy", 4, {}, None),
+    "lookup, gamma 3": ("lookup", 3, {}, None),
+    "lookup, gamma 2, cool, top-p": ("lookup", 2, {"temperature": 0.8, "top_p": 0.9}, None),
+    "early exit, gamma 2": ("early", 2, {}, None),
+    "early exit, gamma 4, cool, top-k": ("early", 4, {"temperature": 0.7, "top_k": 4}, None),
+    "model, gamma 3, prefix": ("model", 3, {}, "whole"),
+    "early exit, gamma 2, compressed prefix": ("early", 2, {}, "compressed"),
+    "model, gamma 2, penalty, prefix": ("model", 2, {"repetition_penalty": 1.4}, "whole"),
+    "model, gamma 0 to 3": ("model", (2, 0, 0, 3), {}, None),
+    "plain": ("none", 1, {"top_p": 0.9}, None),
+}
+
+
+def drafter(tiny_model, kind, target):
+    return {
+        "model": lambda: ModelProposer(tiny_model(seed=1, **TINY)),
+        "noisy": lambda: ModelProposer(noisy(target, 0.1)),
+        "lookup": lambda: LookupProposer(),
+        "early": lambda: EarlyExitProposer(target, 1),
+        "none": lambda: None,
+    }[kind]()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_sampling_is_exact(tiny_model, setting):
+    target, (kind, gamma, options, known) = tiny_model(**TINY), SETTINGS[setting]
+    make = {"whole": read, "compressed": lambda *a: compressed(*a, [0, 3, 5])}.get(known)
+    rows = 800 if options.get("repetition_penalty") else 2000
+    found = p_values(
+        target,
+        PROMPT,
+        Sampling(**{"temperature": 1.0} | options),
+        drafter(tiny_model, kind, target),
+        gamma if isinstance(gamma, int) else Cycle(*gamma),
+        rows,
+        prefix=make(target, KNOWN) if make else None,
+    )
+    assert min(found) > 0.01 / (2 * len(SETTINGS))
+
+
+def draw_again_from_p(p, proposal, uniform):
+    accepted, _ = verify(p, proposal, uniform)
+    return accepted, draw(p[torch.arange(len(p)), accepted], uniform[:, -1])
+
+
+def accept_all(p, proposal, uniform):
+    width = proposal.tokens.shape[1]
+    return torch.full((len(p),), width), draw(p[:, width], uniform[:, -1])
+
+
+class WrongQ(ModelProposer):
+    """Draws at one temperature, tells the probabilities of another."""
+
+    def propose(self, gamma):
+        tokens, q = super().propose(gamma)
+        return Proposal(tokens, (q.log() / 2).softmax(-1))
+
+
+class ColumnOff(Runner):
+    """Writes one column too early."""
+
+    def __call__(self, tokens, starts):
+        return super().__call__(tokens, [start - 1 for start in starts])
+
+
+class PositionOff(Runner):
+    """Goes on one position too early."""
+
+    def start(self, *args):
+        logits = super().start(*args)
+        self.slots.offsets -= 1
+        return logits
+
+
+@pytest.mark.parametrize("control", ["no residual", "accept all", "wrong q", "column off", "position off"])
+def test_wrong_sampling_is_found(tiny_model, monkeypatch, control):
+    target, proposer = tiny_model(**TINY), ModelProposer(tiny_model(seed=1, **TINY))
+    if control in ("no residual", "accept all"):
+        monkeypatch.setattr(speculate, "verify", draw_again_from_p if control == "no residual" else accept_all)
+    if control == "wrong q":
+        proposer = WrongQ(tiny_model(seed=1, **TINY))
+    target = {"column off": ColumnOff, "position off": PositionOff}.get(control, Runner)(target)
+    assert min(p_values(target, PROMPT, Sampling(1.0), proposer, gamma=2)) < 1e-6
+
+
+def test_lookup_without_residual_is_found(tiny_model, monkeypatch):
+    monkeypatch.setattr(speculate, "verify", draw_again_from_p)
+    assert min(p_values(tiny_model(**TINY), PROMPT, Sampling(1.0), LookupProposer(), gamma=2)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 7},
+        {"temperature": 1.5, "top_p": 0.6},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.7, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_scores_are_those_of_generate(tiny_model, options):
+    model, (ids,) = tiny_model(), random_prompts(9)
+    given = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0} | options
+    config = GenerationConfig(**given, do_sample=True, max_new_tokens=4, output_scores=True, output_logits=True,
+                              return_dict_in_generate=True, pad_token_id=0)  # fmt: skip
+    out = model.generate(ids[None], attention_mask=torch.ones(1, 9), generation_config=config)
+    ours = Sampling(**options).scores(torch.stack(out.logits, 1), out.sequences[:, :-1].tolist())
+    torch.testing.assert_close(ours, torch.stack(out.scores, 1))
+
+
+def test_low_precision_is_widened_before_it_is_processed(tiny_model):
+    logits = torch.randn(2, 3, 97, generator=torch.Generator().manual_seed(0))
+    for dtype, wide in {torch.bfloat16: torch.float32, torch.float32: torch.float32, DOUBLE: DOUBLE}.items():
+        scores = Sampling(0.7, top_p=0.9).scores(logits.to(dtype), [[1, 2, 3]] * 2)
+        assert scores.dtype == wide
+        assert torch.equal(scores, Sampling(0.7, top_p=0.9).scores(logits.to(dtype).to(wide), [[1, 2, 3]] * 2))
+
+
+# One generator a row.
+
+
+@pytest.mark.parametrize("kind", ["model", "lookup", "early", "none"])
+def test_a_row_with_its_own_generator_is_the_row_alone(tiny_model, kind):
+    target, prompts = tiny_model(dtype=DOUBLE), [*random_prompts(3, 12, 1), torch.tensor([4, 5] * 4)]
+    model = noisy(target)
+    proposer = {"model": ModelProposer(model), "lookup": LookupProposer(), "early": EarlyExitProposer(target, 1)}.get(
+        kind
+    )
+    options = {"gamma": 3, "max_new_tokens": 12, "eos_token_id": [3, 50]}
+
+    def sampled(prompts, *seeds):
+        sampling = Sampling(1.1, top_k=30, repetition_penalty=1.1, generator=seeded(*seeds))
+        return new_tokens(target, prompts, proposer, sampling=sampling, **options)
+
+    together = sampled(prompts, 1, 2, 3, 4)
+    assert together == [sampled([ids], seed)[0] for seed, ids in enumerate(prompts, 1)]
+    assert together == sampled(prompts, 1, 2, 3, 4)
+    others = sampled(prompts, 5, 6, 7, 8)
+    assert all(a != b for a, b in zip(together, others, strict=True))
+
+
+def test_one_generator_for_all_rows(tiny_model):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 4, 4)
+    prompts = [prompts[0]] * 3
+    texts = [new_tokens(target, prompts, ModelProposer(noisy(target)), max_new_tokens=8,
+                        sampling=Sampling(1.0, generator=seeded(seed)[0])) for seed in (1, 1, 2)]  # fmt: skip
+    assert texts[0] == texts[1] != texts[2]
+    assert len({tuple(text) for text in texts[0]}) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_another_number_of_generators_than_rows_is_refused(tiny_model, count):
+    sampling = Sampling(1.0, generator=seeded(*range(count)))
+    with pytest.raises(ValueError, match=f"{count} generators for 3 rows"):
+        generate(tiny_model(), random_prompts(4, 4, 4), max_new_tokens=4, sampling=sampling)
+
+
+# Where a text ends.
+
+
+def cut(text, ends, count=None):
+    text = text[:count]
+    return text[: next((i + 1 for i, token in enumerate(text) if token in ends), None)]
+
+
+class Spy(ModelProposer):
+    """Counts what it is asked."""
+
+    calls, ended = (0, 0, 0), ()
+
+    def start(self, *args):
+        self.calls = (1, 0, 0)
+        super().start(*args)
+
+    def propose(self, gamma):
+        self.calls = (self.calls[0], self.calls[1] + 1, self.calls[2])
+        return super().propose(gamma)
+
+    def accept(self, accepted, next_tokens, target_cache):
+        self.calls = (*self.calls[:2], self.calls[2] + 1)
+        self.ended = [n == -1 for n in accepted]
+        super().accept(accepted, next_tokens, target_cache)
+
+
+@pytest.mark.parametrize("gamma", range(1, 6))
+@pytest.mark.parametrize("draft", ["same", "noisy"])
+def test_an_end_at_every_place_of_a_round(tiny_model, gamma, draft):
+    target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(9)
+    draft, text = target if draft == "same" else noisy(target), plain(target, ids, 14)
+    for k in range(1, 8):
+        spy = Spy(draft)
+        got = generate(target, ids[None], spy, gamma=gamma, max_new_tokens=14, eos_token_id=text[k - 1])
+        assert got.tokens[0].tolist() == cut(text, [text[k - 1]]) == plain(target, ids, 14, [text[k - 1]])
+        rounds = len(verifications(got.rounds))
+        assert spy.calls == (int(rounds > 0), rounds, rounds)
+        assert summarize(got.rounds).tokens == len(got.tokens[0]) - 1
+
+
+def test_a_list_of_ends_and_the_models_own(tiny_model):
+    target, (ids,) = copy.deepcopy(tiny_model(dtype=DOUBLE)), random_prompts(9)
+    text, options = plain(target, ids, 14), {"gamma": 3, "max_new_tokens": 14}
+    for ends in ([text[6], text[4]], [text[3], 1000], []):
+        assert new_tokens(target, ids[None], ModelProposer(target), eos_token_id=ends, **options) == [cut(text, ends)]
+    for own in (text[4], [text[4], text[6]]):
+        target.generation_config.eos_token_id = own
+        assert new_tokens(target, ids[None], ModelProposer(target), **options) == [cut(text, [text[4]])]
+    assert new_tokens(target, ids[None], ModelProposer(target), eos_token_id=[], **options) == [text]
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_the_number_of_new_tokens_is_exact(tiny_model, count):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(9, 2)
+    for draft in (target, noisy(target)):
+        for gamma in (1, 4, 8):
+            got = generate(target, prompts, ModelProposer(draft), gamma=gamma, max_new_tokens=count)
+            assert [row.tolist() for row in got.tokens] == [plain(target, ids, count) for ids in prompts]
+            assert summarize(got.rounds).tokens == 2 * (count - 1)
+
+
+@pytest.mark.parametrize("kind", ["same", "noisy", "lookup", "early", "none"])
+def test_a_row_that_ended_stays_while_others_go_on(tiny_model, kind):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(9, 4, 7, 5)
+    texts = [plain(target, ids, 24) for ids in prompts]
+    ends = [texts[0][0], texts[1][5], texts[2][9]]
+    want = [cut(text, ends) for text in texts]
+    assert len({len(text) for text in want}) >= 3
+    proposer = {"same": ModelProposer(target), "noisy": ModelProposer(noisy(target)), "lookup": LookupProposer(),
+                "early": EarlyExitProposer(target, 2)}.get(kind)  # fmt: skip
+    for gamma in (1, 3, 5):
+        rounds = generate(target, prompts, proposer, gamma=gamma, max_new_tokens=24, eos_token_id=ends).rounds
+        for row, text in enumerate(want):
+            parts = [r.tokens[row] for r in rounds if not r.reading or r.tokens[row]]
+            assert [token for part in parts for token in part] == text
+            live = [bool(part) for part in parts]
+            assert live == sorted(live, reverse=True)
+        assert any(rounds[-1].tokens)
+
+
+def test_a_proposer_hears_of_rows_that_ended(tiny_model):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(9, 4)
+    text = plain(target, prompts[0], 24)
+    spy, ended = Spy(noisy(target)), []
+    for r in decode(target, prompts, spy, gamma=2, max_new_tokens=24, eos_token_id=text[3]):
+        if not r.reading:
+            ended.append(spy.ended)
+            assert spy.runner.slots.lengths[0] + spy.unread[0] <= len(prompts[0]) + 4
+    assert ended[-1] == [True, True]
+    assert [row for row, _ in ended] == sorted(row for row, _ in ended)
+    assert spy.texts[1] == prompts[1].tolist() + plain(target, prompts[1], 24, [text[3]])[: len(spy.texts[1]) - 4]
+
+
+# Repetition penalty.
+
+
+@every_family
+def test_repetition_penalty_is_that_of_transformers(tiny_model, family):
+    target, prompts = tiny_model(family, dtype=DOUBLE), random_prompts(6, 15, 2)
+    want = [theirs(target, ids, 16, repetition_penalty=1.3) for ids in prompts]
+    assert want != [plain(target, ids, 16) for ids in prompts]
+    greedy = {"sampling": Sampling(repetition_penalty=1.3), "max_new_tokens": 16}
+    proposers = (
+        None,
+        ModelProposer(noisy(target)),
+        ModelProposer(target),
+        LookupProposer(),
+        EarlyExitProposer(target, 1),
+    )
+    for proposer in proposers:
+        assert new_tokens(target, prompts, proposer, gamma=3, **greedy) == want
+    same = generate(target, prompts, ModelProposer(target), gamma=4, **greedy)
+    assert summarize(same.rounds).acceptance == 1
+
+
+def test_repetition_penalty_counts_the_prefix(tiny_model):
+    target, (whole,) = tiny_model(dtype=DOUBLE), random_prompts(40)
+    want, prefix = theirs(target, whole, 16, repetition_penalty=1.3), read(target, whole[:30])
+    for proposer in (None, ModelProposer(noisy(target)), EarlyExitProposer(target, 1), LookupProposer()):
+        options = {"max_new_tokens": 16, "sampling": Sampling(repetition_penalty=1.3)}
+        assert new_tokens(target, whole[None, 30:], proposer, prefix=prefix, **options) == [want]
+    unknown = new_tokens(target, whole[None, 30:], prefix=prefix._replace(input_ids=()), **options)
+    assert unknown != [want]
+
+
+# Both kinds of attention.
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_both_attention_implementations(tiny_model, kind, rows):
+    target = tiny_model(dtype=DOUBLE, attn_implementation=kind)
+    prompts = [random_prompts(9)[0]] if rows == 1 else random_prompts(5, 9, 5)
+    want = [plain(target, ids, 12) for ids in prompts]
+    for proposer in (None, ModelProposer(noisy(target)), EarlyExitProposer(target, 1), LookupProposer()):
+        assert new_tokens(target, prompts, proposer, max_new_tokens=12) == want
+
+
+# Compiled.
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Replace the compiler's back end by one that counts programs and their calls."""
+    real, counts = torch.compile, {"programs": 0, "calls": 0}
+
+    def backend(graph, inputs):
+        counts["programs"] += 1
+
+        def call(*args):
+            counts["calls"] += 1
+            return graph(*args)
+
+        return call
+
+    def compile_eager(function, options=None, **rest):
+        kept = {key: value for key, value in (options or {}).items() if key == "guard_filter_fn"}
+        return real(function, backend=backend, options=kept, **rest)
+
+    monkeypatch.setattr(torch, "compile", compile_eager)
+    yield counts
+    torch._dynamo.reset()
+
+
+def test_compiled_is_uncompiled(tiny_model, compiled):
+    target, prompts = tiny_model(dtype=DOUBLE, num_hidden_layers=2), random_prompts(9, 1, 12)
+    draft, limit = noisy(tiny_model(dtype=DOUBLE, num_hidden_layers=1)), torch._dynamo.config.recompile_limit
+    fast, fast_draft = Runner(target, 48), Runner(draft, 48)
+    for rows in (prompts[:1], prompts, prompts[:1]):
+        want = [plain(target, ids, 14) for ids in rows]
+        assert new_tokens(fast, rows, ModelProposer(fast_draft), gamma=3, max_new_tokens=14) == want
+    early = EarlyExitProposer(fast, 1)
+    for ids in prompts[:2]:
+        assert new_tokens(fast, ids[None], early, gamma=3, max_new_tokens=14) == [plain(target, ids, 14)]
+    assert (
+        compiled["programs"] == 8
+    )  # (1, 4) and (3, 4) of the target, (1 or 3, 2 or 1) of the draft, (1, 2 or 1) early
+
+    programs, calls, got = compiled["programs"], compiled["calls"], []
+    for one, two in ((target, draft), (fast, fast_draft)):
+        for temperature in (0.0, 0.9):
+            sampling = Sampling(temperature, top_p=0.9, generator=seeded(1, 2, 3))
+            got.append(generate(one, prompts, ModelProposer(two), gamma=3, max_new_tokens=14, sampling=sampling))
+    for plainly, quickly in (got[::2], got[1::2]):
+        for part in ("drafted", "accepted", "tokens"):
+            assert [getattr(r, part) for r in plainly.rounds] == [getattr(r, part) for r in quickly.rounds]
+    assert compiled["programs"] == programs
+    assert compiled["calls"] - calls == 4 * sum(len(verifications(g.rounds)) for g in got[2:])  # no call went around it
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_compiled_memory_stays_in_place_and_forgets_the_text_before(tiny_model, compiled):
+    target, (long, short) = tiny_model(dtype=DOUBLE, num_hidden_layers=1), random_prompts(20, 4)
+    fast = Runner(target, 48)
+    assert new_tokens(fast, [long], gamma=1, max_new_tokens=14) == [plain(target, long, 14)]
+    places, prefix = [layer.keys.data_ptr() for layer in fast.slots.layers], compressed(target, long, [0, 5, 19])
+    want = [plain_after(target, prefix, short, 14)]
+    assert new_tokens(fast, [short], gamma=1, max_new_tokens=14, prefix=prefix) == want
+    assert new_tokens(fast, [short], gamma=1, max_new_tokens=14) == [plain(target, short, 14)] != want
+    assert [layer.keys.data_ptr() for layer in fast.slots.layers] == places
+
+
+def test_two_compiled_models_keep_their_own_programs(tiny_model, compiled):
+    models = [tiny_model(dtype=DOUBLE, seed=seed, num_hidden_layers=1) for seed in range(2)]
+    (ids,) = random_prompts(7)
+    runners, want = [Runner(model, 32) for model in models], [plain(model, ids, 8) for model in models]
+    assert want[0] != want[1]
+    for _ in range(2):
+        assert [new_tokens(runner, ids[None], gamma=1, max_new_tokens=8)[0] for runner in runners] == want
+    for runner, draft, text in zip(runners, runners[::-1], want, strict=True):
+        assert new_tokens(runner, ids[None], ModelProposer(draft), gamma=1, max_new_tokens=8) == [text]
+
+
+def test_weights_of_a_compiled_model_may_change(tiny_model, compiled):
+    model, (ids,) = copy.deepcopy(tiny_model(dtype=DOUBLE, num_hidden_layers=1)), random_prompts(7)
+    runner = Runner(model, 32)
+    before = new_tokens(runner, ids[None], gamma=1, max_new_tokens=8)
+    model.load_state_dict(tiny_model(dtype=DOUBLE, num_hidden_layers=1, seed=8).state_dict())
+    after = new_tokens(runner, ids[None], gamma=1, max_new_tokens=8)
+    assert after == [plain(model, ids, 8)] != before
+
+
+def test_too_small_a_room_is_refused_before_any_step(tiny_model, compiled):
+    target, (ids,) = tiny_model(num_hidden_layers=1), random_prompts(9)
+    runner = Runner(target, 20)
+    with pytest.raises(ValueError, match=r"need 24 columns, compiled_room is 20: make it larger"):
+        generate(runner, ids[None], gamma=4, max_new_tokens=10)
+    assert compiled["programs"] == 0
+    with pytest.raises(ValueError, match="compiled_room is 12"):
+        generate(target, ids[None], ModelProposer(Runner(target, 12)), gamma=4, max_new_tokens=10)
+
+
+@pytest.mark.skipif("CI_FAST" in os.environ or not shutil.which("g++"), reason="needs a C++ compiler, and seconds")
+def test_the_real_compiler(tiny_model):
+    models, (ids,) = [tiny_model(num_hidden_layers=1, seed=seed) for seed in range(2)], random_prompts(7)
+    runners, want = [Runner(model, 32) for model in models], [plain(model, ids, 8) for model in models]
+    for _ in range(2):
+        assert [new_tokens(runner, ids[None], gamma=1, max_new_tokens=8)[0] for runner in runners] == want
+    torch._dynamo.reset()
+
+
+# Verification alone.
+
+
+@st.composite
+def dyadic(draw_from, size):
+    """Probabilities that are multiples of 1/64, so that products and sums in floating point are exact."""
+    cuts = sorted(draw_from(st.lists(st.integers(0, 64), min_size=size - 1, max_size=size - 1)))
+    return [Fraction(b - a, 64) for a, b in itertools.pairwise([0, *cuts, 64])]
+
+
+def running(weights, u):
+    total, have = sum(weights), 0
+    for i, weight in enumerate(weights):
+        have += weight
+        if have > u * total:
+            return i
+    raise AssertionError
+
+
+def algorithm_1(p, guesses, q, u):
+    """Leviathan et al. (2023), Algorithm 1, in a loop over fractions; -1 stands for no guess."""
+    for i, x in enumerate(guesses):
+        if x < 0:
+            return i, running(p[i], u[-1])
+        if not u[i] < p[i][x] / q[i][x]:
+            rest = [max(0, a - b) for a, b in zip(p[i], q[i], strict=True)]
+            return i, running(rest, u[-1])
+    return len(guesses), running(p[len(guesses)], u[-1])
+
+
+uniforms = st.integers(0, 1023).map(lambda n: Fraction(n, 1024))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data(), st.integers(2, 5), st.integers(0, 4), st.integers(1, 3), st.integers(0, 2))
+def test_verify_is_algorithm_1(data, size, gamma, rows, spare):
+    p = [[data.draw(dyadic(size)) for _ in range(gamma + 1)] for _ in range(rows)]
+    q = [[data.draw(st.sampled_from([data.draw(dyadic(size)), p[b][i]])) for i in range(gamma)] for b in range(rows)]
+    guesses = [[data.draw(st.sampled_from([-1, *(x for x in range(size) if q_i[x])])) for q_i in row] for row in q]
+    u = [[data.draw(uniforms) for _ in range(gamma + spare + 1)] for _ in range(rows)]
+    want = [algorithm_1(*row) for row in zip(p, guesses, q, u, strict=True)]
+
+    def tensor(x):
+        return torch.tensor(np.array(x, dtype=float).reshape(rows, -1, size))
+
+    proposal = Proposal(torch.tensor(guesses, dtype=torch.long).reshape(rows, gamma), tensor(q))
+    accepted, tokens = verify(tensor(p), proposal, torch.tensor(np.array(u, dtype=float)))
+    assert list(zip(accepted.tolist(), tokens.tolist(), strict=True)) == want
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.integers(2, 5), st.integers(1, 4))
+def test_a_certain_guess_is_a_distribution_of_one(data, size, gamma):
+    p = torch.tensor([[[float(w) for w in data.draw(dyadic(size))] for _ in range(gamma + 1)]], dtype=DOUBLE)
+    tokens = torch.tensor([[data.draw(st.integers(-1, size - 1)) for _ in range(gamma)]])
+    u = torch.tensor([[float(data.draw(uniforms)) for _ in range(gamma + 1)]], dtype=DOUBLE)
+    certain = torch.nn.functional.one_hot(tokens.clamp(min=0), size).to(DOUBLE)
+    assert verify(p, Proposal(tokens), u) == verify(p, Proposal(tokens, certain), u)
+    _, chosen = verify(p, Proposal(tokens), u)
+    assert p[0, verify(p, Proposal(tokens), u)[0].item(), chosen.item()] > 0
+
+
+def test_equal_distributions_accept_all_and_a_zero_residual_is_p():
+    p = torch.tensor([[[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])
+    for u in torch.rand(200, 3, generator=torch.Generator().manual_seed(0)):
+        accepted, token = verify(p, Proposal(torch.tensor([[2, 1]]), p[:, :2]), u[None])
+        assert (accepted.item(), token.item()) == (2, 2)
+    scaled = p[:, :1] * (1 + 1e-6)  # rejected by rounding alone, and nothing is left over
+    accepted, token = verify(p[:, :2], Proposal(torch.tensor([[2]]), scaled), torch.tensor([[1 - 2**-24, 0.0]]))
+    assert (accepted.item(), token.item()) == (0, 0)
+
+
+def test_an_impossible_guess_is_refused():
+    p = torch.tensor([[[0.0, 0.4, 0.6], [1.0, 0.0, 0.0]]])
+    for q in (None, torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([[[0.0, 1.0, 0.0]]])):
+        accepted, token = verify(p, Proposal(torch.tensor([[0]]), q), torch.zeros(1, 2))
+        assert accepted.item() == 0
+        assert token.item() in (1, 2)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6).filter(any), min_size=1, max_size=4), st.data())
+def test_draw_follows_the_running_sum_and_never_takes_a_weight_of_zero(weights, data):
+    u = [data.draw(uniforms) for _ in weights]
+    for dtype in (torch.float32, DOUBLE):
+        got = draw(torch.tensor(weights, dtype=dtype), torch.tensor([float(x) for x in u], dtype=dtype)).tolist()
+        assert got == [running(w, x) for w, x in zip(weights, u, strict=True)]
+
+
+def test_draw_at_the_edges():
+    almost = torch.tensor([1 - 2**-24, 0.0, 1 - 2**-24])
+    weights = torch.tensor([[0.0, 0.2, 0.0, 0.8, 0.0, 0.0], [0.0, 0.2, 0.0, 0.8, 0.0, 0.0], [1e-30, 0, 0, 0, 0, 0]])
+    assert draw(weights, almost).tolist() == [3, 1, 0]
+    wide = torch.rand(1, 50_000, generator=torch.Generator().manual_seed(0))
+    wide[0, -1000:] = 0
+    assert draw(wide, torch.tensor([1 - 2**-24])).item() < 49_000
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.integers(0, 5), st.integers(1, 4))
+def test_match_counts_the_guesses_before_the_first_wrong_one(data, gamma, rows):
+    guess = st.lists(st.integers(-1, 1), min_size=gamma, max_size=gamma)
+    choice = st.lists(st.integers(0, 1), min_size=gamma + 1, max_size=gamma + 1)
+    guesses, choices = ([data.draw(kind) for _ in range(rows)] for kind in (guess, choice))
+    tokens = torch.tensor(guesses, dtype=torch.long).reshape(rows, gamma)
+    accepted, following = match(torch.tensor(choices), Proposal(tokens))
+    for row, (mine, right) in enumerate(zip(guesses, choices, strict=True)):
+        n = next((i for i in range(gamma) if mine[i] != right[i]), gamma)
+        assert (accepted[row].item(), following[row].item()) == (n, right[n])
+
+
+# Statistics.
+
+
+ROUNDS = [
+    Round([[], []], [0, 0], [[3], [4]], 0.0, 0.5, 0.6, reading=True),
+    Round([[], []], [0, 0], [[], []], 0.25, 0.0, 0.3, reading=True),
+    Round([[1, 2, 3], [1, -1, -1]], [3, 1], [[1, 2, 3, 9], [1, 7]], 0.1, 0.2, 0.4),
+    Round([[5, 6, 7], [5, 6, 7]], [2, 0], [[5, 6], [8]], 0.1, 0.3, 0.5),  # the end cuts row 0 inside what was accepted
+    Round([[0, 0, 0], [-1, -1, -1]], [0, 0], [[], [2]], 0.1, 0.1, 0.3),  # row 0 has ended, row 1 has no guess
+]
+
+
+def test_summary_by_hand():
+    summary = summarize(ROUNDS)
+    assert summary.tokens == 10
+    assert summary.target_calls == 3
+    assert summary.draft_calls == 9
+    assert summary.tokens_per_call == 10 / 5
+    assert summary.conditional == [3 / 4, 2 / 2, 1 / 1]
+    assert summary.unconditional == [3 / 4, 2 / 3, 1 / 3]
+    assert summary.acceptance == 6 / 7
+    assert summary.reading_seconds == pytest.approx(0.9)
+    assert summary.first_token_seconds == pytest.approx(0.6)
+    assert (summary.seconds, summary.draft_seconds, summary.target_seconds) == pytest.approx((1.2, 0.3, 0.6))
+    assert summary.tokens_per_second == pytest.approx(10 / 1.2)
+
+
+def test_summary_of_several_texts_and_of_none():
+    twice = summarize([*ROUNDS, *ROUNDS])
+    once = summarize(ROUNDS)
+    assert (twice.tokens, twice.target_calls, twice.draft_calls) == (20, 6, 18)
+    assert (twice.conditional, twice.unconditional) == (once.conditional, once.unconditional)
+    assert twice.first_token_seconds == pytest.approx(once.first_token_seconds)
+    empty = summarize(ROUNDS[:1])
+    assert empty.tokens == empty.target_calls == empty.draft_calls == 0
+    assert empty.conditional == empty.unconditional == []
+    assert np.isnan([empty.acceptance, empty.tokens_per_call, empty.tokens_per_second]).all()
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 5])
+def test_summary_of_what_was_decoded(tiny_model, gamma):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 2)
+    got = generate(target, prompts, ModelProposer(noisy(target)), gamma=gamma, max_new_tokens=30)
+    summary, steps = summarize(got.rounds), verifications(got.rounds)
+    assert summary.tokens == 3 * 29
+    assert summary.target_calls == len(steps)
+    assert summary.draft_calls == gamma * len(steps)
+    assert summary.tokens_per_call == 3 * 29 / sum(bool(tokens) for r in steps for tokens in r.tokens)
+    texts = [ids.tolist() + row.tolist() for ids, row in zip(prompts, got.tokens, strict=True)]
+    at, reached, passed = [len(ids) + 1 for ids in prompts], [0] * gamma, [0] * gamma
+    for r, row in itertools.product(steps, range(3)):
+        for k, guess in enumerate(r.drafted[row][: len(texts[row]) - at[row]]):
+            reached[k] += 1
+            passed[k] += guess == texts[row][at[row] + k]
+            if guess != texts[row][at[row] + k]:
+                break
+        at[row] += len(r.tokens[row])
+    assert summary.conditional == [a / b for a, b in zip(passed, reached, strict=True)]
+    assert summary.acceptance == sum(passed) / sum(reached)
+
+
+def test_seconds_of_a_round_hold_those_of_its_parts(tiny_model):
+    target = tiny_model()
+    for r in decode(target, random_prompts(4), ModelProposer(noisy(target)), max_new_tokens=12):
+        assert 0 <= r.draft_seconds + r.target_seconds <= r.seconds
+
+
+def test_plain_rounds_have_one_token_and_no_draft(tiny_model):
+    rounds = generate(tiny_model(), random_prompts(4, 2), max_new_tokens=6).rounds
+    assert [r.reading for r in rounds] == [True] + [False] * 5
+    assert all(r.drafted == [[], []] and r.accepted == [0, 0] and list(map(len, r.tokens)) == [1, 1] for r in rounds)
+    summary = summarize(rounds)
+    assert (summary.tokens_per_call, summary.target_calls, summary.draft_calls) == (1, 5, 0)
+
+
+def test_cost_model_of_the_paper():
+    assert cost_model(0.8, c=0.1, gamma=6) == pytest.approx((3.951424, 2.46964), abs=1e-5)
+    assert best_gamma(0.8, c=0.1) == 6
+    assert cost_model(1.0, c=0.1, gamma=4) == pytest.approx((5, 5 / 1.4))
+    assert cost_model(0.0, c=0.1, gamma=4) == pytest.approx((1, 1 / 1.4))
+    assert best_gamma(1.0, c=0.1, maximum=9) == 9
+    assert best_gamma(1.0, c=1.0) == best_gamma(0.0, c=0.01) == 0
+    for a in (0.1, 0.5, 0.9):
+        for gamma in (1, 3, 8):
+            assert cost_model(a, 0.2, gamma).tokens_per_call == pytest.approx((1 - a ** (gamma + 1)) / (1 - a))
+
+
+def test_cost_model_by_position_and_with_a_measured_v():
+    tokens = 1 + 0.9 + 0.9 * 0.5 + 0.9 * 0.5 * 0.2
+    assert cost_model([0.9, 0.5, 0.2, 0.7], 0.1, 3, v=2.0) == pytest.approx((tokens, tokens / 2.3))
+    assert cost_model(np.array([0.9, 0.5, 0.2]), 0.1, 3, v=lambda g: 1 + g / 10).speedup == pytest.approx(tokens / 1.6)
+    assert cost_model(0.8, 0.1, 0) == (1.0, 1.0)
+    assert best_gamma([0.9, 0.9, 0.0, 1.0], c=0.1) == 2
+    assert best_gamma(0.8, 0.1, v=lambda g: 1.0 if g < 4 else 5.0) == 3
+    with pytest.raises(ValueError, match="acceptance has 2 positions, expected at least gamma = 3"):
+        cost_model([0.5, 0.5], 0.1, 3)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0, 1), st.floats(0.01, 1), st.floats(1, 2))
+def test_best_gamma_is_the_best(a, c, v):
+    speedups = [1.0] + [cost_model(a, c, gamma, v).speedup for gamma in range(1, 13)]
+    best = best_gamma(a, c, v, maximum=12)
+    assert speedups[best] == max(speedups)
+
+
+def test_measured_costs():
+    plainly = summarize([Round([[]], [0], [[1]], 0.0, 0.5, 0.5)] * 4)
+    assert costs(summarize(ROUNDS), plainly) == pytest.approx((0.3 / 9 / 0.5, 0.6 / 3 / 0.5))
+
+
+def full(gamma):
+    return Round([[1] * gamma], [gamma], [[1] * (gamma + 1)], 0.0, 0.0, 0.0)
+
+
+def failed(gamma):
+    return Round([[1] * gamma], [0], [[2]], 0.0, 0.0, 0.0)
+
+
+PLAIN = Round([[]], [0], [[1]], 0.0, 0.0, 0.0)
+START = Round([[]], [0], [[1]], 0.0, 0.0, 0.0, reading=True)
+
+
+def test_adaptive_gamma_follows_the_acceptance():
+    gamma = AdaptiveGamma(c=0.1)
+    first = gamma(START)
+    assert first == best_gamma(0.7, 0.1, maximum=8)
+    up = [gamma(full(8)) for _ in range(12)]
+    assert up == sorted(up)
+    assert up[-1] == 8
+    down = [gamma(failed(8)) for _ in range(30)]
+    assert down == sorted(down, reverse=True)
+    assert down[-1] == 0
+    undrafted = [gamma(PLAIN) for _ in range(30)]
+    assert undrafted == sorted(undrafted)
+    assert undrafted[-1] == first  # another try
+    gamma(full(8))
+    assert gamma(START) == first
+    assert AdaptiveGamma(c=0.0, maximum=5)(START) == 5
+
+
+def test_adaptive_gamma_does_not_depend_on_how_many_rows_agree():
+    one, many = AdaptiveGamma(c=0.1), AdaptiveGamma(c=0.1)
+    for r in (START, full(4), failed(4), full(2), full(5)):
+        rows = Round(r.drafted * 3, r.accepted * 3, [*(r.tokens * 2), []], 0.0, 0.0, 0.0, r.reading)
+        assert one(r) == many(rows)
+
+
+def test_adaptive_gamma_changes_no_text(tiny_model):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9)
+    want = [plain(target, ids, 30) for ids in prompts]
+    adaptive = AdaptiveGamma(c=0.1)
+    for proposer in (
+        ModelProposer(noisy(target)),
+        ModelProposer(target),
+        LookupProposer(),
+        EarlyExitProposer(target, 1),
+    ):
+        got = generate(target, prompts, proposer, gamma=adaptive, max_new_tokens=30)
+        assert [row.tolist() for row in got.tokens] == want
+        assert len({len(r.drafted[0]) for r in verifications(got.rounds)}) > 1
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5])
+def test_adaptive_gamma_bears_rounds_without_a_guess(memory):
+    gamma = AdaptiveGamma(c=0.1, memory=memory)
+    assert gamma(START) >= 1
+    assert {gamma(PLAIN) for _ in range(1200)} <= set(range(1, 9))
+    assert [gamma(full(4)) for _ in range(8)][-1] == 8
+
+
+class Cycle(AdaptiveGamma):
+    """Takes its numbers one after the other, whatever happens."""
+
+    def __init__(self, *numbers):
+        super().__init__(c=0.1, maximum=max(1, *numbers))
+        self.numbers = itertools.cycle(numbers)
+
+    def __call__(self, last):
+        return next(self.numbers)
+
+
+@pytest.mark.parametrize("numbers", [(2, 0), (0, 0, 0, 3, 1), (1, 4, 2), (0,)], ids=str)
+def test_a_gamma_that_changes_and_may_be_zero(tiny_model, numbers):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 1, 9)
+    want, model = [plain(target, ids, 20) for ids in prompts], noisy(target)
+    ends = [want[0][2], want[1][9]]
+    for proposer in (ModelProposer(model), LookupProposer(), EarlyExitProposer(target, 1), ModelProposer(target)):
+        got = generate(target, prompts, proposer, gamma=Cycle(*numbers), max_new_tokens=20)
+        assert [row.tolist() for row in got.tokens] == want
+        short = new_tokens(target, prompts, proposer, gamma=Cycle(*numbers), max_new_tokens=20, eos_token_id=ends)
+        assert short == [cut(text, ends) for text in want]
+    assert not any(numbers) or summarize(got.rounds).acceptance == 1
+
+
+# The stream of rounds.
+
+
+class NotYet(ModelProposer):
+    started = False
+
+    def start(self, *args):
+        self.started = True
+        super().start(*args)
+
+
+def test_the_first_token_comes_before_the_proposer_starts(tiny_model):
+    target, (ids,) = tiny_model(), random_prompts(6)
+    proposer = NotYet(noisy(target))
+    rounds = decode(target, ids[None], proposer, max_new_tokens=6)
+    assert not proposer.started
+    first = next(rounds)
+    assert (first.tokens, first.reading, proposer.started) == ([plain(target, ids, 1)], True, False)
+    second = next(rounds)
+    assert (second.tokens, second.reading, proposer.started) == ([[]], True, True)
+    assert [token for r in (first, second, *rounds) for token in r.tokens[0]] == plain(target, ids, 6)
+
+
+def test_rounds_are_json(tiny_model):
+    target = tiny_model()
+    for proposer in (None, ModelProposer(noisy(target)), LookupProposer(), EarlyExitProposer(target, 1)):
+        for sampling in (Sampling(), Sampling(1.0, generator=seeded(0)[0])):
+            for r in decode(target, random_prompts(6, 2), proposer, max_new_tokens=6, sampling=sampling):
+                assert Round(**json.loads(json.dumps(dataclasses.asdict(r)))) == r
+
+
+def test_a_stream_that_is_left_and_taken_up_again(tiny_model):
+    target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(6)
+    proposer = ModelProposer(noisy(target))
+    rounds = decode(target, ids[None], proposer, max_new_tokens=20)
+    for _ in range(4):
+        next(rounds)
+    rounds.close()
+    assert new_tokens(target, ids[None], proposer, max_new_tokens=20) == [plain(target, ids, 20)]
+    assert not torch.is_inference_mode_enabled()
+
+
+# What must not change.
+
+
+def test_prefixes_models_and_libraries_stay_as_they_were(tiny_model):
+    target, (known, ids) = tiny_model(dtype=DOUBLE), random_prompts(8, 5)
+    draft, prefix = noisy(target), read(target, known)
+    own = read(draft, known)
+
+    def state():
+        caches = [x for p in (prefix, own) for layer in p.cache.layers for x in (layer.keys, layer.values)]
+        tensors = [*caches, *target.state_dict().values(), *draft.state_dict().values()]
+        return [(x.data_ptr(), x._version, x.double().sum().item()) for x in tensors]
+
+    def setting():
+        places = (transformers.Cache, transformers.DynamicCache, kv.DynamicLayer, type(target), type(target.model),
+                  torch.nn.functional, torch.Tensor, transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)  # fmt: skip
+        models = [(m.config.to_dict(), m.generation_config.to_dict(), m.training) for m in (target, draft)]
+        hooks = [len(x._forward_hooks) + len(x._forward_pre_hooks) for m in (target, draft) for x in m.modules()]
+        modules = [id(x) for m in (target, draft) for x in m.modules()]
+        return models, hooks, modules, [list(map(id, vars(place).values())) for place in places]
+
+    before, random_state, around = state(), torch.get_rng_state(), setting()
+    for proposer in (ModelProposer(draft, own), LookupProposer(), EarlyExitProposer(target, 1)):
+        for sampling in (Sampling(), Sampling(1.0, generator=seeded(3))):
+            generate(target, ids[None], proposer, max_new_tokens=10, prefix=prefix, sampling=sampling)
+    assert state() == before
+    assert setting() == around
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert prefix.next_position == own.next_position == kv.length(prefix.cache) == 8
+    assert prefix.input_ids == known.tolist()
+
+
+def test_ids_given_stay_as_they_were(tiny_model):
+    target, known = tiny_model(), random_prompts(8)[0].tolist()
+    prefix, prompts = read(target, known), random_prompts(3, 5)
+    frozen = [ids.clone() for ids in prompts]
+    generate(target, prompts, LookupProposer(), max_new_tokens=6, prefix=prefix)
+    assert prefix.input_ids == known
+    assert all(map(torch.equal, prompts, frozen))
+
+
+# Refusals.
+
+
+def flash(model):
+    model = copy.deepcopy(model)
+    model.config._attn_implementation = "flash_attention_2"
+    return model
+
+
+def test_arguments_that_do_not_fit_are_refused(tiny_model):
+    target, prompts = tiny_model(), random_prompts(4, 4, 4)
+    prefix, empty = read(target, prompts[0]), torch.zeros(1, 0, dtype=torch.long)
+    for sentence, call in {
+        "gamma is 0 and max_new_tokens 5": lambda: generate(target, prompts, gamma=0, max_new_tokens=5),
+        "gamma is -2": lambda: generate(target, prompts, LookupProposer(), gamma=-2),
+        "gamma is 0 ": lambda: generate(target, prompts, gamma=AdaptiveGamma(0.1, maximum=0)),
+        "max_new_tokens 0, expected 1 or more": lambda: generate(target, prompts, max_new_tokens=0),
+        "Every prompt needs at least one token": lambda: generate(target, empty),
+        "at least one token: give input_ids": lambda: generate(target, [prompts[0], empty[0]]),
+        r"as a list of \(T,\) tensors": lambda: generate(target, []),
+        r"give input_ids as \(B, T\)": lambda: generate(target, prompts[0]),
+        "2 prefixes for 3 rows: give one for all, or one for each": lambda: generate(
+            target, prompts, prefix=[prefix] * 2
+        ),
+        "4 prefixes for 3 rows": lambda: generate(target, prompts, prefix=[None] * 4),
+        "1 prefixes for 3 rows": lambda: generate(target, prompts, ModelProposer(target, [prefix]), max_new_tokens=3),
+        "'flash_attention_2', expected 'sdpa' or 'eager'": lambda: generate(flash(target), prompts),
+        "is 'flash_attention_2'": lambda: ModelProposer(flash(target)),
+        "layers is 3, expected 1 to 2: the target has 3": lambda: EarlyExitProposer(target, 3),
+        "layers is 0": lambda: EarlyExitProposer(target, 0),
+        "temperature is -1": lambda: Sampling(-1),
+        "strictly positive": lambda: Sampling(repetition_penalty=0.0),
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            call()
+    with pytest.raises(CacheError, match=r"expected \(2, 1, 2, 4, 16\)"):
+        generate(tiny_model(num_hidden_layers=2), prompts, prefix=prefix)
+    with pytest.raises(CacheError, match="full attention in every layer"):
+        Runner(tiny_model("Mistral", sliding_window=16))
+
+
+@pytest.mark.parametrize("size", [90, 120])
+def test_a_draft_with_another_vocabulary_is_refused_or_harmless(tiny_model, size):
+    target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(4)
+    draft = ModelProposer(tiny_model(vocab_size=size, dtype=DOUBLE))
+    for temperature in (0.0, 1e-6):  # both give the likeliest
+        try:
+            got = new_tokens(target, ids[None], draft, max_new_tokens=30, sampling=Sampling(temperature))
+        except ValueError as error:
+            assert "vocabulary" in str(error)  # noqa: PT017
+        else:
+            assert got == [plain(target, ids, 30)]
+
+
+def test_a_draft_in_the_targets_own_memory_is_refused_or_harmless(tiny_model, monkeypatch):
+    monkeypatch.setattr(speculate, "_compiled_step", lambda device: speculate._step)
+    (ids,) = random_prompts(6)
+    for room in (None, 64):
+        runner = Runner(tiny_model(dtype=DOUBLE), room)
+        try:
+            got = new_tokens(runner, ids[None], ModelProposer(runner), max_new_tokens=9)
+        except ValueError as error:
+            assert "Runner" in str(error)  # noqa: PT017
+        else:
+            assert got == [plain(runner.model, ids, 9)]
+
+
+def test_slots_of_the_target_are_what_a_proposer_is_shown(tiny_model):
+    target, prompts, seen = tiny_model(dtype=DOUBLE), random_prompts(4, 7), []
+
+    class Watching(LookupProposer):
+        def start(self, texts, target_cache, sampling, room):
+            super().start(texts, target_cache, sampling, room)
+            seen.append((list(map(len, texts)), list(target_cache.lengths), isinstance(target_cache, Slots)))
+
+        def accept(self, accepted, next_tokens, target_cache):
+            super().accept(accepted, next_tokens, target_cache)
+            seen.append((list(map(len, self.texts)), list(target_cache.lengths), True))
+
+    generate(target, prompts, Watching(), gamma=3, max_new_tokens=20)
+    assert all(slots for *_, slots in seen)
+    assert all(have == [n - 1 for n in texts] for texts, have, _ in seen)  # all but the last token was read
