@@ -379,9 +379,13 @@ class Slots(Cache):
 
     def put(self, row: int, cache: DynamicCache, next_position: Position) -> None:
         """Make a row a copy of a cache of one row."""
-        count = length(cache)
+        pairs, count = _pairs(cache), length(cache)
+        keys = self.layers[0].keys
+        have = (len(pairs), pairs[0][0].shape[0], pairs[0][0].shape[1], pairs[0][0].shape[3], pairs[0][0].dtype)
+        want = (len(self.layers), 1, keys.shape[1], keys.shape[3], keys.dtype)
+        _require(have == want, f"The cache has (L, B, H_kv, D, dtype) = {have}, expected {want}: prefill one row.")
         _require(count <= self.room, f"The cache has {count} entries, a row has room for {self.room}: give more room.")
-        for layer, (keys, values) in zip(self.layers, _pairs(cache), strict=True):
+        for layer, (keys, values) in zip(self.layers, pairs, strict=True):
             layer.keys[row, :, :count], layer.values[row, :, :count] = keys[0], values[0]
         self.lengths[row] = count
         self.offsets[row] = next_position - count

@@ -212,7 +212,7 @@ class Runner:
 
     With `compiled_room`, memory has that many columns and stays where it is, and each shape of call is compiled once
     (on a GPU into a CUDA graph): the same tokens sooner, after a minute of compiling. Worth it for many texts. The
-    model's weights may change afterwards, its modules may not.
+    values of the model's weights may change afterwards, its modules and dtype may not.
     """
 
     def __init__(self, model: PreTrainedModel, compiled_room: int | None = None):
@@ -222,8 +222,7 @@ class Runner:
             raise ValueError(
                 f"The attention implementation is {kind!r}, expected 'sdpa' or 'eager', which take a mask."
             )
-        self.model, self.compiled_room, self.slots, self._shapes = model, compiled_room, None, set()
-        self._step = _compiled_step(model.device) if compiled_room else _step
+        self.model, self.compiled_room, self.slots, self._programs = model, compiled_room, None, {}
 
     def start(self, texts: Texts, prefixes: Sequence[Prefix | None], room: int) -> Tensor:
         """Read texts, each after its prefix, and return the logits (B, V) that follow; leave room for more columns."""
@@ -251,28 +250,29 @@ class Runner:
 
     def __call__(self, tokens: Tensor, starts: list[int]) -> Tensor:
         columns = self.slots.aim(starts, tokens.shape[1], fixed=self.compiled_room is not None)
-        if self.compiled_room is None or tokens.shape in self._shapes:
-            return self._step(self.model, self.slots, tokens, columns)
-        self._shapes.add(tokens.shape)
-        with torch._dynamo.config.patch(recompile_limit=64):  # else it gives up on the ninth shape
-            return self._step(self.model, self.slots, tokens, columns)
+        if self.compiled_room is None:
+            return _step(self.model, self.slots, tokens, columns)
+        if tokens.shape not in self._programs:
+            self._programs[tokens.shape] = _compiled_step(self.model.device)
+        return self._programs[tokens.shape](self.model, self.slots, tokens, columns)
 
 
 def _compiled_step(device: torch.device) -> Callable[..., Tensor]:
-    """Compile `_step` for one model, without the check at each call that none of its modules has changed.
+    """Compile `_step` for one model and one shape, without the checks before each call that nothing else has changed.
 
-    The compiler tells programs apart by their code, and without that check would take one model's for another's: so
-    each gets its own copy of the code.
+    For a small model these checks take as long as its layers. The compiler tells programs apart by their code, and
+    without checks would take one for another: so each gets its own copy of the code.
     """
     own = types.FunctionType(_step.__code__.replace(), globals())
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    return torch.compile(own, dynamic=False, options=options | {"triton.cudagraphs": device.type == "cuda"})
+    options = {"guard_filter_fn": lambda guards: [False] * len(guards), "triton.cudagraphs": device.type == "cuda"}
+    return torch.compile(own, dynamic=False, options=options)
 
 
 def _step(model: PreTrainedModel, slots: Slots, tokens: Tensor, columns: Tensor) -> Tensor:
     """Run tokens (B, k) at columns (B, k); query i of row b sees columns 0 to columns[b, i]."""
     seen, mask = slots.cursor.seen or slots.room, None
-    if tokens.shape[1] > 1 or not isinstance(slots.cursor.where, slice):  # else all that is seen may be seen
+    alike = isinstance(slots.cursor.where, slice) and model.config._attn_implementation == "sdpa"
+    if tokens.shape[1] > 1 or not alike:  # else all that is seen may be seen, and sdpa needs no mask
         later = torch.arange(seen, device=columns.device) > columns[..., None]  # (B, k, seen)
         mask = torch.zeros(later.shape, dtype=model.dtype, device=later.device)
         mask = mask.masked_fill(later, float("-inf"))[:, None]
@@ -287,12 +287,21 @@ class ModelProposer:
         self.runner, self.prefix = model if isinstance(model, Runner) else Runner(model), prefix
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
-        self.texts, self.sampling, self.unread = [list(text) for text in texts], sampling, [1] * len(texts)
-        prefixes = _per_row(self.prefix, len(texts))
-        parts = [
-            text[len(prefix.input_ids) if prefix else 0 : -1] for text, prefix in zip(texts, prefixes, strict=True)
-        ]
+        if self.runner.slots is target_cache:
+            raise ValueError("The draft's Runner is the target's own: give the proposer a Runner of its own.")
+        self._begin(texts, sampling)
+        parts, prefixes = [], _per_row(self.prefix, len(texts))
+        for text, prefix in zip(self.texts, prefixes, strict=True):
+            known = list(prefix.input_ids) if prefix else []
+            if text[: len(known)] != known:
+                raise ValueError("The draft's prefix stands for ids with which the text does not begin: check them.")
+            parts.append(text[len(known) : -1])
         self.runner.start(parts, prefixes, room)
+
+    def _begin(self, texts: Texts, sampling: Sampling) -> None:
+        self.top = self.runner.model.get_input_embeddings().num_embeddings - 1  # beyond it, the last stands for all
+        self.texts = [[min(token, self.top) for token in text] for text in texts]
+        self.sampling, self.unread = sampling, [1] * len(texts)
 
     def propose(self, gamma: int) -> Proposal:
         """Draw x_1 from q_1(text), x_2 from q_2(text, x_1), ... (Algorithm 1, lines 1 to 4)."""
@@ -328,7 +337,7 @@ class ModelProposer:
                 self.runner.slots.lengths[row] += self.unread[row] + read
                 self.unread[row] = 0
             if n >= 0:
-                self.texts[row] += [*drafted[:n], next_tokens[row]]
+                self.texts[row] += [*drafted[:n], min(next_tokens[row], self.top)]
                 self.unread[row] += n + 1 - read
 
 
@@ -347,7 +356,7 @@ class EarlyExitProposer(ModelProposer):
         self.layers = layers
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
-        self.texts, self.sampling, self.unread = [list(text) for text in texts], sampling, [1] * len(texts)
+        self._begin(texts, sampling)
         self.runner.slots = target_cache.first(self.layers)
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
