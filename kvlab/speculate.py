@@ -56,7 +56,7 @@ class Proposal(NamedTuple):
 
 @dataclass(frozen=True)
 class Round:
-    """What one target call did. Lists have one entry a row; rows that had ended before have no tokens.
+    """What one target call did. Lists have one entry a row; those of rows that had ended before are empty, or 0.
 
     `tokens` is what the row gained: the accepted ones and one of the target's own, up to the end of the text.
     `reading` marks the reading of the prompt, by the target (it gives the first token) and then by the proposer.
@@ -532,16 +532,19 @@ def decode(
         logits = runner(torch.cat((token[:, None], given), 1), runner.slots.lengths)
         accepted, token = _judge(logits, proposal, sampling, texts, g)
         judged = clock.mark()
-        *guesses, counts, chosen = torch.cat((proposal.tokens, accepted[:, None], token[:, None]), 1).T.tolist()
-        guesses, gained = [list(row) for row in zip(*guesses, strict=True)] or nothing, []
-        for row, (guess, n, one) in enumerate(zip(guesses, counts, chosen, strict=True)):
-            gained.append(rows.extend(row, [*guess[:n], one]) if rows.left[row] else [])
+        drafts, counts, gained = [], [], []
+        result = torch.cat((proposal.tokens, accepted[:, None], token[:, None]), 1).tolist()  # a GPU is waited for here
+        for row, (*guess, n, one) in enumerate(result):
+            going = rows.left[row] > 0
+            drafts.append(guess if going else [])
+            counts.append(n if going else 0)
+            gained.append(rows.extend(row, [*guess[:n], one]) if going else [])
             runner.slots.lengths[row] += n + 1 if rows.left[row] else 0
         if proposer:
-            going = [n if left else -1 for n, left in zip(counts, rows.left, strict=True)]
-            proposer.accept(going, chosen, runner.slots)
+            heard = [n if left else -1 for n, left in zip(counts, rows.left, strict=True)]
+            proposer.accept(heard, [row[-1] for row in result], runner.slots)
         seconds = (clock.between(start, drafted), clock.between(drafted, judged), time.perf_counter() - began)
-        yield (last := Round(guesses, counts, gained, *seconds))
+        yield (last := Round(drafts, counts, gained, *seconds))
 
 
 def _judge(logits: Tensor, proposal: Proposal, sampling: Sampling, texts: Texts, gamma: int) -> tuple[Tensor, Tensor]:
@@ -636,7 +639,7 @@ def summarize(rounds: Sequence[Round]) -> Summary:
     return Summary(
         tokens=tokens,
         target_calls=len(rounds),
-        draft_calls=sum(len(r.drafted[0]) for r in rounds),
+        draft_calls=sum(max(map(len, r.drafted)) for r in rounds),
         acceptance=_share(passed.sum(), reached.sum()),
         conditional=[_share(*pair) for pair in zip(passed, reached, strict=True)],
         unconditional=[_share(*pair) for pair in zip(passed, made, strict=True)],
