@@ -305,11 +305,10 @@ plots.acceptance_by_position(accepted);
 # $\alpha_k$ is the first.
 
 # %%
-columns = {"acceptance": "acceptance", "tokens_per_call": "tokens a target call"}
-table = pd.DataFrame(
-    {k: {title: getattr(s, c) for c, title in columns.items()} for k, s in accepted.items()}
-)
-table.T.round(2)
+rows = {}
+for kind, s in accepted.items():
+    rows[kind] = {"acceptance": s.acceptance, "tokens a target call": s.tokens_per_call}
+pd.DataFrame(rows).T.round(2)
 
 # %% [markdown]
 # ## What it costs and what it gains
@@ -335,7 +334,8 @@ def speedup_by_hand(alphas, c, v):
 by_hand = speedup_by_hand([0.8] * 6, c=0.1, v=1.0)
 by_kvlab = speculate.cost_model(0.8, c=0.1, gamma=6).speedup
 assert abs(by_hand - by_kvlab) < 1e-12
-print(f"{by_kvlab:.2f} at gamma {speculate.best_gamma(0.8, c=0.1)}, the best for 0.8 and 0.1")
+best = speculate.best_gamma(0.8, c=0.1)
+print(f"acceptance 0.8, c 0.1: best gamma {best}, {by_kvlab:.2f} times plain")
 
 # %% [markdown]
 # The model predicts; does it hold? We decode the same prompts plainly and with several $\gamma$, in one run, interleaved prompt by prompt. The speed-up of a
@@ -483,7 +483,8 @@ if file.exists():
     ours, peer = figures["prefix_equal"], figures["prefix_equal_assisted"]
     print(f"text after a cache as without one: ours {ours['value']:.0%},",
           f"assistant_model {peer['value']:.0%} of {ours['n']}")  # fmt: skip
-    print("measured on", results["device"], results["versions"])
+    versions = results["versions"]
+    print(results["device"], "- torch", versions["torch"], "- transformers", versions["transformers"])
     names = {
         "over_generate": "over plain generate",
         "over_assisted": "over generate(assistant_model=...)",

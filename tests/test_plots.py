@@ -288,3 +288,21 @@ def test_token_view_shows_parts_of_characters_by_name():
     ids = tokenizer("€ \n").input_ids
     tokens = Reader(plots.token_view([Round([[]], [0], [ids], *SECONDS)], tokenizer)).tokens[0]
     assert "".join(text for _, text in tokens) == "â" + "Ĥ" + "¬" + "·↵"
+
+
+def test_speed_ratios_show_each_figure_with_its_interval():
+    figures = {
+        "fast": {"value": 2.5, "low": 2.25, "high": 2.75},
+        "slow": {"value": 0.5, "low": 0.25, "high": 0.75},
+        "other": {"value": 9.0, "low": 9.0, "high": 9.0},
+    }
+    ax = plots.speed_ratios(figures, {"fast": "over one", "slow": "over another"})
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["over one", "over another"]
+    intervals, dots = ([line for line in ax.lines if line.get_marker() == mark] for mark in ("None", "o"))
+    assert [list(line.get_xdata()) for line in intervals if len(set(line.get_xdata())) == 2] == [
+        [2.25, 2.75],
+        [0.25, 0.75],
+    ]
+    assert [line.get_xdata()[0] for line in dots] == [2.5, 0.5]
+    assert {text.get_text() for text in ax.texts} == {"2.50", "0.50"}
+    assert ax.get_xlim()[0] == 0
