@@ -61,7 +61,8 @@ def speculate(
     """Decode prompts plainly and speculatively, prompt by prompt in one run, and compare.
 
     Args:
-        prompts: texts to continue, e.g. --prompts "One." "Two."; by default three word problems.
+        prompts: a user's messages, e.g. --prompts "One?" "Two?", or, if the tokenizer has no chat template, texts to
+            continue. By default three word problems.
         max_new_tokens: of each prompt.
         gamma: tokens drafted a round.
         base_model: the small model, which drafts; a lab model, a hub name or a folder. Default: the scale's draft.
@@ -249,7 +250,10 @@ def main(args: list[str] | None = None) -> None:
     Scale ...
     """
     lab = {"_help": "Make and measure the lab models.", "train": train, "report": report}
-    auto_cli({"scale": scale, "speculate": speculate, "lab": lab}, args, parser_class=_Parser)
+    try:
+        auto_cli({"scale": scale, "speculate": speculate, "lab": lab}, args, parser_class=_Parser)
+    except (ValueError, OSError) as error:  # what the user can mend needs no traceback
+        raise SystemExit(f"kvlab: {error}") from error
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def time_spent(parts: Mapping[str, Mapping[str, float]]) -> Axes:
     ax.set(ylim=(len(ms) - 0.6, -0.65))
     ax.set_yticks(range(len(ms)), ms)
     for y, row in enumerate(ms.values()):
-        _label_segments(ax, y - 0.24, {name: value for name, value in row.items() if value > 0})
+        seen = {name: value for name, value in row.items() if value > 0.01 * sum(row.values())}
+        _label_segments(ax, y - 0.24, seen)
     return ax
 
 
@@ -223,6 +224,7 @@ def speed_ratios(figures: Mapping[str, Mapping], names: Mapping[str, str]) -> Ax
         ax.plot(f["value"], y, "o", color=BLUE, ms=6)
         ax.annotate(f"{f['value']:.2f}", (f["high"], y), (8, 0), textcoords="offset points", va="center", fontsize=9)
     ax.axvline(1, color=FAINT, zorder=0)
+    ax.text(1, -0.75, "as fast", color=GRAY, ha="center", fontsize=9)
     ax.set_yticks(range(len(names)), names.values())
     ax.set(xlabel="times as many tokens a second", xlim=(0, 1.15 * max(figures[name]["high"] for name in names)))
     ax.invert_yaxis()

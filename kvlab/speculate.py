@@ -13,6 +13,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,11 +33,23 @@ from kvlab.cache import Position, Slots, length, prefill, require_supported
 Texts = list[list[int]]  # token ids of each row
 
 
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
 class Prefix(NamedTuple):
     """What was read before the prompt: a cache of one row, its next position, and the ids it stands for (if known).
 
-    A prefilled, spliced, compressed or loaded cache. The ids are for proposers and the repetition penalty; the target
-    does not read them again.
+    A prefilled, spliced, compressed or loaded cache. The ids (n,) are for proposers and the repetition penalty; the
+    target does not read them again. What `prefill` and `load` return will do in its place, without ids.
+
+    >>> from kvlab import lab
+    >>> model, ids = lab.load("lab-target"), lab.load_tokenizer("lab-target")("Anna lives in Rome. Anna").input_ids
+    >>> read = prefill(model, torch.tensor([ids[:-1]]))
+    >>> after = generate(model, [ids[-1:]], prefix=Prefix(read.cache, read.next_position, ids[:-1]), max_new_tokens=4)
+    >>> after.tokens[0].tolist() == generate(model, [ids], max_new_tokens=4).tokens[0].tolist()
+    True
     """
 
     cache: DynamicCache
@@ -58,9 +71,10 @@ class Proposal(NamedTuple):
 class Round:
     """What one target call did. Lists have one entry a row; those of rows that had ended before are empty, or 0.
 
-    `tokens` is what the row gained: the accepted ones and one of the target's own, up to the end of the text.
+    `drafted` are the guesses, `accepted` how many of them the target agreed with, and `tokens` what the row gained:
+    those and one of the target's own, but never past the end of the text (so `accepted` can be more than that).
     `reading` marks the reading of the prompt, by the target (it gives the first token) and then by the proposer.
-    `seconds` is the whole round, so it includes both others.
+    `seconds` is the whole round, so it includes both others. All three are wall clock.
     """
 
     drafted: Texts
@@ -85,12 +99,15 @@ class Proposer(Protocol):
         """Take note that each row gained so many drafted tokens and the next one; -1: the row has ended."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen: the likeliest at temperature 0 (the default), else drawn.
 
     `top_k` 0 and `top_p` 1.0 keep all. The processors are those of transformers, in its order. `generator` is one for
     all rows, or a list of one for each: then a row's text does not depend on the rows beside it.
+
+    >>> Sampling(0.7, top_p=0.9).greedy, Sampling().greedy
+    (False, True)
     """
 
     temperature: float = 0.0
@@ -100,41 +117,47 @@ class Sampling:
     generator: torch.Generator | Sequence[torch.Generator] | None = None
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"The temperature is {self.temperature}, expected 0 (greedy) or more.")
-        warpers = LogitsProcessorList()
-        if self.temperature not in (0, 1):
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p != 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        self._warpers = LogitsProcessorList() if self.greedy else warpers
-        self._penalty = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
+        right = self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
+        _require(right, f"The temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6.")
+        _require(self.top_k >= 0, f"top_k is {self.top_k}, expected 0 (keep all) or more.")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, expected more than 0 and at most 1.")
+        _require(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}, expected above 0.")
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
         return self.temperature == 0
+
+    @cached_property
+    def _warpers(self) -> LogitsProcessorList:
+        warpers = LogitsProcessorList()
+        if self.temperature not in (0, 1):
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k and not self.greedy:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p != 1 and not self.greedy:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers
 
     def scores(self, logits: Tensor, texts: Texts) -> Tensor:
         """Processed logits (B, k, V), in float32 or wider; the last of the k follows texts[b], the others its start."""
         rows, count, size = logits.shape
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.repetition_penalty != 1:
-            scores = scores.clone()
+            scores, penalty = scores.clone(), RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
             for row, text in enumerate(texts):
                 ids = torch.tensor([text], device=logits.device)
                 for i in range(count):
                     seen = ids[:, : len(text) - count + 1 + i]
-                    scores[row, i] = self._penalty(seen, scores[row, i][None])[0]
+                    scores[row, i] = penalty(seen, scores[row, i][None])[0]
         return self._warpers(None, scores.reshape(-1, size)).reshape(rows, count, size)
 
     def uniform(self, rows: int, count: int, device: torch.device) -> Tensor:
         """Numbers in [0, 1), (rows, count)."""
         one = self.generator is None or isinstance(self.generator, torch.Generator)
-        if not one and len(self.generator) != rows:
+        if not one:
             seen = f"There are {len(self.generator)} generators for {rows} rows"
-            raise ValueError(f"{seen}: give one for all, or one for each.")
+            _require(len(self.generator) == rows, f"{seen}: give one for all, or one for each.")
         sources = [(self.generator, rows)] if one else [(generator, 1) for generator in self.generator]
         drawn = [torch.rand(n, count, generator=g, device=g.device if g else None) for g, n in sources]
         return torch.cat(drawn).to(device)
@@ -212,21 +235,36 @@ class Runner:
 
     With `compiled_room`, memory has that many columns and stays where it is, and each shape of call is compiled once
     (on a GPU into a CUDA graph): the same tokens sooner, after a minute of compiling. Worth it for many texts. The
-    values of the model's weights may change afterwards, its modules and dtype may not.
+    values of the model's weights may change afterwards, its modules and dtype may not. A Runner serves one stream of
+    rounds at a time.
+
+    Parameters
+    ----------
+    compiled_room : columns a row, at least prompt + max_new_tokens + gamma + 1. Default: nothing is compiled, and
+        memory is made for each text.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> runner = Runner(lab.load("lab-draft"))
+    >>> with torch.inference_mode():
+    ...     runner.start([[5, 6, 7]], [None], room=2).shape, runner(torch.tensor([[8, 9]]), [3]).shape
+    (torch.Size([1, 1536]), torch.Size([1, 2, 1536]))
     """
 
     def __init__(self, model: PreTrainedModel, compiled_room: int | None = None):
+        seen = f"The model is a {type(model).__name__}, expected a causal LM of transformers"
+        _require(isinstance(model, torch.nn.Module) and hasattr(model, "config"), f"{seen}: load it first.")
         require_supported(model)
-        if model.config._attn_implementation not in ("eager", "sdpa"):
-            kind = model.config._attn_implementation
-            raise ValueError(
-                f"The attention implementation is {kind!r}, expected 'sdpa' or 'eager', which take a mask."
-            )
+        kind = model.config._attn_implementation
+        seen = f"The attention implementation is {kind!r}, expected 'sdpa' or 'eager', which take a mask"
+        _require(kind in ("eager", "sdpa"), f"{seen}: load the model with attn_implementation='sdpa'.")
+        self.text = None  # an object of its own for each start, by which a stream knows whether memory is still its own
         self.model, self.compiled_room, self.slots, self._programs = model, compiled_room, None, {}
 
     def start(self, texts: Texts, prefixes: Sequence[Prefix | None], room: int) -> Tensor:
         """Read texts, each after its prefix, and return the logits (B, V) that follow; leave room for more columns."""
-        device, states, keys = self.model.device, {}, []
+        device, states, keys, self.text = self.model.device, {}, [], object()
         for text, prefix in zip(texts, prefixes, strict=True):
             keys.append((tuple(text), id(prefix)))
             if keys[-1] not in states:  # many samples of one prompt read it once
@@ -239,8 +277,8 @@ class Runner:
 
     def prepare(self, rows: int, needed: int) -> None:
         """Make memory for so many rows and columns, or, compiled, use what there is."""
-        if self.compiled_room and needed > self.compiled_room:
-            raise ValueError(f"The texts need {needed} columns, compiled_room is {self.compiled_room}: make it larger.")
+        seen = f"The texts need {needed} columns, compiled_room is {self.compiled_room}"
+        _require(needed <= (self.compiled_room or needed), f"{seen}: make it larger.")
         if self.compiled_room is None or self.slots is None or len(self.slots.lengths) != rows:
             self.slots = Slots(self.model, rows, self.compiled_room or needed)
             if self.compiled_room:
@@ -281,20 +319,25 @@ def _step(model: PreTrainedModel, slots: Slots, tokens: Tensor, columns: Tensor)
 
 
 class ModelProposer:
-    """A smaller causal LM with the target's tokenizer. It reads texts itself, but for prefixes of its own."""
+    """A smaller causal LM with the target's tokenizer (which nothing here can check: another only guesses badly).
+
+    It reads texts itself, prefixes of the target included, but for a `prefix` of its own (one for all rows, or a list),
+    whose ids must begin the text and leave at least one token to read. It serves one stream of rounds at a time.
+    """
 
     def __init__(self, model: PreTrainedModel | Runner, prefix: Prefix | Sequence[Prefix] | None = None):
         self.runner, self.prefix = model if isinstance(model, Runner) else Runner(model), prefix
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
-        if self.runner.slots is target_cache:
-            raise ValueError("The draft's Runner is the target's own: give the proposer a Runner of its own.")
+        """Read the texts, but for their last token."""
+        own = "The draft's Runner is the target's own: give the proposer a Runner of its own."
+        _require(self.runner.slots is not target_cache, own)
         self._begin(texts, sampling)
         parts, prefixes = [], _per_row(self.prefix, len(texts))
         for text, prefix in zip(self.texts, prefixes, strict=True):
             known = list(prefix.input_ids) if prefix else []
-            if text[: len(known)] != known:
-                raise ValueError("The draft's prefix stands for ids with which the text does not begin: check them.")
+            fits = text[: len(known)] == known and len(known) < len(text) - 1
+            _require(fits, "The draft's prefix must stand for the first ids of the text, and leave one to read.")
             parts.append(text[len(known) : -1])
         self.runner.start(parts, prefixes, room)
 
@@ -345,21 +388,23 @@ class EarlyExitProposer(ModelProposer):
     """The first layers of the target itself, then its last norm and its head, in the target's own memory.
 
     Nothing is copied and nothing read twice: what the target's first layers kept of a text is what the draft needs.
+    `layers` is how many. It serves one stream of rounds at a time.
     """
 
     def __init__(self, target: PreTrainedModel | Runner, layers: int):
         model, room = (target.model, target.compiled_room) if isinstance(target, Runner) else (target, None)
         have = model.config.num_hidden_layers
-        if not 0 < layers < have:
-            raise ValueError(f"layers is {layers}, expected 1 to {have - 1}: the target has {have}.")
+        _require(0 < layers < have, f"layers is {layers}, expected 1 to {have - 1}: the target has {have}.")
         super().__init__(Runner(_first_layers(model, layers), room))
         self.layers = layers
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        """Take over the target's memory of the texts."""
         self._begin(texts, sampling)
         self.runner.slots = target_cache.first(self.layers)
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
+        """Keep what was accepted; the target has read it."""
         super().accept(accepted, next_tokens, target_cache)
         self.runner.slots.lengths, self.unread = list(target_cache.lengths), [1] * len(accepted)
 
@@ -374,22 +419,27 @@ def _first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 
 class LookupProposer:
-    """Prompt lookup: what followed the last tokens where they stood before (Saxena 2023). No model, no distribution."""
+    """Prompt lookup: what followed the last tokens where they stood before (Saxena 2023). No model, no distribution.
+
+    The last `longest` tokens are looked for first, then fewer.
+    """
 
     def __init__(self, longest: int = 3):
         self.longest = longest
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        """Take the texts."""
         self.texts, self.device = [list(text) for text in texts], target_cache.offsets.device
 
     def propose(self, gamma: int) -> Proposal:
+        """Guess what followed; -1 where there is nothing to go by."""
         guesses = [self.find(text, gamma) for text in self.texts]
         width = gamma if any(guesses) else 0
         self.drafted = [guess + [-1] * (width - len(guess)) for guess in guesses]
         return Proposal(torch.tensor(self.drafted, dtype=torch.long, device=self.device).reshape(len(guesses), width))
 
     def find(self, text: list[int], gamma: int) -> list[int]:
-        """What followed the latest earlier occurrence of the longest possible ending of a text.
+        """What followed the longest ending of a text that stood earlier: latest with gamma tokens after it, or first.
 
         >>> LookupProposer().find([5, 6, 7, 8, 5, 6], gamma=2)
         [7, 8]
@@ -405,6 +455,7 @@ class LookupProposer:
         return []
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
+        """Keep what was accepted."""
         for row, n in enumerate(accepted):
             self.texts[row] += [*self.drafted[row][:n], next_tokens[row]] if n >= 0 else []
 
@@ -429,28 +480,40 @@ class _Clock:
         return a.elapsed_time(b) / 1000
 
 
-def _per_row(given, rows: int) -> list:
-    """One for all rows, or one for each."""
-    if given is None or isinstance(given, Prefix):
-        return [given] * rows
-    if len(given) != rows:
-        raise ValueError(f"There are {len(given)} prefixes for {rows} rows: give one for all, or one for each.")
-    return list(given)
+def _per_row(given, rows: int) -> list[Prefix | None]:
+    """One prefix for all rows, or one for each, also from what `prefill` and `load` return."""
+    alone = given is None or hasattr(given, "next_position")
+    _require(alone or isinstance(given, list | tuple), "prefix is neither a Prefix nor a list of them.")
+    _require(alone or len(given) == rows, f"There are {0 if alone else len(given)} prefixes for {rows} rows: give "
+             "one for all, or one for each, as Prefix(cache, next_position, ids).")  # fmt: skip
+    if not alone:
+        return [_per_row(one, 1)[0] for one in given]
+    if given is not None and not isinstance(given, Prefix):
+        given = Prefix(given.cache, given.next_position)
+    return [given and given._replace(input_ids=torch.as_tensor(given.input_ids).flatten().tolist())] * rows
 
 
-def _prompts(input_ids: Tensor | Sequence[Tensor]) -> Texts:
+def _prompts(input_ids: Tensor | Sequence[Tensor], size: int) -> Texts:
     """Rows of token ids, from (B, T) or a list of (T,) of any lengths."""
-    rows = [torch.as_tensor(row).tolist() for row in input_ids]
-    if not rows or not all(isinstance(row, list) and row for row in rows):
-        raise ValueError(
-            "Every prompt needs at least one token: give input_ids as (B, T) or as a list of (T,) tensors."
-        )
-    return rows
+    wanted = "give input_ids as a tensor (B, T), or as a list of (T,) of any lengths, one a prompt"
+    try:
+        rows = [torch.as_tensor(row) for row in input_ids]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"input_ids is {type(input_ids).__name__}: {wanted}.") from error
+    _require(len(rows) > 0, f"There is no prompt: {wanted}.")
+    for row in rows:
+        _require(row.ndim == 1, f"A prompt has shape {tuple(row.shape)}, expected (T,): {wanted}.")
+        _require(row.numel() > 0, f"A prompt is empty, expected at least one token: {wanted}.")
+        whole = not row.is_floating_point() and row.dtype != torch.bool
+        seen = f"Token ids are {row.dtype} from {row.min().item()} to {row.max().item()}"
+        _require(whole and row.min() >= 0 and row.max() < size, f"{seen}, expected whole numbers below {size}.")
+    return [row.tolist() for row in rows]
 
 
 def _ends(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> set[int]:
     given = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-    return {given} if isinstance(given, int) else set(given or ())
+    _require(not isinstance(given, str), f"eos_token_id is the text {given!r}, expected the id of a token, or several.")
+    return set() if given is None else set(np.asarray(given, dtype=int).flatten().tolist())
 
 
 class _Rows:
@@ -487,11 +550,15 @@ def decode(
 
     Parameters
     ----------
-    input_ids : (B, T), or a list of prompts (T,) of any lengths; what follows the prefix, if there is one.
+    target : a causal LM, or a Runner around one.
+    input_ids : (B, T), or a list of prompts (T,) of any lengths; what follows the prefix, if there is one. There is no
+        attention mask, so no padding: prompts of different lengths go into a list.
+    proposer : what drafts; default: nothing does.
     gamma : tokens to draft a round.
     max_new_tokens : of each row; the end is exact, also inside a round.
+    sampling : default: greedy.
     prefix : what was read before: one for all rows, or one for each.
-    eos_token_id : where a row ends; default: the target's own.
+    eos_token_id : where a row ends; default: the target's own; [] for nowhere.
 
     Examples
     --------
@@ -503,17 +570,21 @@ def decode(
     True
     """
     runner, sampling = target if isinstance(target, Runner) else Runner(target), sampling or Sampling()
-    prompts, widest = _prompts(input_ids), gamma.maximum if isinstance(gamma, AdaptiveGamma) else gamma
-    if widest < 1 or max_new_tokens < 1:
-        raise ValueError(f"gamma is {widest} and max_new_tokens {max_new_tokens}, expected 1 or more of each.")
+    widest = gamma.maximum if isinstance(gamma, AdaptiveGamma) else gamma
+    for name, value in (("gamma", widest), ("max_new_tokens", max_new_tokens)):
+        _require(isinstance(value, int) and value > 0, f"{name} is {value!r}, expected a whole number from 1.")
+    _require(isinstance(sampling, Sampling), f"sampling is {sampling!r}: give a Sampling(temperature, ...).")
+    seen = f"The proposer is a {type(proposer).__name__}, expected an object with start, propose and accept"
+    _require(proposer is None or callable(getattr(proposer, "propose", None)), f"{seen}: ModelProposer(draft), say.")
+    size = runner.model.get_input_embeddings().num_embeddings
+    prompts = _prompts(input_ids, size)
     prefixes, room, clock = _per_row(prefix, len(prompts)), max_new_tokens + widest + 1, _Clock(runner.model.device)
     texts = [[*(p.input_ids if p else ()), *prompt] for p, prompt in zip(prefixes, prompts, strict=True)]
     rows, nothing = _Rows(texts, max_new_tokens, _ends(runner.model, eos_token_id)), [[] for _ in texts]
 
     began, start = time.perf_counter(), clock.mark()
-    logits, size = runner.start(prompts, prefixes, room), runner.model.get_input_embeddings().num_embeddings
-    token = sampling.choose(logits[:, None], texts)[0]  # (B,)
-    read = clock.mark()
+    token = sampling.choose(runner.start(prompts, prefixes, room)[:, None], texts)[0]  # (B,)
+    read, text = clock.mark(), runner.text
     gained = [rows.extend(row, [one]) for row, one in enumerate(token.tolist())]
     seconds = (0.0, clock.between(start, read), time.perf_counter() - began)
     yield (last := Round(nothing, [0] * len(texts), gained, *seconds, reading=True))
@@ -524,6 +595,7 @@ def decode(
         yield Round(nothing, [0] * len(texts), nothing, *seconds, reading=True)
 
     while any(rows.left):
+        _require(runner.text is text, "The Runner began another text before this one ended: give each its own Runner.")
         began, start = time.perf_counter(), clock.mark()
         g = gamma(last) if isinstance(gamma, AdaptiveGamma) else gamma
         proposal = proposer.propose(g) if proposer else Proposal(token.new_empty(len(texts), 0))
@@ -683,9 +755,11 @@ def cost_model(
     >>> [round(value, 4) for value in cost_model(0.8, c=0.1, gamma=6)]
     [3.9514, 2.4696]
     """
-    chain = [acceptance] * gamma if np.isscalar(acceptance) else list(acceptance[:gamma])
-    if len(chain) < gamma:
-        raise ValueError(f"acceptance has {len(chain)} positions, expected at least gamma = {gamma}.")
+    chain = [float(acceptance)] * gamma if np.ndim(acceptance) == 0 else list(acceptance[:gamma])
+    _require(
+        gamma >= 0 and len(chain) == gamma, f"acceptance has {len(chain)} positions, expected gamma = {gamma} or more."
+    )
+    _require(all(0 <= a <= 1 for a in chain), f"acceptance is {acceptance}, expected fractions between 0 and 1.")
     tokens = 1.0 + float(np.cumprod(chain).sum())
     return Expected(tokens, tokens / (gamma * c + (v(gamma) if callable(v) else v)))
 
@@ -700,13 +774,15 @@ def best_gamma(
     >>> best_gamma(0.8, c=0.1), best_gamma(0.3, c=0.5)
     (6, 0)
     """
-    top = maximum if np.isscalar(acceptance) else min(maximum, len(acceptance))
+    top = maximum if np.ndim(acceptance) == 0 else min(maximum, len(acceptance))
     speedups = [1.0, *(cost_model(acceptance, c, gamma, v).speedup for gamma in range(1, top + 1))]
     return int(np.argmax(speedups))
 
 
 def costs(speculative: Summary, plain: Summary) -> tuple[float, float]:
     """Measured c and v: seconds of a draft step and of a verification, over those of a plain target step."""
+    enough = plain.target_calls and speculative.draft_calls and speculative.target_calls
+    _require(enough, "Costs need rounds with a draft, and plain ones to compare: costs(speculative, plain).")
     step = plain.target_seconds / plain.target_calls
     c = speculative.draft_seconds / speculative.draft_calls
     return c / step, speculative.target_seconds / speculative.target_calls / step

@@ -40,7 +40,7 @@ def test_an_unknown_option_is_an_error(capsys):
 
 
 def test_an_unknown_model_is_a_sentence():
-    with pytest.raises(ValueError, match=r"no lab model 'lab-giant'; expected one of lab-target"):
+    with pytest.raises(SystemExit, match=r"no lab model 'lab-giant'; expected one of lab-target"):
         main(["lab", "report", "--names", "[lab-giant]"])
 
 
@@ -151,13 +151,13 @@ def test_compiled_memory_has_room_for_the_longest_prompt(tmp_path, capsys, monke
 
 def test_a_fuser_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match=r"'fuser.pt', but kvlab has no cache fuser yet: leave it out"):
+    with pytest.raises(SystemExit, match=r"'fuser.pt', but kvlab has no cache fuser yet: leave it out"):
         main(["speculate", "--fuser_checkpoint", "fuser.pt"])
 
 
 def test_models_with_other_tokenizers_are_refused(monkeypatch):
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match=r"tokenizers differ .lab-target has \d+ tokens, lab-teacher \d+"):
+    with pytest.raises(SystemExit, match=r"tokenizers differ .lab-target has \d+ tokens, lab-teacher \d+"):
         main(["speculate", "--base_model", "lab-teacher"])
 
 
@@ -180,5 +180,5 @@ def test_a_broken_line_is_named(line, tmp_path):
 
 def test_an_empty_prompt_file_is_a_sentence(tmp_path):
     (tmp_path / "prompts").write_text("\n")
-    with pytest.raises(ValueError, match=r"is empty, expected one prompt a line"):
+    with pytest.raises(SystemExit, match=r"is empty, expected one prompt a line"):
         main(["speculate", "--prompt_file", str(tmp_path / "prompts")])

@@ -423,7 +423,7 @@ def joint(model, prompt, count, sampling, prefix=None):
 def p_values(target, prompt, sampling, proposer, gamma, rows=2000, count=5, prefix=None):
     """Chi-square p-values of the first three and of the last two of five new tokens of many rows."""
     model = target.model if isinstance(target, Runner) else target
-    sampling.generator = torch.Generator().manual_seed(5)
+    sampling = dataclasses.replace(sampling, generator=torch.Generator().manual_seed(5))
     got = generate(
         target, prompt.expand(rows, -1), proposer, gamma=gamma, max_new_tokens=count, sampling=sampling, prefix=prefix
     )
@@ -1053,7 +1053,7 @@ def test_cost_model_by_position_and_with_a_measured_v():
     assert cost_model(0.8, 0.1, 0) == (1.0, 1.0)
     assert best_gamma([0.9, 0.9, 0.0, 1.0], c=0.1) == 2
     assert best_gamma(0.8, 0.1, v=lambda g: 1.0 if g < 4 else 5.0) == 3
-    with pytest.raises(ValueError, match="acceptance has 2 positions, expected at least gamma = 3"):
+    with pytest.raises(ValueError, match="acceptance has 2 positions, expected gamma = 3 or more"):
         cost_model([0.5, 0.5], 0.1, 3)
 
 
@@ -1250,14 +1250,29 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model):
     target, prompts = tiny_model(), random_prompts(4, 4, 4)
     prefix, empty = read(target, prompts[0]), torch.zeros(1, 0, dtype=torch.long)
     for sentence, call in {
-        "gamma is 0 and max_new_tokens 5": lambda: generate(target, prompts, gamma=0, max_new_tokens=5),
+        "gamma is 0, expected a whole number from 1": lambda: generate(target, prompts, gamma=0, max_new_tokens=5),
         "gamma is -2": lambda: generate(target, prompts, LookupProposer(), gamma=-2),
-        "gamma is 0 ": lambda: generate(target, prompts, gamma=AdaptiveGamma(0.1, maximum=0)),
-        "max_new_tokens 0, expected 1 or more": lambda: generate(target, prompts, max_new_tokens=0),
-        "Every prompt needs at least one token": lambda: generate(target, empty),
+        "gamma is 2.5": lambda: generate(target, prompts, LookupProposer(), gamma=2.5),
+        "gamma is 0,": lambda: generate(target, prompts, gamma=AdaptiveGamma(0.1, maximum=0)),
+        "max_new_tokens is 0, expected a whole number": lambda: generate(target, prompts, max_new_tokens=0),
+        "A prompt is empty, expected at least one token": lambda: generate(target, empty),
         "at least one token: give input_ids": lambda: generate(target, [prompts[0], empty[0]]),
-        r"as a list of \(T,\) tensors": lambda: generate(target, []),
-        r"give input_ids as \(B, T\)": lambda: generate(target, prompts[0]),
+        r"There is no prompt: .* as a list of \(T,\)": lambda: generate(target, []),
+        r"shape \(\), expected \(T,\): give input_ids as a tensor \(B, T\)": lambda: generate(target, prompts[0]),
+        r"shape \(1, 4\), expected": lambda: generate(target, [prompts[0][None]]),
+        "input_ids is str": lambda: generate(target, "Anna"),
+        "from 3 to 97, expected whole numbers below 97": lambda: generate(target, [[3, 97]]),
+        "from -1 to 3": lambda: generate(target, [[3, -1]]),
+        "torch.float32 from 1.0": lambda: generate(target, [[1.0, 2.0]]),
+        "The model is a str, expected a causal LM": lambda: generate("lab-target", prompts),
+        "The proposer is a Qwen3ForCausalLM, expected an object": lambda: generate(target, prompts, target),
+        r"sampling is 1.0: give a Sampling": lambda: generate(target, prompts, sampling=1.0),
+        "eos_token_id is the text '<|end|>'": lambda: generate(target, prompts, eos_token_id="<|end|>"),
+        "neither a Prefix nor a list": lambda: generate(target, prompts, prefix=prefix.cache),
+        "must stand for the first ids of the text": lambda: generate(
+            target, prompts, ModelProposer(target, prefix._replace(input_ids=[96, 1]))
+        ),
+        "must stand for .* and leave one to read": lambda: generate(target, prompts[:1], ModelProposer(target, prefix)),
         "2 prefixes for 3 rows: give one for all, or one for each": lambda: generate(
             target, prompts, prefix=[prefix] * 2
         ),
@@ -1268,7 +1283,13 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model):
         "layers is 3, expected 1 to 2: the target has 3": lambda: EarlyExitProposer(target, 3),
         "layers is 0": lambda: EarlyExitProposer(target, 0),
         "temperature is -1": lambda: Sampling(-1),
-        "strictly positive": lambda: Sampling(repetition_penalty=0.0),
+        "temperature is nan": lambda: Sampling(float("nan")),
+        "repetition_penalty is 0.0, expected above 0": lambda: Sampling(repetition_penalty=0.0),
+        "top_k is -1": lambda: Sampling(1.0, top_k=-1),
+        "top_p is 1.5": lambda: Sampling(1.0, top_p=1.5),
+        "acceptance is 98, expected fractions": lambda: cost_model(98, 0.1, 4),
+        "gamma is|expected gamma = -2": lambda: cost_model(0.5, 0.1, -2),
+        "Costs need rounds with a draft": lambda: costs(summarize([]), summarize([])),
     }.items():
         with pytest.raises(ValueError, match=sentence):
             call()
@@ -1319,3 +1340,29 @@ def test_slots_of_the_target_are_what_a_proposer_is_shown(tiny_model):
     generate(target, prompts, Watching(), gamma=3, max_new_tokens=20)
     assert all(slots for *_, slots in seen)
     assert all(have == [n - 1 for n in texts] for texts, have, _ in seen)  # all but the last token was read
+
+
+def test_two_streams_of_one_runner_are_refused(tiny_model):
+    runner, prompts = Runner(tiny_model()), random_prompts(4, 5)
+    first = decode(runner, prompts[:1], max_new_tokens=9)
+    next(first), next(first)
+    generate(runner, prompts[1:], max_new_tokens=2)
+    with pytest.raises(ValueError, match="began another text before this one ended"):
+        list(first)
+
+
+def test_what_prefill_and_load_return_is_a_prefix(tiny_model, tmp_path):
+    target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(8)
+    state, want = kv.prefill(target, ids[None, :5]), plain(target, ids, 6)
+    kv.save(state.cache, tmp_path / "saved", target, state.next_position)
+    for prefix in (state, kv.load(tmp_path / "saved", target), Prefix(state.cache, state.next_position, ids[None, :5])):
+        assert new_tokens(target, [ids[5:]], ModelProposer(target), prefix=prefix, max_new_tokens=6) == [want]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
+def test_ends_of_any_kind(tiny_model, kind):
+    target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(8)
+    text = plain(target, ids, 6)
+    want = cut(text, [text[3]])
+    assert new_tokens(target, [ids], eos_token_id=kind([text[3]]), max_new_tokens=6) == [want]
+    assert new_tokens(target, [ids], eos_token_id=np.int64(text[3]), max_new_tokens=6) == [want]
