@@ -224,7 +224,7 @@ def speed_ratios(figures: Mapping[str, Mapping], names: Mapping[str, str]) -> Ax
         ax.plot(f["value"], y, "o", color=BLUE, ms=6)
         ax.annotate(f"{f['value']:.2f}", (f["high"], y), (8, 0), textcoords="offset points", va="center", fontsize=9)
     ax.axvline(1, color=FAINT, zorder=0)
-    ax.text(1, -0.75, "as fast", color=GRAY, ha="center", fontsize=9)
+    ax.text(1, -0.75, "same speed", color=GRAY, ha="center", fontsize=9)
     ax.set_yticks(range(len(names)), names.values())
     ax.set(xlabel="times as many tokens a second", xlim=(0, 1.15 * max(figures[name]["high"] for name in names)))
     ax.invert_yaxis()

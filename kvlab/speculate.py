@@ -780,7 +780,12 @@ def best_gamma(
 
 
 def costs(speculative: Summary, plain: Summary) -> tuple[float, float]:
-    """Measured c and v: seconds of a draft step and of a verification, over those of a plain target step."""
+    """Measured c and v: seconds of a draft step and of a verification, over those of a plain target step.
+
+    >>> plain = summarize([Round([[]], [0], [[5]], 0.0, 2.0, 2.0)])
+    >>> costs(summarize([Round([[5]], [1], [[5, 6]], 1.0, 2.5, 3.5)]), plain)
+    (0.5, 1.25)
+    """
     enough = plain.target_calls and speculative.draft_calls and speculative.target_calls
     _require(enough, "Costs need rounds with a draft, and plain ones to compare: costs(speculative, plain).")
     step = plain.target_seconds / plain.target_calls
@@ -794,6 +799,10 @@ class AdaptiveGamma:
 
     Where drafting does not pay it is 0, and the target decodes alone; then what was seen fades, and `prior`, the
     acceptance assumed before anything is seen, has another try. `memory` is the weight that a round keeps in the next.
+
+    >>> gamma, reading = AdaptiveGamma(c=0.2), Round([[]], [0], [[4]], 0.0, 0.2, 0.2, reading=True)
+    >>> gamma(reading), gamma(Round([[5, 6, 7]], [3], [[5, 6, 7, 8]], 0.1, 0.2, 0.3))
+    (3, 8)
     """
 
     c: float

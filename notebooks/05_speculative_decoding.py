@@ -415,7 +415,7 @@ print(f"best gamma up to {widest}:", best)
 
 # %% [markdown]
 # $c$ is more than the share of the layers: embedding, head and choosing a token cost the same for both models. And $v$ is not 1, as the
-# papers assume: already two tokens need a mask that one does not, and more tokens are more arithmetic. Where does the time go?
+# textbook formula has it: already two tokens need a mask that one does not, and more tokens are more arithmetic. Where does the time go?
 
 # %% mystnb={"image": {"alt": "Milliseconds a token spent in the draft, in the target and in the rest of the loop, for plain decoding and several gammas."}}
 def per_token(s):
@@ -523,6 +523,7 @@ if exact:
 # (`tests/benchmarks/speculate.py`), with 95 % bootstrap intervals over prompts.
 
 # %%
+import textwrap
 from pathlib import Path
 
 file = Path("../book/results/speculate.json")
@@ -535,7 +536,7 @@ if results:
     versions = results["versions"]
     print(results["device"], "- torch", versions["torch"], end=" ")
     print("- transformers", versions["transformers"])
-    print(figures["over_assisted"]["conditions"])
+    print(textwrap.fill(figures["over_assisted"]["conditions"], 78))
 else:
     print("The measured figures are in the repository: book/results/speculate.json")
 
@@ -571,8 +572,8 @@ for ids, tokens in zip(several, batch.tokens, strict=True):
     if exact:
         assert tokens.tolist() == one.tokens[0].tolist()
 rounds = [r for r in batch.rounds if not r.reading]  # not those that read the prompts
-print("accepted by row, round by round:", [r.accepted for r in rounds[:6]])
-gained = np.array([[len(tokens) for tokens in r.tokens] for r in rounds[:6]])
+print("accepted by row:", [r.accepted for r in rounds[:4]])
+gained = np.array([[len(tokens) for tokens in r.tokens] for r in rounds[:4]])
 print("tokens of each row after these:", gained.sum(0))
 
 # %% [markdown]

@@ -304,5 +304,5 @@ def test_speed_ratios_show_each_figure_with_its_interval():
         [0.25, 0.75],
     ]
     assert [line.get_xdata()[0] for line in dots] == [2.5, 0.5]
-    assert {text.get_text() for text in ax.texts} == {"2.50", "0.50", "as fast"}
+    assert {text.get_text() for text in ax.texts} == {"2.50", "0.50", "same speed"}
     assert ax.get_xlim()[0] == 0
