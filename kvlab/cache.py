@@ -341,12 +341,12 @@ class _SlotLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         where, seen = self.cursor.where, self.cursor.seen
-        for memory, states in ((self.keys, key_states), (self.values, value_states)):
-            if isinstance(where, slice):
-                memory[:, :, where] = states
-            else:
-                rows = torch.arange(len(where), device=where.device)[:, None]
-                memory[rows, :, where] = states.transpose(1, 2)
+        if isinstance(where, slice):
+            self.keys[:, :, where], self.values[:, :, where] = key_states, value_states
+        else:
+            rows = torch.arange(len(where), device=where.device)[:, None]
+            self.keys[rows, :, where] = key_states.transpose(1, 2)
+            self.values[rows, :, where] = value_states.transpose(1, 2)
         return self.keys[:, :, :seen], self.values[:, :, :seen]
 
 

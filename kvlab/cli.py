@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, auto_cli
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kvlab.evaluate import circumstances
+from kvlab.evaluate import circumstances, write_text
 from kvlab.lab.__main__ import report, train
 from kvlab.lab.report import problems
 from kvlab.scale import Scale
@@ -224,9 +224,7 @@ def _save(result: dict, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"speculate_{datetime.now():%Y%m%d_%H%M%S}.json"
     plain = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    return partial.replace(path)
+    return write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
 class _Parser(ArgumentParser):

@@ -232,9 +232,7 @@ def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None
     }
     text = json.dumps(result, indent=1)
     if options.out:
-        partial = options.out.with_name(options.out.name + ".partial")
-        partial.write_text(text + "\n")
-        partial.replace(options.out)
+        write_text(options.out, text + "\n")
     if options.json:
         print(text)
     elif not options.out:
@@ -242,6 +240,21 @@ def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None
             print(
                 f"{f['name']:32} {f['value']:10.3f}  [{f['low']:.3f}, {f['high']:.3f}] {f['unit']}: {f['conditions']}"
             )
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file in UTF-8, atomically: a kill leaves the old file or the new one. Returns the path.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_text(Path(folder) / "result.json", "{}").read_text()
+    '{}'
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    return partial.replace(path)
 
 
 def circumstances() -> dict:

@@ -139,6 +139,13 @@ class Sampling:
             warpers.append(TopPLogitsWarper(self.top_p))
         return warpers
 
+    def contexts(self, texts: Texts, drafted: Sequence[Tensor]) -> Texts:
+        """Texts with drafted tokens behind them, (B,) a place; only the penalty asks for it, and makes a GPU wait."""
+        if self.repetition_penalty == 1 or not len(drafted):
+            return texts
+        new = torch.stack(tuple(drafted), 1).clamp(min=0).tolist()
+        return [text + more for text, more in zip(texts, new, strict=True)]
+
     def scores(self, logits: Tensor, texts: Texts) -> Tensor:
         """Processed logits (B, k, V), in float32 or wider; the last of the k follows texts[b], the others its start."""
         rows, count, size = logits.shape
@@ -359,18 +366,12 @@ class ModelProposer:
         drafted, q = [], []
         for i in range(gamma):
             logits = self.runner(tokens, starts)[:, -1:]
-            token, probabilities = self.sampling.choose(logits, self._texts(drafted))
+            token, probabilities = self.sampling.choose(logits, self.sampling.contexts(self.texts, drafted))
             drafted.append(token)
             q.append(probabilities)
             tokens, starts = token[:, None], [have + new + i for have, new in zip(lengths, self.unread, strict=True)]
         self.drafted = torch.stack(drafted, 1)
         return Proposal(self.drafted, None if self.sampling.greedy else torch.stack(q, 1))
-
-    def _texts(self, drafted: list[Tensor]) -> Texts:
-        """Texts with what was drafted since, for the repetition penalty alone: on a GPU the answer makes it wait."""
-        if self.sampling.repetition_penalty == 1 or not drafted:
-            return self.texts
-        return [text + new for text, new in zip(self.texts, torch.stack(drafted, 1).tolist(), strict=True)]
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
         """Keep what was accepted. The last drafted token was never read: after full acceptance two are missing."""
@@ -621,9 +622,7 @@ def decode(
 
 def _judge(logits: Tensor, proposal: Proposal, sampling: Sampling, texts: Texts, gamma: int) -> tuple[Tensor, Tensor]:
     """Verify a proposal by the target's logits (B, g + 1, V) after the last token of each text and after each guess."""
-    if sampling.repetition_penalty != 1:
-        texts = [text + new for text, new in zip(texts, proposal.tokens.clamp(min=0).tolist(), strict=True)]
-    scores = sampling.scores(logits, texts)
+    scores = sampling.scores(logits, sampling.contexts(texts, proposal.tokens.T))
     if sampling.greedy:
         return match(scores.argmax(-1), proposal)
     return verify(scores.softmax(-1), proposal, sampling.uniform(len(logits), gamma + 1, logits.device))
