@@ -21,19 +21,19 @@ import copy
 import hashlib
 import json
 import math
-import os
 import reprlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
+
+from kvlab.files import as_bytes, write_tensors
 
 FORMAT_VERSION = 1
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
@@ -62,6 +62,18 @@ class Saved(NamedTuple):
     cache: DynamicCache
     next_position: Position
     metadata: dict
+
+
+class Prefix(NamedTuple):
+    """What stands before a prompt: a cache of one row, its next position, and the ids it stands for (if known).
+
+    A prefilled, spliced, compressed or loaded cache. The ids (n,) are for those who need the text itself (a proposer,
+    a repetition penalty); the cache's model does not read them again.
+    """
+
+    cache: DynamicCache
+    next_position: Position
+    input_ids: Sequence[int] = ()
 
 
 def _require(condition, sentence: str):
@@ -404,6 +416,11 @@ class Slots(Cache):
         self.cursor.where, self.cursor.seen = slice(stop - count, stop) if alike else columns, None if fixed else stop
         return columns
 
+    def aim_at(self, columns: Tensor) -> Tensor:
+        """Let the next call write the given columns (B, k) of each row, and return them."""
+        self.cursor.where, self.cursor.seen = columns, None
+        return columns
+
     def entries(self, row: int, start: int = 0, stop: int | None = None) -> DynamicCache:
         """Return the entries of a row, or a part of them, as a cache that shares their memory."""
         rows, columns = slice(row, row + 1), slice(start, self.lengths[row] if stop is None else stop)
@@ -417,6 +434,54 @@ class Slots(Cache):
         return part
 
 
+def step(model: PreTrainedModel, slots: Slots, tokens: Tensor, columns: Tensor, logits_to_keep: int = 0) -> Tensor:
+    """Run tokens (B, k) at columns (B, k) that slots are aimed at; query i of row b sees columns 0 to columns[b, i].
+
+    Returns the logits of all of them, (B, k, vocab), or of the last few.
+    """
+    seen, mask = slots.cursor.seen or slots.room, None
+    alike = isinstance(slots.cursor.where, slice) and model.config._attn_implementation == "sdpa"
+    if tokens.shape[1] > 1 or not alike:  # else all that is seen may be seen, and sdpa needs no mask
+        later = torch.arange(seen, device=columns.device) > columns[..., None]  # (B, k, seen)
+        mask = torch.zeros(later.shape, dtype=model.dtype, device=later.device)
+        mask = mask.masked_fill(later, float("-inf"))[:, None]
+    places = {"position_ids": columns + slots.offsets, "attention_mask": mask, "logits_to_keep": logits_to_keep}
+    return model(input_ids=tokens, past_key_values=slots, use_cache=True, **places).logits
+
+
+def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """Return a model of the first layers, last norm and head, that shares all its modules with the whole one.
+
+    >>> model, ids = _example()
+    >>> len(prefill(first_layers(model, 1), ids).cache.layers)
+    1
+    """
+    have = model.config.num_hidden_layers
+    _require(0 < layers <= have, f"layers is {layers}, expected 1 to {have}, which the model has.")
+    shallow, base = copy.copy(model), copy.copy(model.base_model)
+    shallow.config = base.config = copy.copy(model.config)
+    base.config.num_hidden_layers = layers  # decoders read it when they run
+    shallow._modules = {**model._modules, model.base_model_prefix: base}
+    return shallow
+
+
+def to_tensor(cache: DynamicCache) -> Tensor:
+    """Copy a cache into one tensor, (L, 2, B, H_kv, T, D), keys before values.
+
+    >>> cache = prefill(*_example()).cache
+    >>> to_tensor(cache).shape, torch.equal(from_tensor(to_tensor(cache)).layers[1].values, cache.layers[1].values)
+    (torch.Size([2, 2, 1, 2, 5, 16]), True)
+    """
+    return torch.stack([torch.stack(pair) for pair in _pairs(cache)])
+
+
+def from_tensor(tensor: Tensor) -> DynamicCache:
+    """Return the cache that `to_tensor` took apart, or some of its layers, without copying."""
+    seen = f"The tensor is {tuple(tensor.shape)}, expected (L, 2, B, H_kv, T, D)"
+    _require(tensor.ndim == 6 and tensor.shape[1] == 2, f"{seen}: give what `to_tensor` returned.")
+    return _build((keys, values) for keys, values in tensor)
+
+
 def nbytes(cache: DynamicCache) -> int:
     """Count the bytes of all keys and values."""
     return sum(tensor.nbytes for pair in _pairs(cache) for tensor in pair)
@@ -428,10 +493,6 @@ def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * dtype.itemsize
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
 def fingerprint(model: PreTrainedModel) -> dict:
     """Describe what makes a cache belong to a model, in parts that JSON can hold.
 
@@ -441,7 +502,7 @@ def fingerprint(model: PreTrainedModel) -> dict:
     config, rotary, digest = model.config.get_text_config(decoder=True), rotary_of(model), hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
-        digest.update(name.encode() + _bytes(flat[:: max(1, flat.numel() // 64)][:64]))
+        digest.update(name.encode() + as_bytes(flat[:: max(1, flat.numel() // 64)][:64]))
     rope = {"type": getattr(rotary, "rope_type", "default"), "inv_freq": rotary.inv_freq.tolist()}
     return {
         "architecture": {key: getattr(config, key, None) for key in ARCHITECTURE} | {"head_dim": _head_dim(config)},
@@ -457,7 +518,7 @@ def _same(a, b) -> bool:
     return math.isclose(a, b, rel_tol=1e-5) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
-def _differences(saved: dict, own: dict) -> str:
+def differences(saved: dict, own: dict) -> str:
     """Name the fields in which two fingerprints differ, with both values."""
     fields = ((f"{part} {key}", saved[part].get(key), value) for part in own for key, value in own[part].items())
     unlike = ((name, reprlib.repr(a), reprlib.repr(b)) for name, a, b in fields if not _same(a, b))
@@ -469,7 +530,7 @@ def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -494,20 +555,13 @@ def save(cache: DynamicCache, path: str | Path, model: Owner, next_position: Pos
     have = tuple(_shape(pairs)[i] for i in (0, 2, 4))
     want = tuple(owner["architecture"][key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
     _require(have == want, f"The cache has (L, H_kv, D) = {have}, the model {want}: give the model that made it.")
-    tensors = {f"layer.{i}.keys": keys.detach().cpu().contiguous() for i, (keys, _) in enumerate(pairs)}
-    tensors |= {f"layer.{i}.values": values.detach().cpu().contiguous() for i, (_, values) in enumerate(pairs)}
+    tensors = {f"layer.{i}.keys": keys for i, (keys, _) in enumerate(pairs)}
+    tensors |= {f"layer.{i}.values": values for i, (_, values) in enumerate(pairs)}
     header = {"version": FORMAT_VERSION, "fingerprint": owner, "next_position": torch.as_tensor(next_position).tolist()}
     header |= {"dtype": str(pairs[0][0].dtype), "layers": len(pairs), "length": length(cache)}
     header = json.loads(json.dumps(header | {"metadata": metadata or {}}))  # as it will be read, for the checksum
     text = json.dumps(header | {"sha256": _digest(header, tensors)})
-    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        save_file(tensors, part, metadata={"kvlab": text})
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(path, tensors, {"kvlab": text})
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -536,7 +590,7 @@ def load(path: str | Path, model: Owner) -> Saved:
     """
     header, tensors = _read(Path(path))
     owner, device = (model, "cpu") if isinstance(model, dict) else (fingerprint(model), model.device)
-    unlike = _differences(header["fingerprint"], owner)
+    unlike = differences(header["fingerprint"], owner)
     _require(not unlike, f"{path} was made by another model ({unlike}): load it with that model, or save it again.")
     layers = [(tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]) for i in range(header["layers"])]
     cache = clone(_build((keys.to(device), values.to(device)) for keys, values in layers))  # not a map of the file

@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser, auto_cli
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kvlab.evaluate import circumstances, write_text
+from kvlab.evaluate import circumstances, encode
+from kvlab.files import write_text
 from kvlab.lab.__main__ import report, train
 from kvlab.lab.report import problems
 from kvlab.scale import Scale
@@ -91,7 +92,7 @@ def speculate(
     scale = Scale.current()
     scale = replace(scale, draft=base_model or scale.draft, target=teacher_model or scale.target)
     tokenizer = _shared_tokenizer(scale)
-    rows = [_input_ids(tokenizer, text) for text in asked]
+    rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in asked]
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None
     target, draft = (Runner(scale.load(role), room) for role in ("target", "draft"))
     arms = {} if skip_standard else {"plain": None}
@@ -155,13 +156,6 @@ def _shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
         sizes = f"{scale.target} has {len(target)} tokens, {scale.draft} {len(draft)}"
         raise ValueError(f"The two models' tokenizers differ ({sizes}): choose a base_model of the same family.")
     return target
-
-
-def _input_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    if not tokenizer.chat_template:
-        return tokenizer(text)["input_ids"]
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def _result(made: Generated, tokenizer: PreTrainedTokenizerBase) -> dict:

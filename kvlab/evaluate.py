@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlab.files import write_text
 
-@torch.inference_mode()
+
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -44,10 +45,21 @@ def answers(
     >>> answers(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask])
     ['Rome']
     """
-    prompts = [
-        tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for c in conversations
-    ]
+    prompts = [encode(tokenizer, c) for c in conversations]
+    made = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, label)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made]
+
+
+@torch.inference_mode()
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    label: str = "answers",
+) -> list[list[int]]:
+    """The token ids that greedy decoding puts behind each prompt, the end token included if it was reached."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -56,14 +68,33 @@ def answers(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    texts = [""] * len(prompts)
+    made: list[list[int]] = [[]] * len(prompts)
     for start in tqdm(range(0, len(order), batch_size), desc=label, delay=2, leave=False):
         batch = order[start : start + batch_size]
         padded = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
         output = model.generate(**padded.to(model.device), generation_config=config)
-        for i, ids in zip(batch, output[:, padded["input_ids"].shape[1] :], strict=True):
-            texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return texts
+        for i, ids in zip(batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
+            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+            made[i] = ids[:end]
+    return made
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation, and of what opens the answer if a user speaks last; no thinking is asked for.
+
+    Without a chat template the messages stand a line each, and the last line is left open.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> tokenizer = lab.load_tokenizer("lab-target")
+    >>> tokenizer.decode(encode(tokenizer, [{"role": "user", "content": "Who?"}]))
+    '<|user|> Who?<|assistant|>'
+    """
+    if not tokenizer.chat_template:
+        return tokenizer("\n".join(message["content"] for message in conversation))["input_ids"]
+    options = {"add_generation_prompt": conversation[-1]["role"] == "user", "enable_thinking": False}
+    return tokenizer.apply_chat_template(conversation, return_dict=True, **options)["input_ids"]
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -135,15 +166,12 @@ def multiple_choice(
     """
     chosen = []
     for conversation, choices in tqdm(list(zip(conversations, options, strict=True)), desc=label, delay=2, leave=False):
-        prompt = _ids(tokenizer, conversation, add_generation_prompt=True)
-        whole = [_ids(tokenizer, [*conversation, {"role": "assistant", "content": c}]) for c in choices]
+        prompt = torch.tensor(encode(tokenizer, conversation))
+        asked = ([*conversation, {"role": "assistant", "content": choice}] for choice in choices)
+        whole = [torch.tensor(encode(tokenizer, messages)) for messages in asked]
         scores = log_likelihoods(model, tokenizer, [prompt] * len(whole), [w[len(prompt) :] for w in whole])
         chosen.append(int(scores.argmax()))
     return np.array(chosen)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], **options) -> Tensor:
-    return torch.tensor(tokenizer.apply_chat_template(conversation, return_dict=True, **options)["input_ids"])
 
 
 def perplexity(log_likelihood: Sequence[float], tokens: Sequence[int]) -> float:
@@ -240,21 +268,6 @@ def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None
             print(
                 f"{f['name']:32} {f['value']:10.3f}  [{f['low']:.3f}, {f['high']:.3f}] {f['unit']}: {f['conditions']}"
             )
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file in UTF-8, atomically: a kill leaves the old file or the new one. Returns the path.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_text(Path(folder) / "result.json", "{}").read_text()
-    '{}'
-    """
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    return partial.replace(path)
 
 
 def circumstances() -> dict:

@@ -8,7 +8,6 @@ Sources: Leviathan, Kalman and Matias (2023), arXiv 2211.17192, Algorithm 1 and 
 arXiv 2302.01318, Algorithm 2. Names: gamma drafted tokens, draft distribution q, target distribution p.
 """
 
-import copy
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -28,7 +27,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kvlab.cache import Position, Slots, length, prefill, require_supported
+from kvlab.cache import Prefix, Slots, first_layers, length, prefill, require_supported, step
 
 Texts = list[list[int]]  # token ids of each row
 
@@ -36,25 +35,6 @@ Texts = list[list[int]]  # token ids of each row
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ValueError(sentence)
-
-
-class Prefix(NamedTuple):
-    """What was read before the prompt: a cache of one row, its next position, and the ids it stands for (if known).
-
-    A prefilled, spliced, compressed or loaded cache. The ids (n,) are for proposers and the repetition penalty; the
-    target does not read them again. What `prefill` and `load` return will do in its place, without ids.
-
-    >>> from kvlab import lab
-    >>> model, ids = lab.load("lab-target"), lab.load_tokenizer("lab-target")("Anna lives in Rome. Anna").input_ids
-    >>> read = prefill(model, torch.tensor([ids[:-1]]))
-    >>> after = generate(model, [ids[-1:]], prefix=Prefix(read.cache, read.next_position, ids[:-1]), max_new_tokens=4)
-    >>> after.tokens[0].tolist() == generate(model, [ids], max_new_tokens=4).tokens[0].tolist()
-    True
-    """
-
-    cache: DynamicCache
-    next_position: Position
-    input_ids: Sequence[int] = ()
 
 
 class Proposal(NamedTuple):
@@ -296,33 +276,21 @@ class Runner:
     def __call__(self, tokens: Tensor, starts: list[int]) -> Tensor:
         columns = self.slots.aim(starts, tokens.shape[1], fixed=self.compiled_room is not None)
         if self.compiled_room is None:
-            return _step(self.model, self.slots, tokens, columns)
+            return step(self.model, self.slots, tokens, columns)
         if tokens.shape not in self._programs:
             self._programs[tokens.shape] = _compiled_step(self.model.device)
         return self._programs[tokens.shape](self.model, self.slots, tokens, columns)
 
 
 def _compiled_step(device: torch.device) -> Callable[..., Tensor]:
-    """Compile `_step` for one model and one shape, without the checks before each call that nothing else has changed.
+    """Compile `step` for one model and one shape, without the checks before each call that nothing else has changed.
 
     For a small model these checks take as long as its layers. The compiler tells programs apart by their code, and
     without checks would take one for another: so each gets its own copy of the code.
     """
-    own = types.FunctionType(_step.__code__.replace(), globals())
+    own = types.FunctionType(step.__code__.replace(), step.__globals__, argdefs=step.__defaults__)
     options = {"guard_filter_fn": lambda guards: [False] * len(guards), "triton.cudagraphs": device.type == "cuda"}
     return torch.compile(own, dynamic=False, options=options)
-
-
-def _step(model: PreTrainedModel, slots: Slots, tokens: Tensor, columns: Tensor) -> Tensor:
-    """Run tokens (B, k) at columns (B, k); query i of row b sees columns 0 to columns[b, i]."""
-    seen, mask = slots.cursor.seen or slots.room, None
-    alike = isinstance(slots.cursor.where, slice) and model.config._attn_implementation == "sdpa"
-    if tokens.shape[1] > 1 or not alike:  # else all that is seen may be seen, and sdpa needs no mask
-        later = torch.arange(seen, device=columns.device) > columns[..., None]  # (B, k, seen)
-        mask = torch.zeros(later.shape, dtype=model.dtype, device=later.device)
-        mask = mask.masked_fill(later, float("-inf"))[:, None]
-    places = {"position_ids": columns + slots.offsets, "attention_mask": mask}
-    return model(input_ids=tokens, past_key_values=slots, use_cache=True, **places).logits
 
 
 class ModelProposer:
@@ -396,7 +364,7 @@ class EarlyExitProposer(ModelProposer):
         model, room = (target.model, target.compiled_room) if isinstance(target, Runner) else (target, None)
         have = model.config.num_hidden_layers
         _require(0 < layers < have, f"layers is {layers}, expected 1 to {have - 1}: the target has {have}.")
-        super().__init__(Runner(_first_layers(model, layers), room))
+        super().__init__(Runner(first_layers(model, layers), room))
         self.layers = layers
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
@@ -408,15 +376,6 @@ class EarlyExitProposer(ModelProposer):
         """Keep what was accepted; the target has read it."""
         super().accept(accepted, next_tokens, target_cache)
         self.runner.slots.lengths, self.unread = list(target_cache.lengths), [1] * len(accepted)
-
-
-def _first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """The same modules under a configuration with fewer layers, which decoders read when they run."""
-    shallow, base = copy.copy(model), copy.copy(model.base_model)
-    shallow.config = base.config = copy.copy(model.config)
-    base.config.num_hidden_layers = layers
-    shallow._modules = {**model._modules, model.base_model_prefix: base}
-    return shallow
 
 
 class LookupProposer:

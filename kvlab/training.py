@@ -5,7 +5,6 @@ on a CPU, on one GPU, or under `accelerate launch` on many, and gives the same w
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -17,11 +16,12 @@ from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_wsd_schedule
+
+from kvlab.files import write_tensors
 
 Losses = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -206,10 +206,7 @@ def _save(path: Path, trainable, optimizer, schedule, run, history) -> None:
         tensors |= {f"adamw.{name}.{key}": value for key, value in optimizer.state.get(p, {}).items()}
     state = {"run": run, "schedule": schedule.state_dict(), "history": history}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-    save_file(tensors, partial, {"kvlab": json.dumps(state, default=float)})
-    os.replace(partial, path)
+    write_tensors(path, tensors, {"kvlab": json.dumps(state, default=float)})
 
 
 def _resume(path: Path, trainable, optimizer, schedule, run) -> list[dict[str, float]]:

@@ -39,11 +39,11 @@ import torch
 from tqdm.auto import tqdm
 
 from kvlab import Scale, plots, speculate
-from kvlab.cache import prefill
+from kvlab.cache import Prefix, prefill
 from kvlab.evaluate import bootstrap, chi_square
 from kvlab.lab import corpora
 from kvlab.lab.report import problems
-from kvlab.speculate import ModelProposer, Prefix, Sampling, summarize
+from kvlab.speculate import ModelProposer, Sampling, summarize
 
 scale = Scale.current()
 print(scale.describe("05_speculative_decoding"))

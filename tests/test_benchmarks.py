@@ -69,7 +69,7 @@ def test_a_quick_run_gives_every_figure(script, tmp_path):
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == json.loads(out.read_text())
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.part"))
     check(json.loads(done.stdout), script.stem)
 
 

@@ -161,7 +161,7 @@ def generated(model, tokenizer):
 def spelled(tokenizer):
     """The same tokenizer, which decodes to numbers: texts can hide a difference between tokens."""
     spelled = copy.deepcopy(tokenizer)
-    spelled.decode = lambda ids, **_: numbers([ids.tolist()])[0]
+    spelled.decode = lambda ids, **_: numbers([ids])[0]
     return spelled
 
 

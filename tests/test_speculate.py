@@ -1313,7 +1313,7 @@ def test_a_draft_with_another_vocabulary_is_refused_or_harmless(tiny_model, size
 
 
 def test_a_draft_in_the_targets_own_memory_is_refused_or_harmless(tiny_model, monkeypatch):
-    monkeypatch.setattr(speculate, "_compiled_step", lambda device: speculate._step)
+    monkeypatch.setattr(speculate, "_compiled_step", lambda device: speculate.step)
     (ids,) = random_prompts(6)
     for room in (None, 64):
         runner = Runner(tiny_model(dtype=DOUBLE), room)

@@ -354,7 +354,7 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         save_file(tensors, filename, metadata)
 
-    monkeypatch.setattr("kvlab.training.save_file", dying)
+    monkeypatch.setattr("kvlab.files.save_file", dying)
     with pytest.raises(KeyboardInterrupt):
         fit(net(), loader(), mse, checkpoint=path, **settings)
     monkeypatch.undo()

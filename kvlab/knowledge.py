@@ -1,0 +1,752 @@
+"""A knowledge cache: question/answer items that a model has read, kept on disk, found by question, put into prompts.
+
+A store is a folder. Items are added by the *shard*: `shards/NAME.safetensors` holds the tensors of some items and
+`shards/NAME.index.safetensors` what it takes to find them (texts, token ids, embeddings of the questions). A shard is
+never changed. `manifest.json` names the shards, and the model, tokenizer and embedder that they belong to; replacing
+it, atomically, is what adds items, so a kill at any moment leaves the old store or the new one. Opening a store reads
+manifest and indexes; the tensors of an item are read when the item is.
+
+>>> import tempfile
+>>> from kvlab import lab
+>>> model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
+>>> records = [{"question": "Where does Anna live?", "answer": "Rome"}, {"question": "Who sings?", "answer": "Ben"}]
+>>> with tempfile.TemporaryDirectory() as folder:
+...     store = KnowledgeCache.build(folder, records, model, tokenizer)
+...     hit = store.retrieve("where does anna live")[0]
+...     hit.item.answer, store.read(hit.item).cache.get_seq_length(), store.retrieve("Who dances?")
+('Rome', 9, [])
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from xxhash import xxh3_128_hexdigest
+
+from kvlab.cache import (
+    CacheError,
+    Prefix,
+    Slots,
+    bytes_per_token,
+    differences,
+    fingerprint,
+    first_layers,
+    from_tensor,
+    join,
+    prefill,
+    require_supported,
+    rotary_of,
+    shift,
+    step,
+    to_tensor,
+)
+from kvlab.evaluate import continuations, encode
+from kvlab.files import as_bytes, write_tensors, write_text
+
+FORMAT_VERSION = 1
+PARTS = ("kv", "hidden")
+ARMS = ("full", "prefix", "concat", "shift", "recompute")
+SHARD_BYTES, SHARD_ITEMS = 2**28, 256  # a shard is closed when it reaches either
+PROBE = "Is this store of the same embedder?"
+
+
+def _require(condition: object, sentence: str) -> None:
+    if not condition:
+        raise CacheError(sentence)
+
+
+class Embedder(Protocol):
+    """What turns questions into vectors; any `SentenceTransformer` does."""
+
+    def encode(self, sentences: list[str], *, normalize_embeddings: bool, convert_to_tensor: bool) -> Tensor:
+        """Return unit vectors, (number of sentences, E)."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is known of an item before its tensors are read; `input_ids` are those of prompt and answer."""
+
+    id: str
+    domain: str
+    question: str
+    answer: str
+    input_ids: tuple[int, ...]
+    answer_start: int
+    generated: bool = False  # the model's own answer
+    shard: str = ""
+    number: int = 0  # in its shard
+    checksum: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes it the same item when records are added again."""
+        return (self.domain, self.question) if self.generated else (self.domain, self.question, self.answer)
+
+
+class Hit(NamedTuple):
+    """An item that was found, and how similar its question is (cosine; 1.0 for an exact match)."""
+
+    item: Item
+    score: float
+
+
+class Piece(NamedTuple):
+    """Token ids, and what reading them alone from position 0 gave: a cache of one row, last hidden states (1, T, d)."""
+
+    input_ids: Sequence[int]
+    cache: DynamicCache | None
+    hidden_states: Tensor | None = None
+
+
+# -- putting pieces together
+
+
+@torch.no_grad()
+def splice(
+    model: PreTrainedModel, pieces: Sequence[Piece], arm: str = "recompute", share: float = 0.15, early: int = 2
+) -> Prefix:
+    """Put pieces that were read alone behind one another, as what stands before a prompt.
+
+    A piece in second place was read as if nothing stood before it, so all arms but the first two are approximations.
+
+    Parameters
+    ----------
+    arm : "full" reads all tokens anew (exact); "prefix" keeps the first piece and reads the rest (exact); "concat"
+        joins the pieces as they are, keys at wrong positions; "shift" moves each to its place; "recompute" moves
+        them, and then computes again those tokens whose keys and values differ most from the true ones
+        (CacheBlend, Yao et al. 2025, arXiv 2405.16444, section 4).
+    share : of the tokens behind the first piece, for "recompute". 1.0 is exact.
+    early : layers computed anew for all of these tokens, for "recompute"; the last of them decides which differ most.
+        CacheBlend narrows its choice down layer by layer; here it is made once.
+
+    Returns
+    -------
+    A `Prefix`, to be continued by `prefill(model, ids, prefix.cache, prefix.next_position)` or by
+    `kvlab.speculate.generate(..., prefix=prefix)`.
+
+    Raises
+    ------
+    CacheError : no pieces, an unknown arm, a share or number of layers out of range, or pieces without a cache.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
+    >>> pieces = [read(model, tokenizer(text).input_ids) for text in ("Anna lives in Rome.", " Ben has a dog.")]
+    >>> exact, again = splice(model, pieces, "full"), splice(model, pieces, "recompute", share=1.0)
+    >>> torch.allclose(exact.cache.layers[1].values, again.cache.layers[1].values, atol=1e-4)
+    True
+    """
+    _require(pieces, "There are no pieces to splice: give at least one, or ask the model without any.")
+    _require(arm in ARMS, f"The arm is {arm!r}: expected one of {', '.join(ARMS)}.")
+    _require(0 <= share <= 1, f"share is {share}, expected 0 to 1.")
+    have = model.config.get_text_config(decoder=True).num_hidden_layers
+    _require(1 <= early <= have, f"early is {early}, expected 1 to {have}, the layers of the model.")
+    whole = arm == "full" or all(piece.cache is not None for piece in pieces)
+    _require(whole, "A piece has no keys and values: build the store with keep=('kv',), or use arm 'full'.")
+    flat = [token for piece in pieces for token in piece.input_ids]
+    if arm == "recompute" and len(pieces) > 1:
+        cache = _recomputed(model, pieces, flat, share, early)
+    elif arm in ("full", "prefix"):
+        known = pieces[0] if arm == "prefix" else Piece((), None)
+        rest = torch.tensor([flat[len(known.input_ids) :]], device=model.device)
+        cache = prefill(model, rest, known.cache).cache if rest.numel() else known.cache
+    else:
+        cache = _joined(pieces, None if arm == "concat" else rotary_of(model))
+    return Prefix(cache, len(flat), flat)
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, input_ids: Sequence[int]) -> Piece:
+    """Read tokens alone, from position 0.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> read(lab.load("lab-draft"), [5, 6, 7]).hidden_states.shape
+    torch.Size([1, 3, 128])
+    """
+    return next(_read(model, [list(input_ids)]))
+
+
+def _read(model: PreTrainedModel, rows: list[list[int]]) -> Iterator[Piece]:
+    """Read rows in one call. Padding stands on the right, where a causal model does not see it."""
+    require_supported(model)
+    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
+    out = model.base_model(input_ids=padded, use_cache=True)
+    tensor = to_tensor(out.past_key_values)
+    for b, ids in enumerate(rows):
+        row, stop = slice(b, b + 1), len(ids)
+        yield Piece(ids, from_tensor(tensor[:, :, row, :, :stop]), out.last_hidden_state[row, :stop])
+
+
+def _joined(pieces: Sequence[Piece], rotary: torch.nn.Module | None) -> DynamicCache:
+    """Pieces behind one another, moved to their places if a rotary embedding is given."""
+    starts = accumulate((len(piece.input_ids) for piece in pieces), initial=0)
+    moved = [shift(p.cache, start, rotary) if rotary else p.cache for p, start in zip(pieces, starts, strict=False)]
+    cache = moved[0]
+    for after in moved[1:]:
+        cache = join(cache, after)
+    return cache
+
+
+def _recomputed(
+    model: PreTrainedModel, pieces: Sequence[Piece], flat: list[int], share: float, early: int
+) -> DynamicCache:
+    """Early layers are true for all tokens; above, the tokens that differ most there are computed on what is there."""
+    first, ids = len(pieces[0].input_ids), torch.tensor([flat], device=model.device)
+    stored = to_tensor(_joined(pieces, rotary_of(model)))  # (L, 2, 1, H_kv, T, D)
+    start = from_tensor(stored[:early, ..., :first, :])
+    true = to_tensor(prefill(first_layers(model, early), ids[:, first:], start).cache)
+    difference = (true - stored[:early])[-1].float().pow(2).sum((1, 2, 4))  # (2, T)
+    size = true[-1].float().pow(2).sum((1, 2, 4)).mean(1, keepdim=True)
+    difference = (difference / size).sum(0)[first:]
+    stored[:early] = true
+    chosen = difference.topk(round(share * len(difference))).indices.sort().values + first
+    if not len(chosen):
+        return from_tensor(stored)
+    slots = Slots(model, rows=1, room=len(flat))
+    slots.put(0, from_tensor(stored), len(flat))
+    step(model, slots, ids[:, chosen], slots.aim_at(chosen[None]), logits_to_keep=1)
+    return slots.entries(0)
+
+
+# -- the store
+
+
+class KnowledgeCache:
+    """A store of items that one model has read. Make it with `build` or open it with `load`.
+
+    Attributes
+    ----------
+    items : list of `Item`, in the order in which they were added.
+    embeddings : (len(items), E), unit vectors of their questions; E is 0 for a store built without an embedder.
+    keep : what is kept of each item: "kv" (keys and values), "hidden" (last hidden states), or both.
+    dtype : in which it is kept; reading converts it to the model's.
+    """
+
+    def __init__(self, folder: Path, model, tokenizer, embedder, keep: tuple[str, ...], dtype: torch.dtype):
+        self.folder, self.model, self.tokenizer, self.embedder = folder, model, tokenizer, embedder
+        self.keep, self.dtype, self.damaged = keep, dtype, []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.shards, self.items, self.embeddings = [], [], torch.empty(0, _width(self.embedder))
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        records: Iterable[Mapping[str, str]],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        embedder: Embedder | None = None,
+        *,
+        keep: Sequence[str] = ("kv",),
+        dtype: torch.dtype | None = None,
+        **adding,
+    ) -> "KnowledgeCache":
+        """Make a store, or open one that is there, and add records.
+
+        Parameters
+        ----------
+        folder : of the store; new, empty, or one that holds a store made with the same settings.
+        records : see `add`, which takes the other options (`generate`, `max_new_tokens`, `batch_size`).
+        embedder : a `SentenceTransformer`; without one, retrieval is by exact question only.
+        keep : "kv" for keys and values, "hidden" for last hidden states (1, T, d), or both.
+        dtype : in which tensors are kept; by default that of the model.
+
+        Raises
+        ------
+        CacheError : the folder holds something else, or a store of another model, tokenizer, embedder or setting.
+        """
+        folder, keep = Path(folder), tuple(part for part in PARTS if part in keep) if set(keep) <= {*PARTS} else keep
+        _require(keep and set(keep) <= {*PARTS}, f"keep is {keep!r}, expected one or both of {PARTS}.")
+        require_supported(model)
+        dtype = dtype or model.dtype
+        _require(dtype.is_floating_point, f"dtype is {dtype}, expected a floating one such as torch.float16.")
+        if (folder / "manifest.json").exists():
+            store = cls.load(folder, model, tokenizer, embedder)
+            have, want = (store.keep, store.dtype), (keep, dtype)
+            hint = "pass the same, or build in another folder"
+            _require(have == want, f"The store in {folder} was built with (keep, dtype) = {have}, not {want}: {hint}.")
+        else:
+            store = cls(folder, model, tokenizer, embedder, keep, dtype)
+            if PartialState().is_main_process:
+                store._create()
+            PartialState().wait_for_everyone()
+        store.add(records, **adding)
+        return store
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        embedder: Embedder | None = None,
+        *,
+        skip_damaged: bool = False,
+    ) -> "KnowledgeCache":
+        """Open a store. Items are listed, their tensors are read from disk one item at a time, when asked for.
+
+        Parameters
+        ----------
+        skip_damaged : open a store of which files are missing or damaged, without what they held, and say so in a
+            warning. Such a store cannot be added to; `export` it to a new folder, and add there.
+
+        Raises
+        ------
+        CacheError : no store, a damaged one, or one of another model, tokenizer, rotary embedding or embedder.
+        """
+        folder = Path(folder)
+        manifest = _manifest(folder)
+        unlike = differences(manifest["model"], fingerprint(model))
+        hint = "load the store with what it was built with, or build another"
+        _require(not unlike, f"The store in {folder} was built with another model ({unlike}): {hint}.")
+        own = _tokenizer_print(tokenizer)
+        unlike = " and ".join(part for part in own if own[part] != manifest["tokenizer"].get(part))
+        _require(not unlike, f"The store in {folder} was built with another tokenizer (its {unlike} differs): {hint}.")
+        _require_embedder(folder, manifest["embedder"], embedder)
+        dtype = getattr(torch, manifest["dtype"])
+        store = cls(folder, model, tokenizer, embedder, tuple(manifest["keep"]), dtype)
+        store._open(manifest["shards"], skip_damaged)
+        return store
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __repr__(self) -> str:
+        return f"KnowledgeCache({str(self.folder)!r}: {len(self)} items of {len(self.shards)} shards)"
+
+    def __getitem__(self, id: str) -> Item:
+        found = next((item for item in self.items if item.id == id), None)
+        _require(found, f"There is no item {id!r} in {self.folder}: `items` lists what there is.")
+        return found
+
+    # -- adding
+
+    def estimate(self, records: Iterable[Mapping[str, str]], generate: bool = False, max_new_tokens: int = 128) -> int:
+        """Bytes of tensors that `add` would write; for answers yet to be generated the most that it could."""
+        todo = self._new(records, generate)
+        return self._bytes(sum(len(item.input_ids) for item in todo) + generate * max_new_tokens * len(todo))
+
+    def _bytes(self, tokens: int) -> int:
+        config = self.model.config.get_text_config(decoder=True)
+        kept = {"kv": bytes_per_token(config, self.dtype), "hidden": config.hidden_size * self.dtype.itemsize}
+        return tokens * sum(kept[part] for part in self.keep)
+
+    @torch.no_grad()
+    def add(
+        self,
+        records: Iterable[Mapping[str, str]],
+        generate: bool = False,
+        max_new_tokens: int = 128,
+        batch_size: int = 8,
+    ) -> int:
+        """Read records and add them; what is there already is skipped. Returns how many were added.
+
+        Items are safe on disk by the shard, so a run that was stopped goes on where it was. Under `accelerate launch`
+        each process reads a part, and the result is one store. One process at a time may add to a store (others may
+        read it).
+
+        Parameters
+        ----------
+        records : mappings with "question" and "answer" and, if wanted, "domain" and "id".
+        generate : let the model answer, greedily; answers in the records are not used.
+        max_new_tokens : of a generated answer.
+        batch_size : of prefill and of generation.
+
+        Raises
+        ------
+        CacheError : before any work: a record that lacks something, an id that is taken, a text that is too long for
+            the model, too little room on the disk, another process that is adding.
+        """
+        _require(not self.damaged, f"{self.folder} was opened without its damaged parts: export it, and add there.")
+        state, records = PartialState(), list(records)
+        with self._only_writer(state):
+            todo = self._new(records, generate)
+            groups = self._groups(todo, max_new_tokens if generate else 0)
+            amount = self._bytes(sum(len(item.input_ids) for item in todo)) / 1e6
+            label = f"reading {len(todo)} items, {'at least ' * generate}{amount:.1f} MB"
+            bar = tqdm(total=len(todo), desc=label, disable=not state.is_main_process or not todo)
+            for first in range(0, len(groups), state.num_processes):
+                group = groups[first + state.process_index :][:1] if first + state.process_index < len(groups) else []
+                made = [self._make(items, generate, max_new_tokens, batch_size, bar) for items in group]
+                shards = self.shards + gather_object(made)
+                if state.is_main_process:
+                    self._commit(shards)
+                state.wait_for_everyone()
+                self._open(shards)
+                bar.update(sum(map(len, groups[: first + state.num_processes])) - bar.n)
+            bar.close()
+        return len(todo)
+
+    def _new(self, records: Iterable[Mapping[str, str]], generate: bool) -> list[Item]:
+        """Items without tensors for those records that are not there yet; checks them all."""
+        known, ids, todo = {item.key for item in self.items}, {item.id: item.key for item in self.items}, []
+        for number, record in enumerate(records):
+            item = self._item(number, record, generate)
+            if item.key in known:
+                continue
+            hint = "give each record an id of its own, or none"
+            _require(item.id not in ids, f"Record {number} has the id {item.id!r} of another item: {hint}.")
+            todo.append(item)
+            known.add(item.key)
+            ids[item.id] = item.key
+        return todo
+
+    def _item(self, number: int, record: Mapping[str, str], generate: bool) -> Item:
+        needed = ("question",) if generate else ("question", "answer")
+        for field in (*needed, "domain", "id"):
+            value = record.get(field) if isinstance(record, Mapping) else None
+            fine = (isinstance(value, str) and value.strip()) or (value is None and field not in needed)
+            _require(fine, f"Record {number} has {field!r} = {value!r}, expected a text: {str(record)[:80]}")
+        question, domain = record["question"], record.get("domain") or ""
+        answer = "" if generate else record["answer"]
+        ids, start = _tokens(self.tokenizer, question, answer)
+        most = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        _require(len(ids) <= most, f"Record {number} has {len(ids)} tokens, the model reads up to {most}: split it.")
+        name = hashlib.sha256(json.dumps([domain, question, answer]).encode()).hexdigest()[:16]
+        return Item(record.get("id") or name, domain, question, answer, tuple(ids), start, generate)
+
+    def _groups(self, todo: list[Item], more: int) -> list[list[Item]]:
+        """Items of a shard each; `more` tokens of each are yet to come."""
+        groups, size, total = [], 0, 0
+        for item in todo:
+            own = self._bytes(len(item.input_ids) + more)
+            if not groups or size + own > SHARD_BYTES or len(groups[-1]) == SHARD_ITEMS:
+                groups.append([])
+                size = 0
+            groups[-1].append(item)
+            size, total = size + own, total + own
+        free = shutil.disk_usage(self.folder).free
+        seen = f"The new items take {total / 1e6:.0f} MB, {self.folder} has {free / 1e6:.0f} MB left"
+        _require(total < free, f"{seen}: free some, keep less, or use a smaller dtype.")
+        return groups
+
+    def _make(self, items: list[Item], generate: bool, max_new_tokens: int, batch_size: int, bar: tqdm) -> dict:
+        """Read the items of a shard and write its files; nothing refers to them yet."""
+        if generate:
+            prompts = [list(item.input_ids) for item in items]
+            answers = continuations(self.model, self.tokenizer, prompts, max_new_tokens, batch_size)
+            items = [_answered(self.tokenizer, *pair) for pair in zip(items, answers, strict=True)]
+        order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))  # alike lengths, little padding
+        tensors: dict[int, dict[str, Tensor]] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for i, piece in zip(batch, _read(self.model, [list(items[i].input_ids) for i in batch]), strict=True):
+                parts = {"hidden": piece.hidden_states, "kv": to_tensor(piece.cache)}
+                tensors[i] = {part: parts[part].to("cpu", self.dtype, copy=True) for part in self.keep}
+            bar.update(len(batch))
+        embeddings = _embed(self.embedder, [item.question for item in items])
+        return self._write(items, [tensors[i] for i in range(len(items))], embeddings)
+
+    def _write(self, items: list[Item], tensors: list[dict[str, Tensor]], embeddings: Tensor) -> dict:
+        """Write the two files of a shard and return its entry for the manifest."""
+        name = os.urandom(8).hex()
+        data, index = self._paths(name)
+        write_tensors(data, {f"{i}.{part}": t for i, own in enumerate(tensors) for part, t in own.items()})
+        rows = [
+            asdict(replace(item, input_ids=(), shard="", number=i, checksum=_checksum(own)))
+            for i, (item, own) in enumerate(zip(items, tensors, strict=True))
+        ]
+        flat = torch.tensor([token for item in items for token in item.input_ids], dtype=torch.int32)
+        lengths = torch.tensor([len(item.input_ids) for item in items])
+        table = {"input_ids": flat, "lengths": lengths, "embeddings": embeddings}
+        write_tensors(index, table, {"items": json.dumps(rows)})
+        sizes = {"bytes": data.stat().st_size, "index": xxh3_128_hexdigest(index.read_bytes())}
+        return {"name": name, "items": len(items), **sizes}
+
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        shards = self.folder / "shards"
+        return shards / f"{name}.safetensors", shards / f"{name}.index.safetensors"
+
+    def _create(self) -> None:
+        odd = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        _require(not odd, f"{self.folder} holds something that is not a store: give a new or an empty folder.")
+        (self.folder / "shards").mkdir(parents=True)
+        self._commit([])
+
+    def _commit(self, shards: list[dict]) -> None:
+        """Replace the manifest: from here on the shards belong to the store."""
+        probe = _embed(self.embedder, [PROBE])[0].tolist() if self.embedder else None
+        content = {"version": FORMAT_VERSION, "keep": self.keep, "dtype": str(self.dtype).removeprefix("torch.")}
+        content |= {"model": fingerprint(self.model), "tokenizer": _tokenizer_print(self.tokenizer)}
+        content = json.loads(json.dumps(content | {"embedder": probe, "shards": shards}))
+        write_text(self.folder / "manifest.json", json.dumps({"checksum": _json_sum(content), **content}, indent=1))
+
+    @contextmanager
+    def _only_writer(self, state: PartialState) -> Iterator[None]:
+        """Hold the store's lock, take up what others have added, and remove what a kill has left."""
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            if state.is_main_process:
+                lock.acquire()
+        except Timeout as error:
+            raise CacheError(f"Another process is adding to {self.folder}: wait until it is done.") from error
+        try:
+            state.wait_for_everyone()
+            shards = _manifest(self.folder)["shards"]
+            self._open(shards)
+            if state.is_main_process:
+                named = {path for shard in shards for path in self._paths(shard["name"])}
+                for path in {*(self.folder / "shards").iterdir(), *self.folder.glob(".manifest*.part")} - named:
+                    path.unlink()
+            state.wait_for_everyone()
+            yield
+        finally:
+            lock.release()
+
+    # -- opening and reading
+
+    def _open(self, shards: list[dict], skip_damaged: bool = False) -> None:
+        """List the items of shards that are not listed yet."""
+        if self.shards != shards[: len(self.shards)]:
+            self._forget()
+        found = [self.embeddings]
+        for shard in shards[len(self.shards) :]:
+            try:
+                items, embeddings = self._index(shard)
+            except CacheError as error:
+                if not skip_damaged:
+                    raise
+                self.damaged.append(shard["name"])
+                warnings.warn(f"{shard['items']} items are left out. {error}", stacklevel=3)
+                continue
+            self.items += items
+            found.append(embeddings)
+        self.shards, self.embeddings = list(shards), torch.cat(found)
+
+    def _index(self, shard: dict) -> tuple[list[Item], Tensor]:
+        data, index = self._paths(shard["name"])
+        hint = f"restore it from a copy, or open the store with skip_damaged=True (without its {shard['items']} items)"
+        for path in (data, index):
+            _require(path.is_file(), f"{path} is missing, which the store's manifest names: {hint}.")
+        size = data.stat().st_size
+        _require(size == shard["bytes"], f"{data} has {size} bytes, expected {shard['bytes']}: {hint}.")
+        whole = xxh3_128_hexdigest(index.read_bytes()) == shard["index"]
+        _require(whole, f"{index} is damaged (its contents do not match its checksum): {hint}.")
+        with safe_open(index, "pt") as file:
+            rows = json.loads(file.metadata()["items"])
+            ids, lengths, embeddings = (file.get_tensor(name) for name in ("input_ids", "lengths", "embeddings"))
+            texts = ids.split(lengths.tolist())
+            embeddings = embeddings.clone()  # not a map of the file
+        known = [
+            row | {"input_ids": tuple(t.tolist()), "shard": shard["name"]} for row, t in zip(rows, texts, strict=True)
+        ]
+        return [Item(**row) for row in known], embeddings
+
+    def read(self, item: Item) -> Piece:
+        """Read an item's tensors from disk, in the model's dtype and on its device.
+
+        Raises
+        ------
+        CacheError : they are missing or do not match their checksum; other items are not affected.
+        """
+        own = {part: tensor.to(self.model.device, self.model.dtype) for part, tensor in self._tensors(item).items()}
+        return Piece(item.input_ids, from_tensor(own["kv"]) if "kv" in own else None, own.get("hidden"))
+
+    def _tensors(self, item: Item) -> dict[str, Tensor]:
+        """The tensors of an item as they were stored, in memory that the file is mapped to."""
+        path, _ = self._paths(item.shard)
+        hint = "restore the file from a copy, or export the store and add the item again"
+        try:
+            with safe_open(path, "pt") as file:
+                own = {part: file.get_tensor(f"{item.number}.{part}") for part in self.keep}
+        except (SafetensorError, OSError) as error:
+            raise CacheError(f"Item {item.id!r} cannot be read from {path} ({error}): {hint}.") from error
+        whole = _checksum(own) == item.checksum
+        _require(whole, f"Item {item.id!r} in {path} is damaged (it does not match its checksum): {hint}.")
+        return own
+
+    def splice(self, items: Sequence[Item | Hit], arm: str = "recompute", **options) -> Prefix:
+        """Read items and put them behind one another before a prompt; see `kvlab.knowledge.splice`."""
+        found = [item.item if isinstance(item, Hit) else item for item in items]
+        return splice(self.model, [self.read(item) for item in found], arm, **options)
+
+    # -- finding
+
+    def retrieve(
+        self,
+        question: str,
+        k: int = 1,
+        threshold: float = 0.5,
+        domain: str | None = None,
+        exact: bool = False,
+    ) -> list[Hit]:
+        """The items whose questions are most like this one, best first; none if none is alike enough.
+
+        Parameters
+        ----------
+        k : at most so many.
+        threshold : least cosine similarity of a hit, which depends on the embedder: measure what it lets through (see
+            chapter 01). -1 gives the nearest items in any case.
+        domain : look among the items of this domain only.
+        exact : only items with the same question, but for case, punctuation and space (so it is without an embedder).
+
+        Raises
+        ------
+        CacheError : k is not positive, the domain is unknown, the question is no text.
+        """
+        _require(isinstance(question, str) and question.strip(), f"The question is {question!r}, expected a text.")
+        _require(k >= 1, f"k is {k}, expected at least 1.")
+        chosen = self.items
+        if domain is not None:
+            chosen = [item for item in chosen if item.domain == domain]
+            have = ", ".join(repr(name) for name in sorted({item.domain for item in self.items}))
+            _require(chosen, f"There is no domain {domain!r} in {self.folder}: it has {have or 'no items'}.")
+        if exact or not self.embedder:
+            same = [item for item in chosen if _normal(item.question) == _normal(question)]
+            return [Hit(item, 1.0) for item in same[:k]]
+        scores = self.embeddings @ _embed(self.embedder, [question])[0]
+        if domain is not None:
+            scores[[item.domain != domain for item in self.items]] = -2.0
+        best = scores.topk(min(k, len(chosen)))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [Hit(self.items[i], score) for score, i in pairs if score >= threshold]
+
+    def summary(self) -> pd.DataFrame:
+        """Items, tokens and megabytes (10^6 bytes) by domain, and in all."""
+        rows = [(item.domain, 1, item.generated, len(item.input_ids), len(item.input_ids) - item.answer_start)
+                for item in self.items]  # fmt: skip
+        names = ["domain", "items", "generated", "tokens", "answer tokens"]
+        table = pd.DataFrame(rows, columns=names).groupby("domain").sum()
+        table.loc["all"] = table.sum()
+        table["size (MB)"] = [self._bytes(int(tokens)) / 1e6 for tokens in table["tokens"]]
+        return table
+
+    # -- copying
+
+    def export(self, folder: str | Path, domain: str | None = None) -> "KnowledgeCache":
+        """Copy the items of one domain, or all, to a store of their own in a new folder, in full shards.
+
+        A store opened with `skip_damaged` leaves out what cannot be read, and says so in a warning.
+        """
+        have = {item.domain for item in self.items}
+        _require(domain is None or domain in have, f"There is no domain {domain!r}: expected one of {sorted(have)}.")
+        copy = KnowledgeCache(Path(folder), self.model, self.tokenizer, self.embedder, self.keep, self.dtype)
+        copy._create()
+        chosen = [item for item in self.items if domain in (None, item.domain)]
+        rows = dict(zip((item.id for item in self.items), self.embeddings, strict=True))
+        shards = []
+        for group in copy._groups(chosen, 0):
+            read = [(item, own) for item in group if (own := self._readable(item)) is not None]
+            if read:
+                embeddings = torch.stack([rows[item.id] for item, _ in read])
+                shards.append(copy._write([item for item, _ in read], [own for _, own in read], embeddings))
+        copy._commit(shards)
+        copy._open(shards)
+        return copy
+
+    def _readable(self, item: Item) -> dict[str, Tensor] | None:
+        try:
+            return self._tensors(item)
+        except CacheError as error:
+            if not self.damaged:
+                raise
+            warnings.warn(f"One item is left out. {error}", stacklevel=3)
+            return None
+
+
+# -- what makes a store fit
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> tuple[list[int], int]:
+    """The ids of prompt and answer (if there is one), and where the answer starts."""
+    asked = [{"role": "user", "content": question}]
+    prompt = encode(tokenizer, asked)
+    if not answer:
+        return prompt, len(prompt)
+    whole = encode(tokenizer, [*asked, {"role": "assistant", "content": answer}])
+    if whole[: len(prompt)] != prompt:  # a template may render an answer otherwise than it opens one
+        whole = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return whole, len(prompt)
+
+
+def _answered(tokenizer: PreTrainedTokenizerBase, item: Item, ids: list[int]) -> Item:
+    """The item with the answer that was generated, in the tokens in which it was."""
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return replace(item, answer=text, input_ids=(*item.input_ids, *ids))
+
+
+def _normal(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())
+
+
+def _embed(embedder: Embedder | None, questions: list[str]) -> Tensor:
+    if embedder is None:
+        return torch.empty(len(questions), 0)
+    options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}
+    return embedder.encode(questions, **options).float().cpu()
+
+
+def _width(embedder: Embedder | None) -> int:
+    return _embed(embedder, [PROBE]).shape[1]
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    return "".join(xxh3_128_hexdigest(as_bytes(tensors[part])) for part in sorted(tensors))
+
+
+def _json_sum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(folder: Path) -> dict:
+    """Read a manifest, or say what is wrong with it."""
+    path = folder / "manifest.json"
+    _require(path.is_file(), f"There is no store in {folder}: build one with KnowledgeCache.build.")
+    damaged = f"{path} is damaged: restore it from a copy; the shards beside it are not touched."
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CacheError(f"{damaged} ({error})") from error
+    _require(isinstance(manifest, dict) and "version" in manifest, damaged)
+    seen = f"The store in {folder} has format version {manifest['version']}, this kvlab reads {FORMAT_VERSION}"
+    _require(manifest["version"] == FORMAT_VERSION, f"{seen}: use the kvlab that wrote it, or build it again.")
+    claimed = manifest.pop("checksum", None)
+    _require(claimed == _json_sum(manifest), f"{damaged} (Its contents do not match its checksum.)")
+    return manifest
+
+
+def _tokenizer_print(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What makes the same text the same tokens."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content |= {"truncation": None, "padding": None}  # these change with use
+    else:
+        content = {"vocabulary": tokenizer.get_vocab()}
+    return {"vocabulary": _json_sum(content), "chat template": _json_sum({"template": tokenizer.chat_template})}
+
+
+def _require_embedder(folder: Path, probe: list[float] | None, embedder: Embedder | None) -> None:
+    if embedder is None:
+        return
+    _require(
+        probe, f"The store in {folder} was built without an embedder: build it again with one, or load it without."
+    )
+    own, stored = _embed(embedder, [PROBE])[0], torch.tensor(probe)
+    same = own.shape == stored.shape and cosine_similarity(own, stored, dim=0) > 0.999
+    seen = f"The embedder gives other vectors ({len(own)} numbers) than that of the store in {folder} ({len(stored)})"
+    _require(same, f"{seen}: load it with the embedder it was built with, or with none, or build it again.")
