@@ -24,7 +24,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -245,13 +245,14 @@ class KnowledgeCache:
     dtype : in which it is kept; reading converts it to the model's.
     """
 
-    def __init__(self, folder: Path, model, tokenizer, embedder, keep: tuple[str, ...], dtype: torch.dtype):
+    def __init__(self, folder: Path, model, tokenizer, embedder, settings: dict):
         self.folder, self.model, self.tokenizer, self.embedder = folder, model, tokenizer, embedder
-        self.keep, self.dtype, self.damaged = keep, dtype, []
+        self.settings, self.damaged = settings, []  # the manifest but for the shards; names of shards left out
+        self.keep, self.dtype = tuple(settings["keep"]), getattr(torch, settings["dtype"])
         self._forget()
 
     def _forget(self) -> None:
-        self.shards, self.items, self.embeddings = [], [], torch.empty(0, _width(self.embedder))
+        self.shards, self.items, self.embeddings = [], [], torch.empty(0, len(self.settings["embedder"]))
 
     @classmethod
     def build(
@@ -280,21 +281,19 @@ class KnowledgeCache:
         ------
         CacheError : the folder holds something else, or a store of another model, tokenizer, embedder or setting.
         """
-        folder, keep = Path(folder), tuple(part for part in PARTS if part in keep) if set(keep) <= {*PARTS} else keep
-        _require(keep and set(keep) <= {*PARTS}, f"keep is {keep!r}, expected one or both of {PARTS}.")
-        require_supported(model)
+        wrong = set(keep) - set(PARTS) if not isinstance(keep, str) else {keep}
+        _require(keep and not wrong, f"keep is {keep!r}, expected a list of one or both of {PARTS}.")
         dtype = dtype or model.dtype
         _require(dtype.is_floating_point, f"dtype is {dtype}, expected a floating one such as torch.float16.")
-        if (folder / "manifest.json").exists():
-            store = cls.load(folder, model, tokenizer, embedder)
-            have, want = (store.keep, store.dtype), (keep, dtype)
-            hint = "pass the same, or build in another folder"
-            _require(have == want, f"The store in {folder} was built with (keep, dtype) = {have}, not {want}: {hint}.")
-        else:
-            store = cls(folder, model, tokenizer, embedder, keep, dtype)
-            if PartialState().is_main_process:
-                store._create()
-            PartialState().wait_for_everyone()
+        require_supported(model)
+        folder, state = Path(folder), PartialState()
+        asked = {"keep": [part for part in PARTS if part in keep], "dtype": str(dtype).removeprefix("torch.")}
+        if state.is_main_process and not (folder / "manifest.json").exists():
+            cls._create(folder, _settings(model, tokenizer, embedder, asked))
+        state.wait_for_everyone()
+        store = cls.load(folder, model, tokenizer, embedder)
+        have = {name: store.settings[name] for name in asked}
+        _require(have == asked, f"The store in {folder} was built with {have}, not {asked}: build in another folder.")
         store.add(records, **adding)
         return store
 
@@ -328,9 +327,9 @@ class KnowledgeCache:
         unlike = " and ".join(part for part in own if own[part] != manifest["tokenizer"].get(part))
         _require(not unlike, f"The store in {folder} was built with another tokenizer (its {unlike} differs): {hint}.")
         _require_embedder(folder, manifest["embedder"], embedder)
-        dtype = getattr(torch, manifest["dtype"])
-        store = cls(folder, model, tokenizer, embedder, tuple(manifest["keep"]), dtype)
-        store._open(manifest["shards"], skip_damaged)
+        shards = manifest.pop("shards")
+        store = cls(folder, model, tokenizer, embedder, manifest)
+        store._open(shards, skip_damaged)
         return store
 
     def __len__(self) -> int:
@@ -383,6 +382,8 @@ class KnowledgeCache:
             the model, too little room on the disk, another process that is adding.
         """
         _require(not self.damaged, f"{self.folder} was opened without its damaged parts: export it, and add there.")
+        same = bool(self.settings["embedder"]) == (self.embedder is not None)
+        _require(same, f"The store in {self.folder} was built with an embedder: load it with that, to add to it.")
         state, records = PartialState(), list(records)
         with self._only_writer(state):
             todo = self._new(records, generate)
@@ -391,11 +392,11 @@ class KnowledgeCache:
             label = f"reading {len(todo)} items, {'at least ' * generate}{amount:.1f} MB"
             bar = tqdm(total=len(todo), desc=label, disable=not state.is_main_process or not todo)
             for first in range(0, len(groups), state.num_processes):
-                group = groups[first + state.process_index :][:1] if first + state.process_index < len(groups) else []
+                group = groups[first + state.process_index :][:1]  # none, if there are fewer than processes
                 made = [self._make(items, generate, max_new_tokens, batch_size, bar) for items in group]
                 shards = self.shards + gather_object(made)
                 if state.is_main_process:
-                    self._commit(shards)
+                    _commit(self.folder, self.settings, shards)
                 state.wait_for_everyone()
                 self._open(shards)
                 bar.update(sum(map(len, groups[: first + state.num_processes])) - bar.n)
@@ -466,6 +467,7 @@ class KnowledgeCache:
         """Write the two files of a shard and return its entry for the manifest."""
         name = os.urandom(8).hex()
         data, index = self._paths(name)
+        data.parent.mkdir(exist_ok=True)
         write_tensors(data, {f"{i}.{part}": t for i, own in enumerate(tensors) for part, t in own.items()})
         rows = [
             asdict(replace(item, input_ids=(), shard="", number=i, checksum=_checksum(own)))
@@ -482,41 +484,29 @@ class KnowledgeCache:
         shards = self.folder / "shards"
         return shards / f"{name}.safetensors", shards / f"{name}.index.safetensors"
 
-    def _create(self) -> None:
-        odd = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        _require(not odd, f"{self.folder} holds something that is not a store: give a new or an empty folder.")
-        (self.folder / "shards").mkdir(parents=True)
-        self._commit([])
-
-    def _commit(self, shards: list[dict]) -> None:
-        """Replace the manifest: from here on the shards belong to the store."""
-        probe = _embed(self.embedder, [PROBE])[0].tolist() if self.embedder else None
-        content = {"version": FORMAT_VERSION, "keep": self.keep, "dtype": str(self.dtype).removeprefix("torch.")}
-        content |= {"model": fingerprint(self.model), "tokenizer": _tokenizer_print(self.tokenizer)}
-        content = json.loads(json.dumps(content | {"embedder": probe, "shards": shards}))
-        write_text(self.folder / "manifest.json", json.dumps({"checksum": _json_sum(content), **content}, indent=1))
+    @staticmethod
+    def _create(folder: Path, settings: dict) -> None:
+        """Make an empty store, unless another process has just made one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            odd = [path.name for path in folder.iterdir() if not path.name.startswith((".manifest", ".lock"))]
+            if "manifest.json" not in odd:
+                _require(not odd, f"{folder} holds {odd[:3]} and no store: give a new or an empty folder.")
+                _commit(folder, settings, [])
 
     @contextmanager
     def _only_writer(self, state: PartialState) -> Iterator[None]:
         """Hold the store's lock, take up what others have added, and remove what a kill has left."""
-        lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            if state.is_main_process:
-                lock.acquire()
-        except Timeout as error:
-            raise CacheError(f"Another process is adding to {self.folder}: wait until it is done.") from error
-        try:
+        with _lock(self.folder) if state.is_main_process else nullcontext():
             state.wait_for_everyone()
-            shards = _manifest(self.folder)["shards"]
-            self._open(shards)
+            self._open(_manifest(self.folder)["shards"])
             if state.is_main_process:
-                named = {path for shard in shards for path in self._paths(shard["name"])}
-                for path in {*(self.folder / "shards").iterdir(), *self.folder.glob(".manifest*.part")} - named:
+                named = {path for shard in self.shards for path in self._paths(shard["name"])}
+                found = {*self.folder.glob("shards/*"), *self.folder.glob("shards/.*"), *self.folder.glob(".manifest*")}
+                for path in found - named:
                     path.unlink()
             state.wait_for_everyone()
             yield
-        finally:
-            lock.release()
 
     # -- opening and reading
 
@@ -645,8 +635,9 @@ class KnowledgeCache:
         """
         have = {item.domain for item in self.items}
         _require(domain is None or domain in have, f"There is no domain {domain!r}: expected one of {sorted(have)}.")
-        copy = KnowledgeCache(Path(folder), self.model, self.tokenizer, self.embedder, self.keep, self.dtype)
-        copy._create()
+        self._create(Path(folder), self.settings)
+        copy = KnowledgeCache(Path(folder), self.model, self.tokenizer, self.embedder, self.settings)
+        _require(not _manifest(copy.folder)["shards"], f"There is a store in {folder}: give a new or an empty folder.")
         chosen = [item for item in self.items if domain in (None, item.domain)]
         rows = dict(zip((item.id for item in self.items), self.embeddings, strict=True))
         shards = []
@@ -655,7 +646,7 @@ class KnowledgeCache:
             if read:
                 embeddings = torch.stack([rows[item.id] for item, _ in read])
                 shards.append(copy._write([item for item, _ in read], [own for _, own in read], embeddings))
-        copy._commit(shards)
+        _commit(copy.folder, copy.settings, shards)
         copy._open(shards)
         return copy
 
@@ -670,6 +661,29 @@ class KnowledgeCache:
 
 
 # -- what makes a store fit
+
+
+def _settings(model, tokenizer, embedder: Embedder | None, asked: dict) -> dict:
+    """What a store is built with, as its manifest has it; the embedder by what it makes of one sentence."""
+    prints = {"model": fingerprint(model), "tokenizer": _tokenizer_print(tokenizer)}
+    probe = _embed(embedder, [PROBE])[0].tolist()
+    return json.loads(json.dumps({"version": FORMAT_VERSION, **asked, **prints, "embedder": probe}))
+
+
+def _commit(folder: Path, settings: dict, shards: list[dict]) -> None:
+    """Replace the manifest: from here on these shards are the store."""
+    content = settings | {"shards": shards}
+    write_text(folder / "manifest.json", json.dumps({"checksum": _json_sum(content), **content}, indent=1))
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Be the only one who writes to a store; a process that dies lets go."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise CacheError(f"Another process is adding to {folder}: wait until it is done.") from error
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> tuple[list[int], int]:
@@ -699,10 +713,6 @@ def _embed(embedder: Embedder | None, questions: list[str]) -> Tensor:
         return torch.empty(len(questions), 0)
     options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}
     return embedder.encode(questions, **options).float().cpu()
-
-
-def _width(embedder: Embedder | None) -> int:
-    return _embed(embedder, [PROBE]).shape[1]
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -740,7 +750,7 @@ def _tokenizer_print(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {"vocabulary": _json_sum(content), "chat template": _json_sum({"template": tokenizer.chat_template})}
 
 
-def _require_embedder(folder: Path, probe: list[float] | None, embedder: Embedder | None) -> None:
+def _require_embedder(folder: Path, probe: list[float], embedder: Embedder | None) -> None:
     if embedder is None:
         return
     _require(

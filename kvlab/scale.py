@@ -3,9 +3,12 @@
 `tiny` is the lab on a CPU, offline; `t4` is Qwen3 on a 16 GB GPU; `full` is the pairs of the methods' own sources.
 """
 
+from __future__ import annotations
+
 import copy
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -20,6 +23,9 @@ from transformers.utils import logging
 
 from kvlab.cache import bytes_per_token
 from kvlab.lab import models as lab
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 # Shapes of the public models that the larger scales use, so that memory is known before anything is downloaded.
 # hidden, intermediate, layers, heads, KV heads, head size, vocabulary, tied embeddings
@@ -63,7 +69,7 @@ class Scale:
     seed: int = 0
 
     @classmethod
-    def current(cls) -> "Scale":
+    def current(cls) -> Scale:
         """The preset named by KVLAB_SCALE, else the one that fits the device; also sets seed and threads.
 
         Raises
@@ -103,6 +109,10 @@ class Scale:
         """The tokenizer of a role's model."""
         name = getattr(self, role)
         return lab.load_tokenizer(name) if name in lab.NAMES else AutoTokenizer.from_pretrained(name)
+
+    def load_embedder(self) -> SentenceTransformer:
+        """The sentence embedder, on the device."""
+        return lab.load_embedder(self.embedder, self.device)
 
     def memory(self, chapter: str) -> dict[str, float]:
         """Predicted peak memory of a chapter in units of 10^9 bytes, by part and in total.

@@ -29,6 +29,37 @@ def faq(language: str = "en") -> tuple[dict, ...]:
     return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
+@cache
+def wordings() -> dict[str, tuple[str, ...]]:
+    """Many ways to ask for each English FAQ item, by its id, for training an embedder.
+
+    Their authors did not see the held-out paraphrases, and what came close to one by chance was taken out.
+
+    Examples
+    --------
+    >>> set(wordings()) == {item["id"] for item in faq()}
+    True
+    """
+    rows = map(json.loads, (DATA / "wordings_en.jsonl").read_text(encoding="utf-8").splitlines())
+    return {row["id"]: tuple(row["wordings"]) for row in rows}
+
+
+@cache
+def outside(split: str = "test") -> tuple[str, ...]:
+    """English questions that no FAQ item answers, half of them close to one: "train", "calibrate" or "test".
+
+    Examples
+    --------
+    >>> len(outside("calibrate")), len(outside("test"))
+    (104, 104)
+    """
+    rows = [json.loads(line) for line in (DATA / "outside_en.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = tuple(row["question"] for row in rows if row["split"] == split)
+    if not found:
+        raise ValueError(f"There is no split {split!r}: expected 'train', 'calibrate' or 'test'.")
+    return found
+
+
 def faq_texts() -> list[str]:
     """The English FAQ's training texts: questions, the two training paraphrases, answers."""
     return [" " + text for i in faq() for text in (i["question"], *i["paraphrases"][:2], i["answer"])]
@@ -69,6 +100,24 @@ class Mix:
     questions: int = 6
     kinds: tuple[float, ...] = (60, 15, 15, 10)
     easy: float = 0.5
+
+
+class Wordings(Dataset):
+    """Rows {"question", "wording", "other"} for `steps` batches, each with every FAQ item once, in order.
+
+    A wording is one of many for the item's question, or its answer; the other is a question the FAQ does not answer.
+    """
+
+    def __init__(self, steps: int, seed: int = 0):
+        self.steps, self.seed = steps, seed
+
+    def __len__(self) -> int:
+        return self.steps * len(faq())
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        rng, item = random.Random(f"{self.seed}:{index}"), faq()[index % len(faq())]
+        wording = rng.choice([*item["paraphrases"][:2], item["answer"], *wordings()[item["id"]]])
+        return {"question": item["question"], "wording": wording, "other": rng.choice(outside("train"))}
 
 
 class Rows(Dataset):

@@ -1,6 +1,9 @@
 """The lab family: shapes, growth, and loading of the models that ship with kvlab."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -12,8 +15,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 MODELS = Path(__file__).parent / "models"
 NAMES = ("lab-target", "lab-draft", "lab-teacher")
+EMBEDDER = "lab-embedder"
 _SHARED = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 2048,
@@ -107,6 +114,19 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
     12
     """
     return AutoModelForCausalLM.from_pretrained(_folder(name), dtype=dtype).to(device).eval()
+
+
+def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> SentenceTransformer:
+    """A sentence embedder: the lab's own, or one from the hub by its name.
+
+    Examples
+    --------
+    >>> load_embedder().encode(["What is a hash table?"]).shape
+    (1, 128)
+    """
+    from sentence_transformers import SentenceTransformer  # slow to import
+
+    return SentenceTransformer(str(MODELS / name) if name == EMBEDDER else name, device=device)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import normalizers
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from kvlab.lab import models
-from kvlab.lab.corpora import Mix, Rows
+from kvlab.lab.corpora import Mix, Rows, Wordings, faq
 from kvlab.lab.tokenizers import train_tokenizer
 from kvlab.losses import cross_entropy
 from kvlab.training import fit
@@ -68,6 +70,40 @@ def train(name: str, work: Path = Path("lab-runs"), out: Path = models.MODELS, s
             label=f"{name}, stage {number + 1} of {len(STAGES[name])}",
         )
     return save(model, tokenizer, out / name)
+
+
+def train_embedder(out: Path = models.MODELS, seed: int = 0, steps: int = 400) -> Path:
+    """Train the lab's sentence embedder and write it to `out/lab-embedder`; takes seconds. Returns the folder.
+
+    A vector for each token of the lab's tokenizer, and a question is the mean of its tokens' vectors. Wordings of an
+    item are pulled to its question, against the other items' and against questions that the FAQ does not answer
+    (multiple negatives ranking, Henderson et al. 2017, arXiv 1705.00652, section 4.4).
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    torch.manual_seed(seed)
+    words = train_tokenizer(*TOKENIZERS["lab-target"]).backend_tokenizer
+    words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend(" ")])
+    table = StaticEmbedding(words, embedding_weights=0.1 * torch.randn(words.get_vocab_size(), 128))
+    embedder = SentenceTransformer(modules=[table], device="cpu")
+    loader = DataLoader(
+        Wordings(steps, seed),
+        batch_size=len(faq()),
+        collate_fn=lambda rows: {name: table.preprocess([row[name] for row in rows]) for name in rows[0]},
+    )
+    settings = {"learning_rate": 0.02, "weight_decay": 0.0, "warmup": 0, "decay": 1.0, "every": steps}
+    fit(embedder, loader, _ranking, steps=steps, seed=seed, label=models.EMBEDDER, **settings)
+    embedder.save_pretrained(str(out / models.EMBEDDER), create_model_card=False)
+    return out / models.EMBEDDER
+
+
+def _ranking(embedder, batch):
+    vectors = {name: embedder(dict(texts))["sentence_embedding"] for name, texts in batch.items()}
+    question, wording, other = (functional.normalize(vectors[name]) for name in ("question", "wording", "other"))
+    scores = 10 * question @ torch.cat([wording, other]).T  # (n, 2 n); the right ones are on the diagonal
+    right = torch.arange(len(scores))
+    return {"ranking": (functional.cross_entropy(scores, right) + functional.cross_entropy(scores.T[right], right)) / 2}
 
 
 def save(model, tokenizer, folder: Path) -> Path:
