@@ -1,21 +1,33 @@
 """`kvlab …`: each subcommand is a function, and its options are the function's own signature."""
 
 import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
+from statistics import median
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
 from jsonargparse import ArgumentParser, auto_cli
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from kvlab import lab
+from kvlab.cache import Prefix, truncate
 from kvlab.evaluate import circumstances, encode
 from kvlab.files import write_text
+from kvlab.knowledge import ARMS, Item, KnowledgeCache, Piece, splice
 from kvlab.lab.__main__ import report, train
 from kvlab.lab.report import problems
+from kvlab.records import faq, read_prompts
 from kvlab.scale import Scale
 from kvlab.speculate import (
     Generated,
@@ -26,6 +38,7 @@ from kvlab.speculate import (
     best_gamma,
     cost_model,
     costs,
+    decode,
     generate,
     summarize,
 )
@@ -121,35 +134,6 @@ def speculate(
         print(_save({"settings": settings, "prompts": results, "summary": summary, **circumstances()}, output_dir))
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: one a line, or, if it begins with "{", the first of "turns" in each line (as Spec-Bench has).
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-    ...     print('{"turns": ["Hello.", "Go on."]}', file=file, flush=True)
-    ...     read_prompts(Path(file.name))
-    ['Hello.']
-    """
-    lines = [(n, line.strip()) for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty, expected one prompt a line.")
-    if not lines[0][1].startswith("{"):
-        return [line for _, line in lines]
-    prompts = []
-    for n, line in lines:
-        try:
-            prompts.append(json.loads(line)["turns"][0])
-        except (ValueError, TypeError, KeyError, IndexError):
-            prompts.append(None)
-        if not isinstance(prompts[-1], str):
-            raise ValueError(
-                f'{path}, line {n} is {line[:60]!r}, expected a JSON object like {{"turns": ["A prompt."]}}.'
-            )
-    return prompts
-
-
 def _shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
     target, draft = (scale.load_tokenizer(role) for role in ("target", "draft"))
     if target.get_vocab() != draft.get_vocab():
@@ -204,6 +188,187 @@ def compare(arms: dict[str, Summary], prompts: int, gamma: int) -> dict:
     return figures
 
 
+def build_cache(
+    store: Path = Path("knowledge"),
+    records: Path | None = None,
+    per_domain: bool = False,
+    generate_answers: bool = False,
+    max_new_tokens: int = 128,
+    keep: list[str] | None = None,
+    dtype: str | None = None,
+    base_model: str | None = None,
+    language: str = "en",
+    batch_size: int = 8,
+) -> None:
+    """Let a model read question/answer records and keep what it computed; what is in the store already is skipped.
+
+    Args:
+        store: folder of the store; new, or one to add to.
+        records: JSON lines with "question", "answer" and, if wanted, "domain" and "id", a YAML file of the chatterbot
+            corpus, or a folder of such files. Default: the lab's FAQ.
+        per_domain: also copy the items of each domain to a store of their own, in the folder STORE-DOMAIN.
+        generate_answers: let the model answer; answers in the records are not used.
+        max_new_tokens: of a generated answer.
+        keep: kv (keys and values), hidden (last hidden states), or both, e.g. --keep kv hidden. Default: kv.
+        dtype: in which it is kept, e.g. float16. Default: that of the model.
+        base_model: the model that reads; a lab model, a hub name or a folder. Default: the scale's target.
+        language: of the lab's FAQ, en or zh.
+        batch_size: of reading and of generating.
+    """
+    kept = None if dtype is None else getattr(torch, dtype, None)
+    if dtype and not isinstance(kept, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}, expected the name of one, such as float16.")
+    found = faq(records) if records else lab.faq(language)
+    main = PartialState().is_main_process  # before the model is loaded: it says which GPU is this process's own
+    scale = _scale(base_model)
+    parts = scale.load("target"), scale.load_tokenizer("target"), scale.load_embedder()
+    made = KnowledgeCache.build(store, [], *parts, keep=keep or ("kv",), dtype=kept)
+    size = f"{'at most ' * generate_answers}{made.estimate(found, generate_answers, max_new_tokens) / 1e6:.1f} MB"
+    if main:
+        print(f"{store} has {len(made)} items. Of {len(found)} records, those that are new to it will take {size}.")
+    new = made.add(found, generate_answers, max_new_tokens, batch_size)
+    if main:
+        print(f"{new} items are new, {len(found) - new} were there.", made.summary().round(2).to_string(), sep="\n\n")
+    if main and per_domain:
+        print("", *_export_domains(made), sep="\n")
+
+
+def _scale(base_model: str | None) -> Scale:
+    scale = Scale.current()
+    return replace(scale, target=base_model or scale.target)
+
+
+def _export_domains(store: KnowledgeCache) -> list[str]:
+    """A store for each domain, beside the whole one; those that are there are kept if complete, else replaced."""
+    home, copies = store.folder.resolve(), []
+    for domain in sorted({item.domain for item in store.items}):
+        name = re.sub(r"[^\w -]", lambda odd: f"%{ord(odd[0]):02X}", domain)  # any text becomes a name of its own
+        folder = home.with_name(f"{home.name}-{name}")
+        if not _current(store, folder, domain):
+            part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+            store.export(part, domain)
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        copies.append(f"{folder.name}: {sum(item.domain == domain for item in store.items)} items")
+    return copies
+
+
+def _current(store: KnowledgeCache, folder: Path, domain: str) -> bool:
+    """Whether a folder holds this domain already; refuses one that holds anything else, which would be lost."""
+    if not folder.exists():
+        return False
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is there and is no store, so it is not replaced: move it away.")
+    have = KnowledgeCache.load(folder, store.model, store.tokenizer, store.embedder)
+    there, whole = ({item.id: item.checksum for item in items} for items in (have.items, store.items))
+    if extra := there.keys() - whole.keys():
+        seen = f"{folder} holds {len(extra)} items that are not in {store.folder}"
+        raise ValueError(f"{seen}, so it is not replaced: add them there too, or move that folder away.")
+    own = {item.id: item.checksum for item in store.items if item.domain == domain}
+    return have.settings == store.settings and there == own
+
+
+def ask(
+    questions: list[str],
+    store: Path = Path("knowledge"),
+    k: int = 1,
+    threshold: float = 0.5,
+    domain: str | None = None,
+    arm: Literal[ARMS] = "recompute",
+    exact: bool = False,
+    max_new_tokens: int = 96,
+    base_model: str | None = None,
+) -> None:
+    """Ask a model with and without what a store knows, and compare answers, time, tokens read and bytes loaded.
+
+    Four ways: the question alone; after the items found, read anew as text; after the same items from the store; and
+    the best item's own question, whose cache is in the store, so that one token is read. Time to first token is from
+    the start of loading and splicing (finding apart) to the first token, the median of 3 runs after one to warm up;
+    by then the file is in the system's memory.
+
+    Args:
+        questions: one or more, before all options.
+        store: folder that `kvlab build-cache` made.
+        k: items to put before the question.
+        threshold: least similarity of an item that counts as found.
+        domain: look among the items of this domain only.
+        arm: how items from the store are put together: full, prefix, concat, shift or recompute (chapter 01).
+        exact: find the same question only, but for case, punctuation and space.
+        max_new_tokens: of each answer.
+        base_model: that the store was built with. Default: the scale's target.
+    """
+    if not (store / "manifest.json").is_file():
+        raise ValueError(f"There is no store in {store}: build one with `kvlab build-cache --store {store}`.")
+    scale = _scale(base_model)
+    model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
+    known = KnowledgeCache.load(store, model, tokenizer, None if exact else scale.load_embedder())
+    if "kv" not in known.keep:
+        raise ValueError(f"The store in {store} keeps no keys and values: build one with --keep kv, in a new folder.")
+    for question in questions:
+        hits = known.retrieve(question, k, threshold, domain, exact)
+        print(f"{question}")
+        for hit in hits:
+            print(f"    found: {hit.item.question} (domain {hit.item.domain or 'none'}, score {hit.score:.2f})")
+        if not hits:
+            print(f"    not in the store: {'no item has this question' if exact else f'nothing scores {threshold}'}")
+        table = _ways(known, question, [hit.item for hit in hits], arm, max_new_tokens)
+        print(table.to_string(float_format="{:.2f}".format, justify="left"), end="\n\n")
+
+
+def _ways(store: KnowledgeCache, question: str, items: Sequence[Item], arm: str, max_new_tokens: int) -> pd.DataFrame:
+    """One row a way to answer; without items only the first."""
+    asked = encode(store.tokenizer, [{"role": "user", "content": question}])
+    ways = {"question alone": (lambda: None, asked, 0, 0)}
+    if items:
+        sizes, best = [len(item.input_ids) for item in items], items[0]
+        anew = {"full": 0, "prefix": 1, "recompute": 1}.get(arm, len(items))
+        stop = best.answer_start - 1
+        ways |= {
+            "knowledge as text": (lambda: _as_text(store, items), asked, sum(sizes), 0),
+            "knowledge from the store": (lambda: store.splice(items, arm), asked, sum(sizes[anew:]), sum(sizes)),
+            "the stored question itself": (lambda: _asked(store, best), best.input_ids[stop : stop + 1], 0, sizes[0]),
+        }
+    rows = {
+        way: {
+            "first token (ms)": _first_token_ms(store, begin, ids),
+            "tokens read": more + len(ids),
+            "loaded (MB)": store._bytes(loaded) / 1e6,
+            "answer": _answer(store, begin(), ids, max_new_tokens),
+        }
+        for way, (begin, ids, more, loaded) in ways.items()
+    }
+    table = pd.DataFrame(rows.values(), rows)
+    table["answer"] = table["answer"].str.ljust(table["answer"].str.len().max())
+    return table
+
+
+def _as_text(store: KnowledgeCache, items: Sequence[Item]) -> Prefix:
+    return splice(store.model, [Piece(item.input_ids, None) for item in items], "full")
+
+
+def _asked(store: KnowledgeCache, item: Item) -> Prefix:
+    """A stored question, but for its last token, which is read again for what follows it."""
+    stop = item.answer_start - 1
+    return Prefix(truncate(store.read(item).cache, stop), stop, item.input_ids[:stop])
+
+
+def _first_token_ms(store: KnowledgeCache, begin: Callable[[], Prefix | None], ids: Sequence[int]) -> float:
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        next(decode(store.model, [ids], prefix=begin(), max_new_tokens=1))
+        seconds.append(time.perf_counter() - started)
+    return 1000 * median(seconds[1:])
+
+
+def _answer(store: KnowledgeCache, prefix: Prefix | None, ids: Sequence[int], max_new_tokens: int) -> str:
+    made = generate(store.model, [ids], prefix=prefix, max_new_tokens=max_new_tokens)
+    return " ".join(store.tokenizer.decode(made.tokens[0], skip_special_tokens=True).split())
+
+
 def _print(results: list[dict], summary: dict) -> None:
     for result in results:
         print(f"{result['prompt']}\n    {result['speculative']['text']}\n")
@@ -221,15 +386,18 @@ def _save(result: dict, folder: Path) -> Path:
     return write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
+_OPTION = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # --per-domain is --per_domain
+
+
 class _Parser(ArgumentParser):
-    """As jsonargparse has it, but `--flag` alone means true, and prompts are texts side by side, not a YAML list."""
+    """As jsonargparse has it, but `--flag` alone means true, and a list is texts side by side, not a YAML list."""
 
     def add_argument(self, *names, **options):
         if options.get("type") is bool:
             options |= {"nargs": "?", "const": True}
-        if "--prompts" in names:
-            told = {"default": options["default"], "help": options["help"]}
-            names, options = ("--prompts",), told | {"type": str, "nargs": "+"}
+        if names[:1] in (("--prompts",), ("--keep",), ("questions",)):
+            told = {name: options[name] for name in ("default", "help") if name in options}
+            names, options = names[:1], told | {"type": str, "nargs": "+"}
         return super().add_argument(*names, **options)
 
 
@@ -241,9 +409,12 @@ def main(args: list[str] | None = None) -> None:
     >>> main(["scale"])  # doctest: +ELLIPSIS
     Scale ...
     """
-    lab = {"_help": "Make and measure the lab models.", "train": train, "report": report}
+    models = {"_help": "Make and measure the lab models.", "train": train, "report": report}
+    commands = {"scale": scale, "speculate": speculate, "build-cache": build_cache, "ask": ask, "lab": models}
+    args = sys.argv[1:] if args is None else args
+    args = [_OPTION.sub(lambda name: name[0].replace("-", "_"), arg) for arg in args]
     try:
-        auto_cli({"scale": scale, "speculate": speculate, "lab": lab}, args, parser_class=_Parser)
+        auto_cli(commands, args, parser_class=_Parser)
     except (ValueError, OSError) as error:  # what the user can mend needs no traceback
         raise SystemExit(f"kvlab: {error}") from error
 

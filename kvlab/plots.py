@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -67,13 +68,30 @@ def cache_picture(matrices: Mapping[str, Tensor], tokens: Sequence[str]) -> np.n
     """Keys or values of one head, (T, D) each, as heat maps side by side with the tokens beside their rows."""
     places = axes(len(matrices), height=0.7 + 0.17 * len(tokens), sharey=True)
     for ax, (name, matrix) in zip(places, matrices.items(), strict=True):
-        matrix = matrix.float().cpu().numpy()
-        limit = np.abs(matrix).max()
-        image = ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        ax.set(title=name, xlabel="dimension of the head")
+        image = _heat(ax, name, matrix, matrix.abs().max().item())
+        ax.set_xlabel("dimension of the head")
         ax.figure.colorbar(image, ax=ax, shrink=0.8)
     places[0].set_yticks(range(len(tokens)), tokens, fontsize=7)
     return places
+
+
+def key_differences(keys: Mapping[str, Tensor], tokens: Sequence[str]) -> np.ndarray:
+    """Keys of one head, (T, D) each, on one scale of colors, with the tokens beside their rows."""
+    places = axes(len(keys), width=8.2, height=0.7 + 0.17 * len(tokens), sharey=True)
+    limit = max(matrix.abs().max().item() for matrix in keys.values())
+    for ax, (name, matrix) in zip(places, keys.items(), strict=True):
+        image = _heat(ax, name, matrix, limit)
+        ax.title.set_fontsize(9)
+    places[0].set_yticks(range(len(tokens)), tokens, fontsize=7)
+    places[0].figure.supxlabel("dimension of the head", fontsize=10)
+    places[0].figure.colorbar(image, ax=places, shrink=0.8, pad=0.02)
+    return places
+
+
+def _heat(ax: Axes, name: str, matrix: Tensor, limit: float) -> AxesImage:
+    options = {"cmap": "PuOr", "vmin": -limit, "vmax": limit, "aspect": "auto", "interpolation": "nearest"}
+    ax.set_title(name)
+    return ax.imshow(matrix.float().cpu().numpy(), **options)
 
 
 def cache_sizes(gigabytes: pd.DataFrame) -> Axes:
@@ -278,6 +296,99 @@ def _label_longest(bars: BarContainer, label: str) -> None:
     if bar.get_width() > 0:
         place = (bar.get_x() + bar.get_width(), bar.get_y() + bar.get_height() / 2)
         bar.axes.annotate(label, place, (5, 0), textcoords="offset points", va="center", color=INK, fontsize=8)
+
+
+def splice_strips(lengths: Sequence[int], question: int, share: float = 0.15) -> Axes:
+    """What each arm of splicing does with the tokens of pieces and of the question, one strip an arm."""
+    ax, starts = axes(width=7.2, height=2.9)[0], np.cumsum([0, *lengths])
+    kinds = {"read": (ORANGE, "///"), "loaded": (SKY, ""), "moved": (GREEN, ""), "at the wrong place": (RED, "xx")}
+    first = {"full": "read", "prefix": "loaded", "concat": "loaded", "shift": "loaded", "recompute": "loaded"}
+    later = {"full": "read", "prefix": "read", "concat": "at the wrong place", "shift": "moved", "recompute": "moved"}
+    for y, arm in enumerate(first):
+        for i, (start, length) in enumerate(zip(starts, [*lengths, question], strict=True)):
+            kind = "read" if i == len(lengths) else later[arm] if i else first[arm]
+            color, hatch = kinds[kind]
+            ax.barh(y, length - 0.8, 0.62, start, color=color, hatch=hatch, edgecolor="white", lw=0)
+            label = "loaded" if kind == "at the wrong place" else kind
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
+            ax.text(start + length / 2, y, label, ha="center", va="center", fontsize=8, color=INK, bbox=box)
+        if arm == "recompute":
+            spots = np.linspace(starts[1], starts[-1], 2 + round(share * (starts[-1] - starts[1])))[1:-1]
+            color, hatch = kinds["read"]
+            ax.bar(spots, 0.62, 0.9, y - 0.31, color=color, lw=0)
+    heads = [f"piece {i + 1}" for i in range(len(lengths))] + ["question"]
+    for start, length, head in zip(starts, [*lengths, question], heads, strict=True):
+        ax.text(start + length / 2, -0.62, head, ha="center", color=GRAY, fontsize=9)
+    ax.set_yticks(range(len(first)), first)
+    ax.set(xlabel="position in the prompt", ylim=(len(first) - 0.5, -0.95), xlim=(-1, starts[-1] + question))
+    return ax
+
+
+def splice_panels(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> np.ndarray:
+    """One panel a quantity and one row an arm, each (value, low, high)."""
+    places = axes(len(panels), width=2.4 * len(panels), height=2.6, sharey=True)
+    for ax, (name, arms) in zip(places, panels.items(), strict=True):
+        top = max(high for _, _, high in arms.values())
+        for y, (value, low, high) in enumerate(arms.values()):
+            ax.plot([low, high], [y, y], color=BLUE, lw=2.5, alpha=0.4, solid_capstyle="butt")
+            ax.plot(value, y, "o", color=BLUE, ms=5, clip_on=False)
+            ax.annotate(f"{value:.3g}", (high, y), (7, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.set(xlabel=name, xlim=(-0.03 * top, 1.38 * top))
+        ax.set_yticks(range(len(arms)), arms)
+        ax.grid(axis="x", color="#EEEEEE")
+        ax.set_axisbelow(True)
+    places[0].invert_yaxis()
+    return places
+
+
+def hits_over_threshold(
+    thresholds: Sequence[float], shares: Mapping[str, Sequence[float]], chosen: float | None = None
+) -> Axes:
+    """Share of questions that are given an item, by threshold, one line a kind of question."""
+    ax, ends = axes(width=6.8)[0], []
+    for (label, values), (color, _, dash) in zip(shares.items(), LINES, strict=False):
+        ax.plot(thresholds, values, color=color, ls=dash, lw=2)
+        ends.append((label, thresholds[-1], values[-1], color))
+    if chosen is not None:
+        ax.axvline(chosen, color=GRAY, lw=1, zorder=0)
+        note = {"textcoords": "offset points", "fontsize": 9, "color": GRAY, "va": "top"}
+        ax.annotate("chosen", (chosen, 1.02), (4, 0), **note)
+    ax.set(xlabel="threshold, cosine similarity", ylabel="share given an item", ylim=(-0.02, 1.02))
+    ax.set_xlim(thresholds[0], thresholds[-1])
+    _label_ends(ax, ends)
+    return ax
+
+
+def token_differences(difference: Sequence[float], starts: Sequence[int], chosen: Iterable[int]) -> Axes:
+    """How far each token's stored keys and values are from the true ones; pieces begin at `starts`."""
+    ax, difference = axes(width=7.2, height=2.7)[0], np.asarray(difference, dtype=float)
+    dark = np.isin(np.arange(len(difference)), list(chosen))
+    ax.bar(np.arange(len(difference)), difference, 1.0, color=np.where(dark, RED, SKY))
+    top = difference.max()
+    for number, start in enumerate(starts):
+        ax.axvline(start - 0.5, color=GRAY, lw=0.8, ls=":")
+        place = {"textcoords": "offset points", "fontsize": 9, "color": GRAY}
+        ax.annotate(f"piece {number + 1}", (start, 1.06 * top), (3, 0), **place)
+    ax.set(xlabel="token", ylabel="difference", xlim=(-0.5, len(difference) - 0.5), ylim=(0, 1.16 * top))
+    ax.set_title("computed again: the darkest", loc="right", fontsize=9, color=RED)
+    return ax
+
+
+def reading_or_loading(tokens: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> Axes:
+    """Milliseconds by number of tokens on two logarithmic scales, one line a way to come by their cache."""
+    ax = axes(width=6.8)[0]
+    ax.set(xscale="log", yscale="log", xlabel="tokens of knowledge", ylabel="milliseconds")
+    for (label, values), (color, marker, dash) in zip(seconds.items(), LINES, strict=False):
+        values = 1000 * np.asarray(values)
+        ax.plot(tokens, values, color=color, marker=marker, ls=dash, ms=4.5)
+        place = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": color}
+        ax.annotate(label, (tokens[-1], values[-1]), (8, 0), **place)
+    ax.set_xticks(tokens, tokens)
+    low, high = ax.get_ylim()
+    steps = [m * 10.0**e for e in range(-3, 7) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    ax.set_yticks(steps, [f"{step:g}" for step in steps])
+    ax.minorticks_off()
+    return ax
 
 
 TOKEN_STYLE = """<style>

@@ -19,6 +19,32 @@ PROMISED = {
         "tokens_per_second",
         "megabytes",
     },
+    "knowledge": {
+        *(f"retrieval_at_1{suffix}" for suffix in ("", "_trained", "_words")),
+        *(name + suffix for name in ("hits", "false_hits") for suffix in ("", "_at_chosen")),
+        "threshold_chosen",
+        *(f"{score}_{arm}" for score in ("kl", "em") for arm in ("full", "prefix", "concat", "shift", "recompute")),
+        *(f"kl_recompute_{share}" for share in (0, 5, 15, 30, 100, "random")),
+        *(f"kl_{arm}_pieces_{count}" for arm in ("shift", "recompute") for count in (2, 8)),
+        *(
+            f"kl_{one}_{how}_{other}"
+            for one, other in (
+                ("concat", "shift"),
+                ("shift", "recompute"),
+                ("shift", "without_sink"),
+                ("recompute_random", "recompute"),
+            )
+            for how in ("minus", "over")
+        ),
+        "kl_shift_without_sink",
+        "prefix_error",
+        *(f"ttft_ratio{suffix}" for suffix in ("", "_one_token")),
+        "load_ratio",
+        *(f"{what}_seconds" for what in ("question", "prefill", "load", "lab_faq_build")),
+        *(f"{what}_mb" for what in ("resident", "store", "one_item", "lab_faq")),
+        *(f"retrieval_ms_100k{suffix}" for suffix in ("", "_domain")),
+        *("kills_survived", "kills_mid"),
+    },
     "speculate": {
         *(
             name + suffix

@@ -3,10 +3,14 @@
 import inspect
 import json
 import re
+import shutil
 
 import pytest
+import yaml
 
-from kvlab.cli import main, read_prompts, speculate
+from kvlab import lab
+from kvlab.cli import ask, build_cache, main, speculate
+from kvlab.knowledge import KnowledgeCache
 from kvlab.scale import PRESETS, Scale
 
 
@@ -161,24 +165,282 @@ def test_models_with_other_tokenizers_are_refused(monkeypatch):
         main(["speculate", "--base_model", "lab-teacher"])
 
 
-@pytest.mark.parametrize(
-    "written", ["One.\n\n Two [a], b: c\n", '{"turns": ["One.", "More."], "id": 3}\n{"turns": ["Two [a], b: c"]}\n']
-)
-def test_prompt_files(written, tmp_path):
-    (tmp_path / "prompts").write_text(written)
-    assert read_prompts(tmp_path / "prompts") == ["One.", "Two [a], b: c"]
-
-
-@pytest.mark.parametrize(
-    "line", ['{"turns": []}', '{"turns": [3]}', '{"text": "Two."}', '{"turns": ["Tw', "Two.", "[1]"]
-)
-def test_a_broken_line_is_named(line, tmp_path):
-    (tmp_path / "prompts").write_text(f'{{"turns": ["One."]}}\n\n{line}\n')
-    with pytest.raises(ValueError, match=r"line 3 is .*, expected a JSON object like"):
-        read_prompts(tmp_path / "prompts")
-
-
 def test_an_empty_prompt_file_is_a_sentence(tmp_path):
     (tmp_path / "prompts").write_text("\n")
     with pytest.raises(SystemExit, match=r"is empty, expected one prompt a line"):
         main(["speculate", "--prompt_file", str(tmp_path / "prompts")])
+
+
+# -- build-cache and ask
+
+RECORDS = [
+    {"question": "Where does Anna live?", "answer": "Anna lives in Rome.", "domain": "people"},
+    {"question": "Who has a dog?", "answer": "Ben has a dog.", "domain": "pets"},
+]
+
+
+def write(path, records=RECORDS):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def opened(folder, with_embedder=True):
+    embedder = lab.load_embedder() if with_embedder else None
+    return KnowledgeCache.load(folder, lab.load("lab-draft"), lab.load_tokenizer("lab-draft"), embedder)
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch, capsys):
+    """Return a function that runs build-cache on records, for the small lab model, and returns what it printed."""
+    monkeypatch.setenv("KVLAB_SCALE", "tiny")
+    monkeypatch.chdir(tmp_path)
+
+    def run(records, *options):
+        path = write(tmp_path / "records.jsonl", records)
+        main(["build-cache", "--records", path, "--base_model", "lab-draft", *options])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Return the folder of a store of the lab's FAQ, read by its target, with a store a domain beside it."""
+    folder = tmp_path_factory.mktemp("built") / "knowledge"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVLAB_SCALE", "tiny")
+        main(["build-cache", "--store", str(folder), "--per-domain"])
+    return folder
+
+
+@pytest.fixture
+def answered(monkeypatch, capsys):
+    """Return a function that runs ask and returns, for each question, what was found and the rows of its table."""
+    monkeypatch.setenv("KVLAB_SCALE", "tiny")
+    columns = re.compile(r"(\D+?)  +([\d.]+)  +(\d+)  +([\d.]+) +(.*?) *")
+
+    def run(folder, *arguments):
+        main(["ask", *arguments, "--store", str(folder)])
+        parts = capsys.readouterr().out.strip().split("\n\n")
+        found = [[line.strip() for line in part.splitlines() if line.startswith("    ") and "ms" not in line]
+                 for part in parts]  # fmt: skip
+        rows = [[match for line in part.splitlines() if (match := columns.fullmatch(line))] for part in parts]
+        return list(zip(found, [{m[1]: (float(m[2]), int(m[3]), float(m[4]), m[5]) for m in r} for r in rows],
+                        strict=True))  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "command"), [("build-cache", build_cache), ("ask", ask)])
+def test_help_of_a_command_tells_every_option(name, command, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"\n    {name} " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    printed, told = capsys.readouterr().out, inspect.getdoc(command).split("Args:")[1]
+    options = list(inspect.signature(command).parameters)
+    assert all(f"{option}: " in told for option in options)
+    assert all(f"--{option}" in printed for option in options if option != "questions")
+
+
+def test_the_lab_has_seven_domains_and_eight_stores(built):
+    stores = sorted(path.name for path in built.parent.iterdir())
+    domains = {item["domain"] for item in lab.faq()}
+    assert stores == ["knowledge", *(f"knowledge-{name}" for name in sorted(domains))]
+    assert len(stores) == 8
+    model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
+    whole, *parts = (KnowledgeCache.load(built.parent / name, model, tokenizer) for name in stores)
+    assert len(whole) == len(lab.faq())
+    assert {part.folder.name: {item.domain for item in part.items} for part in parts} == {
+        f"knowledge-{name}": {name} for name in domains
+    }
+    assert sorted(item.id for part in parts for item in part.items) == sorted(item.id for item in whole.items)
+
+
+def test_building_again_adds_what_is_new_also_to_the_domains(build, tmp_path):
+    more = {"question": "Who sings?", "answer": "Clara sings.", "domain": "people"}
+    assert "2 items are new, 0 were there" in build(RECORDS, "--per-domain")
+    before = [(tmp_path / name / "manifest.json").stat() for name in ("knowledge", "knowledge-pets")]
+    assert "0 items are new, 2 were there" in build(RECORDS, "--per-domain")
+    assert [(tmp_path / name / "manifest.json").stat() for name in ("knowledge", "knowledge-pets")][1] == before[1]
+    printed = build([*RECORDS, more], "--per-domain")
+    assert "1 items are new, 2 were there" in printed
+    assert "knowledge-people: 2 items" in printed
+    assert "knowledge-pets: 1 items" in printed
+    assert [item.question for item in opened(tmp_path / "knowledge-people").items] == [
+        "Where does Anna live?",
+        "Who sings?",
+    ]
+    assert not list(tmp_path.glob(".knowledge*"))  # nothing half-made is left
+
+
+def test_the_estimate_is_printed_before_and_is_what_it_takes(build, tmp_path):
+    printed = build(RECORDS, "--keep", "kv", "hidden", "--dtype", "float16")
+    said = re.match(r"knowledge has 0 items. Of 2 records, .* will take ([\d.]+) MB", printed)
+    store = opened(tmp_path / "knowledge")
+    assert (store.keep, str(store.dtype)) == (("kv", "hidden"), "torch.float16")
+    taken = float(store.summary().loc["all", "size (MB)"])
+    assert float(said[1]) == pytest.approx(taken, abs=0.06)
+    assert taken > 0.01
+
+
+def test_a_domain_of_any_text_gets_a_folder_of_its_own(build, tmp_path):
+    domains = ["../a", "..%2Fa", "a b", "人", ""]
+    records = [
+        {"question": f"Q{n}?", "answer": "A.", **({"domain": domain} if domain else {})}
+        for n, domain in enumerate(domains)
+    ]
+    build(records, "--per-domain")
+    build(records, "--per-domain")
+    folders = list(tmp_path.glob("knowledge-*"))
+    assert {item.domain for folder in folders for item in opened(folder, False).items} == set(domains)
+    assert len(folders) == len(domains)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"knowledge", *(f.name for f in folders)}
+
+
+@pytest.mark.parametrize("kind", ["no store", "a store with items of its own"])
+def test_a_folder_in_the_way_is_not_replaced(kind, build, tmp_path):
+    build(RECORDS, "--per-domain")
+    folder = tmp_path / "knowledge-pets"
+    if kind == "no store":
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    else:
+        opened(folder).add([{"question": "Who has a cat?", "answer": "Dora.", "domain": "pets"}])
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit, match=r"^kvlab: .*knowledge-pets .*so it is not replaced"):
+        build([*RECORDS, {"question": "Who has a bird?", "answer": "Emil.", "domain": "pets"}], "--per-domain")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_run_that_was_stopped_while_copying_is_mended(build, tmp_path):
+    build(RECORDS, "--per-domain")
+    shutil.rmtree(tmp_path / "knowledge-pets")  # as it is between the two renamings
+    (tmp_path / ".knowledge-pets.part" / "shards").mkdir(parents=True)
+    (tmp_path / ".knowledge-pets.old").mkdir()
+    build(RECORDS, "--per-domain")
+    assert [item.question for item in opened(tmp_path / "knowledge-pets").items] == ["Who has a dog?"]
+    assert not list(tmp_path.glob(".knowledge*"))
+
+
+def test_generated_answers_are_the_models_own(build, tmp_path):
+    questions = [{"question": record["question"]} for record in RECORDS]
+    printed = build(questions, "--generate-answers", "--max_new_tokens", "5")
+    assert "will take at most" in printed
+    items = opened(tmp_path / "knowledge").items
+    assert [item.generated for item in items] == [True, True]
+    assert all(len(item.input_ids) - item.answer_start <= 5 for item in items)
+    assert "0 items are new, 2 were there" in build(questions, "--generate_answers")
+
+
+def test_records_of_the_chatterbot_corpus(build, tmp_path, capsys):
+    corpus = {"categories": ["bingo"], "conversations": [["Two little ducks?", "22", "Quack."]]}
+    (tmp_path / "bingo.yml").write_text(yaml.safe_dump(corpus))
+    main(["build-cache", "--records", str(tmp_path / "bingo.yml"), "--base_model", "lab-draft"])
+    assert [(i.domain, i.answer) for i in opened(tmp_path / "knowledge").items] == [
+        ("bingo", "22"),
+        ("bingo", "Quack."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dtype", "float12"], "dtype is 'float12', expected the name of one, such as float16"),
+        (["--dtype", "nn"], "dtype is 'nn', expected the name of one"),
+        (["--dtype", "int8"], "dtype is torch.int8, expected a floating one"),
+        (["--keep", "keys"], r"keep is \['keys'\], expected a list of one or both"),
+        (["--records", "none.jsonl"], "There is no file or folder none.jsonl"),
+        (["--language", "fr"], "There is no FAQ in 'fr': expected 'en' or 'zh'"),
+    ],
+)
+def test_a_mistake_in_building_is_a_sentence(options, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("KVLAB_SCALE", "tiny")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^kvlab: {said}"):
+        main(["build-cache", "--base_model", "lab-draft", *options])
+    assert not (tmp_path / "knowledge").exists()
+
+
+def test_records_without_answers_need_the_model_to_answer(build):
+    with pytest.raises(SystemExit, match=r"^kvlab: Record 0 has 'answer' = None, expected a text"):
+        build([{"question": "Who?"}])
+
+
+def test_a_stored_question_is_answered_from_one_token(answered, built):
+    item = lab.faq()[0]
+    ((found, rows),) = answered(built, item["question"])
+    assert found == [f"found: {item['question']} (domain {item['domain']}, score 1.00)"]
+    assert list(rows) == [
+        "question alone",
+        "knowledge as text",
+        "knowledge from the store",
+        "the stored question itself",
+    ]
+    read = {way: tokens for way, (_, tokens, _, _) in rows.items()}
+    loaded = {way: size for way, (_, _, size, _) in rows.items()}
+    assert read["the stored question itself"] == 1
+    assert read["knowledge from the store"] == read["question alone"] < read["knowledge as text"]
+    assert loaded["question alone"] == loaded["knowledge as text"] == 0
+    assert loaded["knowledge from the store"] == loaded["the stored question itself"] > 0
+    texts = {way: text for way, (*_, text) in rows.items()}
+    assert texts["the stored question itself"] == texts["question alone"] == item["answer"]
+    assert texts["knowledge from the store"] == texts["knowledge as text"]  # one item: no arm approximates
+    assert all(ms > 0 for ms, *_ in rows.values())
+
+
+@pytest.mark.parametrize("arm", ["full", "prefix", "recompute", "concat", "shift"])
+def test_tokens_read_are_those_the_arm_computes(arm, answered, built):
+    question = lab.faq()[0]["question"]
+    options = ["--k", "2", "--threshold", "-1", "--max_new_tokens", "1"]
+    ((found, rows),) = answered(built, question, "--arm", arm, *options)
+    read = {way: tokens for way, (_, tokens, _, _) in rows.items()}
+    sizes = [len(item.input_ids) for item in _items(built, found)]
+    want = {"full": sum(sizes), "concat": 0, "shift": 0}.get(arm, sizes[1])
+    assert len(sizes) == 2
+    assert read["knowledge from the store"] == want + read["question alone"]
+    assert read["knowledge as text"] == sum(sizes) + read["question alone"]
+
+
+def _items(folder, found):
+    store = KnowledgeCache.load(folder, lab.load("lab-target"), lab.load_tokenizer("lab-target"))
+    return [next(item for item in store.items if f" {item.question} (" in line) for line in found]
+
+
+def test_a_miss_is_told_and_gets_one_row(answered, built):
+    known = lab.faq()[0]["question"]
+    (found, rows), (_, more) = answered(built, "qq zz?", known, "--threshold", "0.999", "--max_new_tokens", "2")
+    assert found == ["not in the store: nothing scores 0.999"]
+    assert list(rows) == ["question alone"]
+    assert len(more) == 4
+    ((found, rows),) = answered(built, "qq zz?", "--exact", "--max_new_tokens", "2")
+    assert found == ["not in the store: no item has this question"]
+    assert list(rows) == ["question alone"]
+
+
+def test_exact_needs_no_embedder(answered, built, monkeypatch):
+    monkeypatch.setattr(Scale, "load_embedder", lambda *_: pytest.fail("loaded"))
+    item = lab.faq()[0]
+    ((found, _),) = answered(built, f"  {item['question'].upper()}", "--exact", "--max_new_tokens", "1")
+    assert found == [f"found: {item['question']} (domain {item['domain']}, score 1.00)"]
+
+
+def test_asking_without_a_store_says_how_to_build_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match=r"^kvlab: There is no store in .*: build one with `kvlab build-cache --store"):
+        main(["ask", "Who?", "--store", str(tmp_path / "none")])
+
+
+def test_a_mistake_in_asking_is_a_sentence(built, build, tmp_path, monkeypatch):
+    build(RECORDS, "--keep", "hidden", "--store", "hidden")
+    with pytest.raises(SystemExit, match=r"^kvlab: The store in .* keeps no keys and values"):
+        main(["ask", "Who?", "--store", str(tmp_path / "hidden"), "--base_model", "lab-draft"])
+    for options, said in (
+        (["--domain", "art"], "There is no domain 'art' in .*: it has 'ai', 'biology'"),
+        (["--k", "0"], "k is 0, expected at least 1"),
+        (["--base_model", "lab-draft"], "The store in .* was built with another model"),
+    ):
+        with pytest.raises(SystemExit, match=f"^kvlab: {said}"):
+            main(["ask", "Who?", "--store", str(built), *options])

@@ -613,11 +613,71 @@ def test_another_seed_makes_another_model(tmp_path, tiny_recipe):
     assert not torch.equal(one["model.norm.weight"], two["model.norm.weight"])
 
 
+# the embedder
+
+
+def words(text):
+    return " ".join(re.sub(r"[^a-z0-9 ]", " ", text.lower()).split())
+
+
+def test_nothing_that_is_held_out_is_trained_on():
+    trained = {words(text) for texts in corpora.wordings().values() for text in texts}
+    trained |= {words(text) for text in corpora.outside("train")}
+    held_out = {words(item["paraphrases"][2]) for item in corpora.faq()}
+    held_out |= {words(text) for split in ("calibrate", "test") for text in corpora.outside(split)}
+    assert len(held_out) == 49 + 208
+    assert not trained & held_out
+    rows = corpora.Wordings(steps=20)
+    assert not {words(text) for i in range(len(rows)) for text in rows[i].values()} & held_out
+
+
+def test_outside_questions_are_not_in_the_faq_and_their_splits_are_apart():
+    splits = [{words(text) for text in corpora.outside(split)} for split in ("train", "calibrate", "test")]
+    asked = {words(text) for item in corpora.faq() for text in (item["question"], *item["paraphrases"])}
+    assert len(asked.union(*splits)) == len(asked) + sum(map(len, splits))
+    with pytest.raises(ValueError, match="no split 'dev': expected 'train', 'calibrate' or 'test'"):
+        corpora.outside("dev")
+
+
+def test_a_batch_of_wordings_has_each_item_once_with_a_wording_of_its_own():
+    rows, items = corpora.Wordings(steps=3, seed=1), corpora.faq()
+    batch = [rows[i] for i in range(len(items), 2 * len(items))]
+    assert [row["question"] for row in batch] == [item["question"] for item in items]
+    for row, item in zip(batch, items, strict=True):
+        assert row["wording"] in {*item["paraphrases"][:2], item["answer"], *corpora.wordings()[item["id"]]}
+    assert batch == [corpora.Wordings(steps=3, seed=1)[i] for i in range(len(items), 2 * len(items))]
+    assert batch != [corpora.Wordings(steps=3, seed=2)[i] for i in range(len(items), 2 * len(items))]
+
+
+def test_the_recipe_makes_an_embedder_that_sentence_transformers_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "train_tokenizer", functools.partial(train_tokenizer, n_documents=50))
+    shipped = {path.name for path in (models.MODELS / models.EMBEDDER).iterdir()}
+    folder = recipe.train_embedder(tmp_path, steps=100)
+    assert {path.name for path in folder.iterdir()} == shipped
+    monkeypatch.setattr(models, "MODELS", tmp_path)
+    embedder, rows = models.load_embedder(), corpora.Wordings(steps=1, seed=5)
+    vectors = [
+        embedder.encode([rows[i][name] for i in range(len(rows))], normalize_embeddings=True)
+        for name in ("question", "wording")
+    ]
+    assert ((vectors[0] @ vectors[1].T).argmax(0) == range(len(rows))).mean() > 0.5  # by chance 0.02
+    same = embedder.encode(["What is RECURSION?", "what is recursion?"])
+    assert (same[0] == same[1]).all()
+
+
+def test_the_shipped_embedder_finds_what_it_was_trained_on():
+    embedder, items = models.load_embedder(), corpora.faq()
+    stored = embedder.encode([item["question"] for item in items], normalize_embeddings=True)
+    for number in (0, 1):
+        asked = embedder.encode([item["paraphrases"][number] for item in items], normalize_embeddings=True)
+        assert ((asked @ stored.T).argmax(1) == range(len(items))).mean() > 0.95
+
+
 # the models that ship
 
 
 def test_all_models_ship():
-    assert {path.parent.name for path in models.MODELS.glob("*/model.safetensors")} == set(models.NAMES)
+    assert {path.parent.name for path in models.MODELS.glob("*/model.safetensors")} == {*models.NAMES, models.EMBEDDER}
 
 
 @pytest.mark.parametrize("name", models.NAMES)

@@ -306,3 +306,67 @@ def test_speed_ratios_show_each_figure_with_its_interval():
     assert [line.get_xdata()[0] for line in dots] == [2.5, 0.5]
     assert {text.get_text() for text in ax.texts} == {"2.50", "0.50", "same speed"}
     assert ax.get_xlim()[0] == 0
+
+
+# knowledge caching
+
+
+def test_splice_strips_have_a_strip_an_arm_and_end_with_the_question():
+    ax = plots.splice_strips([40, 30], question=10, share=0.1)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["full", "prefix", "concat", "shift", "recompute"]
+    wide = [bar for container in ax.containers for bar in container if bar.get_width() > 1]
+    assert len(wide) == 5 * 3
+    assert max(bar.get_x() + bar.get_width() for bar in wide) <= 80
+    again = [bar for container in ax.containers for bar in container if bar.get_width() < 1]
+    assert len(again) == 3  # a tenth of the 30 tokens behind the first piece
+    assert all(bar.get_x() >= 40 and bar.get_x() + bar.get_width() <= 70 for bar in again)
+    words = texts(ax)
+    assert words[:3] == ["read"] * 3
+    assert words[-3:] == ["piece 1", "piece 2", "question"]
+    assert on_card(ax)
+
+
+def test_splice_panels_show_every_value_with_its_interval():
+    panels = {
+        "KL": {"full": (0.0, 0.0, 0.0), "shift": (0.02, 0.01, 0.04)},
+        "MB": {"full": (0, 0, 0), "shift": (3, 3, 3)},
+    }
+    places = plots.splice_panels(panels)
+    assert [ax.get_xlabel() for ax in places] == ["KL", "MB"]
+    intervals = [line.get_xdata() for line in places[0].lines if len(line.get_xdata()) == 2]
+    assert [list(x) for x in intervals] == [[0.0, 0.0], [0.01, 0.04]]
+    assert texts(places[0]) == ["0", "0.02"]
+    assert places[0].get_ylim()[0] > places[0].get_ylim()[1]  # the first arm is on top
+    assert all(on_card(ax) for ax in places)
+
+
+def test_hits_over_threshold_draws_each_kind_and_the_choice():
+    ax = plots.hits_over_threshold([0.2, 0.5, 0.8], {"right": [0.9, 0.8, 0.1], "outside": [1.0, 0.2, 0.0]}, chosen=0.5)
+    assert [list(line.get_ydata()) for line in ax.lines[:2]] == [[0.9, 0.8, 0.1], [1.0, 0.2, 0.0]]
+    assert list(ax.lines[2].get_xdata()) == [0.5, 0.5]
+    assert {"right", "outside", "chosen"} == set(texts(ax))
+    assert not overlaps(ax)
+
+
+def test_token_differences_mark_the_chosen_and_where_pieces_begin():
+    ax = plots.token_differences([0, 0, 3.0, 1.0, 2.0], starts=[0, 2], chosen=[2, 4])
+    colors = [to_rgb(bar.get_facecolor()) for bar in ax.containers[0]]
+    assert [color == to_rgb(plots.RED) for color in colors] == [False, False, True, False, True]
+    assert [bar.get_height() for bar in ax.containers[0]] == [0, 0, 3, 1, 2]
+    assert texts(ax) == ["piece 1", "piece 2"]
+
+
+def test_reading_or_loading_is_in_milliseconds_on_two_logarithmic_scales():
+    ax = plots.reading_or_loading([64, 128], {"read it": [0.01, 0.02], "load it": [0.002, 0.002]})
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [list(line.get_ydata()) for line in ax.lines] == [[10, 20], [2, 2]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["2", "5", "10", "20"]
+    assert texts(ax) == ["read it", "load it"]
+
+
+def test_key_differences_share_one_scale_of_colors():
+    keys = {"alone": torch.ones(3, 4), "behind": 5 * torch.ones(3, 4), "difference": torch.zeros(3, 4)}
+    places = plots.key_differences(keys, ["a", "b", "c"])
+    assert [ax.get_title() for ax in places] == list(keys)
+    assert {ax.images[0].get_clim() for ax in places} == {(-5.0, 5.0)}
+    assert [label.get_text() for label in places[0].get_yticklabels()] == ["a", "b", "c"]

@@ -12,6 +12,7 @@ from tokenizers import normalizers
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from kvlab.files import write_text
 from kvlab.lab import models
 from kvlab.lab.corpora import Mix, Rows, Wordings, faq
 from kvlab.lab.tokenizers import train_tokenizer
@@ -94,8 +95,12 @@ def train_embedder(out: Path = models.MODELS, seed: int = 0, steps: int = 400) -
     )
     settings = {"learning_rate": 0.02, "weight_decay": 0.0, "warmup": 0, "decay": 1.0, "every": steps}
     fit(embedder, loader, _ranking, steps=steps, seed=seed, label=models.EMBEDDER, **settings)
-    embedder.save_pretrained(str(out / models.EMBEDDER), create_model_card=False)
-    return out / models.EMBEDDER
+    folder = out / models.EMBEDDER
+    embedder.save_pretrained(str(folder), create_model_card=False)
+    parts = (folder / "modules.json").read_text("utf-8")
+    # Under this name older releases of sentence-transformers know it too.
+    write_text(folder / "modules.json", parts.replace(StaticEmbedding.__module__, "sentence_transformers.models"))
+    return folder
 
 
 def _ranking(embedder, batch):

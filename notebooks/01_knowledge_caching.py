@@ -1,0 +1,641 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 01. Knowledge caching
+#
+# ```{admonition} In this chapter
+# :class: tip
+# - build a store of knowledge that a model has already read, keep it on disk, and see that it can be trusted;
+# - find the right item for a question nobody has asked before, and know when there is none;
+# - put pieces that were read apart behind one another, in five ways, and measure what each gets wrong;
+# - work out when loading a cache pays, on your model and your disk.
+#
+# **Time and memory**: about a minute and 1 GB (with PyTorch itself) at `tiny`; at `t4`, memory is printed by the second cell.
+#
+# **Code**: `kvlab/knowledge.py`; what is written out here is checked against it.
+# ```
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("kvlab") is None:  # on Colab
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+    subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
+
+# %%
+import json
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from kvlab import Scale, knowledge, lab, plots, speculate
+from kvlab.cache import CacheError, Prefix, clone, join, length, nbytes
+from kvlab.cache import prefill, rotary_of, shift, to_tensor, truncate
+from kvlab.evaluate import bootstrap, encode
+from kvlab.knowledge import KnowledgeCache
+from kvlab.lab import corpora
+from kvlab.lab.report import questions
+
+scale = Scale.current()
+print(scale.describe("01_knowledge_caching"))
+model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
+embedder = scale.load_embedder()
+exact = model.dtype == torch.float32  # half precision rounds differently
+
+# %% [markdown]
+# ## The question
+#
+# A help desk has fifty answers, and a language model that is asked about them all day. Each time, somebody's program puts the right
+# answer into the {term}`prompt`, and the model reads it again: the same tokens, through the same layers, with the same result. Chapter 00 saved
+# that result to a file. So why read twice?
+#
+# Because three things are missing. The file has to be *found*: the question comes in words that nobody has used before. It has to be *trusted*:
+# a cache from another model, or with one flipped bit, does not fail, it talks nonsense. And it has to *fit*: a cache is not text. It was read with something before it,
+# or nothing, at positions that are written into its keys, and it does not like to be moved.
+#
+# Here is what can be done with three pieces that were read apart, when a question is asked about all of them. This chapter measures what each way costs, and what it gets wrong.
+
+# %% mystnb={"image": {"alt": "Five strips, one a way of splicing three pieces and a question: full reads all; prefix loads the first piece and reads the rest; concat loads all at the wrong places; shift moves the later pieces; recompute moves them and reads a few of their tokens again."}}
+plots.splice_strips([40, 40, 40], question=16);
+
+# %% [markdown]
+# ## Build a store
+#
+# The records are the FAQ that ships with the lab: questions and answers in seven fields. An item is the conversation of one question and its answer,
+# as the chat template renders it. Before anything is read, the store can say what it will weigh: two tensors, a key and a value, for each token, layer and head.
+
+# %%
+records = lab.faq()
+print(len(records), "records in", len({r["domain"] for r in records}), "domains")
+print(json.dumps({k: records[0][k] for k in ("domain", "question", "answer")}, indent=1))
+
+# %%
+folder = Path(tempfile.mkdtemp())
+settings = {"keep": ("kv", "hidden"), "dtype": torch.float16}
+store = KnowledgeCache.build(
+    folder / "faq", records[:7], model, tokenizer, embedder, **settings
+)
+print(f"the other 42 will take {store.estimate(records) / 1e6:.1f} MB")
+store.add(records, batch_size=8)
+store.summary().round(2)
+
+# %% [markdown]
+# Adding what is there already does nothing, so a build that was interrupted is simply run again. With `keep` one chooses keys and values, the last hidden states (which a draft
+# in the next chapter can attend to), or both; with `dtype` the precision on disk.
+
+# %%
+print("added:", store.add(records))
+for path in sorted(path for path in (folder / "faq").rglob("*") if path.is_file()):
+    print(f"{path.stat().st_size / 1e3:9.1f} kB  {path.relative_to(folder)}")
+
+# %% [markdown]
+# Tensors and what finds them are in separate files, so opening a store reads only the small ones; an item's tensors are read when the item is. A shard, once written, never changes. To add is to write new shards and then
+# to replace the manifest, in one step that either happens or does not. Pull the plug at any moment, and the store is the old one or the new one.
+#
+# ### Can it be trusted?
+#
+# The manifest knows the model (sizes, rotary frequencies, a checksum of weights), the tokenizer and the embedder. Every item has a checksum of its own. Try to break it:
+
+# %%
+def refuses(action):
+    try:
+        action()
+    except CacheError as error:
+        print("-", str(error).replace(str(folder), "..."), "\n")
+        return True
+
+
+other = scale.load("draft")
+assert refuses(lambda: KnowledgeCache.load(folder / "faq", other, tokenizer))
+
+# %%
+victim = store.items[3]
+shard = folder / "faq/shards" / f"{victim.shard}.safetensors"
+content = bytearray(shard.read_bytes())
+content[-1000] ^= 1  # one bit, somewhere in the last item of the shard
+shard.write_bytes(content)
+broken = [item for item in store.items if item.shard == victim.shard][-1]
+spoiled = refuses(lambda: [store.read(i) for i in store.items if i.shard == victim.shard])
+content[-1000] ^= 1
+shard.write_bytes(content)
+assert spoiled
+assert length(store.read(broken).cache) == len(broken.input_ids)
+
+# %% [markdown]
+# ## Look inside
+#
+# An item knows its token ids and where the answer starts. Ids, not text: joining texts and tokenizing again can move a token's border, and then
+# the cache stands for other tokens than the prompt has.
+
+# %%
+item = store["ai-05"]
+piece = store.read(item)
+print(repr(tokenizer.decode(item.input_ids[: item.answer_start])))
+print(repr(tokenizer.decode(item.input_ids[item.answer_start :])))
+print(f"{length(piece.cache)} tokens, {nbytes(piece.cache) / 1e3:.0f} kB in memory")
+print("hidden states:", tuple(piece.hidden_states.shape))
+
+# %% [markdown]
+# Keys are stored rotated: position $m$ turns each pair of dimensions of a key by an angle proportional to $m$ {cite}`su2021roformer`. Read the same item behind another one, and all its
+# keys look different. Turn both back to position 0, and most of the difference is gone. What stays is context: the item has now seen what stands before it.
+
+# %% mystnb={"image": {"alt": "Heat maps of one head's keys of the same item: read alone, read behind another item, and their differences before and after turning both back; the last is much paler."}}
+before = store["ai-01"]
+both = torch.tensor([[*before.input_ids, *item.input_ids]], device=model.device)
+behind = prefill(model, both).cache.layers[1].keys[0, 0, len(before.input_ids) :]
+alone = knowledge.read(model, item.input_ids).cache
+rotary, places = rotary_of(model), torch.arange(length(alone))
+in_place = shift(alone, len(before.input_ids), rotary).layers[1].keys[0, 0]
+alone = alone.layers[1].keys[0, 0]
+pictures = {"read alone": alone, "read behind another": behind,
+            "difference": behind - alone, "after turning": behind - in_place}  # fmt: skip
+first = slice(0, 24)
+plots.key_differences({k: v[first] for k, v in pictures.items()},
+                      [tokenizer.decode(i) for i in item.input_ids[first]]);  # fmt: skip
+
+# %%
+sizes = {name: keys.float().pow(2).mean().sqrt() for name, keys in pictures.items()}
+print({name: round(value.item(), 3) for name, value in sizes.items()})
+assert sizes["after turning"] < sizes["difference"] / 2
+
+# %% [markdown]
+# ## Find the right item
+#
+# A question is turned into a vector by a sentence embedder {cite}`reimers2019sbert`, and compared with the vectors of the stored *questions*, not of the answers. Every item of the FAQ has
+# one paraphrase that neither the lab's models nor its embedder were trained on. Is the nearest stored question the right one?
+
+# %%
+held_out = [(item["paraphrases"][2], item["id"]) for item in records]
+hits = [store.retrieve(question, threshold=-1)[0] for question, _ in held_out]
+right = np.array([hit.item.id == id for hit, (_, id) in zip(hits, held_out)])
+score = np.array([hit.score for hit in hits])
+print("right: {:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(right)))
+by_text = [store.retrieve(question, exact=True) for question, _ in held_out]
+print(f"found by exact question: {np.mean([bool(found) for found in by_text]):.2f}")
+
+# %%
+wrong = [i for i in range(len(hits)) if not right[i]]
+rows = [(held_out[i][0], hits[i].item.question, score[i]) for i in wrong[:6]]
+misses = pd.DataFrame(rows, columns=["asked", "found instead", "cosine"])
+misses.style.format({"cosine": "{:.2f}"}).hide(axis="index")
+
+# %% [markdown]
+# The embedder of the lab is a table of vectors, one a token, averaged: it knows nothing but the words that its training wordings had. A question in new words is lost on it. A model that was trained on a billion
+# sentences (`t4` and `full` use one) knows more words, and the same code measures it.
+#
+# ### Knowing when there is none
+#
+# Some questions have no answer in the store. The nearest item is then the wrong one, however near it is. So an item counts as found only above a threshold. Choosing it means weighing right items lost against wrong items given, and
+# for that we need questions that the store does *not* answer: here, half of them are used to choose, the other half to report.
+
+# %%
+def nearest(asked):
+    return np.array([store.retrieve(q, threshold=-1)[0].score for q in asked])
+
+
+to_choose, to_report = (nearest(corpora.outside(s)) for s in ("calibrate", "test"))
+thresholds = np.round(np.arange(0.2, 0.91, 0.01), 2)
+allowed = [t for t in thresholds if np.mean(to_choose >= t) <= 0.05]
+chosen = allowed[0]
+print(f"threshold {chosen}: found {np.mean(right & (score >= chosen)):.2f},", end=" ")
+print(f"false hits {np.mean(to_report >= chosen):.2f}")
+
+# %% mystnb={"image": {"alt": "Share of questions that are given an item over the threshold: right item for held-out paraphrases, wrong item for them, and any item for questions outside the store; the chosen threshold is marked."}}
+plots.hits_over_threshold(thresholds, {
+    "paraphrase, right item": [np.mean(right & (score >= t)) for t in thresholds],
+    "outside question, any item": [np.mean(to_report >= t) for t in thresholds],
+    "paraphrase, wrong item": [np.mean(~right & (score >= t)) for t in thresholds],
+}, chosen);  # fmt: skip
+
+# %% [markdown]
+# `store.retrieve(question, threshold=...)` returns an empty list for a miss, never the first item. The cosine of one embedder means nothing to another, so the threshold has to be measured for each.
+
+# %%
+for question in ("How does a Python dictionary look up a key?", "Who won the 1998 World Cup?"):
+    found = store.retrieve(question, k=2, threshold=chosen)
+    print(question, [(round(hit.score, 2), hit.item.id) for hit in found])
+
+# %% [markdown]
+# ## Answer from it
+#
+# Now something has been found. There are two things to do with it. One is to put the whole item before the question, as knowledge to draw from. The other is bolder: if the
+# user asked what the stored question asks, then *answer the stored question*. Its cache, cut off where the answer starts, is a model that has just read that question.
+
+# %%
+asked = held_out[: scale.questions // 3]
+found = [store.retrieve(q, threshold=-1)[0] for q, _ in asked]
+prompts = [encode(tokenizer, [{"role": "user", "content": q}]) for q, _ in asked]
+
+
+def stored_question(item):
+    cut = item.answer_start - 1  # the last token of the prompt is read again
+    ids = item.input_ids[:cut]
+    return Prefix(truncate(store.read(item).cache, cut), cut, ids)
+
+
+prefixes = {
+    "question alone": None,
+    "item, then question": [store.splice([hit]) for hit in found],
+    "the stored question": [stored_question(hit.item) for hit in found],
+}
+
+# %%
+last = [[hit.item.input_ids[hit.item.answer_start - 1]] for hit in found]
+replies = {}
+for name, prefix in prefixes.items():
+    texts = last if name == "the stored question" else prompts
+    made = speculate.generate(model, texts, prefix=prefix, max_new_tokens=64)
+    replies[name] = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in made.tokens]
+truth = [store[id].answer for _, id in asked]
+for name, texts in replies.items():
+    same = np.array([a == b for a, b in zip(texts, truth)])
+    print("{:20} word for word {:.2f} [{:.2f}, {:.2f}]".format(name, *bootstrap(same)))
+
+# %% [markdown]
+# The lab's target knows the FAQ by heart under the questions it was trained on, and hardly under new ones. It was never taught to look up one FAQ item in order to answer another question, so the item before the question
+# does not help it; a model of the size of `t4` draws from it. Answering the stored question needs no such skill: it is right as often as the retrieval is.
+
+# %% [markdown]
+# ## Move a piece
+#
+# Now to the pieces themselves. We take passages of sixteen facts, cut each into four pieces *at the token level*, read every piece alone, and ask about all of it. The model can do that well when it reads the
+# whole passage in one go, so whatever goes wrong is the splice's fault.
+
+# %%
+def pieces_of(document, parts=4):
+    """The passage's ids in some parts, cut behind full stops; ids of the question; of the answer."""
+    system, user, answer = document
+    whole = encode(tokenizer, [system, user])
+    other = encode(tokenizer, [system, {"role": "user", "content": "?"}])
+    start = next(i for i, (a, b) in enumerate(zip(whole, other)) if a != b)
+    stops = [i + 1 for i in range(start) if tokenizer.decode([whole[i]]).strip() == "."]
+    cuts = [0, *(stops[len(stops) * p // parts - 1] for p in range(1, parts)), stops[-1]]
+    ids = tokenizer(" " + answer["content"], add_special_tokens=False).input_ids
+    parts = [whole[a:b] for a, b in pairwise(cuts)]
+    return parts, whole[stops[-1] :], ids
+
+
+documents = questions("free", scale.questions // 2, (16, 16), seed=scale.seed)
+parts, question, answer = pieces_of(documents[0])
+for ids in (*parts, question, answer):
+    print(repr(tokenizer.decode(ids)))
+
+# %% [markdown]
+# Rotating by an angle is linear, and two rotations add up: $R_{a+b} = R_a R_b$. So a key that was stored for position $m$ becomes the key for position $m + d$ by one more turn,
+#
+# $$ k_{m+d} = R_d\, k_m, $$ (turn)
+#
+# exactly, without knowing what it was made of. Values carry no position. Shift every piece to where it belongs, join them, and the result looks like a cache of the whole passage:
+
+# %%
+def shifted(pieces):
+    """Pieces at their places, behind one another."""
+    cache, start = None, 0
+    for piece in pieces:
+        moved = shift(piece.cache, start, rotary)
+        cache = moved if cache is None else join(cache, moved)
+        start += len(piece.input_ids)
+    return cache
+
+
+pieces = [knowledge.read(model, ids) for ids in parts]
+by_hand, spliced = shifted(pieces), knowledge.splice(model, pieces, "shift")
+assert torch.equal(to_tensor(by_hand), to_tensor(spliced.cache))
+print("next position", spliced.next_position, "after", length(spliced.cache), "entries")
+
+# %% [markdown]
+# It *looks* like one. Each piece was read as if nothing stood before it, so its keys and values in deeper layers are not quite those of the whole passage, and its first token believed it was the first of all. In a language model that
+# is a special place: the first token gathers the attention that has nowhere else to go {cite}`xiao2023streamingllm`. Where do stored and true values differ?
+
+# %%
+true = to_tensor(prefill(model, torch.tensor([spliced.input_ids], device=model.device)).cache)
+error = (true - to_tensor(spliced.cache)).float().pow(2).sum((2, 3, 5))  # (L, 2, T)
+size = true.float().pow(2).sum((2, 3, 5)).mean(-1, keepdim=True)
+difference = (error / size).sum(1).cpu()  # keys and values, (L, T)
+starts = np.cumsum([0, *(len(ids) for ids in parts[:-1])])
+candidates = difference[1, starts[1] :]
+worst = starts[1] + candidates.topk(round(0.15 * len(candidates))).indices
+
+# %% mystnb={"image": {"alt": "Bars of the difference between stored and true keys and values for each token of four pieces; the first piece is exact, and in the later ones a few tokens stand out."}}
+plots.token_differences(difference[1], starts, worst.tolist());
+
+# %% [markdown]
+# The difference is not spread evenly: a few tokens, mostly at the start of a piece, have much of it. That is the idea of CacheBlend {cite}`yao2024cacheblend`: compute the early layers for all tokens, see which differ most, and compute only those again
+# in the layers above, on top of the stored rest. `share=1.0` computes all again and must give the true cache; `share=0` corrects the early layers only.
+
+# %%
+again = knowledge.splice(model, pieces, "recompute", share=1.0)
+deviation = (to_tensor(again.cache) - true).abs().max().item()
+print(f"largest deviation with all computed again: {deviation:.1e}")
+if exact:
+    assert deviation < 1e-3
+
+# %% [markdown]
+# ## Five ways, measured
+#
+# For every passage and every way: how far are the next-token distributions, through question and answer, from those after reading it all (KL divergence, in nats a token); is the answer right; how many bytes
+# were loaded; and how long does it take until the question has been read?
+
+# %%
+@torch.inference_mode()
+def after(prefix, ids):
+    """Log-probabilities (len(ids), vocabulary) of what follows each of the ids after a prefix."""
+    start = prefix.next_position
+    places = torch.arange(start, start + len(ids), device=model.device)[None]
+    ids = torch.tensor([ids], device=model.device)
+    out = model(input_ids=ids, position_ids=places, past_key_values=clone(prefix.cache))
+    return out.logits[0].float().log_softmax(-1).cpu()
+
+
+def kl(p, q):
+    """Mean over tokens of KL(p || q), from log-probabilities."""
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+# %%
+def compare(document, share=0.15, arms=knowledge.ARMS):
+    """For each arm: KL from reading it all, whether the answer is right, seconds."""
+    parts, question, answer = pieces_of(document)
+    pieces, rows = [knowledge.read(model, ids) for ids in parts], {}
+    ids, full = [*question, *answer[:-1]], None
+    for arm in arms:
+        begun = time.perf_counter()
+        logs = after(knowledge.splice(model, pieces, arm, share=share), ids)
+        seconds = time.perf_counter() - begun
+        full = logs if full is None else full  # the first arm is "full"
+        right = logs[len(question) - 1 :].argmax(-1).tolist() == answer
+        rows[arm] = kl(full, logs), right, seconds
+    return rows
+
+
+# %%
+compare(documents[0])  # the first call is slower
+results = [compare(d) for d in tqdm(documents, desc="splicing", leave=False)]
+measured = {arm: np.array([r[arm] for r in results], float) for arm in knowledge.ARMS}
+loaded = {arm: 0 if arm == "full" else sum(nbytes(p.cache) for p in pieces) for arm in measured}
+loaded["prefix"] = nbytes(pieces[0].cache)
+
+panels = {
+    "KL, nats a token": {arm: bootstrap(m[:, 0]) for arm, m in measured.items()},
+    "answers right": {arm: bootstrap(m[:, 1]) for arm, m in measured.items()},
+    "MB loaded": {arm: (n / 1e6,) * 3 for arm, n in loaded.items()},
+    "ms, question read": {arm: bootstrap(1e3 * m[:, 2]) for arm, m in measured.items()},
+}
+
+# %% mystnb={"image": {"alt": "Four panels, one row a way of splicing: KL is zero for full and prefix, largest for concat, smaller for shift, smallest for recompute; answers right; megabytes loaded; milliseconds until the question is read."}}
+plots.splice_panels(panels);
+
+# %%
+def gap(worse, better):
+    return bootstrap(measured[worse][:, 0] - measured[better][:, 0])
+
+
+print("concat is worse than shift by {:.4f} [{:.4f}, {:.4f}] nats".format(*gap("concat", "shift")))
+print("shift is worse than recompute by {:.4f} [{:.4f}, {:.4f}]".format(*gap("shift", "recompute")))
+if exact:
+    assert measured["prefix"][:, 0].max() < 1e-5
+
+# %% [markdown]
+# Reusing a *prefix* is exact, always: nothing stands before it. Wrong positions cost most. What is left after shifting is missing context, and of that, the tokens that are computed again take away a part. The *answers* hardly change, even at wrong positions: this model
+# looks a fact up by its words, and in these passages every fact stands in one sentence, so a piece loses little when it is read alone. Pieces that refer to one another lose more.
+#
+# The last panel is not what was promised. On a model as small as the lab's, a call costs about the same whatever it reads, and recomputing makes two more calls. Splicing saves *arithmetic*, and this model has hardly any.
+# So when does it pay?
+#
+# ## When a cache pays
+#
+# Reading a token costs about two operations for each parameter of the model. Loading it costs the bytes of its keys and values. Both grow with the number of tokens, so what decides is one number: at which bandwidth does loading
+# become as fast as reading?
+#
+# $$ \text{break-even bandwidth} = \frac{\text{bytes a token}}{\text{seconds to read a token}} $$ (breakeven)
+#
+# Measure it here, with items of growing length, from a file to the first token after one more token of question:
+
+# %%
+def seconds(action, repeats=5):
+    """The median time of an action."""
+    times = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        action().cache.layers[-1].values[0, 0, -1, 0].item()  # waits for the device
+        times.append(time.perf_counter() - begun)
+    return np.median(times[1:])
+
+
+passages = " ".join(d[0]["content"] for d in documents)
+long = tokenizer(passages, add_special_tokens=False).input_ids
+items = [{"question": "?", "answer": tokenizer.decode(long[:n])} for n in (64, 128, 256, 512, 1024)]
+speed = KnowledgeCache.build(folder / "speed", items, model, tokenizer)
+more = torch.tensor([long[:1]], device=model.device)
+
+
+def read_it(item):
+    ids = torch.tensor([item.input_ids], device=model.device)
+    return prefill(model, torch.cat([ids, more], 1))
+
+
+def load_it(item):
+    return prefill(model, more, speed.read(item).cache)
+
+
+# %%
+with torch.inference_mode():
+    times = {
+        "read it": [seconds(lambda: read_it(item)) for item in speed.items],
+        "load it": [seconds(lambda: load_it(item)) for item in speed.items],
+    }
+tokens = [len(item.input_ids) for item in speed.items]
+
+# %% mystnb={"image": {"alt": "Milliseconds to the first token by tokens of knowledge, on logarithmic scales: reading grows with the tokens, loading stays almost flat."}}
+plots.reading_or_loading(tokens, times);
+
+# %%
+per_token = (times["read it"][-1] - times["read it"][0]) / (tokens[-1] - tokens[0])
+bytes_each = nbytes(speed.read(speed.items[-1]).cache) / tokens[-1]
+print(f"reading: {1e6 * per_token:.0f} microseconds a token; loading: {bytes_each:.0f} bytes")
+print(f"break-even bandwidth here: {bytes_each / per_token / 1e9:.2f} GB/s")
+
+# %% [markdown]
+# For larger models, the same from their shapes alone. Parameters grow with the square of a model's width, its cache with the width, and with grouped-query attention {cite}`ainslie2023gqa` by less: so the larger the model, the slower the disk may be. Suppose a device that does 30 TFLOP/s while it reads:
+
+# %%
+from kvlab.cache import bytes_per_token
+from kvlab.scale import config_of, parameters
+
+rows = {}
+for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen2-7B-Instruct", "Qwen/Qwen3-14B"):
+    config = config_of(name)
+    kilobytes = bytes_per_token(config, torch.float16) / 1e3
+    microseconds = 2 * parameters(config) / 30e12 * 1e6
+    rows[name] = kilobytes, microseconds, kilobytes / microseconds
+columns = ["cache, kB a token", "reading, microseconds a token", "break-even, GB/s"]
+pd.DataFrame.from_dict(rows, orient="index", columns=columns).round(2)
+
+# %% [markdown]
+# A solid-state disk gives a few GB/s, memory a few tens. The first token also needs the question read, and that costs one pass over all weights whether there is a cache or not. On a CPU this pass is what remains. A benchmark
+# (`tests/benchmarks/knowledge.py`) measured it on a model of the shape of Qwen3-0.6B with random weights, for items of about 512 tokens:
+
+# %%
+file = Path("../book/results/knowledge.json")
+if file.exists():
+    results = json.loads(file.read_text())
+    figures = {f["name"]: f for f in results["figures"]}
+    line = "{:28} {value:10.3g}  [{low:.3g}, {high:.3g}]  {unit}"
+    for name in ("prefill_seconds", "load_seconds", "question_seconds", "load_ratio",
+                 "ttft_ratio", "store_mb", "resident_mb", "retrieval_ms_100k",
+                 "kills_survived"):  # fmt: skip
+        print(line.format(name, **figures[name]))
+    print(results["device"], "- torch", results["versions"]["torch"])
+else:
+    print("The measured figures are in the repository: book/results/knowledge.json")
+
+# %% [markdown]
+# `load_ratio` compares reading the item with loading it; `ttft_ratio` the whole way to the first token, with a question of twelve tokens on both sides. `resident_mb` is by how much the
+# process grew while all items of the store were read, one after another; `kills_survived` the share of processes, killed with `kill -9` while they added to a store, that left one that opens, with old or new content.
+#
+# ## Exercises
+#
+# ```{exercise-start} Half the bytes
+# :label: ex-dtype
+# ```
+# *Easy, 10 minutes.* A store can keep float16 or bfloat16 where the model computes in float32. Both have the same bytes. Which costs less KL, and why? (`to_tensor(cache)` gives one tensor, `from_tensor` the cache again; prefix reuse of the whole passage is exact without rounding.)
+# ```{exercise-end}
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex-dtype
+# :class: dropdown
+# ````
+
+# %%
+from kvlab.cache import from_tensor
+
+
+def rounded(document, dtype):
+    """KL that comes from keeping the passage's cache in another precision."""
+    parts, question, answer = pieces_of(document)
+    whole = knowledge.read(model, [i for ids in parts for i in ids])
+    kept = from_tensor(to_tensor(whole.cache).to(dtype).to(model.dtype))
+    end, ids = len(whole.input_ids), [*question, *answer]
+    return kl(after(Prefix(whole.cache, end), ids), after(Prefix(kept, end), ids))
+
+
+for dtype in (torch.float16, torch.bfloat16):
+    cost = [rounded(d, dtype) for d in documents[:16]]
+    print(dtype, "{:.1e} [{:.1e}, {:.1e}]".format(*bootstrap(cost)))
+
+# %% [markdown]
+# float16 spends its bits on precision, bfloat16 on range. Keys and values have no great range, so float16 is closer; both cost far less than any splice above.
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise-start} How much to compute again
+# :label: ex-share
+# ```
+# *Easy, 10 minutes.* Draw the KL of "recompute" against the share of tokens computed again, from 0 to 1 (`compare` takes `share` and `arms`). Then let chance choose the tokens instead of the difference: kvlab takes them by `difference.topk(...)`, and
+# `unittest.mock.patch.object` can put another `topk` into `torch.Tensor` for a while. Is *any* 15 % as good?
+# ```{exercise-end}
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex-share
+# :class: dropdown
+# ````
+
+# %%
+for share in (0.0, 0.05, 0.15, 0.3, 0.6, 1.0):
+    cost = [compare(d, share, ("full", "recompute"))["recompute"][0] for d in documents[:16]]
+    print("{:4.0%}: {:.4f} [{:.4f}, {:.4f}]".format(share, *bootstrap(cost)))
+
+# %%
+from unittest import mock
+
+
+def by_chance(tensor, k, *rest, topk=torch.Tensor.topk):
+    """The k largest of as many random numbers."""
+    return topk(torch.rand_like(tensor, dtype=torch.float32), k, *rest)
+
+
+torch.manual_seed(scale.seed)
+with mock.patch.object(torch.Tensor, "topk", by_chance):
+    rows = [compare(d, 0.15, ("full", "recompute")) for d in documents[:16]]
+cost = [r["recompute"][0] for r in rows]
+print("15% by chance: {:.4f} [{:.4f}, {:.4f}]".format(*bootstrap(cost)))
+
+# %% [markdown]
+# What was read with nothing before it stays as it was, wherever nobody looks. Tokens chosen by chance cost as much to compute again and mostly were right already: the choice is the method.
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise-start} A question of order
+# :label: ex-order
+# ```
+# *Medium, 10 minutes.* Only the first piece is exact after a shift. Compare questions whose answer stands in the first piece with those whose answer stands in the last. Is the KL different? What would you do with the item that retrieval ranks first?
+# ```{exercise-end}
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex-order
+# :class: dropdown
+# ````
+
+# %%
+def piece_with_answer(document):
+    """Which piece names the answer (the first that does)."""
+    texts = [tokenizer.decode(ids) for ids in pieces_of(document)[0]]
+    return next((i for i, text in enumerate(texts) if document[-1]["content"] in text), None)
+
+
+where = np.array([piece_with_answer(d) for d in documents], float)
+for name, chosen_ones in {"first": where == 0, "later": where > 0}.items():
+    cost = measured["shift"][chosen_ones, 0]
+    print("{}: {:.4f} [{:.4f}, {:.4f}], n {}".format(name, *bootstrap(cost), len(cost)))
+
+# %% [markdown]
+# Few questions of each kind, so the intervals are wide: make `documents` longer before you believe either. The first place is the exact one, so the piece one trusts most belongs there.
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ## Takeaways
+#
+# - A store that is trusted checks: model, tokenizer, rotary embedding, every item's bytes. A cache that does not belong does not fail, it lies.
+# - Retrieve with the question, choose the threshold with questions that the store cannot answer, and let a miss be a miss.
+# - A prefix is exact. Anything else that was read alone is an approximation: shift it, and compute again what differs most.
+# - Loading pays when the disk is faster than the break-even bandwidth, which falls as models grow.
+#
+# The cell below runs alone, after the imports.
+
+# %%
+import tempfile
+
+from kvlab import Scale, lab, speculate
+from kvlab.knowledge import KnowledgeCache
+
+scale = Scale.current()
+model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
+with tempfile.TemporaryDirectory() as path:
+    store = KnowledgeCache.build(path, lab.faq(), model, tokenizer, scale.load_embedder())
+    for hit in store.retrieve("Why do my network's test scores get worse?", k=2):
+        print(round(hit.score, 2), hit.item.question, "->", hit.item.answer)
+    prefix = store.splice(store.items[:2])
+    print(prefix.next_position, "tokens stand before the next question")
+
+# %% [markdown]
+# **Further reading**: CacheBlend {cite}`yao2024cacheblend`; prompts put together from cached modules {cite}`gim2024promptcache`; attention sinks {cite}`xiao2023streamingllm`. Next (coming): a small model that *reads* this store while it drafts.

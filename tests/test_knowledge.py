@@ -1,0 +1,1147 @@
+"""The laws of spliced pieces and of a store of them: exact where said, whole after a kill, honest about misses."""
+
+import copy
+import inspect
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from kvlab import cache as kv
+from kvlab import files, knowledge, lab
+from kvlab.cache import CacheError
+from kvlab.knowledge import ARMS, Hit, KnowledgeCache, Piece, read, splice
+
+ROOT = Path(__file__).parents[1]
+IDS = torch.randint(0, 97, (25,), generator=torch.Generator().manual_seed(3)).tolist()
+PIECES, QUESTION = (IDS[:7], IDS[7:12], IDS[12:21]), torch.tensor([IDS[21:]])
+FLAT, FIRST, BEHIND = IDS[:21], 7, 14
+TIGHT = {torch.float32: 1e-5, torch.float64: 1e-9}
+RECORDS = [
+    {"question": "Where does Anna live?", "answer": "Rome", "domain": "people"},
+    {"question": "Who sings in the old hall every evening?", "answer": "Ben and his two sons", "domain": "people"},
+    {"question": "What is a hash table?", "answer": "A table that finds a value by a number made from its key."},
+    {"question": "How many apples has Carl?", "answer": "4711", "domain": "fruit"},
+    {"question": "What color is a ripe plum, and what is it like?", "answer": "Blue", "domain": "fruit"},
+    {"question": "Where does Dora live?", "answer": "In Oslo, near the water, with a dog.", "domain": "people"},
+    {"question": "Why?", "answer": "Because.", "id": "why"},
+]
+MORE = [{"question": f"What is number {i}?", "answer": f"It is {i * i}.", "domain": "numbers"} for i in range(6)]
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_rope = pytest.mark.parametrize("rope", ["default", "llama3", "yarn"])
+every_dtype = pytest.mark.parametrize("dtype", TIGHT, ids=str)
+
+
+class Bag:
+    """An embedder that hashes words."""
+
+    def __init__(self, width=64, start=0):
+        self.width, self.start = width, start
+
+    def encode(self, sentences, *, normalize_embeddings, convert_to_tensor, show_progress_bar=False):
+        assert normalize_embeddings
+        assert convert_to_tensor
+        counts = torch.zeros(len(sentences), self.width)
+        for row, sentence in zip(counts, sentences, strict=True):
+            for word in re.findall(r"\w+", sentence.casefold()):
+                row[zlib.crc32(word.encode(), self.start) % self.width] += 1
+        return counts / counts.norm(dim=1, keepdim=True).clamp(min=1e-9)
+
+
+BAG = Bag()
+
+
+def tensors(cache):
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
+def near(one, two, within):
+    torch.testing.assert_close(tensors(one), tensors(two), rtol=0, atol=within)
+
+
+def read_all(model, texts=PIECES):
+    return [read(model, ids) for ids in texts]
+
+
+def everything(model, ids=FLAT):
+    return kv.prefill(model, torch.tensor([ids]))
+
+
+# pieces put together
+
+
+@every_family
+@every_rope
+@every_dtype
+@pytest.mark.parametrize("arm", ["full", "prefix"])
+def test_two_arms_are_the_prefill_of_everything(tiny_model, family, rope, dtype, arm):
+    model = tiny_model(family, rope, dtype)
+    prefix = splice(model, read_all(model), arm)
+    near(prefix.cache, everything(model).cache, TIGHT[dtype])
+    after = kv.prefill(model, QUESTION, prefix.cache, prefix.next_position)
+    torch.testing.assert_close(after.logits, everything(model, IDS).logits, rtol=0, atol=TIGHT[dtype])
+
+
+@every_family
+@every_rope
+@pytest.mark.parametrize("early", [1, 2, 3])
+def test_computing_all_again_is_exact_and_computing_none_is_shift_above(tiny_model, family, rope, early):
+    model = tiny_model(family, rope, torch.float64)
+    pieces, true = read_all(model), everything(model).cache
+    near(splice(model, pieces, "recompute", share=1.0, early=early).cache, true, 1e-9)
+    none, moved = splice(model, pieces, "recompute", share=0, early=early).cache, splice(model, pieces, "shift").cache
+    torch.testing.assert_close(tensors(none)[: 2 * early], tensors(true)[: 2 * early], rtol=0, atol=1e-9)
+    assert all(map(torch.equal, tensors(none)[2 * early :], tensors(moved)[2 * early :]))
+    assert (tensors(moved)[-1] - tensors(true)[-1]).abs().max() > 1e-3  # else the arms would be the same
+
+
+def most_different(model, pieces, early, count):
+    """The tokens behind the first piece whose keys and values at one layer differ most, in a plain loop."""
+    true, moved = everything(model).cache.layers[early - 1], splice(model, pieces, "shift").cache.layers[early - 1]
+    scores = {}
+    for token in range(FIRST, len(FLAT)):
+        scores[token] = 0.0
+        for a, b in ((true.keys, moved.keys), (true.values, moved.values)):
+            mean = sum(a[0, :, t].square().sum().item() for t in range(len(FLAT))) / len(FLAT)
+            scores[token] += (a[0, :, token] - b[0, :, token]).square().sum().item() / mean
+    return sorted(sorted(scores, key=scores.get)[len(scores) - count :])
+
+
+@every_family
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.25, 0.5, 0.9])
+def test_recompute_computes_that_share_of_tokens_again_those_that_differ_most(tiny_model, family, share):
+    model = tiny_model(family, "yarn", torch.float64)
+    pieces, ids = read_all(model), torch.tensor([FLAT])
+    none = splice(model, pieces, "recompute", share=0).cache
+    want, chosen = none, most_different(model, pieces, 2, round(share * BEHIND))
+    for token in chosen:  # one after the other, each on what stands before it
+        new = kv.prefill(model, ids[:, token : token + 1], kv.truncate(want, token), token).cache
+        after = torch.arange(token + 1, len(FLAT))
+        want = kv.join(new, kv.select(want, after)) if len(after) else new
+    got = splice(model, pieces, "recompute", share=share).cache
+    near(got, want, 1e-9)
+    changed = (got.layers[2].values != none.layers[2].values).any(-1).any(1)[0]
+    assert changed.nonzero().flatten().tolist() == chosen
+
+
+@every_family
+@every_rope
+def test_shift_is_each_piece_read_alone_at_its_place_and_concat_at_the_start(tiny_model, family, rope):
+    model, start = tiny_model(family, rope, torch.float64), 0
+    pieces = read_all(model)
+    moved, unmoved = (splice(model, pieces, arm).cache for arm in ("shift", "concat"))
+    for ids in PIECES:
+        place = torch.arange(start, start + len(ids))
+        alone = kv.prefill(model, torch.tensor([ids]), position=start).cache
+        near(kv.select(moved, place), alone, 1e-5)  # a model computes its angles in float32
+        near(kv.select(unmoved, place), kv.prefill(model, torch.tensor([ids])).cache, 1e-9)
+        start += len(ids)
+    assert (moved.layers[0].keys - unmoved.layers[0].keys)[:, :, FIRST:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_single_piece_is_exact_in_every_arm(tiny_model, arm):
+    model = tiny_model("Llama", "llama3", torch.float64)
+    prefix = splice(model, read_all(model, [FLAT]), arm)
+    near(prefix.cache, everything(model).cache, 1e-9)
+    assert prefix.next_position == len(FLAT)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_splice_knows_its_text_and_leaves_its_pieces_alone(tiny_model, arm):
+    model = copy.deepcopy(tiny_model()).requires_grad_(True)
+    pieces = read_all(model)
+    frozen = [(kv.clone(p.cache), list(p.input_ids), [t._version for t in tensors(p.cache)]) for p in pieces]
+    prefix = splice(model, pieces, arm)
+    assert (prefix.next_position, list(prefix.input_ids)) == (len(FLAT), FLAT)
+    assert kv.length(prefix.cache) == len(FLAT)
+    assert not any(t.requires_grad for t in tensors(prefix.cache))
+    for piece, (cache, ids, versions) in zip(pieces, frozen, strict=True):
+        assert all(map(torch.equal, tensors(piece.cache), tensors(cache)))
+        assert list(piece.input_ids) == ids
+        assert [t._version for t in tensors(piece.cache)] == versions
+        assert not any(t.requires_grad for t in (*tensors(piece.cache), piece.hidden_states))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"arm": "blend"}, "'blend'.*full, prefix, concat, shift, recompute"),
+        ({"share": 1.1}, "share is 1.1"),
+        ({"share": -0.1}, "share is -0.1"),
+        ({"early": 0}, "early is 0, expected 1 to 3"),
+        ({"early": 4}, "early is 4, expected 1 to 3"),
+    ],
+)
+def test_wrong_arguments_of_a_splice(tiny_model, arguments, words):
+    with pytest.raises(CacheError, match=words):
+        splice(tiny_model(), read_all(tiny_model()), **arguments)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_pieces_are_needed_and_with_keys_and_values_but_to_read_them_anew(tiny_model, arm):
+    model = tiny_model()
+    with pytest.raises(CacheError, match="no pieces"):
+        splice(model, [], arm)
+    bare = [read(model, PIECES[0]), Piece(PIECES[1], None)]
+    if arm == "full":
+        near(splice(model, bare, arm).cache, everything(model, FLAT[:12]).cache, 1e-5)
+    else:
+        with pytest.raises(CacheError, match="no keys and values: build the store with keep="):
+            splice(model, bare, arm)
+
+
+# reading
+
+
+@every_family
+def test_hidden_states_are_those_of_the_base_model(tiny_model, family):
+    model = tiny_model(family)
+    want = model.base_model(torch.tensor([FLAT])).last_hidden_state
+    torch.testing.assert_close(read(model, FLAT).hidden_states, want, rtol=0, atol=1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_a_text_in_a_batch_is_the_text_alone(tiny_model, family, rows):
+    model, texts = tiny_model(family, dtype=torch.float64), [FLAT[i : 21 - 3 * (i % 5)] for i in range(rows)]
+    for ids, piece in zip(texts, knowledge._read(model, texts), strict=True):
+        alone = read(model, ids)
+        assert (list(piece.input_ids), kv.length(piece.cache)) == (ids, len(ids))
+        assert piece.hidden_states.shape == (1, len(ids), 64)
+        near(piece.cache, alone.cache, 1e-9)
+        torch.testing.assert_close(piece.hidden_states, alone.hidden_states, rtol=0, atol=1e-9)
+
+
+# the store
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return lab.load_tokenizer("lab-draft")
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model(vocab_size=1536)
+
+
+@pytest.fixture
+def make(tmp_path, model, tokenizer):
+    """Return a function that builds a store in a new folder."""
+
+    def make(records=RECORDS, name="store", embedder=BAG, tokenizer=tokenizer, model=model, **options):
+        return KnowledgeCache.build(tmp_path / name, records, model, tokenizer, embedder, **options)
+
+    return make
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(knowledge, "SHARD_ITEMS", 2)
+
+
+def load(store, **changes):
+    given = {"model": store.model, "tokenizer": store.tokenizer, "embedder": store.embedder} | changes
+    return KnowledgeCache.load(store.folder, **given)
+
+
+def listing(folder):
+    """All files but the lock, with what is in them."""
+    found = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def shown(items):
+    return [(i.id, i.domain, i.question, i.answer, i.input_ids, i.answer_start, i.generated) for i in items]
+
+
+def same_tensors(one, two):
+    """Whether two stores hold the same items, bit for bit."""
+    pairs = list(zip(one.items, two.items, strict=True))
+    stored = [(one._tensors(a), two._tensors(b)) for a, b in pairs]
+    alike = all(a.keys() == b.keys() and all(torch.equal(a[p], b[p]) for p in a) for a, b in stored)
+    return alike and shown(one.items) == shown(two.items) and torch.equal(one.embeddings, two.embeddings)
+
+
+def data_of(store, item):
+    return store.folder / "shards" / f"{item.shard}.safetensors"
+
+
+def index_of(store, item):
+    return store.folder / "shards" / f"{item.shard}.index.safetensors"
+
+
+def flip(path, at=-1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keep", [("kv",), ("hidden",), ("hidden", "kv")], ids="+".join)
+def test_what_is_read_is_what_was_computed_bit_for_bit(make, model, keep, dtype):
+    store = load(make(keep=keep, dtype=dtype, batch_size=1))
+    assert (set(store.keep), store.dtype) == (set(keep), dtype or torch.float32)
+    for item in store.items:
+        got, want = store.read(item), read(model, item.input_ids)
+        rounded = [t.to(store.dtype).to(model.dtype) for t in tensors(want.cache)]
+        assert (got.cache is not None, got.hidden_states is not None) == ("kv" in keep, "hidden" in keep)
+        assert "kv" not in keep or all(map(torch.equal, tensors(got.cache), rounded))
+        assert "hidden" not in keep or torch.equal(
+            got.hidden_states, want.hidden_states.to(store.dtype).to(model.dtype)
+        )
+        assert got.input_ids == item.input_ids
+        stored = store._tensors(item)
+        assert stored.keys() == set(keep)
+        assert all(t.dtype == store.dtype for t in stored.values())
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_an_item_does_not_depend_on_its_batch(make, model, batch_size):
+    store = make(batch_size=batch_size, keep=("kv", "hidden"))
+    assert len({len(item.input_ids) for item in store.items}) > 3
+    for item in store.items:
+        piece, alone = store.read(item), read(model, item.input_ids)
+        near(piece.cache, alone.cache, 1e-5)
+        torch.testing.assert_close(piece.hidden_states, alone.hidden_states, rtol=0, atol=1e-5)
+
+
+def test_items_are_the_records_in_their_order(make):
+    for store in (made := make(), load(made)):
+        assert [(i.question, i.answer, i.domain) for i in store.items] == [
+            (r["question"], r["answer"], r.get("domain", "")) for r in RECORDS
+        ]
+        assert len(store) == len(RECORDS) == len({item.id for item in store.items})
+        assert store["why"].question == "Why?"
+        assert not any(item.generated for item in store.items)
+        assert store.embeddings.shape == (len(RECORDS), 64)
+        torch.testing.assert_close(store.embeddings, knowledge._embed(BAG, [r["question"] for r in RECORDS]))
+        with pytest.raises(CacheError, match="no item 'nobody'"):
+            store["nobody"]
+    assert same_tensors(made, load(made))
+
+
+def test_ids_are_those_of_the_chat_template(make, tokenizer):
+    for item in make().items:
+        asked = [{"role": "user", "content": item.question}]
+        whole = [*asked, {"role": "assistant", "content": item.answer}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert list(item.input_ids) == tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+        assert list(item.input_ids[: item.answer_start]) == prompt
+        assert tokenizer.decode(item.input_ids[item.answer_start :]) == f" {item.answer}<|end|>"
+
+
+def test_a_template_may_open_an_answer_otherwise_than_it_shows_one(make, tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = tokenizer.chat_template.replace("<|assistant|>{% endif", "<|assistant|> thought{% endif")
+    asked = [{"role": "user", "content": RECORDS[0]["question"]}]
+    prompt = thinking.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    item = make(tokenizer=thinking).items[0]
+    assert thinking.decode(prompt).endswith("<|assistant|> thought")
+    assert list(item.input_ids[: item.answer_start]) == prompt
+    assert list(item.input_ids[item.answer_start :]) == tokenizer("Rome")["input_ids"]
+
+
+def test_a_tokenizer_needs_no_chat_template(make, tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    for item in make(tokenizer=plain).items:
+        assert list(item.input_ids[: item.answer_start]) == tokenizer(item.question)["input_ids"]
+        assert tokenizer.decode(item.input_ids[item.answer_start :]) == f"\n{item.answer}"
+
+
+def test_what_is_there_is_skipped(make, tokenizer, model):
+    store = make([*RECORDS, RECORDS[1]])
+    before, other = listing(store.folder), {"question": RECORDS[0]["question"], "answer": "Paris", "domain": "people"}
+    assert len(store) == len(RECORDS)
+    assert store.add(RECORDS) == load(store).add(RECORDS[::-1]) == 0
+    assert len(make(RECORDS)) == len(RECORDS)
+    assert listing(store.folder) == before
+    elsewhere = RECORDS[0] | {"domain": "cities"}
+    assert store.add([RECORDS[2], other, elsewhere, other]) == 2
+    assert [(i.answer, i.domain) for i in store.items[-2:]] == [("Paris", "people"), ("Rome", "cities")]
+    assert same_tensors(store, load(store))
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"question": "What?"}, "Record 1 has 'answer' = None"),
+        ({"answer": "That."}, "Record 1 has 'question' = None"),
+        ({"question": " ", "answer": "That."}, "Record 1 has 'question' = ' '"),
+        ({"question": "What?", "answer": 5}, "Record 1 has 'answer' = 5"),
+        ({"question": "What?", "answer": "That.", "domain": 3}, "'domain' = 3"),
+        ({"question": "What?", "answer": "That.", "id": ""}, "'id' = ''"),
+        (["What?", "That."], "Record 1 has 'question'"),
+        ({"question": "What?", "answer": "That.", "id": "why"}, "the id 'why' of another item"),
+        ({"question": "What?", "answer": "That.", "id": "new"}, "the id 'new' of another item"),
+        ({"question": "What?", "answer": "long " * 300}, "the model reads up to 256: split it"),
+    ],
+    ids=str,
+)
+def test_a_bad_record_is_refused_before_anything_is_written(make, bad, words):
+    store = make()
+    before, items = listing(store.folder), list(store.items)
+    with pytest.raises(CacheError, match=words):
+        store.add([{"question": "A new one?", "answer": "Yes.", "id": "new"}, bad])
+    assert listing(store.folder) == before
+    assert store.items == items == load(store).items
+
+
+def test_too_little_room_is_seen_before_anything_is_written(make, monkeypatch):
+    store = make()
+    before, usage = listing(store.folder), shutil.disk_usage("/")
+    room = store.estimate(MORE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
+    with pytest.raises(CacheError, match="free some, keep less, or use a smaller dtype"):
+        store.add(MORE)
+    assert listing(store.folder) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room + 1))
+    assert store.add(MORE) == len(MORE)
+
+
+def greedy(model, tokenizer, item, count):
+    prompt = torch.tensor([item.input_ids[: item.answer_start]])
+    options = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    done = model.generate(prompt, do_sample=False, max_new_tokens=count, repetition_penalty=1.0, **options)
+    return done[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_generated_answers_are_kept_in_the_tokens_of_the_model(make, model, tokenizer, batch_size):
+    questions = [{key: value for key, value in r.items() if key != "answer"} for r in RECORDS]
+    store = make(questions, generate=True, max_new_tokens=9, batch_size=batch_size)
+    again = []
+    for item, record in zip(store.items, RECORDS, strict=True):
+        made = list(item.input_ids[item.answer_start :])
+        assert made == greedy(model, tokenizer, item, 9)
+        assert (item.question, item.generated) == (record["question"], True)
+        assert item.answer == tokenizer.decode(made, skip_special_tokens=True).strip()
+        near(store.read(item).cache, read(model, item.input_ids).cache, 1e-5)
+        again.append(tokenizer(item.answer)["input_ids"] == made)
+    assert not all(again)  # tokenizing the text again would not do
+    assert store.add(questions, generate=True, max_new_tokens=9) == 0
+    assert load(store).add(RECORDS, generate=True) == 0
+    assert store.add([RECORDS[0]]) == 1  # a given answer is another item
+    assert store.summary().loc["all", "generated"] == len(RECORDS)
+
+
+def test_a_generated_answer_holds_its_end_token_and_no_padding(tmp_path, tokenizer):
+    model, faq = lab.load("lab-draft"), lab.faq()[:6]
+    store = KnowledgeCache.build(tmp_path / "s", faq, model, tokenizer, generate=True, max_new_tokens=48)
+    ended = 0
+    for item in store.items:
+        made = list(item.input_ids[item.answer_start :])
+        assert made == greedy(model, tokenizer, item, 48)
+        ended += made[-1] == tokenizer.eos_token_id
+    assert ended
+    assert len({len(item.input_ids) - item.answer_start for item in store.items}) > 1
+
+
+@pytest.mark.parametrize("domain", ["people", "fruit", "", None])
+def test_an_exported_domain_is_a_store_of_its_own(make, small_shards, tmp_path, domain):
+    store = make(keep=("kv", "hidden"), dtype=torch.bfloat16)
+    before = listing(store.folder)
+    made = store.export(tmp_path / "copy", domain)
+    assert listing(store.folder) == before
+    shutil.rmtree(store.folder)
+    store.folder.mkdir()
+    for name, content in before.items():  # what is exported does not need its source, nor what is loaded its past
+        (store.folder / name).parent.mkdir(exist_ok=True)
+        (store.folder / name).write_bytes(content)
+    chosen = [i for i, item in enumerate(store.items) if domain in (None, item.domain)]
+    for copied in (made, load(made)):
+        assert shown(copied.items) == shown([store.items[i] for i in chosen])
+        assert torch.equal(copied.embeddings, store.embeddings[chosen])
+        for item, i in zip(copied.items, chosen, strict=True):
+            one, two = copied._tensors(item), store._tensors(store.items[i])
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[part], two[part]) for part in one)
+    assert made.add(RECORDS[:3]) == sum(r.get("domain", "") != domain for r in RECORDS[:3]) * (domain is not None)
+
+
+def test_an_export_goes_to_a_folder_of_its_own(make, tmp_path):
+    store, other = make(), make(MORE, "other")
+    before = listing(other.folder)
+    with pytest.raises(CacheError, match=r"There is a store in .*: give a new or an empty folder"):
+        store.export(other.folder)
+    with pytest.raises(CacheError, match=r"no domain 'stars'.*fruit.*people"):
+        store.export(tmp_path / "new", "stars")
+    assert not (tmp_path / "new").exists()
+    assert listing(other.folder) == before
+
+
+def test_summary_adds_up(make):
+    store = make(keep=("kv", "hidden"))
+    table = store.summary()
+    assert table.index.tolist() == ["", "fruit", "people", "all"]
+    np.testing.assert_allclose(table[:-1].sum(), table.loc["all"])
+    assert table.loc["people", "items"] == 3
+    assert table.loc["all", "tokens"] == sum(len(item.input_ids) for item in store.items)
+    assert table.loc["fruit", "answer tokens"] == sum(
+        len(i.input_ids) - i.answer_start for i in store.items if i.domain == "fruit"
+    )
+    assert table.loc["all", "size (MB)"] * 1e6 == pytest.approx(written(store))
+
+
+def test_summary_of_little(make):
+    assert make([]).summary().loc["all", "items"] == 0
+    named = make([RECORDS[0] | {"domain": "all"}, RECORDS[1]], "named").summary()
+    assert named["items"].tolist() == [1, 1, 2]
+
+
+def written(store):
+    shards = {data_of(store, item) for item in store.items}
+    return sum(tensor.nbytes for path in shards for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("keep", [("kv",), ("hidden",), ("kv", "hidden")], ids="+".join)
+def test_the_estimate_is_what_is_written(make, keep, dtype):
+    store = make(keep=keep, dtype=dtype)
+    had, more = written(store), store.estimate([*RECORDS, *MORE, *MORE])
+    assert more > 0
+    assert had == store.estimate([]) + sum(store._bytes(len(item.input_ids)) for item in store.items)
+    store.add(MORE)
+    assert written(store) == had + more
+    assert store.estimate(MORE) == 0
+    most = store.estimate(RECORDS[:6], generate=True, max_new_tokens=5)
+    had = written(store)
+    store.add(RECORDS[:6], generate=True, max_new_tokens=5)
+    assert written(store) == had + most  # no answer of this model ends early
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Paths that are opened as safetensors, in order."""
+    paths, real = [], knowledge.safe_open
+
+    def watching(path, *args, **options):
+        paths.append(Path(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(knowledge, "safe_open", watching)
+    return paths
+
+
+def test_tensors_are_read_when_their_item_is(make, small_shards, opened):
+    store = make()
+    opened.clear()
+    store = load(store)
+    store.retrieve("Where does Anna live?")
+    store.summary()
+    assert opened == [index_of(store, store.items[i]) for i in (0, 2, 4, 6)]
+    opened.clear()
+    store.read(store.items[3])
+    assert opened == [data_of(store, store.items[3])]
+
+
+def test_shards_change_nothing(make, monkeypatch):
+    one = make(name="one", batch_size=1)
+    monkeypatch.setattr(knowledge, "SHARD_ITEMS", 3)
+    few = make(name="few", batch_size=1)
+    assert [shard["items"] for shard in few.shards] == [3, 3, 1]
+    assert same_tensors(few, one)
+    sizes = [one._bytes(len(item.input_ids)) for item in one.items]
+    monkeypatch.setattr(knowledge, "SHARD_BYTES", sizes[0] + sizes[1])
+    bytewise = make(name="bytes", batch_size=1)
+    assert bytewise.shards[0]["items"] == 2
+    assert all(written_in(bytewise, shard) <= sizes[0] + sizes[1] or shard["items"] == 1 for shard in bytewise.shards)
+    assert same_tensors(bytewise, one)
+    assert len(one.shards) == 1
+    assert same_tensors(bytewise.export(bytewise.folder.parent / "again"), one)
+
+
+def written_in(store, shard):
+    return sum(tensor.nbytes for tensor in load_file(store._paths(shard["name"])[0]).values())
+
+
+def test_a_store_splices_what_it_finds(make, model):
+    store = make()
+    hits = store.retrieve("Where does Dora live?", k=2)
+    assert [type(hit) for hit in hits] == [Hit, Hit]
+    prefix = store.splice(hits, "full")
+    assert list(prefix.input_ids) == [*hits[0].item.input_ids, *hits[1].item.input_ids]
+    near(store.splice([hit.item for hit in hits], "recompute", share=1.0).cache, prefix.cache, 1e-4)
+
+
+@pytest.mark.parametrize("keep", ["kv", (), ("keys",), ("kv", "keys")], ids=str)
+def test_what_can_be_kept(make, tmp_path, keep):
+    with pytest.raises(CacheError, match="expected a list of one or both of"):
+        make(keep=keep)
+    with pytest.raises(CacheError, match=r"dtype is torch.int8"):
+        make(dtype=torch.int8)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_keeps_its_settings(make):
+    store = make()
+    before = listing(store.folder)
+    for other in ({"keep": ("hidden",)}, {"dtype": torch.float16}):
+        with pytest.raises(CacheError, match=r"was built with .*: build in another folder"):
+            make(MORE, **other)
+    assert listing(store.folder) == before
+
+
+# finding
+
+
+@pytest.mark.parametrize("k", [1, 3, 100])
+@pytest.mark.parametrize("domain", [None, "people", "numbers"])
+def test_the_ranking_is_that_of_brute_force(make, small_shards, k, domain):
+    store = load(make([*RECORDS, *MORE]))
+    for question in [
+        "Where does she live?",
+        "What is number 3?",
+        "a table, a value",
+        *(r["question"] for r in RECORDS),
+    ]:
+        cosines = (
+            knowledge._embed(BAG, [r["question"] for r in [*RECORDS, *MORE]]).numpy()
+            @ BAG.encode([question], normalize_embeddings=True, convert_to_tensor=True)[0].numpy()
+        )
+        allowed = np.array([domain in (None, r.get("domain", "")) for r in [*RECORDS, *MORE]])
+        want = np.sort(cosines[allowed & (cosines >= 0.3)])[::-1][:k]
+        hits = store.retrieve(question, k, threshold=0.3, domain=domain)
+        np.testing.assert_allclose([hit.score for hit in hits], want, atol=1e-6)
+        for hit in hits:
+            assert hit.score == pytest.approx(cosines[store.items.index(hit.item)], abs=1e-6)
+            assert domain in (None, hit.item.domain)
+        assert len({hit.item.id for hit in hits}) == len(hits)
+
+
+def test_an_embedder_needs_to_take_what_its_protocol_says_and_no_more(make):
+    asked, protocol = set(), inspect.signature(knowledge.Embedder.encode).parameters
+
+    class Watched(Bag):
+        def encode(self, sentences, **options):
+            asked.update(options)
+            return super().encode(sentences, **options)
+
+    make(embedder=Watched()).retrieve("Why?")
+    assert asked == {name for name, parameter in protocol.items() if parameter.kind == parameter.KEYWORD_ONLY}
+
+
+def test_a_miss_is_a_miss(make):
+    store = make()
+    hit = store.retrieve("Where does Anna sleep?")[0]
+    assert 0.5 < hit.score < 0.95
+    assert store.retrieve("Where does Anna sleep?", threshold=hit.score) == [hit]
+    assert store.retrieve("Where does Anna sleep?", threshold=np.nextafter(hit.score, 2)) == []
+    assert store.retrieve("zebra crossing xylophone") == []
+    assert len(store.retrieve("zebra crossing xylophone", threshold=-1)) == 1
+    assert store.retrieve("Where does Anna live?", domain="fruit") == []
+    assert make([], "empty").retrieve("Where does Anna live?", threshold=-1) == []
+
+
+@pytest.mark.parametrize("embedder", [BAG, None])
+def test_every_question_finds_its_own_item(make, small_shards, embedder):
+    store = load(make([*RECORDS, *MORE], embedder=embedder))
+    for item in store.items[::-1]:
+        hit = store.retrieve(item.question, k=1)[0]
+        assert hit.item == item
+        assert hit.score == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("embedder", [BAG, None])
+def test_exact_is_exact_but_for_case_punctuation_and_space(make, embedder):
+    store = make([*RECORDS, RECORDS[0] | {"answer": "Paris"}], embedder=embedder)
+    for question in ("where does anna live", "Where does  Anna live ?!", "WHERE DOES ANNA LIVE?"):
+        hits = store.retrieve(question, k=5, exact=True)
+        assert [(hit.item.answer, hit.score) for hit in hits] == [("Rome", 1.0), ("Paris", 1.0)]
+        assert len(store.retrieve(question, exact=True)) == 1
+    assert store.retrieve("where does anna live", exact=True, domain="fruit") == []
+    assert store.retrieve("Where does Anna really live?", exact=True) == []
+    assert store.retrieve("Rome", k=9, exact=True, threshold=-1) == []
+    if embedder is None:
+        assert store.retrieve("Where does Anna really live?", threshold=-1) == []
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"question": ["Why?"]}, "expected a text"),
+        ({"question": None}, "expected a text"),
+        ({"question": "  "}, "expected a text"),
+        ({"k": 0}, "k is 0"),
+        ({"domain": "stars"}, "no domain 'stars' in .*'fruit', 'people'"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_a_search(make, arguments, words, exact):
+    with pytest.raises(CacheError, match=words):
+        make().retrieve(**{"question": "Why?"} | arguments, exact=exact)
+
+
+# what does not fit, and what is damaged
+
+
+@pytest.fixture
+def store(make, small_shards):
+    return make()
+
+
+def test_a_store_belongs_to_its_model(store, tiny_model):
+    before = listing(store.folder)
+    base, rope = {"vocab_size": 1536}, {"rope_type": "default", "rope_theta": 20000.0}
+    others = {
+        "weights sha256": tiny_model(seed=1, **base),
+        "rope inv_freq": tiny_model.__wrapped__(rope_parameters=rope, **base),
+        "rope type": tiny_model(rope="yarn", **base),
+        "architecture num_hidden_layers": tiny_model(num_hidden_layers=2, **base),
+        "weights dtype": tiny_model(dtype=torch.float64, **base),
+    }
+    for words, other in others.items():
+        with pytest.raises(CacheError, match=f"{store.folder}.*another model.*{words}.*or build another"):
+            load(store, model=other)
+        with pytest.raises(CacheError, match=words):
+            KnowledgeCache.build(store.folder, MORE, other, store.tokenizer, BAG)
+    assert listing(store.folder) == before
+
+
+def test_a_store_belongs_to_its_tokenizer_and_template(store, tokenizer):
+    before, other, template = listing(store.folder), copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    other.add_tokens(["Rome"])
+    template.chat_template = template.chat_template.replace("|> ", "|>")
+    refused = {"vocabulary": other, "chat template": template, "vocabulary and chat template": None}
+    refused["vocabulary and chat template"] = lab.load_tokenizer("lab-teacher")
+    refused["vocabulary and chat template"].chat_template = "{{ messages }}"
+    for words, unlike in refused.items():
+        with pytest.raises(CacheError, match=rf"{store.folder}.*another tokenizer \(its {words} differs\)"):
+            load(store, tokenizer=unlike)
+    used = copy.deepcopy(tokenizer)
+    used(["a b c", "d"], padding=True, truncation=True, max_length=2)
+    assert len(load(store, tokenizer=used)) == len(RECORDS)
+    assert listing(store.folder) == before
+
+
+def test_a_store_belongs_to_its_embedder(store, make):
+    before = listing(store.folder)
+    for other in (Bag(32), Bag(start=7)):
+        with pytest.raises(CacheError, match=f"{store.folder}.*load it with the embedder it was built with"):
+            load(store, embedder=other)
+    without = load(store, embedder=None)
+    assert without.retrieve("where does anna live")[0].item.answer == "Rome"
+    with pytest.raises(CacheError, match="was built with an embedder: load it with that, to add to it"):
+        without.add(MORE)
+    assert listing(store.folder) == before
+    bare = make(name="bare", embedder=None)
+    with pytest.raises(CacheError, match=f"{bare.folder} was built without an embedder"):
+        load(bare, embedder=BAG)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+DAMAGE = {
+    "truncated data": (data_of, truncate, "bytes, expected"),
+    "missing data": (data_of, Path.unlink, "is missing"),
+    "missing index": (index_of, Path.unlink, "is missing"),
+    "truncated index": (index_of, truncate, "does? not match its checksum|do not match its checksum"),
+    "flipped header of index": (index_of, lambda path: flip(path, 20), "is damaged"),
+    "flipped end of index": (index_of, flip, "is damaged"),
+    "empty data": (data_of, lambda path: path.write_bytes(b""), "has 0 bytes, expected"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_shard_is_named_and_the_rest_is_saved(store, tmp_path, kind):
+    file_of, harm, words = DAMAGE[kind]
+    path, whole = file_of(store, store.items[2]), load(store)  # of items 2 and 3
+    backup = path.read_bytes()
+    intact = store.export(tmp_path / "intact")
+    harm(path)
+    before = listing(store.folder)
+    with pytest.raises(CacheError, match=f"{path}.*({words}).*restore it from a copy.*skip_damaged=True.* 2 items"):
+        load(store)
+    with pytest.warns(UserWarning, match=f"2 items are left out. {path}"):
+        rest = load(store, skip_damaged=True)
+    kept = [0, 1, 4, 5, 6]
+    assert shown(rest.items) == shown([whole.items[i] for i in kept])
+    assert torch.equal(rest.embeddings, whole.embeddings[kept])
+    assert rest.retrieve(RECORDS[4]["question"])[0].item == whole.items[4]
+    near(rest.read(rest.items[2]).cache, read(store.model, rest.items[2].input_ids).cache, 1e-5)
+    with pytest.raises(CacheError, match="opened without its damaged parts: export it, and add there"):
+        rest.add(MORE)
+    saved = rest.export(tmp_path / "saved")
+    assert listing(store.folder) == before
+    assert saved.add(RECORDS) == 2
+    assert sorted(shown(load(saved).items)) == sorted(shown(whole.items))
+    assert len(saved.export(tmp_path / "fruit", "fruit")) == 2
+    path.write_bytes(backup)
+    assert same_tensors(load(store), intact)
+
+
+def test_a_flipped_byte_costs_one_item(store, tmp_path):
+    lost, spared = store.items[2:4]
+    path = data_of(store, lost)
+    start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    flip(path, start + 100)  # in what stands first: item 0 of the shard
+    store = load(store)
+    with pytest.raises(CacheError, match=f"Item '{lost.id}' in {path} is damaged.*export the store and add"):
+        store.read(lost)
+    with pytest.raises(CacheError, match=lost.id):
+        store.splice([spared, lost])
+    for item in [i for i in store.items if i != lost]:
+        near(store.read(item).cache, read(store.model, item.input_ids).cache, 1e-5)
+    rest = load(store, skip_damaged=True)
+    with pytest.warns(UserWarning, match=f"One item is left out. Item '{lost.id}'"):
+        saved = rest.export(tmp_path / "saved")
+    assert len(saved) == len(RECORDS) - 1
+    assert saved.add(RECORDS) == 1
+    assert sorted(shown(saved.items)) == sorted(shown(store.items))
+    with pytest.raises(CacheError, match=lost.id):
+        load(store).export(tmp_path / "strict")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_changed_byte_of_a_header_gives_other_tensors(make, dtype):
+    store = make(RECORDS[:1], dtype=dtype, embedder=None)
+    item = store.items[0]
+    path, want = data_of(store, item), store._tensors(item)["kv"].clone()
+    content, refused = path.read_bytes(), 0
+    size = 8 + int.from_bytes(content[:8], "little")
+    for at in range(size):
+        for byte in {*b"IFUB0123456789", content[at] ^ 1, content[at] ^ 0x20, content[at] ^ 0x80} - {content[at]}:
+            path.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
+            try:
+                got = store._tensors(item)["kv"]
+            except CacheError:
+                refused += 1
+            else:
+                assert got.dtype == want.dtype, path.read_bytes()[:size]
+                assert torch.equal(got, want), path.read_bytes()[:size]
+    assert refused > 10 * size
+
+
+def test_a_shard_that_vanishes_after_opening_is_named(store):
+    path = data_of(store, store.items[0])
+    path.unlink()
+    with pytest.raises(CacheError, match=f"cannot be read from {path}.*restore the file from a copy"):
+        store.read(store.items[0])
+    assert store.read(store.items[2]).cache is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe garbage", b'{"shards": []}'], ids=str)
+def test_garbage_for_a_manifest(store, content):
+    path = store.folder / "manifest.json"
+    path.write_bytes(content)
+    before = listing(store.folder)
+    for skip in (True, False):
+        with pytest.raises(CacheError, match=f"{path} is damaged: restore it from a copy"):
+            load(store, skip_damaged=skip)
+    with pytest.raises(CacheError, match=f"{path} is damaged"):
+        KnowledgeCache.build(store.folder, MORE, store.model, store.tokenizer, BAG)
+    with pytest.raises(CacheError, match=f"{path} is damaged"):
+        store.add(MORE)
+    assert listing(store.folder) == before
+
+
+def test_every_flipped_byte_of_a_manifest_is_seen(store):
+    path = store.folder / "manifest.json"
+    content = path.read_bytes()
+    for at in range(0, len(content), 7):
+        flip(path, at)
+        if json_or_none(path.read_bytes()) != json.loads(content):
+            with pytest.raises(CacheError, match=f"{path} is damaged|has format version"):
+                knowledge._manifest(store.folder)
+        path.write_bytes(content)
+    assert len(load(store)) == len(RECORDS)
+
+
+def json_or_none(content):
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_another_format_version_is_refused(store):
+    path = store.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    manifest["version"] = 2
+    path.write_text(json.dumps({"checksum": knowledge._json_sum(manifest), **manifest}))
+    with pytest.raises(CacheError, match=f"{store.folder} has format version 2, this kvlab reads 1: use the kvlab"):
+        load(store)
+
+
+def test_a_folder_that_holds_something_else(make, tmp_path, model, tokenizer):
+    folder = tmp_path / "store"
+    with pytest.raises(CacheError, match=f"There is no store in {folder}: build one"):
+        KnowledgeCache.load(folder, model, tokenizer)
+    folder.mkdir()
+    (folder / "letter.txt").write_text("Dear Anna")
+    with pytest.raises(CacheError, match=rf"{folder} holds \['letter.txt'\] and no store"):
+        make()
+    assert listing(folder) == {"letter.txt": b"Dear Anna"}
+    with pytest.raises(CacheError, match=r"letter.txt"):
+        make(name="other").export(folder)
+    assert listing(folder) == {"letter.txt": b"Dear Anna"}
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CacheError, match=r"is a file|give a new or an empty folder"):
+        make(name="file")
+
+
+# kills, and others
+
+
+class Killed(BaseException):
+    """What a process that is killed at this point would not live to see."""
+
+
+def kill_at(monkeypatch, module, name, number, after):
+    """Let the call of that number be the last thing that happens, done or not; files are not even cleaned up."""
+    real, calls, unlink = getattr(module, name), [0], Path.unlink
+
+    def watched(*args, **options):
+        calls[0] += 1
+        if calls[0] - 1 != number:
+            return real(*args, **options)
+        monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        if after:
+            real(*args, **options)
+        raise Killed
+
+    def undo():
+        monkeypatch.setattr(module, name, real)
+        monkeypatch.setattr(Path, "unlink", unlink)
+
+    monkeypatch.setattr(module, name, watched)
+    return undo
+
+
+POINTS = [(files, "save_file"), (files, "_replace"), (knowledge, "write_text"), (knowledge, "write_tensors")]
+points = pytest.mark.parametrize(
+    ("module", "name", "after"),
+    [(*point, after) for point in POINTS for after in (False, True)],
+    ids=lambda value: value if isinstance(value, str) else "after" if value is True else "",
+)
+
+
+@points
+def test_a_kill_while_adding_leaves_the_old_or_the_new(make, small_shards, monkeypatch, module, name, after):
+    records, number, seen = RECORDS[:2] + MORE[:5], 0, []
+    before = make(records[:2], name="before")
+    while True:
+        folder = before.folder.with_name(f"copy{number}")
+        shutil.copytree(before.folder, folder)
+        store = KnowledgeCache.load(folder, before.model, before.tokenizer, BAG)
+        undo = kill_at(monkeypatch, module, name, number, after)
+        try:
+            store.add(records)
+            break
+        except Killed:
+            pass
+        finally:
+            undo()
+        left = load(store)
+        seen.append(len(left))
+        assert [item.question for item in left.items] == [r["question"] for r in records[: len(left)]]
+        assert left.embeddings.shape[0] == len(left)
+        for item in left.items[2:]:
+            near(left.read(item).cache, read(left.model, item.input_ids).cache, 1e-5)
+        again = (store, left)[number % 2]  # the one that failed, or a new one
+        missing = len(records) - len(left)
+        assert again.add(records) == missing
+        assert [item.question for item in load(again).items] == [r["question"] for r in records]
+        expect_no_leftovers(again)
+        number += 1
+    assert number == {"save_file": 6, "_replace": 9, "write_text": 3, "write_tensors": 6}[name]
+    assert seen == sorted(seen)
+    assert set(seen) <= {2, 4, 6, 7}
+    assert seen[0] == (4 if (name, after) == ("write_text", True) else 2)
+
+
+def expect_no_leftovers(store):
+    named = {path for shard in store.shards for path in store._paths(shard["name"])}
+    assert set((store.folder / "shards").iterdir()) == named
+    assert {path.name for path in store.folder.iterdir()} <= {"manifest.json", "shards", ".lock"}
+
+
+@points
+def test_a_kill_while_making_a_store_leaves_none_or_an_empty_one(make, monkeypatch, tmp_path, module, name, after):
+    for number in range(2):
+        undo = kill_at(monkeypatch, module, name, number, after)
+        try:
+            make(RECORDS[:2], name=f"store{number}")
+        except Killed:
+            pass
+        finally:
+            undo()
+        store = make(RECORDS[:2], name=f"store{number}")
+        assert len(store) == len(load(store)) == 2
+        expect_no_leftovers(store)
+
+
+KILLS = """
+import os, random, signal, sys
+from pathlib import Path
+
+sys.path.insert(0, {tests!r})
+from conftest import _tiny_model
+from kvlab import knowledge, lab
+from test_knowledge import BAG, MORE, RECORDS
+
+knowledge.SHARD_ITEMS, rng = 1, random.Random(0)
+model, tokenizer = _tiny_model(vocab_size=1536), lab.load_tokenizer("lab-draft")
+killed = 0
+for number in range(6):
+    folder, wait = Path(sys.argv[1]) / str(number), rng.randrange(1, 30) if number else 0
+    if not (child := os.fork()):
+        knowledge.KnowledgeCache.build(folder, [*RECORDS, *MORE], model, tokenizer, BAG)
+        os._exit(0)
+    while (end := os.waitpid(child, os.WNOHANG)) == (0, 0):  # until there are so many files, whole or not
+        try:
+            if folder.exists() and len(list(folder.rglob("*"))) > wait:
+                os.kill(child, signal.SIGKILL)
+        except FileNotFoundError:  # one was renamed meanwhile
+            pass
+    killed += os.WIFSIGNALED(end[1])
+assert killed
+"""
+
+
+def in_python(*command, timeout=200):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *command]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_real_kill_at_any_moment(tmp_path, model, tokenizer):
+    script, records = tmp_path / "kills.py", [*RECORDS, *MORE]
+    script.write_text(KILLS.format(tests=str(ROOT / "tests")))
+    in_python(script, tmp_path)
+    for number in range(6):
+        folder = tmp_path / str(number)
+        if (folder / "manifest.json").exists():
+            left = KnowledgeCache.load(folder, model, tokenizer, BAG)
+            assert [item.question for item in left.items] == [r["question"] for r in records[: len(left)]]
+            assert all(left.read(item).cache is not None for item in left.items)
+        store = KnowledgeCache.build(folder, records, model, tokenizer, BAG)
+        assert [item.question for item in load(store).items] == [r["question"] for r in records]
+        expect_no_leftovers(store)
+
+
+def test_one_adds_and_others_read(store):
+    other = load(store)
+    before = listing(store.folder)
+    with FileLock(store.folder / ".lock", timeout=0):
+        with pytest.raises(CacheError, match=f"Another process is adding to {store.folder}: wait until it is done"):
+            other.add(MORE)
+        reader = load(store)
+        assert reader.retrieve("Where does Anna live?")[0].item.answer == "Rome"
+        assert reader.read(reader.items[-1]).cache is not None
+        assert listing(store.folder) == before
+    assert other.add(MORE) == len(MORE)
+
+
+def test_two_that_add_in_turn_lose_nothing(store):
+    other = load(store)
+    assert other.add(MORE[:3]) == 3
+    assert store.add(MORE) == 3  # three are there
+    assert other.add([]) == 0
+    records = [*RECORDS, *MORE]
+    for each in (store, other, load(store)):
+        assert [item.question for item in each.items] == [r["question"] for r in records]
+        assert len(each.embeddings) == len(records)
+        assert each.retrieve("What is number 5?")[0].item.answer == "It is 25."
+    assert same_tensors(store, other)
+
+
+def test_a_store_that_was_made_again_is_taken_up_as_it_is(store, make):
+    old = load(store)
+    shutil.rmtree(store.folder)
+    new = make(MORE)
+    assert old.add(RECORDS[:1]) == 1
+    assert [item.question for item in old.items] == [r["question"] for r in [*MORE, RECORDS[0]]]
+    assert same_tensors(old, load(new))
+
+
+def test_meeting_another_damaged_shard_leaves_a_store_as_it_was(store):
+    other, items = load(store), list(store.items)
+    other.add(MORE)
+    path = index_of(other, other.items[-1])
+    content = path.read_bytes()
+    flip(path)
+    with pytest.raises(CacheError, match=f"{path} is damaged"):
+        store.add([RECORDS[0]])
+    assert store.items == items
+    assert len(store.embeddings) == len(items)
+    path.write_bytes(content)
+    assert store.add(RECORDS) == 0
+    assert same_tensors(store, load(other))
+
+
+TWO = """
+import sys
+
+sys.path.insert(0, {tests!r})
+from conftest import _tiny_model
+from kvlab import knowledge, lab
+from test_knowledge import BAG, MORE, RECORDS
+
+
+def main(folder):
+    model, tokenizer = _tiny_model(vocab_size=1536), lab.load_tokenizer("lab-draft")
+    before, knowledge.SHARD_ITEMS = knowledge.SHARD_ITEMS, 3
+    store = knowledge.KnowledgeCache.build(folder, [*RECORDS, *MORE], model, tokenizer, BAG, keep=("kv", "hidden"))
+    assert store.add(MORE) == 0
+    assert store.add(MORE[:4], generate=True, max_new_tokens=4) == 4
+    knowledge.SHARD_ITEMS = before
+    assert len(store) == len(store.embeddings) == 17
+    return store
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+"""
+
+
+def test_two_processes_make_the_store_of_one(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(tests=str(ROOT / "tests")))
+    in_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path / "two")
+    one = runpy.run_path(str(script), run_name="alone")["main"](tmp_path / "one")
+    two = KnowledgeCache.load(tmp_path / "two", one.model, one.tokenizer, BAG)
+    assert [s["items"] for s in two.shards] == [s["items"] for s in one.shards] == [3, 3, 3, 3, 1, 3, 1]
+    assert shown(two.items) == shown(one.items)
+    torch.testing.assert_close(two.embeddings, one.embeddings)
+    for a, b in zip(two.items, one.items, strict=True):
+        torch.testing.assert_close(two._tensors(a), one._tensors(b), rtol=0, atol=1e-6)
+    expect_no_leftovers(two)
+
+
+# the lab's own
+
+
+def test_the_faq_finds_itself(tmp_path, tokenizer):
+    model, embedder, faq = lab.load("lab-draft"), lab.load_embedder(), lab.faq()
+    KnowledgeCache.build(tmp_path / "faq", faq, model, tokenizer, embedder)
+    store = KnowledgeCache.load(tmp_path / "faq", model, tokenizer, embedder)
+    assert [item.id for item in store.items] == [record["id"] for record in faq]
+    for item in store.items:
+        hit = store.retrieve(item.question)[0]
+        assert hit.item is item
+        assert store.retrieve(item.question, domain=item.domain)[0].item is item
+        assert tokenizer.decode(item.input_ids[item.answer_start :]) == f" {item.answer}<|end|>"
+    asked = [(record["id"], text) for record in faq for text in record["paraphrases"][:2]]
+    right = [[hit.item.id for hit in store.retrieve(text, threshold=-1)] == [id] for id, text in asked]
+    assert np.mean(right) > 0.95
