@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -219,8 +218,8 @@ def build_cache(
     if dtype and not isinstance(kept, torch.dtype):
         raise ValueError(f"dtype is {dtype!r}, expected the name of one, such as float16.")
     found = faq(records) if records else lab.faq(language)
-    main = PartialState().is_main_process  # before the model is loaded: it says which GPU is this process's own
     scale = _scale(base_model)
+    main = PartialState(cpu=scale.device == "cpu").is_main_process  # before loading: gives each process its own GPU
     parts = scale.load("target"), scale.load_tokenizer("target"), scale.load_embedder()
     made = KnowledgeCache.build(store, [], *parts, keep=keep or ("kv",), dtype=kept)
     size = f"{'at most ' * generate_answers}{made.estimate(found, generate_answers, max_new_tokens) / 1e6:.1f} MB"
@@ -239,36 +238,14 @@ def _scale(base_model: str | None) -> Scale:
 
 
 def _export_domains(store: KnowledgeCache) -> list[str]:
-    """A store for each domain, beside the whole one; those that are there are kept if complete, else replaced."""
-    home, copies = store.folder.resolve(), []
-    for domain in sorted({item.domain for item in store.items}):
+    """A store for each domain, beside the whole one, brought up to date."""
+    lines = []
+    for domain in store.domains:
         name = re.sub(r"[^\w -]", lambda odd: f"%{ord(odd[0]):02X}", domain)  # any text becomes a name of its own
-        folder = home.with_name(f"{home.name}-{name}")
-        if not _current(store, folder, domain):
-            part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
-            shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
-            store.export(part, domain)
-            if folder.exists():
-                folder.rename(old)
-            part.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        copies.append(f"{folder.name}: {sum(item.domain == domain for item in store.items)} items")
-    return copies
-
-
-def _current(store: KnowledgeCache, folder: Path, domain: str) -> bool:
-    """Whether a folder holds this domain already; refuses one that holds anything else, which would be lost."""
-    if not folder.exists():
-        return False
-    if not (folder / "manifest.json").is_file():
-        raise ValueError(f"{folder} is there and is no store, so it is not replaced: move it away.")
-    have = KnowledgeCache.load(folder, store.model, store.tokenizer, store.embedder)
-    there, whole = ({item.id: item.checksum for item in items} for items in (have.items, store.items))
-    if extra := there.keys() - whole.keys():
-        seen = f"{folder} holds {len(extra)} items that are not in {store.folder}"
-        raise ValueError(f"{seen}, so it is not replaced: add them there too, or move that folder away.")
-    own = {item.id: item.checksum for item in store.items if item.domain == domain}
-    return have.settings == store.settings and there == own
+        home = store.folder.resolve()
+        copy = store.export(home.with_name(f"{home.name}-{name}"), domain)
+        lines.append(f"{copy.folder.name}: {len(copy)} items")
+    return lines
 
 
 def ask(
@@ -335,7 +312,7 @@ def _ways(store: KnowledgeCache, question: str, items: Sequence[Item], arm: str,
         way: {
             "first token (ms)": _first_token_ms(store, begin, ids),
             "tokens read": more + len(ids),
-            "loaded (MB)": store._bytes(loaded) / 1e6,
+            "loaded (MB)": store.bytes_of(loaded) / 1e6,
             "answer": _answer(store, begin(), ids, max_new_tokens),
         }
         for way, (begin, ids, more, loaded) in ways.items()

@@ -41,7 +41,7 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from kvlab.cache import (
     CacheError,
@@ -78,7 +78,9 @@ def _require(condition: object, sentence: str) -> None:
 class Embedder(Protocol):
     """What turns questions into vectors; any `SentenceTransformer` does."""
 
-    def encode(self, sentences: list[str], *, normalize_embeddings: bool, convert_to_tensor: bool) -> Tensor:
+    def encode(
+        self, sentences: list[str], *, normalize_embeddings: bool, convert_to_tensor: bool, show_progress_bar: bool
+    ) -> Tensor:
         """Return unit vectors, (number of sentences, E)."""
 
 
@@ -162,7 +164,8 @@ def splice(
     _require(0 <= share <= 1, f"share is {share}, expected 0 to 1.")
     have = model.config.get_text_config(decoder=True).num_hidden_layers
     _require(1 <= early <= have, f"early is {early}, expected 1 to {have}, the layers of the model.")
-    whole = arm == "full" or all(piece.cache is not None for piece in pieces)
+    used = pieces[: {"full": 0, "prefix": 1}.get(arm)]
+    whole = all(piece.cache is not None for piece in used)
     _require(whole, "A piece has no keys and values: build the store with keep=('kv',), or use arm 'full'.")
     flat = [token for piece in pieces for token in piece.input_ids]
     if arm == "recompute" and len(pieces) > 1:
@@ -241,18 +244,20 @@ class KnowledgeCache:
     ----------
     items : list of `Item`, in the order in which they were added.
     embeddings : (len(items), E), unit vectors of their questions; E is 0 for a store built without an embedder.
+    domains : where in `items` those of each domain are.
     keep : what is kept of each item: "kv" (keys and values), "hidden" (last hidden states), or both.
     dtype : in which it is kept; reading converts it to the model's.
     """
 
     def __init__(self, folder: Path, model, tokenizer, embedder, settings: dict):
         self.folder, self.model, self.tokenizer, self.embedder = folder, model, tokenizer, embedder
-        self.settings, self.damaged = settings, []  # the manifest but for the shards; names of shards left out
+        self.settings, self.skip_damaged = settings, False  # the first is the manifest but for the shards
         self.keep, self.dtype = tuple(settings["keep"]), getattr(torch, settings["dtype"])
         self._forget()
 
     def _forget(self) -> None:
-        self.shards, self.items, self.embeddings = [], [], torch.empty(0, len(self.settings["embedder"]))
+        self.shards, self.items, self.domains = [], [], {}
+        self.embeddings = torch.empty(0, len(self.settings["embedder"]))
 
     @classmethod
     def build(
@@ -286,7 +291,7 @@ class KnowledgeCache:
         dtype = dtype or model.dtype
         _require(dtype.is_floating_point, f"dtype is {dtype}, expected a floating one such as torch.float16.")
         require_supported(model)
-        folder, state = Path(folder), PartialState()
+        folder, state = Path(folder), _processes(model)
         asked = {"keep": [part for part in PARTS if part in keep], "dtype": str(dtype).removeprefix("torch.")}
         if state.is_main_process and not (folder / "manifest.json").exists():
             cls._create(folder, _settings(model, tokenizer, embedder, asked))
@@ -329,7 +334,8 @@ class KnowledgeCache:
         _require_embedder(folder, manifest["embedder"], embedder)
         shards = manifest.pop("shards")
         store = cls(folder, model, tokenizer, embedder, manifest)
-        store._open(shards, skip_damaged)
+        store.skip_damaged = skip_damaged
+        store._open(shards)
         return store
 
     def __len__(self) -> int:
@@ -347,10 +353,11 @@ class KnowledgeCache:
 
     def estimate(self, records: Iterable[Mapping[str, str]], generate: bool = False, max_new_tokens: int = 128) -> int:
         """Bytes of tensors that `add` would write; for answers yet to be generated the most that it could."""
-        todo = self._new(records, generate)
-        return self._bytes(sum(len(item.input_ids) for item in todo) + generate * max_new_tokens * len(todo))
+        todo = self._new(records, max_new_tokens if generate else 0)
+        return self.bytes_of(sum(len(item.input_ids) for item in todo) + generate * max_new_tokens * len(todo))
 
-    def _bytes(self, tokens: int) -> int:
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes of the tensors that are kept of so many tokens."""
         config = self.model.config.get_text_config(decoder=True)
         kept = {"kv": bytes_per_token(config, self.dtype), "hidden": config.hidden_size * self.dtype.itemsize}
         return tokens * sum(kept[part] for part in self.keep)
@@ -381,14 +388,14 @@ class KnowledgeCache:
         CacheError : before any work: a record that lacks something, an id that is taken, a text that is too long for
             the model, too little room on the disk, another process that is adding.
         """
-        _require(not self.damaged, f"{self.folder} was opened without its damaged parts: export it, and add there.")
+        _require(not self.skip_damaged, f"{self.folder} was opened with skip_damaged: export it, and add there.")
         same = bool(self.settings["embedder"]) == (self.embedder is not None)
         _require(same, f"The store in {self.folder} was built with an embedder: load it with that, to add to it.")
-        state, records = PartialState(), list(records)
+        state, records = _processes(self.model), list(records)
         with self._only_writer(state):
-            todo = self._new(records, generate)
+            todo = self._new(records, max_new_tokens if generate else 0)
             groups = self._groups(todo, max_new_tokens if generate else 0)
-            amount = self._bytes(sum(len(item.input_ids) for item in todo)) / 1e6
+            amount = self.bytes_of(sum(len(item.input_ids) for item in todo)) / 1e6
             label = f"reading {len(todo)} items, {'at least ' * generate}{amount:.1f} MB"
             bar = tqdm(total=len(todo), desc=label, disable=not state.is_main_process or not todo)
             for first in range(0, len(groups), state.num_processes):
@@ -403,11 +410,14 @@ class KnowledgeCache:
             bar.close()
         return len(todo)
 
-    def _new(self, records: Iterable[Mapping[str, str]], generate: bool) -> list[Item]:
-        """Items without tensors for those records that are not there yet; checks them all."""
+    def _new(self, records: Iterable[Mapping[str, str]], more: int) -> list[Item]:
+        """Items without tensors for those records that are not there yet; checks them all.
+
+        If the model is to answer, with `more` tokens at most, the items have no answers yet.
+        """
         known, ids, todo = {item.key for item in self.items}, {item.id: item.key for item in self.items}, []
         for number, record in enumerate(records):
-            item = self._item(number, record, generate)
+            item = self._item(number, record, more)
             if item.key in known:
                 continue
             hint = "give each record an id of its own, or none"
@@ -417,25 +427,27 @@ class KnowledgeCache:
             ids[item.id] = item.key
         return todo
 
-    def _item(self, number: int, record: Mapping[str, str], generate: bool) -> Item:
-        needed = ("question",) if generate else ("question", "answer")
+    def _item(self, number: int, record: Mapping[str, str], more: int) -> Item:
+        needed = ("question",) if more else ("question", "answer")
         for field in (*needed, "domain", "id"):
             value = record.get(field) if isinstance(record, Mapping) else None
-            fine = (isinstance(value, str) and value.strip()) or (value is None and field not in needed)
+            left_out = field not in needed and value in (None, "")
+            fine = left_out or (isinstance(value, str) and value.strip())
             _require(fine, f"Record {number} has {field!r} = {value!r}, expected a text: {str(record)[:80]}")
         question, domain = record["question"], record.get("domain") or ""
-        answer = "" if generate else record["answer"]
+        answer = "" if more else record["answer"]
         ids, start = _tokens(self.tokenizer, question, answer)
         most = self.model.config.get_text_config(decoder=True).max_position_embeddings
-        _require(len(ids) <= most, f"Record {number} has {len(ids)} tokens, the model reads up to {most}: split it.")
+        seen = f"Record {number} has {len(ids)} tokens" + f" and an answer of up to {more}" * bool(more)
+        _require(len(ids) + more <= most, f"{seen}, the model reads up to {most}: make it shorter.")
         name = hashlib.sha256(json.dumps([domain, question, answer]).encode()).hexdigest()[:16]
-        return Item(record.get("id") or name, domain, question, answer, tuple(ids), start, generate)
+        return Item(record.get("id") or name, domain, question, answer, tuple(ids), start, bool(more))
 
     def _groups(self, todo: list[Item], more: int) -> list[list[Item]]:
         """Items of a shard each; `more` tokens of each are yet to come."""
         groups, size, total = [], 0, 0
         for item in todo:
-            own = self._bytes(len(item.input_ids) + more)
+            own = self.bytes_of(len(item.input_ids) + more)
             if not groups or size + own > SHARD_BYTES or len(groups[-1]) == SHARD_ITEMS:
                 groups.append([])
                 size = 0
@@ -487,46 +499,53 @@ class KnowledgeCache:
     @staticmethod
     def _create(folder: Path, settings: dict) -> None:
         """Make an empty store, unless another process has just made one."""
+        _require(not folder.is_file(), f"{folder} is a file: give a new or an empty folder.")
         folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir() if not path.name.startswith((".manifest", ".lock"))}
+        odd = sorted(names - {"manifest.json", "shards"})
+        _require(not odd, f"{folder} holds {odd[:3]} and no store: give a new or an empty folder.")
         with _lock(folder):
-            odd = [path.name for path in folder.iterdir() if not path.name.startswith((".manifest", ".lock"))]
-            if "manifest.json" not in odd:
-                _require(not odd, f"{folder} holds {odd[:3]} and no store: give a new or an empty folder.")
+            if not (folder / "manifest.json").exists():
                 _commit(folder, settings, [])
 
     @contextmanager
-    def _only_writer(self, state: PartialState) -> Iterator[None]:
-        """Hold the store's lock, take up what others have added, and remove what a kill has left."""
-        with _lock(self.folder) if state.is_main_process else nullcontext():
-            state.wait_for_everyone()
+    def _only_writer(self, state: PartialState | None = None) -> Iterator[None]:
+        """Hold the store's lock, take up what others have added, and remove what a kill has left.
+
+        With `state`, all processes of a run come here, and the main one holds the lock for them.
+        """
+        main, wait = (state.is_main_process, state.wait_for_everyone) if state else (True, lambda: None)
+        with _lock(self.folder) if main else nullcontext():
+            wait()
             self._open(_manifest(self.folder)["shards"])
-            if state.is_main_process:
+            if main:
                 named = {path for shard in self.shards for path in self._paths(shard["name"])}
-                found = {*self.folder.glob("shards/*"), *self.folder.glob("shards/.*"), *self.folder.glob(".manifest*")}
-                for path in found - named:
+                made = ("shards/*.safetensors", "shards/.*.part", ".manifest*.part")
+                for path in {path for pattern in made for path in self.folder.glob(pattern)} - named:
                     path.unlink()
-            state.wait_for_everyone()
+            wait()
             yield
 
     # -- opening and reading
 
-    def _open(self, shards: list[dict], skip_damaged: bool = False) -> None:
+    def _open(self, shards: list[dict]) -> None:
         """List the items of shards that are not listed yet."""
         if self.shards != shards[: len(self.shards)]:
             self._forget()
-        found = [self.embeddings]
+        listed, found = list(self.items), [self.embeddings]
         for shard in shards[len(self.shards) :]:
             try:
                 items, embeddings = self._index(shard)
             except CacheError as error:
-                if not skip_damaged:
+                if not self.skip_damaged:
                     raise
-                self.damaged.append(shard["name"])
                 warnings.warn(f"{shard['items']} items are left out. {error}", stacklevel=3)
                 continue
-            self.items += items
+            listed += items
             found.append(embeddings)
-        self.shards, self.embeddings = list(shards), torch.cat(found)
+        self.shards, self.items, self.embeddings = list(shards), listed, torch.cat(found)
+        names = [item.domain for item in self.items]
+        self.domains = {name: torch.tensor(rows) for name, rows in pd.Series(names).groupby(names).indices.items()}
 
     def _index(self, shard: dict) -> tuple[list[Item], Tensor]:
         data, index = self._paths(shard["name"])
@@ -573,7 +592,9 @@ class KnowledgeCache:
     def splice(self, items: Sequence[Item | Hit], arm: str = "recompute", **options) -> Prefix:
         """Read items and put them behind one another before a prompt; see `kvlab.knowledge.splice`."""
         found = [item.item if isinstance(item, Hit) else item for item in items]
-        return splice(self.model, [self.read(item) for item in found], arm, **options)
+        needed = {"full": 0, "prefix": 1}.get(arm, len(found))  # the others are read anew, not from disk
+        pieces = [self.read(item) if i < needed else Piece(item.input_ids, None) for i, item in enumerate(found)]
+        return splice(self.model, pieces, arm, **options)
 
     # -- finding
 
@@ -601,20 +622,16 @@ class KnowledgeCache:
         """
         _require(isinstance(question, str) and question.strip(), f"The question is {question!r}, expected a text.")
         _require(k >= 1, f"k is {k}, expected at least 1.")
-        chosen = self.items
-        if domain is not None:
-            chosen = [item for item in chosen if item.domain == domain]
-            have = ", ".join(repr(name) for name in sorted({item.domain for item in self.items}))
-            _require(chosen, f"There is no domain {domain!r} in {self.folder}: it has {have or 'no items'}.")
+        rows = slice(None) if domain is None else self.domains.get(domain)
+        _require(rows is not None, f"There is no domain {domain!r} in {self.folder}: it has {sorted(self.domains)}.")
+        places = range(len(self)) if domain is None else rows.tolist()
         if exact or not self.embedder:
-            same = [item for item in chosen if _normal(item.question) == _normal(question)]
-            return [Hit(item, 1.0) for item in same[:k]]
-        scores = self.embeddings @ _embed(self.embedder, [question])[0]
-        if domain is not None:
-            scores[[item.domain != domain for item in self.items]] = -2.0
-        best = scores.topk(min(k, len(chosen)))
+            same = [i for i in places if _normal(self.items[i].question) == _normal(question)]
+            return [Hit(self.items[i], 1.0) for i in same[:k]]
+        scores = self.embeddings[rows] @ _embed(self.embedder, [question])[0]
+        best = scores.topk(min(k, len(scores)))
         pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        return [Hit(self.items[i], score) for score, i in pairs if score >= threshold]
+        return [Hit(self.items[places[i]], score) for score, i in pairs if score >= threshold]
 
     def summary(self) -> pd.DataFrame:
         """Items, tokens and megabytes (10^6 bytes) by domain, and in all."""
@@ -622,39 +639,49 @@ class KnowledgeCache:
                 for item in self.items]  # fmt: skip
         names = ["domain", "items", "generated", "tokens", "answer tokens"]
         table = pd.DataFrame(rows, columns=names).groupby("domain").sum()
-        table.loc["all"] = table.sum()
-        table["size (MB)"] = [self._bytes(int(tokens)) / 1e6 for tokens in table["tokens"]]
+        table = pd.concat([table, table.sum().to_frame("all").T])  # a domain may be called "all" too
+        table["size (MB)"] = [self.bytes_of(int(tokens)) / 1e6 for tokens in table["tokens"]]
         return table
 
     # -- copying
 
     def export(self, folder: str | Path, domain: str | None = None) -> "KnowledgeCache":
-        """Copy the items of one domain, or all, to a store of their own in a new folder, in full shards.
+        """Copy the items of one domain, or all, to another store, new or there already, and return that.
 
-        A store opened with `skip_damaged` leaves out what cannot be read, and says so in a warning.
+        What is there already is skipped, so an export is brought up to date by another. A store opened with
+        `skip_damaged` leaves out what cannot be read, and says so in a warning.
+
+        Raises
+        ------
+        CacheError : the domain is unknown, or the folder holds something else, or a store that this one does not fit.
         """
-        have = {item.domain for item in self.items}
-        _require(domain is None or domain in have, f"There is no domain {domain!r}: expected one of {sorted(have)}.")
-        self._create(Path(folder), self.settings)
-        copy = KnowledgeCache(Path(folder), self.model, self.tokenizer, self.embedder, self.settings)
-        _require(not _manifest(copy.folder)["shards"], f"There is a store in {folder}: give a new or an empty folder.")
-        chosen = [item for item in self.items if domain in (None, item.domain)]
-        rows = dict(zip((item.id for item in self.items), self.embeddings, strict=True))
-        shards = []
-        for group in copy._groups(chosen, 0):
-            read = [(item, own) for item in group if (own := self._readable(item)) is not None]
-            if read:
-                embeddings = torch.stack([rows[item.id] for item, _ in read])
-                shards.append(copy._write([item for item, _ in read], [own for _, own in read], embeddings))
-        _commit(copy.folder, copy.settings, shards)
-        copy._open(shards)
+        names, folder = sorted(self.domains), Path(folder)
+        _require(domain is None or domain in names, f"There is no domain {domain!r} in {self.folder}: it has {names}.")
+        if not (folder / "manifest.json").exists():
+            self._create(folder, self.settings)
+        copy = KnowledgeCache.load(folder, self.model, self.tokenizer, self.embedder)
+        seen = f"The store in {folder} was built with other settings than that in {self.folder}"
+        _require(copy.settings == self.settings, f"{seen}: give a new or an empty folder.")
+        vectors = {item.id: vector for item, vector in zip(self.items, self.embeddings, strict=True)}
+        with copy._only_writer():
+            known, ids = {item.key for item in copy.items}, {item.id for item in copy.items}
+            chosen = [item for item in self.items if domain in (None, item.domain) and item.key not in known]
+            twice = sorted(ids.intersection(item.id for item in chosen))
+            _require(not twice, f"{folder} has another item with the id {twice[:1]}: give a new or an empty folder.")
+            for group in copy._groups(chosen, 0):
+                found = {item: own for item in group if (own := self._readable(item)) is not None}
+                if found:
+                    embeddings = torch.stack([vectors[item.id] for item in found])
+                    shards = [*copy.shards, copy._write([*found], [*found.values()], embeddings)]
+                    _commit(copy.folder, copy.settings, shards)
+                    copy._open(shards)
         return copy
 
     def _readable(self, item: Item) -> dict[str, Tensor] | None:
         try:
             return self._tensors(item)
         except CacheError as error:
-            if not self.damaged:
+            if not self.skip_damaged:
                 raise
             warnings.warn(f"One item is left out. {error}", stacklevel=3)
             return None
@@ -674,6 +701,11 @@ def _commit(folder: Path, settings: dict, shards: list[dict]) -> None:
     """Replace the manifest: from here on these shards are the store."""
     content = settings | {"shards": shards}
     write_text(folder / "manifest.json", json.dumps({"checksum": _json_sum(content), **content}, indent=1))
+
+
+def _processes(model: PreTrainedModel) -> PartialState:
+    """The processes of this run."""
+    return PartialState(cpu=model.device.type == "cpu")
 
 
 @contextmanager
@@ -716,7 +748,11 @@ def _embed(embedder: Embedder | None, questions: list[str]) -> Tensor:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    return "".join(xxh3_128_hexdigest(as_bytes(tensors[part])) for part in sorted(tensors))
+    digest = xxh3_128()
+    for part, tensor in sorted(tensors.items()):
+        digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(as_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _json_sum(content: dict) -> str:

@@ -24,6 +24,7 @@ PROMISED = {
         *(name + suffix for name in ("hits", "false_hits") for suffix in ("", "_at_chosen")),
         "threshold_chosen",
         *(f"{score}_{arm}" for score in ("kl", "em") for arm in ("full", "prefix", "concat", "shift", "recompute")),
+        *(f"kl_{arm}_answer" for arm in ("concat", "shift", "recompute")),
         *(f"kl_recompute_{share}" for share in (0, 5, 15, 30, 100, "random")),
         *(f"kl_{arm}_pieces_{count}" for arm in ("shift", "recompute") for count in (2, 8)),
         *(
@@ -38,7 +39,7 @@ PROMISED = {
         ),
         "kl_shift_without_sink",
         "prefix_error",
-        *(f"ttft_ratio{suffix}" for suffix in ("", "_one_token")),
+        *(f"ttft_ratio{suffix}" for suffix in ("", "_one_token", "_shift", "_recompute")),
         "load_ratio",
         *(f"{what}_seconds" for what in ("question", "prefill", "load", "lab_faq_build")),
         *(f"{what}_mb" for what in ("resident", "store", "one_item", "lab_faq")),

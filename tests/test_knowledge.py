@@ -196,12 +196,24 @@ def test_pieces_are_needed_and_with_keys_and_values_but_to_read_them_anew(tiny_m
     model = tiny_model()
     with pytest.raises(CacheError, match="no pieces"):
         splice(model, [], arm)
-    bare = [read(model, PIECES[0]), Piece(PIECES[1], None)]
-    if arm == "full":
-        near(splice(model, bare, arm).cache, everything(model, FLAT[:12]).cache, 1e-5)
-    else:
-        with pytest.raises(CacheError, match="no keys and values: build the store with keep="):
-            splice(model, bare, arm)
+    bare = [Piece(ids, None) for ids in PIECES[:2]]
+    first = [read(model, PIECES[0]), bare[1]]
+    for pieces, enough in ((bare, ["full"]), (first, ["full", "prefix"])):
+        if arm in enough:
+            near(splice(model, pieces, arm).cache, everything(model, FLAT[:12]).cache, 1e-5)
+        else:
+            with pytest.raises(CacheError, match="no keys and values: build the store with keep="):
+                splice(model, pieces, arm)
+
+
+def test_a_store_reads_from_disk_only_what_an_arm_needs(make, monkeypatch):
+    store, done, original = make(), [], KnowledgeCache._tensors
+    monkeypatch.setattr(KnowledgeCache, "_tensors", lambda self, item: done.append(item.id) or original(self, item))
+    for arm, count in {"full": 0, "prefix": 1, "concat": 3, "shift": 3, "recompute": 3}.items():
+        done.clear()
+        prefix = store.splice(store.items[:3], arm)
+        assert done == [item.id for item in store.items[:count]]
+        assert list(prefix.input_ids) == [token for item in store.items[:3] for token in item.input_ids]
 
 
 # reading
@@ -385,11 +397,11 @@ def test_what_is_there_is_skipped(make, tokenizer, model):
         ({"question": " ", "answer": "That."}, "Record 1 has 'question' = ' '"),
         ({"question": "What?", "answer": 5}, "Record 1 has 'answer' = 5"),
         ({"question": "What?", "answer": "That.", "domain": 3}, "'domain' = 3"),
-        ({"question": "What?", "answer": "That.", "id": ""}, "'id' = ''"),
+        ({"question": "What?", "answer": "That.", "id": 7}, "'id' = 7"),
         (["What?", "That."], "Record 1 has 'question'"),
         ({"question": "What?", "answer": "That.", "id": "why"}, "the id 'why' of another item"),
         ({"question": "What?", "answer": "That.", "id": "new"}, "the id 'new' of another item"),
-        ({"question": "What?", "answer": "long " * 300}, "the model reads up to 256: split it"),
+        ({"question": "What?", "answer": "long " * 300}, "the model reads up to 256: make it shorter"),
     ],
     ids=str,
 )
@@ -474,15 +486,31 @@ def test_an_exported_domain_is_a_store_of_its_own(make, small_shards, tmp_path, 
     assert made.add(RECORDS[:3]) == sum(r.get("domain", "") != domain for r in RECORDS[:3]) * (domain is not None)
 
 
-def test_an_export_goes_to_a_folder_of_its_own(make, tmp_path):
-    store, other = make(), make(MORE, "other")
-    before = listing(other.folder)
-    with pytest.raises(CacheError, match=r"There is a store in .*: give a new or an empty folder"):
+def test_an_export_is_brought_up_to_date(make, small_shards, tmp_path):
+    store = make(RECORDS[:3])
+    made = store.export(tmp_path / "copy")
+    before = listing(made.folder)
+    assert len(store.export(made.folder)) == 3
+    assert listing(made.folder) == before
+    store.add(RECORDS)
+    again = store.export(made.folder)
+    assert shown(again.items) == shown(store.items)
+    assert before.items() - listing(made.folder).items() <= {("manifest.json", before["manifest.json"])}
+    assert torch.equal(again.embeddings, store.embeddings)
+
+
+def test_an_export_does_not_mix_what_does_not_fit(make, tmp_path):
+    store, other = make(), make(MORE, "other", dtype=torch.float16)
+    mine = make([{"question": "Why?", "answer": "No.", "id": store.items[0].id}], "mine")
+    before = [listing(s.folder) for s in (other, mine)]
+    with pytest.raises(CacheError, match=r"built with other settings than .*: give a new or an empty folder"):
         store.export(other.folder)
+    with pytest.raises(CacheError, match=r"another item with the id .*: give a new or an empty folder"):
+        store.export(mine.folder)
+    assert [listing(s.folder) for s in (other, mine)] == before
     with pytest.raises(CacheError, match=r"no domain 'stars'.*fruit.*people"):
         store.export(tmp_path / "new", "stars")
     assert not (tmp_path / "new").exists()
-    assert listing(other.folder) == before
 
 
 def test_summary_adds_up(make):
@@ -515,7 +543,7 @@ def test_the_estimate_is_what_is_written(make, keep, dtype):
     store = make(keep=keep, dtype=dtype)
     had, more = written(store), store.estimate([*RECORDS, *MORE, *MORE])
     assert more > 0
-    assert had == store.estimate([]) + sum(store._bytes(len(item.input_ids)) for item in store.items)
+    assert had == store.estimate([]) + sum(store.bytes_of(len(item.input_ids)) for item in store.items)
     store.add(MORE)
     assert written(store) == had + more
     assert store.estimate(MORE) == 0
@@ -556,7 +584,7 @@ def test_shards_change_nothing(make, monkeypatch):
     few = make(name="few", batch_size=1)
     assert [shard["items"] for shard in few.shards] == [3, 3, 1]
     assert same_tensors(few, one)
-    sizes = [one._bytes(len(item.input_ids)) for item in one.items]
+    sizes = [one.bytes_of(len(item.input_ids)) for item in one.items]
     monkeypatch.setattr(knowledge, "SHARD_BYTES", sizes[0] + sizes[1])
     bytewise = make(name="bytes", batch_size=1)
     assert bytewise.shards[0]["items"] == 2
@@ -777,7 +805,7 @@ def test_a_damaged_shard_is_named_and_the_rest_is_saved(store, tmp_path, kind):
     assert torch.equal(rest.embeddings, whole.embeddings[kept])
     assert rest.retrieve(RECORDS[4]["question"])[0].item == whole.items[4]
     near(rest.read(rest.items[2]).cache, read(store.model, rest.items[2].input_ids).cache, 1e-5)
-    with pytest.raises(CacheError, match="opened without its damaged parts: export it, and add there"):
+    with pytest.raises(CacheError, match="opened with skip_damaged: export it, and add there"):
         rest.add(MORE)
     saved = rest.export(tmp_path / "saved")
     assert listing(store.folder) == before

@@ -113,7 +113,7 @@ def test_what_is_no_file_of_records_is_a_sentence(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             faq(path)
-    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "Caf\xe9?"}')
+    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9?"}')
     with pytest.raises(ValueError, match=r"latin\.jsonl is no text in UTF-8"):
         faq(tmp_path / "latin.jsonl")
 

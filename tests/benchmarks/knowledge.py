@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,24 +19,25 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
-import yaml
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
-from kvlab.cache import CacheError, Prefix, join, nbytes, prefill, rotary_of, select, shift
+from kvlab.cache import CacheError, Prefill, Prefix, join, nbytes, prefill, rotary_of, select, shift
 from kvlab.evaluate import benchmark, encode, figure
 from kvlab.knowledge import ARMS, Embedder, Item, KnowledgeCache, Piece, read, splice
 from kvlab.lab import corpora, worlds
 from kvlab.lab.models import make
 from kvlab.lab.report import questions
+from kvlab.records import faq
 from kvlab.scale import config_of
 
 THREADS, SHARES, TOKENS, BIG = 2, (0, 5, 15, 30, 100), 512, "Qwen/Qwen3-0.6B"
-LARGE_FAQ = Path(__file__).parents[3] / "shared/data/faq_chatterbot"  # beside the repository, if at all
+LARGE_FAQ = Path(__file__).parents[3] / "shared/data/faq_chatterbot/english"  # beside the repository, if at all
 PAIRS = (
     ("concat", "shift"),
     ("shift", "recompute"),
@@ -54,10 +56,11 @@ class Setup(NamedTuple):
     folder: Path
 
 
-def seconds(run: Callable[[], object]) -> float:
+def clocked(run: Callable, *given, **options) -> tuple:
+    """What a call returns, and the seconds it took."""
     started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    made = run(*given, **options)
+    return made, time.perf_counter() - started
 
 
 def megabytes(folder: Path) -> float:
@@ -70,9 +73,8 @@ def megabytes(folder: Path) -> float:
 def retrieval_figures(s: Setup) -> list[dict]:
     """The lab's FAQ: questions that it answers in other words, and questions that it does not answer."""
     folder, items = s.folder / "lab_faq", corpora.faq()
-    options = {"dtype": torch.float16}
-    took = seconds(lambda: KnowledgeCache.build(folder, items, s.target, s.tokenizer, s.embedder, **options))
-    store = KnowledgeCache.load(folder, s.target, s.tokenizer, s.embedder)
+    parts = (s.target, s.tokenizer, s.embedder)
+    store, took = clocked(KnowledgeCache.build, folder, items, *parts, dtype=torch.float16)
     held = [(item["paraphrases"][2], item["question"]) for item in items]
     trained = [(wording, item["question"]) for item in items for wording in item["paraphrases"][:2]]
     built = f"the lab's FAQ ({len(items)} items) with lab-target in float16 and lab-embedder, one value"
@@ -141,14 +143,15 @@ def search_figures(s: Setup) -> list[dict]:
     store = KnowledgeCache.build(s.folder / "search", [record], make("lab-draft"), s.tokenizer, Fixed())
     item = store.items[0]
     store.items = [replace(item, id=str(i), domain=f"domain {i % 7}") for i in range(count)]
+    store.domains = {f"domain {d}": torch.arange(d, count, 7) for d in range(7)}
     store.embeddings = unit_vectors(count, s.seed + 1)
     told = f"{count:,} items of 7 domains, 384 numbers each, k 1, the embedder's own time not counted"
     told += f", {torch.get_num_threads()} threads, one value a call"
     figures = []
     for suffix, domain, which in (("", None, "all items"), ("_domain", "domain 3", "the items of one domain")):
-        run = lambda domain=domain: store.retrieve("What?", threshold=-1, domain=domain)  # noqa: E731
-        run()
-        values = [1000 * seconds(run) for _ in range(calls)]
+        find = partial(store.retrieve, "What?", threshold=-1, domain=domain)
+        find()  # warms up
+        values = [1000 * clocked(find)[1] for _ in range(calls)]
         figures.append(figure(f"retrieval_ms_100k{suffix}", values, "ms", f"among {which}; {told}"))
     return figures
 
@@ -165,9 +168,10 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of one passage: mean divergence of the answer's tokens, whether all are the likeliest, the largest error."""
+    """Of one passage: mean divergence through question and answer, at the answer alone; if it is right; the error."""
 
     divergence: float
+    at_answer: float
     right: bool
     error: float
 
@@ -193,7 +197,7 @@ def cases(s: Setup, n: int, facts: tuple[int, int], pieces: int) -> list[Case]:
 
 @torch.no_grad()
 def after(model: PreTrainedModel, prefix: Prefix | None, ids: Ids, count: int) -> torch.Tensor:
-    """Log-probabilities of the last `count` of the tokens that follow, (count, vocab)."""
+    """Log-probabilities of what follows each of the last `count` ids, (count, vocab)."""
     past, start = (prefix.cache, prefix.next_position) if prefix else (None, 0)
     places = torch.arange(start, start + len(ids))[None]
     logits = model(input_ids=torch.tensor([ids]), position_ids=places, past_key_values=past).logits
@@ -229,14 +233,14 @@ def compare(model: PreTrainedModel, asked: Sequence[Case], arms: dict[str, Arm],
     """What each arm gives on each passage, against reading the whole prompt in one call."""
     done = {name: [] for name in arms}
     for pieces, question, answer in tqdm(asked, desc=label, delay=2, leave=False):
-        rest, count = [*question, *answer[:-1]], len(answer)
+        rest, count = [*question, *answer[:-1]], len(question) + len(answer) - 1
         true = after(model, None, [*chain(*pieces), *rest], count)
         known = [read(model, ids) for ids in pieces]
         for name, arm in arms.items():
             mine = after(model, arm(model, known), rest, count)
-            divergence = (true.exp() * (true - mine)).sum(-1).mean().item()
-            right = mine.argmax(-1).tolist() == answer
-            done[name].append(Outcome(divergence, right, (true - mine).abs().max().item()))
+            divergence, last = (true.exp() * (true - mine)).sum(-1), slice(-len(answer), None)
+            right, error = mine[last].argmax(-1).tolist() == answer, (true.exp() - mine.exp()).abs().max().item()
+            done[name].append(Outcome(divergence.mean().item(), divergence[last].mean().item(), right, error))
     return done
 
 
@@ -248,19 +252,23 @@ def splice_figures(s: Setup) -> list[dict]:
     done = compare(s.target, cases(s, 4 if s.quick else 200, (16, 16), 4), arms, "splicing 4 pieces")
     done["recompute"] = done["recompute_15"]
     told = "lab-target in float32, held-out passages of 16 facts in 4 pieces that were read alone, one question each"
-    apart = f"KL(reading all at once || arm) of the next token, mean over the answer's tokens; {told}"
+    apart = f"KL(reading all at once || arm) of the next token, mean over question and answer; {told}"
+    there = apart.replace("question and answer", "the answer's tokens")
     exact = f"all tokens of the answer are the likeliest; {told}"
     figures = []
     for name, outcomes in done.items():
         figures.append(figure(f"kl_{name}", [o.divergence for o in outcomes], "nats", f"{apart}; {meaning(name)}"))
+        figures.append(
+            figure(f"kl_{name}_answer", [o.at_answer for o in outcomes], "nats", f"{there}; {meaning(name)}")
+        )
         figures.append(figure(f"em_{name}", [o.right for o in outcomes], "fraction", f"{exact}; {meaning(name)}"))
     for name, other in PAIRS:
         pairs = np.array([(a.divergence, b.divergence) for a, b in zip(done[name], done[other], strict=True)])
         conditions, end = f"{apart}; {meaning(name)}, against {meaning(other)}, paired", other.removeprefix("shift_")
         figures.append(figure(f"kl_{name}_minus_{end}", pairs @ [1, -1], "nats", f"{conditions}, difference"))
         figures.append(ratio_figure(f"kl_{name}_over_{end}", pairs, f"{conditions}, geometric mean of ratios"))
-    errors, largest = [o.error for o in done["prefix"]], "the largest of all differences between log-probabilities"
-    figures.append(figure("prefix_error", [max(errors)], "nats", f"{largest}; {told}") | {"n": len(errors)})
+    errors, largest = [o.error for o in done["prefix"]], "the largest of all differences between probabilities"
+    figures.append(figure("prefix_error", [max(errors)], "fraction", f"{largest}; {told}") | {"n": len(errors)})
     return figures
 
 
@@ -292,7 +300,7 @@ def length_figures(s: Setup) -> list[dict]:
         asked = cases(s, 2 if s.quick else 30, (24, 40), count)
         done = compare(s.target, asked, arms, f"splicing {count} pieces")
         told = f"lab-target in float32, held-out passages of 24-40 facts in {count} pieces that were read alone"
-        apart = f"KL(reading all at once || arm) of the next token, mean over the answer's tokens; {told}"
+        apart = f"KL(reading all at once || arm) of the next token, mean over question and answer; {told}"
         for name, outcomes in done.items():
             values = [o.divergence for o in outcomes]
             figures.append(figure(f"kl_{name}_pieces_{count}", values, "nats", f"{apart}; {meaning(name)}"))
@@ -326,7 +334,7 @@ def cost_figures(s: Setup) -> list[dict]:
     shape = "a shape of two layers" if s.quick else f"the shape of {BIG}"
     size = f"items of about {TOKENS} tokens, {shape} with random weights in float32"
     # Memory first, while nothing is there that could be used again.
-    return memory_figures(store, size) + speed_figures(s, store, store.items[:6], size)
+    return memory_figures(store, size) + speed_figures(s, store, store.items[:6], size) + arm_figures(s, store, size)
 
 
 def memory_figures(store: KnowledgeCache, size: str) -> list[dict]:
@@ -353,7 +361,7 @@ def speed_figures(s: Setup, store: KnowledgeCache, items: Sequence[Item], size: 
     text = "What do the people and the things in this text have in common, and who owns them?"
     asked = encode(s.tokenizer, [{"role": "user", "content": text}])[:12]
     turn(store, items[0], asked)
-    taken = []  # seconds of each arm, a dict an item
+    taken = []  # seconds of each arm, for each item
     for item in tqdm(items, desc="time to first token", delay=2, leave=False):
         turns = [turn(store, item, asked) for _ in range(repeats)]
         taken.append({name: float(np.median([t[name] for t in turns])) for name in turns[0]})
@@ -362,15 +370,14 @@ def speed_figures(s: Setup, store: KnowledgeCache, items: Sequence[Item], size: 
     what = f"time to the first token, all prefilled over item read from disk and question prefilled; {told}"
     alone = f"prefill of an item over reading it from disk, checksum included; {told}"
     whole, stored = "prefill of item and question of 12 tokens", "reading an item from disk and prefill of 12 tokens"
-    ratio = lambda a, b: [t[a] / t[b] for t in taken]  # noqa: E731
-    column = lambda name: [t[name] for t in taken]  # noqa: E731
+    table = pd.DataFrame(taken)
     return [
-        figure("ttft_ratio", ratio("whole", "stored"), "ratio", f"question of 12 tokens; {what}"),
-        figure("ttft_ratio_one_token", ratio("whole_one", "stored_one"), "ratio", f"question of 1 token; {what}"),
-        figure("load_ratio", ratio("alone", "load"), "ratio", alone),
-        figure("prefill_seconds", column("whole"), "s", f"{whole}; {told}"),
-        figure("question_seconds", column("stored"), "s", f"{stored}; {told}"),
-        figure("load_seconds", column("load"), "s", f"reading an item from disk, checksum included; {told}"),
+        figure("ttft_ratio", table.whole / table.stored, "ratio", f"question of 12 tokens; {what}"),
+        figure("ttft_ratio_one_token", table.whole_one / table.stored_one, "ratio", f"question of 1 token; {what}"),
+        figure("load_ratio", table.alone / table.load, "ratio", alone),
+        figure("prefill_seconds", table.whole, "s", f"{whole}; {told}"),
+        figure("question_seconds", table.stored, "s", f"{stored}; {told}"),
+        figure("load_seconds", table.load, "s", f"reading an item from disk, checksum included; {told}"),
     ]
 
 
@@ -379,20 +386,38 @@ def turn(store: KnowledgeCache, item: Item, asked: Ids) -> dict[str, float]:
     """Seconds of one run of each arm; both ways to a first token must give the same."""
     model, taken = store.model, {}
     for suffix, question in (("", asked), ("_one", asked[:1])):
-        made = {}
-        taken["whole" + suffix] = seconds(
-            lambda made=made, ids=[*item.input_ids, *question]: made.update(whole=prefill(model, torch.tensor([ids])))
-        )
-
-        def from_disk(made=made, question=question) -> None:
-            prefix = store.splice([item], "prefix")
-            made["stored"] = prefill(model, torch.tensor([question]), prefix.cache, prefix.next_position)
-
-        taken["stored" + suffix] = seconds(from_disk)
-        if not torch.allclose(made["whole"].logits, made["stored"].logits, atol=1e-3):
+        ids = torch.tensor([[*item.input_ids, *question]])
+        whole, taken["whole" + suffix] = clocked(prefill, model, ids)
+        stored, taken["stored" + suffix] = clocked(after_stored, store, item, question)
+        if not torch.allclose(whole.logits, stored.logits, atol=1e-3):
             raise RuntimeError("The first token after a stored item differs from that after reading it anew.")
-    alone = torch.tensor([item.input_ids])
-    return taken | {"alone": seconds(lambda: prefill(model, alone)), "load": seconds(lambda: store.read(item))}
+    _, taken["alone"] = clocked(prefill, model, torch.tensor([item.input_ids]))
+    _, taken["load"] = clocked(store.read, item)
+    return taken
+
+
+def arm_figures(s: Setup, store: KnowledgeCache, size: str) -> list[dict]:
+    """Three items behind one another: how much sooner than reading them all the first token comes."""
+    runs, figures, taken = 1 if s.quick else 4, [], {"full": [], "shift": [], "recompute": []}
+    question = torch.tensor([store.items[0].input_ids[:12]])
+    for run in range(runs):
+        items = [store.items[(3 * run + i) % len(store)] for i in range(3)]
+        for arm, seconds in taken.items():
+            started = time.perf_counter()
+            prefix = store.splice(items, arm)
+            with torch.no_grad():
+                prefill(store.model, question, prefix.cache, prefix.next_position)
+            seconds.append(time.perf_counter() - started)
+    told = f"time to the first token after three {size}, and a question of 12 tokens; one value a run"
+    for arm in ("shift", "recompute"):
+        ratios = np.divide(taken["full"], taken[arm])
+        figures.append(figure(f"ttft_ratio_{arm}", ratios, "ratio", f"all read again, over: {meaning(arm)}; {told}"))
+    return figures
+
+
+def after_stored(store: KnowledgeCache, item: Item, question: Ids) -> Prefill:
+    prefix = store.splice([item], "prefix")
+    return prefill(store.model, torch.tensor([question]), prefix.cache, prefix.next_position)
 
 
 # -- what a kill leaves
@@ -497,18 +522,17 @@ def kill_figures(s: Setup) -> list[dict]:
 
 
 def large_faq_figures(s: Setup) -> list[dict]:
-    """A public FAQ of two thousand pairs, built, loaded and asked."""
+    """A public FAQ of many kinds of small talk, built, loaded and asked."""
     if not LARGE_FAQ.is_dir():
         return []
-    records, folder = large_faq(LARGE_FAQ), s.folder / "large_faq"
+    records, folder = faq(LARGE_FAQ), s.folder / "large_faq"
     records = records[:40] if s.quick else records
     parts, options = (s.target, s.tokenizer, s.embedder), {"dtype": torch.float16}
-    built = seconds(lambda: KnowledgeCache.build(folder, records, *parts, **options))
-    loaded = [seconds(lambda: KnowledgeCache.load(folder, *parts)) for _ in range(1 if s.quick else 5)]
-    store = KnowledgeCache.load(folder, *parts)
+    store, built = clocked(KnowledgeCache.build, folder, records, *parts, **options)
+    loaded = [clocked(KnowledgeCache.load, folder, *parts)[1] for _ in range(1 if s.quick else 5)]
     asked = [item.question for item in random.Random(s.seed).sample(store.items, 5 if s.quick else 100)]
-    took = [1000 * seconds(lambda q=question: store.retrieve(q, threshold=-1)) for question in asked]
-    told = f"the English ChatterBot corpus ({len(store)} pairs), lab-target in float16, lab-embedder"
+    took = [1000 * clocked(store.retrieve, question, threshold=-1)[1] for question in asked]
+    told = f"the English ChatterBot corpus ({len(store):,} distinct pairs), lab-target in float16, lab-embedder"
     told += f", {torch.get_num_threads()} threads"
     return [
         figure("faq_build_seconds", [built], "s", f"reading and writing all; {told}"),
@@ -516,16 +540,6 @@ def large_faq_figures(s: Setup) -> list[dict]:
         figure("faq_mb", [megabytes(folder)], "10^6 bytes", f"size on disk; {told}"),
         figure("faq_ask_ms", took, "ms", f"finding the nearest item, embedding included, one value a question; {told}"),
     ]
-
-
-def large_faq(folder: Path) -> list[dict[str, str]]:
-    """Question and first answer of each conversation; the file's name is the domain."""
-    made = []
-    for path in sorted(folder.rglob("*.yml")):
-        said = yaml.load(path.read_text("utf-8"), yaml.BaseLoader)["conversations"]  # "no" is a text
-        pairs = [turns[:2] for turns in said if isinstance(turns, list)]
-        made += [{"domain": path.stem, "question": question, "answer": answer} for question, answer in pairs]
-    return made
 
 
 def measure(quick: bool, seed: int) -> list[dict]:
