@@ -639,3 +639,51 @@ def test_slots_refuse_a_cache_of_another_shape(tiny_model):
             slots.put(0, kv.truncate(cache, 4), 4)
         assert slots.lengths == [0, 0]
         assert not slots.layers[0].keys.any()
+
+
+@every_family
+def test_columns_anywhere_are_computed_again_on_what_the_others_hold(tiny_model, family):
+    model = tiny_model(family, dtype=torch.float64)
+    true = kv.prefill(model, IDS[:1])
+    columns = torch.tensor([[2, 5, 6]])
+    spoiled = kv.to_tensor(true.cache)
+    spoiled[..., columns[0], :] = 7.0
+    slots = kv.Slots(model, 1, IDS.shape[1])
+    slots.put(0, kv.from_tensor(spoiled), IDS.shape[1])
+    logits = kv.step(model, slots, IDS[:1, columns[0]], slots.aim_at(columns))
+    near(slots.entries(0), true.cache, 1e-12)
+    want = model(IDS[:1]).logits[:, columns[0]]
+    torch.testing.assert_close(logits, want, rtol=0, atol=1e-10)
+    kept = kv.step(model, slots, IDS[:1, columns[0]], slots.aim_at(columns), logits_to_keep=1)
+    torch.testing.assert_close(kept, want[:, -1:], rtol=0, atol=1e-10)
+
+
+# a cache as one tensor, and the first layers of a model
+
+
+def test_a_cache_as_one_tensor_comes_back_and_is_a_copy():
+    cache = random_cache(rows=2, entries=5)
+    tensor = kv.to_tensor(cache)
+    near(kv.from_tensor(tensor), cache, 0)
+    assert kv.from_tensor(tensor).layers[1].values.data_ptr() == tensor[1, 1].data_ptr()
+    tensor.zero_()
+    assert cache.layers[0].keys.any()
+    for shape in ((2, 2, 5, 4), (3, 1, 2, 2, 5, 4)):
+        with pytest.raises(CacheError, match=r"expected \(L, 2, B, H_kv, T, D\)"):
+            kv.from_tensor(torch.zeros(shape))
+
+
+@every_family
+def test_the_first_layers_are_a_model_cut_there(tiny_model, family):
+    model = tiny_model(family)
+    shallow, cut = kv.first_layers(model, 2), tiny_model(family, num_hidden_layers=2)
+    cut = copy.deepcopy(cut)
+    cut.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(shallow(IDS).logits, cut(IDS).logits, rtol=0, atol=0)
+    near(kv.prefill(shallow, IDS).cache, kv.prefill(cut, IDS).cache, 0)
+    assert model.config.num_hidden_layers == 3
+    assert len(kv.prefill(model, IDS).cache.layers) == 3
+    assert kv.first_layers(model, 3)(IDS).logits.equal(model(IDS).logits)
+    for layers in (0, 4):
+        with pytest.raises(CacheError, match=f"layers is {layers}, expected 1 to 3"):
+            kv.first_layers(model, layers)

@@ -11,6 +11,8 @@ from kvlab.evaluate import (
     answers,
     bootstrap,
     chi_square,
+    continuations,
+    encode,
     exact_match,
     f1,
     log_likelihoods,
@@ -188,6 +190,29 @@ def test_answers_end_at_the_end_token(model, spelled, generated):
     assert len(set(map(len, want))) > 1
     for batch_size in (1, 5):
         assert answers(model, spelled, CONVERSATIONS, 20, batch_size) == numbers(want)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_continuations_are_ids_up_to_and_with_the_end_token(model, tokenizer, generated, batch_size):
+    prompts = [prompt_of(tokenizer, conversation) for conversation in CONVERSATIONS]
+    end = generated[1][4]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    cut = [ids[: ids.index(end) + 1] if end in ids else ids for ids in generated]
+    assert len({len(ids) for ids in cut}) > 1
+    assert continuations(model, tokenizer, prompts, 20, batch_size) == cut
+
+
+def test_a_conversation_is_encoded_as_its_template_says(tokenizer):
+    question, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ben"}
+    assert tokenizer.decode(encode(tokenizer, [question])) == "<|user|> Who?<|assistant|>"
+    assert tokenizer.decode(encode(tokenizer, [question, answer])) == "<|user|> Who?<|assistant|> Ben<|end|>"
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = "{{ messages[0].content }}{% if enable_thinking is not false %} hmm{% endif %}"
+    assert thinking.decode(encode(thinking, [question])) == "Who?"
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    assert plain.decode(encode(plain, [question, answer])) == "Who?\nBen"
 
 
 def test_answers_are_texts_without_special_tokens(model, tokenizer, generated):
