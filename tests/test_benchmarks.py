@@ -20,7 +20,7 @@ PROMISED = {
         "megabytes",
     },
     "knowledge": {
-        *(f"retrieval_at_1{suffix}" for suffix in ("", "_trained", "_words")),
+        *(f"retrieval_at_1{suffix}" for suffix in ("", "_trained", "_words", "_zh")),
         *(name + suffix for name in ("hits", "false_hits") for suffix in ("", "_at_chosen")),
         "threshold_chosen",
         *(f"{score}_{arm}" for score in ("kl", "em") for arm in ("full", "prefix", "concat", "shift", "recompute")),
