@@ -33,6 +33,7 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
 # %%
 import json
 import tempfile
+import textwrap
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -43,8 +44,8 @@ import torch
 from tqdm.auto import tqdm
 
 from kvlab import Scale, knowledge, lab, plots, speculate
-from kvlab.cache import CacheError, Prefix, clone, join, length, nbytes
-from kvlab.cache import prefill, rotary_of, shift, to_tensor, truncate
+from kvlab.cache import CacheError, Prefix, bytes_per_token, clone, join
+from kvlab.cache import length, nbytes, prefill, rotary_of, shift, to_tensor, truncate
 from kvlab.evaluate import bootstrap, encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
@@ -60,7 +61,7 @@ exact = model.dtype == torch.float32  # half precision rounds differently
 # ## The question
 #
 # A help desk has fifty answers, and a language model that is asked about them all day. Each time, somebody's program puts the right
-# answer into the {term}`prompt`, and the model reads it again: the same tokens, through the same layers, with the same result. Chapter 00 saved
+# answer into the prompt, and the model reads it again: the same tokens, through the same layers, with the same result. Chapter 00 saved
 # that result to a file. So why read twice?
 #
 # Because three things are missing. The file has to be *found*: the question comes in words that nobody has used before. It has to be *trusted*:
@@ -80,8 +81,10 @@ plots.splice_strips([40, 40, 40], question=16);
 
 # %%
 records = lab.faq()
-print(len(records), "records in", len({r["domain"] for r in records}), "domains")
-print(json.dumps({k: records[0][k] for k in ("domain", "question", "answer")}, indent=1))
+domains = {record["domain"] for record in records}
+print(len(records), "records in", len(domains), "domains, the first:")
+for field in ("domain", "question", "answer"):
+    print(textwrap.fill(f"{field}: {records[0][field]}", 76))
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -99,7 +102,7 @@ store.summary().round(2)
 
 # %%
 print("added:", store.add(records))
-for path in sorted(path for path in (folder / "faq").rglob("*") if path.is_file()):
+for path in sorted((folder / "faq").rglob("*.*")):
     print(f"{path.stat().st_size / 1e3:9.1f} kB  {path.relative_to(folder)}")
 
 # %% [markdown]
@@ -115,7 +118,8 @@ def refuses(action):
     try:
         action()
     except CacheError as error:
-        print("-", str(error).replace(str(folder), "..."), "\n")
+        told = str(error).replace(str(folder), "...")
+        print(textwrap.fill(told, 76))
         return True
 
 
@@ -123,16 +127,13 @@ other = scale.load("draft")
 assert refuses(lambda: KnowledgeCache.load(folder / "faq", other, tokenizer))
 
 # %%
-victim = store.items[3]
-shard = folder / "faq/shards" / f"{victim.shard}.safetensors"
-content = bytearray(shard.read_bytes())
-content[-1000] ^= 1  # one bit, somewhere in the last item of the shard
-shard.write_bytes(content)
-broken = [item for item in store.items if item.shard == victim.shard][-1]
-spoiled = refuses(lambda: [store.read(i) for i in store.items if i.shard == victim.shard])
-content[-1000] ^= 1
-shard.write_bytes(content)
-assert spoiled
+broken = store["ai-07"]  # the last item of the first shard
+shard = folder / "faq/shards" / f"{broken.shard}.safetensors"
+whole = shard.read_bytes()
+shard.write_bytes(whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:])
+assert refuses(lambda: store.read(broken))  # one bit is enough
+assert length(store.read(store["ai-01"]).cache)  # the others are whole
+shard.write_bytes(whole)
 assert length(store.read(broken).cache) == len(broken.input_ids)
 
 # %% [markdown]
@@ -144,32 +145,41 @@ assert length(store.read(broken).cache) == len(broken.input_ids)
 # %%
 item = store["ai-05"]
 piece = store.read(item)
-print(repr(tokenizer.decode(item.input_ids[: item.answer_start])))
-print(repr(tokenizer.decode(item.input_ids[item.answer_start :])))
-print(f"{length(piece.cache)} tokens, {nbytes(piece.cache) / 1e3:.0f} kB in memory")
+start = item.answer_start
+for ids in (item.input_ids[:start], item.input_ids[start:]):
+    print(textwrap.fill(tokenizer.decode(ids), 76))
+kilobytes = nbytes(piece.cache) / 1e3
+print(f"{length(piece.cache)} tokens, {kilobytes:.0f} kB in memory")
 print("hidden states:", tuple(piece.hidden_states.shape))
 
 # %% [markdown]
 # Keys are stored rotated: position $m$ turns each pair of dimensions of a key by an angle proportional to $m$ {cite}`su2021roformer`. Read the same item behind another one, and all its
 # keys look different. Turn both back to position 0, and most of the difference is gone. What stays is context: the item has now seen what stands before it.
 
-# %% mystnb={"image": {"alt": "Heat maps of one head's keys of the same item: read alone, read behind another item, and their differences before and after turning both back; the last is much paler."}}
+# %%
 before = store["ai-01"]
-both = torch.tensor([[*before.input_ids, *item.input_ids]], device=model.device)
-behind = prefill(model, both).cache.layers[1].keys[0, 0, len(before.input_ids) :]
+moved, rotary = len(before.input_ids), rotary_of(model)
+both = knowledge.read(model, [*before.input_ids, *item.input_ids]).cache
 alone = knowledge.read(model, item.input_ids).cache
-rotary, places = rotary_of(model), torch.arange(length(alone))
-in_place = shift(alone, len(before.input_ids), rotary).layers[1].keys[0, 0]
-alone = alone.layers[1].keys[0, 0]
-pictures = {"read alone": alone, "read behind another": behind,
-            "difference": behind - alone, "after turning": behind - in_place}  # fmt: skip
-first = slice(0, 24)
-plots.key_differences({k: v[first] for k, v in pictures.items()},
-                      [tokenizer.decode(i) for i in item.input_ids[first]]);  # fmt: skip
+in_place = shift(alone, moved, rotary)
+keys = [c.layers[1].keys[0, 0] for c in (alone, both, in_place)]
+alone, behind, in_place = keys[0], keys[1][moved:], keys[2]
+pictures = {
+    "read alone": alone,
+    "read behind another": behind,
+    "difference": behind - alone,
+    "after turning": behind - in_place,
+}
+
+# %% mystnb={"image": {"alt": "Heat maps of one head's keys of the same item: read alone, read behind another item, and their differences before and after turning the keys; the last is much paler."}}
+words = [tokenizer.decode(i) for i in item.input_ids[:24]]
+first = {name: keys[:24] for name, keys in pictures.items()}
+plots.key_differences(first, words);
 
 # %%
-sizes = {name: keys.float().pow(2).mean().sqrt() for name, keys in pictures.items()}
-print({name: round(value.item(), 3) for name, value in sizes.items()})
+sizes = {name: keys.float().norm().item() for name, keys in pictures.items()}
+for name, size in sizes.items():
+    print(f"{name:20} {size:6.1f}")
 assert sizes["after turning"] < sizes["difference"] / 2
 
 # %% [markdown]
@@ -179,13 +189,17 @@ assert sizes["after turning"] < sizes["difference"] / 2
 # one paraphrase that neither the lab's models nor its embedder were trained on. Is the nearest stored question the right one?
 
 # %%
+def interval(values):
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(values))
+
+
 held_out = [(item["paraphrases"][2], item["id"]) for item in records]
 hits = [store.retrieve(question, threshold=-1)[0] for question, _ in held_out]
 right = np.array([hit.item.id == id for hit, (_, id) in zip(hits, held_out)])
 score = np.array([hit.score for hit in hits])
-print("right: {:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(right)))
-by_text = [store.retrieve(question, exact=True) for question, _ in held_out]
-print(f"found by exact question: {np.mean([bool(found) for found in by_text]):.2f}")
+print("nearest is right:  ", interval(right))
+same = [bool(store.retrieve(question, exact=True)) for question, _ in held_out]
+print("same question found:", interval(same))
 
 # %%
 wrong = [i for i in range(len(hits)) if not right[i]]
@@ -207,25 +221,32 @@ def nearest(asked):
     return np.array([store.retrieve(q, threshold=-1)[0].score for q in asked])
 
 
-to_choose, to_report = (nearest(corpora.outside(s)) for s in ("calibrate", "test"))
+to_choose = nearest(corpora.outside("calibrate"))
+to_report = nearest(corpora.outside("test"))
 thresholds = np.round(np.arange(0.2, 0.91, 0.01), 2)
 allowed = [t for t in thresholds if np.mean(to_choose >= t) <= 0.05]
 chosen = allowed[0]
-print(f"threshold {chosen}: found {np.mean(right & (score >= chosen)):.2f},", end=" ")
-print(f"false hits {np.mean(to_report >= chosen):.2f}")
+print("threshold:", chosen)
+print("right item found:", interval(right & (score >= chosen)))
+print("false hits:      ", interval(to_report >= chosen))
 
 # %% mystnb={"image": {"alt": "Share of questions that are given an item over the threshold: right item for held-out paraphrases, wrong item for them, and any item for questions outside the store; the chosen threshold is marked."}}
-plots.hits_over_threshold(thresholds, {
-    "paraphrase, right item": [np.mean(right & (score >= t)) for t in thresholds],
-    "outside question, any item": [np.mean(to_report >= t) for t in thresholds],
-    "paraphrase, wrong item": [np.mean(~right & (score >= t)) for t in thresholds],
-}, chosen);  # fmt: skip
+def above(scores):
+    return [np.sum(scores >= t) for t in thresholds]
+
+
+shares = {
+    "paraphrase, right item": np.divide(above(score[right]), len(score)),
+    "outside question, any item": np.divide(above(to_report), len(to_report)),
+    "paraphrase, wrong item": np.divide(above(score[~right]), len(score)),
+}
+plots.hits_over_threshold(thresholds, shares, chosen);
 
 # %% [markdown]
 # `store.retrieve(question, threshold=...)` returns an empty list for a miss, never the first item. The cosine of one embedder means nothing to another, so the threshold has to be measured for each.
 
 # %%
-for question in ("How does a Python dictionary look up a key?", "Who won the 1998 World Cup?"):
+for question in ("How does a dictionary look up a key?", "Who won the World Cup?"):
     found = store.retrieve(question, k=2, threshold=chosen)
     print(question, [(round(hit.score, 2), hit.item.id) for hit in found])
 
@@ -238,7 +259,8 @@ for question in ("How does a Python dictionary look up a key?", "Who won the 199
 # %%
 asked = held_out[: scale.questions // 3]
 found = [store.retrieve(q, threshold=-1)[0] for q, _ in asked]
-prompts = [encode(tokenizer, [{"role": "user", "content": q}]) for q, _ in asked]
+messages = [[{"role": "user", "content": question}] for question, _ in asked]
+prompts = [encode(tokenizer, m) for m in messages]
 
 
 def stored_question(item):
@@ -254,16 +276,18 @@ prefixes = {
 }
 
 # %%
+def texts_of(made):
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    return [decode(ids).strip() for ids in made.tokens]
+
+
 last = [[hit.item.input_ids[hit.item.answer_start - 1]] for hit in found]
-replies = {}
-for name, prefix in prefixes.items():
-    texts = last if name == "the stored question" else prompts
-    made = speculate.generate(model, texts, prefix=prefix, max_new_tokens=64)
-    replies[name] = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in made.tokens]
 truth = [store[id].answer for _, id in asked]
-for name, texts in replies.items():
-    same = np.array([a == b for a, b in zip(texts, truth)])
-    print("{:20} word for word {:.2f} [{:.2f}, {:.2f}]".format(name, *bootstrap(same)))
+for name, prefix in prefixes.items():
+    ids = last if name == "the stored question" else prompts
+    made = speculate.generate(model, ids, prefix=prefix, max_new_tokens=64)
+    same = [a == b for a, b in zip(texts_of(made), truth)]
+    print(f"{name:20} word for word {interval(same)}")
 
 # %% [markdown]
 # The lab's target knows the FAQ by heart under the questions it was trained on, and hardly under new ones. It was never taught to look up one FAQ item in order to answer another question, so the item before the question
@@ -277,13 +301,14 @@ for name, texts in replies.items():
 
 # %%
 def pieces_of(document, parts=4):
-    """The passage's ids in some parts, cut behind full stops; ids of the question; of the answer."""
+    """Ids of the passage in parts, cut behind full stops; of question; of answer."""
     system, user, answer = document
     whole = encode(tokenizer, [system, user])
     other = encode(tokenizer, [system, {"role": "user", "content": "?"}])
     start = next(i for i, (a, b) in enumerate(zip(whole, other)) if a != b)
-    stops = [i + 1 for i in range(start) if tokenizer.decode([whole[i]]).strip() == "."]
-    cuts = [0, *(stops[len(stops) * p // parts - 1] for p in range(1, parts)), stops[-1]]
+    signs = [tokenizer.decode([i]).strip() for i in whole[:start]]
+    stops = [i + 1 for i, sign in enumerate(signs) if sign == "."]
+    cuts = [0, *(stops[len(stops) * p // parts - 1] for p in range(1, parts + 1))]
     ids = tokenizer(" " + answer["content"], add_special_tokens=False).input_ids
     parts = [whole[a:b] for a, b in pairwise(cuts)]
     return parts, whole[stops[-1] :], ids
@@ -292,7 +317,7 @@ def pieces_of(document, parts=4):
 documents = questions("free", scale.questions // 2, (16, 16), seed=scale.seed)
 parts, question, answer = pieces_of(documents[0])
 for ids in (*parts, question, answer):
-    print(repr(tokenizer.decode(ids)))
+    print(textwrap.fill(repr(tokenizer.decode(ids)), 76))
 
 # %% [markdown]
 # Rotating by an angle is linear, and two rotations add up: $R_{a+b} = R_a R_b$. So a key that was stored for position $m$ becomes the key for position $m + d$ by one more turn,
@@ -315,14 +340,14 @@ def shifted(pieces):
 pieces = [knowledge.read(model, ids) for ids in parts]
 by_hand, spliced = shifted(pieces), knowledge.splice(model, pieces, "shift")
 assert torch.equal(to_tensor(by_hand), to_tensor(spliced.cache))
-print("next position", spliced.next_position, "after", length(spliced.cache), "entries")
+print(length(spliced.cache), "entries, next position", spliced.next_position)
 
 # %% [markdown]
 # It *looks* like one. Each piece was read as if nothing stood before it, so its keys and values in deeper layers are not quite those of the whole passage, and its first token believed it was the first of all. In a language model that
 # is a special place: the first token gathers the attention that has nowhere else to go {cite}`xiao2023streamingllm`. Where do stored and true values differ?
 
 # %%
-true = to_tensor(prefill(model, torch.tensor([spliced.input_ids], device=model.device)).cache)
+true = to_tensor(knowledge.read(model, spliced.input_ids).cache)
 error = (true - to_tensor(spliced.cache)).float().pow(2).sum((2, 3, 5))  # (L, 2, T)
 size = true.float().pow(2).sum((2, 3, 5)).mean(-1, keepdim=True)
 difference = (error / size).sum(1).cpu()  # keys and values, (L, T)
@@ -353,11 +378,12 @@ if exact:
 # %%
 @torch.inference_mode()
 def after(prefix, ids):
-    """Log-probabilities (len(ids), vocabulary) of what follows each of the ids after a prefix."""
+    """Log-probabilities (len(ids), vocabulary) of what follows each id."""
     start = prefix.next_position
     places = torch.arange(start, start + len(ids), device=model.device)[None]
     ids = torch.tensor([ids], device=model.device)
-    out = model(input_ids=ids, position_ids=places, past_key_values=clone(prefix.cache))
+    past = clone(prefix.cache)  # the call adds to it
+    out = model(input_ids=ids, position_ids=places, past_key_values=past)
     return out.logits[0].float().log_softmax(-1).cpu()
 
 
@@ -368,7 +394,7 @@ def kl(p, q):
 
 # %%
 def compare(document, share=0.15, arms=knowledge.ARMS):
-    """For each arm: KL from reading it all, whether the answer is right, seconds."""
+    """For each arm: KL from reading it all, whether the answer is right, time."""
     parts, question, answer = pieces_of(document)
     pieces, rows = [knowledge.read(model, ids) for ids in parts], {}
     ids, full = [*question, *answer[:-1]], None
@@ -386,29 +412,28 @@ def compare(document, share=0.15, arms=knowledge.ARMS):
 # %%
 compare(documents[0])  # the first call is slower
 results = [compare(d) for d in tqdm(documents, desc="splicing", leave=False)]
-measured = {arm: np.array([r[arm] for r in results], float) for arm in knowledge.ARMS}
-loaded = {arm: 0 if arm == "full" else sum(nbytes(p.cache) for p in pieces) for arm in measured}
-loaded["prefix"] = nbytes(pieces[0].cache)
-
+kls, rights, times = (
+    {arm: np.array([r[arm][i] for r in results], float) for arm in knowledge.ARMS}
+    for i in range(3)
+)
+size = [nbytes(piece.cache) / 1e6 for piece in pieces]
+loaded = dict.fromkeys(knowledge.ARMS, sum(size)) | {"full": 0, "prefix": size[0]}
 panels = {
-    "KL, nats a token": {arm: bootstrap(m[:, 0]) for arm, m in measured.items()},
-    "answers right": {arm: bootstrap(m[:, 1]) for arm, m in measured.items()},
-    "MB loaded": {arm: (n / 1e6,) * 3 for arm, n in loaded.items()},
-    "ms to the first token": {arm: bootstrap(1e3 * m[:, 2]) for arm, m in measured.items()},
+    "KL, nats a token": {arm: bootstrap(v) for arm, v in kls.items()},
+    "answers right": {arm: bootstrap(v) for arm, v in rights.items()},
+    "MB loaded": {arm: (mb, mb, mb) for arm, mb in loaded.items()},
+    "ms to the first token": {arm: bootstrap(1e3 * v) for arm, v in times.items()},
 }
 
 # %% mystnb={"image": {"alt": "Four panels, one row a way of splicing: KL is zero for full and prefix, largest for concat, smaller for shift, smallest for recompute; answers right; megabytes loaded; milliseconds to the first token."}}
 plots.splice_panels(panels);
 
 # %%
-def gap(worse, better):
-    return bootstrap(measured[worse][:, 0] - measured[better][:, 0])
-
-
-print("concat is worse than shift by {:.4f} [{:.4f}, {:.4f}] nats".format(*gap("concat", "shift")))
-print("shift is worse than recompute by {:.4f} [{:.4f}, {:.4f}]".format(*gap("shift", "recompute")))
+for worse, better in (("concat", "shift"), ("shift", "recompute")):
+    gap = kls[worse] - kls[better]
+    print(f"{worse} is worse than {better} by {interval(gap)} nats a token")
 if exact:
-    assert measured["prefix"][:, 0].max() < 1e-5
+    assert kls["prefix"].max() < 1e-5
 
 # %% [markdown]
 # Reusing a *prefix* is exact, always: nothing stands before it. Wrong positions cost most. What is left after shifting is missing context, and of that, the tokens that are computed again take away a part. The *answers* hardly change, even at wrong positions: this model
@@ -432,14 +457,15 @@ def seconds(action, repeats=5):
     times = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()
-        action().cache.layers[-1].values[0, 0, -1, 0].item()  # waits for the device
+        action().logits[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - begun)
     return np.median(times[1:])
 
 
 passages = " ".join(d[0]["content"] for d in documents)
 long = tokenizer(passages, add_special_tokens=False).input_ids
-items = [{"question": "?", "answer": tokenizer.decode(long[:n])} for n in (64, 128, 256, 512, 1024)]
+texts = [tokenizer.decode(long[:n]) for n in (64, 128, 256, 512, 1024)]
+items = [{"question": "?", "answer": text} for text in texts]
 speed = KnowledgeCache.build(folder / "speed", items, model, tokenizer)
 more = torch.tensor([long[:1]], device=model.device)
 
@@ -455,35 +481,35 @@ def load_it(item):
 
 # %%
 with torch.inference_mode():
-    times = {
+    taken = {
         "read it": [seconds(lambda: read_it(item)) for item in speed.items],
         "load it": [seconds(lambda: load_it(item)) for item in speed.items],
     }
 tokens = [len(item.input_ids) for item in speed.items]
 
 # %% mystnb={"image": {"alt": "Milliseconds to the first token by tokens of knowledge, on logarithmic scales: reading grows with the tokens, loading stays almost flat."}}
-plots.reading_or_loading(tokens, times);
+plots.reading_or_loading(tokens, taken);
 
 # %%
-per_token = (times["read it"][-1] - times["read it"][0]) / (tokens[-1] - tokens[0])
-bytes_each = nbytes(speed.read(speed.items[-1]).cache) / tokens[-1]
-print(f"reading: {1e6 * per_token:.0f} microseconds a token; loading: {bytes_each:.0f} bytes")
+reading = taken["read it"]
+per_token = (reading[-1] - reading[0]) / (tokens[-1] - tokens[0])
+bytes_each = bytes_per_token(model.config, model.dtype)
+print(f"{1e6 * per_token:.0f} microseconds to read a token of {bytes_each} bytes")
 print(f"break-even bandwidth here: {bytes_each / per_token / 1e9:.2f} GB/s")
 
 # %% [markdown]
 # For larger models, the same from their shapes alone. Parameters grow with the square of a model's width, its cache with the width, and with grouped-query attention {cite}`ainslie2023gqa` by less: so the larger the model, the slower the disk may be. Suppose a device that does 30 TFLOP/s while it reads:
 
 # %%
-from kvlab.cache import bytes_per_token
 from kvlab.scale import config_of, parameters
 
-rows = {}
-for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen2-7B-Instruct", "Qwen/Qwen3-14B"):
-    config = config_of(name)
+rows, names = {}, ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen2-7B-Instruct", "Qwen3-14B")
+for name in names:
+    config = config_of(f"Qwen/{name}")
     kilobytes = bytes_per_token(config, torch.float16) / 1e3
     microseconds = 2 * parameters(config) / 30e12 * 1e6
     rows[name] = kilobytes, microseconds, kilobytes / microseconds
-columns = ["cache, kB a token", "reading, microseconds a token", "break-even, GB/s"]
+columns = ["cache (kB a token)", "reading (µs a token)", "break-even (GB/s)"]
 pd.DataFrame.from_dict(rows, orient="index", columns=columns).round(2)
 
 # %% [markdown]
@@ -495,14 +521,15 @@ file = Path("../book/results/knowledge.json")
 if file.exists():
     results = json.loads(file.read_text())
     figures = {f["name"]: f for f in results["figures"]}
-    line = "{:28} {value:10.3g}  [{low:.3g}, {high:.3g}]  {unit}"
-    for name in ("prefill_seconds", "load_seconds", "question_seconds", "load_ratio",
-                 "ttft_ratio", "store_mb", "resident_mb", "retrieval_ms_100k",
-                 "kills_survived"):  # fmt: skip
+    line = "{:22} {value:8.3g}  [{low:.3g}, {high:.3g}]  {unit}"
+    names = """prefill_seconds load_seconds question_seconds load_ratio ttft_ratio
+        ttft_ratio_one_token ttft_ratio_shift ttft_ratio_recompute
+        store_mb resident_mb retrieval_ms_100k kills_survived"""
+    for name in names.split():
         print(line.format(name, **figures[name]))
     print(results["device"], "- torch", results["versions"]["torch"])
 else:
-    print("The measured figures are in the repository: book/results/knowledge.json")
+    print("The figures are in the repository: book/results/knowledge.json")
 
 # %% [markdown]
 # `load_ratio` compares reading the item with loading it; `ttft_ratio` the whole way to the first token, with a question of twelve tokens on both sides. `resident_mb` is by how much the
@@ -559,9 +586,14 @@ for dtype in (torch.float16, torch.bfloat16):
 # ````
 
 # %%
+def cost(share):
+    """KL of recomputing this share, for each of some passages."""
+    arms = ("full", "recompute")
+    return [compare(d, share, arms)["recompute"][0] for d in documents[:16]]
+
+
 for share in (0.0, 0.05, 0.15, 0.3, 0.6, 1.0):
-    cost = [compare(d, share, ("full", "recompute"))["recompute"][0] for d in documents[:16]]
-    print("{:4.0%}: {:.4f} [{:.4f}, {:.4f}]".format(share, *bootstrap(cost)))
+    print(f"{share:4.0%}: {interval(cost(share))}")
 
 # %%
 from unittest import mock
@@ -574,9 +606,7 @@ def by_chance(tensor, k, *rest, topk=torch.Tensor.topk):
 
 torch.manual_seed(scale.seed)
 with mock.patch.object(torch.Tensor, "topk", by_chance):
-    rows = [compare(d, 0.15, ("full", "recompute")) for d in documents[:16]]
-cost = [r["recompute"][0] for r in rows]
-print("15% by chance: {:.4f} [{:.4f}, {:.4f}]".format(*bootstrap(cost)))
+    print(f"15% by chance: {interval(cost(0.15))}")
 
 # %% [markdown]
 # What was read with nothing before it stays as it was, wherever nobody looks. Tokens chosen by chance cost as much to compute again and mostly were right already: the choice is the method.
@@ -599,14 +629,14 @@ print("15% by chance: {:.4f} [{:.4f}, {:.4f}]".format(*bootstrap(cost)))
 # %%
 def piece_with_answer(document):
     """Which piece names the answer (the first that does)."""
-    texts = [tokenizer.decode(ids) for ids in pieces_of(document)[0]]
-    return next((i for i, text in enumerate(texts) if document[-1]["content"] in text), None)
+    parts, answer = pieces_of(document)[0], document[-1]["content"]
+    texts = [tokenizer.decode(ids) for ids in parts]
+    return next(i for i, text in enumerate(texts) if answer in text)
 
 
-where = np.array([piece_with_answer(d) for d in documents], float)
-for name, chosen_ones in {"first": where == 0, "later": where > 0}.items():
-    cost = measured["shift"][chosen_ones, 0]
-    print("{}: {:.4f} [{:.4f}, {:.4f}], n {}".format(name, *bootstrap(cost), len(cost)))
+where = np.array([piece_with_answer(d) for d in documents])
+for name, these in {"first": where == 0, "later": where > 0}.items():
+    print(f"{name}: {interval(kls['shift'][these])}, {these.sum()} questions")
 
 # %% [markdown]
 # Few questions of each kind, so the intervals are wide: make `documents` longer before you believe either. The first place is the exact one, so the piece one trusts most belongs there.
@@ -632,10 +662,11 @@ from kvlab.knowledge import KnowledgeCache
 scale = Scale.current()
 model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
 with tempfile.TemporaryDirectory() as path:
-    store = KnowledgeCache.build(path, lab.faq(), model, tokenizer, scale.load_embedder())
-    for hit in store.retrieve("Why do my network's test scores get worse?", k=2):
-        print(round(hit.score, 2), hit.item.question, "->", hit.item.answer)
-    prefix = store.splice(store.items[:2])
+    embedder = scale.load_embedder()
+    store = KnowledgeCache.build(path, lab.faq(), model, tokenizer, embedder)
+    hits = store.retrieve("Why does my network do badly on new data?", k=2)
+    print([(round(hit.score, 2), hit.item.question) for hit in hits])
+    prefix = store.splice(hits)
     print(prefix.next_position, "tokens stand before the next question")
 
 # %% [markdown]
