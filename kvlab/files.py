@@ -63,4 +63,9 @@ def _beside(path: Path) -> Path:
 def _replace(part: Path, path: Path) -> Path:
     with open(part, "rb+") as file:
         os.fsync(file.fileno())  # else a power cut could leave the new name on empty pages
-    return part.replace(path)
+    part.replace(path)
+    if hasattr(os, "O_DIRECTORY"):  # where a folder is a file, which can be lost as well
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    return path

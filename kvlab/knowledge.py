@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,7 +38,7 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -53,12 +54,14 @@ from kvlab.cache import (
     first_layers,
     from_tensor,
     join,
+    length,
     prefill,
     require_supported,
     rotary_of,
     shift,
     step,
     to_tensor,
+    truncate,
 )
 from kvlab.evaluate import continuations, encode
 from kvlab.files import as_bytes, write_tensors, write_text
@@ -67,6 +70,8 @@ FORMAT_VERSION = 1
 PARTS = ("kv", "hidden")
 ARMS = ("full", "prefix", "concat", "shift", "recompute")
 SHARD_BYTES, SHARD_ITEMS = 2**28, 256  # a shard is closed when it reaches either
+MANIFESTS = ("manifest.json", "manifest.copy.json")  # the first counts; the second is for when it is damaged
+LEFTOVER = re.compile(r"[0-9a-f]{16}(\.index)?\.safetensors|\.([0-9a-f]{16}|manifest)\..*\.part")
 PROBE = "Is this store of the same embedder?"
 
 
@@ -162,18 +167,23 @@ def splice(
     _require(pieces, "There are no pieces to splice: give at least one, or ask the model without any.")
     _require(arm in ARMS, f"The arm is {arm!r}: expected one of {', '.join(ARMS)}.")
     _require(0 <= share <= 1, f"share is {share}, expected 0 to 1.")
-    have = model.config.get_text_config(decoder=True).num_hidden_layers
-    _require(1 <= early <= have, f"early is {early}, expected 1 to {have}, the layers of the model.")
-    used = pieces[: {"full": 0, "prefix": 1}.get(arm)]
-    whole = all(piece.cache is not None for piece in used)
-    _require(whole, "A piece has no keys and values: build the store with keep=('kv',), or use arm 'full'.")
+    config = model.config.get_text_config(decoder=True)
+    have, most = config.num_hidden_layers, config.max_position_embeddings
+    _require(early in range(1, have + 1), f"early is {early}, expected 1 to {have}, the layers of the model.")
+    for piece in pieces[: _loaded(arm)]:
+        _require(piece.cache, "A piece has no keys and values: build the store with keep=('kv',), or use arm 'full'.")
+        seen = f"A piece has {len(piece.input_ids)} ids, and a cache of {length(piece.cache)} entries"
+        seen += f" in {len(piece.cache.layers)} layers; the model has {have}"
+        whole = length(piece.cache) == len(piece.input_ids) and len(piece.cache.layers) == have
+        _require(whole, f"{seen}: give what `read` or a store of this model returned.")
     flat = [token for piece in pieces for token in piece.input_ids]
+    _require(len(flat) <= most, f"The pieces have {len(flat)} tokens, the model reads up to {most}: give fewer.")
     if arm == "recompute" and len(pieces) > 1:
         cache = _recomputed(model, pieces, flat, share, early)
     elif arm in ("full", "prefix"):
         known = pieces[0] if arm == "prefix" else Piece((), None)
         rest = torch.tensor([flat[len(known.input_ids) :]], device=model.device)
-        cache = prefill(model, rest, known.cache).cache if rest.numel() else known.cache
+        cache = prefill(model, rest, known.cache).cache if rest.numel() else truncate(known.cache, len(flat))
     else:
         cache = _joined(pieces, None if arm == "concat" else rotary_of(model))
     return Prefix(cache, len(flat), flat)
@@ -195,6 +205,7 @@ def read(model: PreTrainedModel, input_ids: Sequence[int]) -> Piece:
 def _read(model: PreTrainedModel, rows: list[list[int]]) -> Iterator[Piece]:
     """Read rows in one call. Padding stands on the right, where a causal model does not see it."""
     require_supported(model)
+    _require(rows and all(rows), "There is nothing to read: give at least one token id.")
     padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
     out = model.base_model(input_ids=padded, use_cache=True)
     tensor = to_tensor(out.past_key_values)
@@ -203,11 +214,16 @@ def _read(model: PreTrainedModel, rows: list[list[int]]) -> Iterator[Piece]:
         yield Piece(ids, from_tensor(tensor[:, :, row, :, :stop]), out.last_hidden_state[row, :stop])
 
 
+def _loaded(arm: str) -> int | None:
+    """How many pieces' caches an arm uses; None: all."""
+    return {"full": 0, "prefix": 1}.get(arm)
+
+
 def _joined(pieces: Sequence[Piece], rotary: torch.nn.Module | None) -> DynamicCache:
     """Pieces behind one another, moved to their places if a rotary embedding is given."""
     starts = accumulate((len(piece.input_ids) for piece in pieces), initial=0)
     moved = [shift(p.cache, start, rotary) if rotary else p.cache for p, start in zip(pieces, starts, strict=False)]
-    cache = moved[0]
+    cache = truncate(moved[0], len(pieces[0].input_ids))  # not the piece's own, to which its owner may add
     for after in moved[1:]:
         cache = join(cache, after)
     return cache
@@ -253,9 +269,6 @@ class KnowledgeCache:
         self.folder, self.model, self.tokenizer, self.embedder = folder, model, tokenizer, embedder
         self.settings, self.skip_damaged = settings, False  # the first is the manifest but for the shards
         self.keep, self.dtype = tuple(settings["keep"]), getattr(torch, settings["dtype"])
-        self._forget()
-
-    def _forget(self) -> None:
         self.shards, self.items, self.domains = [], [], {}
         self.embeddings = torch.empty(0, len(self.settings["embedder"]))
 
@@ -270,14 +283,16 @@ class KnowledgeCache:
         *,
         keep: Sequence[str] = ("kv",),
         dtype: torch.dtype | None = None,
-        **adding,
+        generate: bool = False,
+        max_new_tokens: int = 128,
+        batch_size: int = 8,
     ) -> "KnowledgeCache":
         """Make a store, or open one that is there, and add records.
 
         Parameters
         ----------
         folder : of the store; new, empty, or one that holds a store made with the same settings.
-        records : see `add`, which takes the other options (`generate`, `max_new_tokens`, `batch_size`).
+        records, generate, max_new_tokens, batch_size : see `add`.
         embedder : a `SentenceTransformer`; without one, retrieval is by exact question only.
         keep : "kv" for keys and values, "hidden" for last hidden states (1, T, d), or both.
         dtype : in which tensors are kept; by default that of the model.
@@ -286,20 +301,23 @@ class KnowledgeCache:
         ------
         CacheError : the folder holds something else, or a store of another model, tokenizer, embedder or setting.
         """
-        wrong = set(keep) - set(PARTS) if not isinstance(keep, str) else {keep}
-        _require(keep and not wrong, f"keep is {keep!r}, expected a list of one or both of {PARTS}.")
-        dtype = dtype or model.dtype
-        _require(dtype.is_floating_point, f"dtype is {dtype}, expected a floating one such as torch.float16.")
+        several = isinstance(keep, list | tuple | set) and len(keep) > 0
+        _require(several and {*keep} <= {*PARTS}, f"keep is {keep!r}, expected a list of one or both of {PARTS}.")
+        dtype = model.dtype if dtype is None else dtype
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        _require(floating, f"dtype is {dtype!r}, expected a floating one such as torch.float16.")
         require_supported(model)
-        folder, state = Path(folder), _processes(model)
+        folder, state, records = _at(folder), _processes(model), _list(records)
         asked = {"keep": [part for part in PARTS if part in keep], "dtype": str(dtype).removeprefix("torch.")}
         if state.is_main_process and not (folder / "manifest.json").exists():
-            cls._create(folder, _settings(model, tokenizer, embedder, asked))
+            settings = _settings(model, tokenizer, embedder, asked)
+            cls(folder, model, tokenizer, embedder, settings).estimate(records, generate, max_new_tokens)  # checks them
+            cls._create(folder, settings)
         state.wait_for_everyone()
         store = cls.load(folder, model, tokenizer, embedder)
         have = {name: store.settings[name] for name in asked}
         _require(have == asked, f"The store in {folder} was built with {have}, not {asked}: build in another folder.")
-        store.add(records, **adding)
+        store.add(records, generate, max_new_tokens, batch_size)
         return store
 
     @classmethod
@@ -323,7 +341,7 @@ class KnowledgeCache:
         ------
         CacheError : no store, a damaged one, or one of another model, tokenizer, rotary embedding or embedder.
         """
-        folder = Path(folder)
+        folder = _at(folder)
         manifest = _manifest(folder)
         unlike = differences(manifest["model"], fingerprint(model))
         hint = "load the store with what it was built with, or build another"
@@ -341,6 +359,12 @@ class KnowledgeCache:
     def __len__(self) -> int:
         return len(self.items)
 
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    def __contains__(self, id: str) -> bool:
+        return any(item.id == id for item in self.items)
+
     def __repr__(self) -> str:
         return f"KnowledgeCache({str(self.folder)!r}: {len(self)} items of {len(self.shards)} shards)"
 
@@ -353,8 +377,14 @@ class KnowledgeCache:
 
     def estimate(self, records: Iterable[Mapping[str, str]], generate: bool = False, max_new_tokens: int = 128) -> int:
         """Bytes of tensors that `add` would write; for answers yet to be generated the most that it could."""
-        todo = self._new(records, max_new_tokens if generate else 0)
+        todo = self._new(records, self._more(generate, max_new_tokens))
         return self.bytes_of(sum(len(item.input_ids) for item in todo) + generate * max_new_tokens * len(todo))
+
+    @staticmethod
+    def _more(generate: bool, max_new_tokens: int) -> int:
+        """Tokens by which each item can still grow."""
+        _require(max_new_tokens >= 1 or not generate, f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+        return max_new_tokens if generate else 0
 
     def bytes_of(self, tokens: int) -> int:
         """Bytes of the tensors that are kept of so many tokens."""
@@ -374,7 +404,7 @@ class KnowledgeCache:
 
         Items are safe on disk by the shard, so a run that was stopped goes on where it was. Under `accelerate launch`
         each process reads a part, and the result is one store. One process at a time may add to a store (others may
-        read it).
+        read it). An item stays as it is: to correct an answer, or to generate one anew, `remove` it first.
 
         Parameters
         ----------
@@ -389,12 +419,16 @@ class KnowledgeCache:
             the model, too little room on the disk, another process that is adding.
         """
         _require(not self.skip_damaged, f"{self.folder} was opened with skip_damaged: export it, and add there.")
+        unlike = differences(self.settings["model"], fingerprint(self.model))
+        _require(not unlike, f"The model has changed since the store was opened ({unlike}): build another store.")
+        _require(batch_size >= 1, f"batch_size is {batch_size}, expected at least 1.")
         same = bool(self.settings["embedder"]) == (self.embedder is not None)
         _require(same, f"The store in {self.folder} was built with an embedder: load it with that, to add to it.")
-        state, records = _processes(self.model), list(records)
+        state = _processes(self.model)
         with self._only_writer(state):
-            todo = self._new(records, max_new_tokens if generate else 0)
-            groups = self._groups(todo, max_new_tokens if generate else 0)
+            more = self._more(generate, max_new_tokens)
+            todo = self._new(records, more)
+            groups = self._groups(todo, more)
             amount = self.bytes_of(sum(len(item.input_ids) for item in todo)) / 1e6
             label = f"reading {len(todo)} items, {'at least ' * generate}{amount:.1f} MB"
             bar = tqdm(total=len(todo), desc=label, disable=not state.is_main_process or not todo)
@@ -410,17 +444,29 @@ class KnowledgeCache:
             bar.close()
         return len(todo)
 
+    def remove(self, ids: Iterable[str]) -> None:
+        """Take items out of the store, so that others can take their places. Their bytes go with an `export`."""
+        _require(not isinstance(ids, str), f"ids is {ids!r}, expected a list of ids.")
+        with self._only_writer():
+            gone = [self[id] for id in ids]
+            shards = [
+                shard | {"removed": shard.get("removed", []) + [i.number for i in gone if i.shard == shard["name"]]}
+                for shard in self.shards
+            ]
+            _commit(self.folder, self.settings, shards)
+            self._open(shards)
+
     def _new(self, records: Iterable[Mapping[str, str]], more: int) -> list[Item]:
         """Items without tensors for those records that are not there yet; checks them all.
 
         If the model is to answer, with `more` tokens at most, the items have no answers yet.
         """
         known, ids, todo = {item.key for item in self.items}, {item.id: item.key for item in self.items}, []
-        for number, record in enumerate(records):
+        for number, record in enumerate(_list(records)):
             item = self._item(number, record, more)
             if item.key in known:
                 continue
-            hint = "give each record an id of its own, or none"
+            hint = "give each record an id of its own, or none; to correct an answer, `remove` the item first"
             _require(item.id not in ids, f"Record {number} has the id {item.id!r} of another item: {hint}.")
             todo.append(item)
             known.add(item.key)
@@ -501,9 +547,9 @@ class KnowledgeCache:
         """Make an empty store, unless another process has just made one."""
         _require(not folder.is_file(), f"{folder} is a file: give a new or an empty folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in folder.iterdir() if not path.name.startswith((".manifest", ".lock"))}
-        odd = sorted(names - {"manifest.json", "shards"})
-        _require(not odd, f"{folder} holds {odd[:3]} and no store: give a new or an empty folder.")
+        odd = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".manifest", ".lock")))
+        made = "manifest.json" in odd
+        _require(made or not odd, f"{folder} holds {odd[:3]} and no store: give a new or an empty folder.")
         with _lock(folder):
             if not (folder / "manifest.json").exists():
                 _commit(folder, settings, [])
@@ -520,20 +566,19 @@ class KnowledgeCache:
             self._open(_manifest(self.folder)["shards"])
             if main:
                 named = {path for shard in self.shards for path in self._paths(shard["name"])}
-                made = ("shards/*.safetensors", "shards/.*.part", ".manifest*.part")
-                for path in {path for pattern in made for path in self.folder.glob(pattern)} - named:
-                    path.unlink()
+                for path in {*self.folder.glob("shards/*"), *self.folder.glob("**/.*.part")} - named:
+                    if LEFTOVER.fullmatch(path.name):  # else it is not from here
+                        path.unlink()
             wait()
             yield
 
     # -- opening and reading
 
     def _open(self, shards: list[dict]) -> None:
-        """List the items of shards that are not listed yet."""
-        if self.shards != shards[: len(self.shards)]:
-            self._forget()
-        listed, found = list(self.items), [self.embeddings]
-        for shard in shards[len(self.shards) :]:
+        """List the items of shards, reading those that are not listed yet."""
+        kept = len(self.shards) if self.shards == shards[: len(self.shards)] else 0
+        listed, found = (self.items[:], [self.embeddings]) if kept else ([], [self.embeddings[:0]])
+        for shard in shards[kept:]:
             try:
                 items, embeddings = self._index(shard)
             except CacheError as error:
@@ -561,19 +606,21 @@ class KnowledgeCache:
             ids, lengths, embeddings = (file.get_tensor(name) for name in ("input_ids", "lengths", "embeddings"))
             texts = ids.split(lengths.tolist())
             embeddings = embeddings.clone()  # not a map of the file
-        known = [
-            row | {"input_ids": tuple(t.tolist()), "shard": shard["name"]} for row, t in zip(rows, texts, strict=True)
-        ]
-        return [Item(**row) for row in known], embeddings
+        gone, items = shard.get("removed", []), []
+        for row, text in zip(rows, texts, strict=True):
+            items.append(Item(**row | {"input_ids": tuple(text.tolist()), "shard": shard["name"]}))
+        left = [i for i in range(len(items)) if i not in gone]
+        return [items[i] for i in left], embeddings[left]
 
-    def read(self, item: Item) -> Piece:
-        """Read an item's tensors from disk, in the model's dtype and on its device.
+    def read(self, item: Item | Hit | str) -> Piece:
+        """Read the tensors of an item (or of a hit, or an id) from disk, in the model's dtype and on its device.
 
         Raises
         ------
         CacheError : they are missing or do not match their checksum; other items are not affected.
         """
-        own = {part: tensor.to(self.model.device, self.model.dtype) for part, tensor in self._tensors(item).items()}
+        item, kind = self._item_of(item), {"device": self.model.device, "dtype": self.model.dtype}
+        own = {part: tensor.to(**kind) for part, tensor in self._tensors(item).items()}
         return Piece(item.input_ids, from_tensor(own["kv"]) if "kv" in own else None, own.get("hidden"))
 
     def _tensors(self, item: Item) -> dict[str, Tensor]:
@@ -589,12 +636,23 @@ class KnowledgeCache:
         _require(whole, f"Item {item.id!r} in {path} is damaged (it does not match its checksum): {hint}.")
         return own
 
-    def splice(self, items: Sequence[Item | Hit], arm: str = "recompute", **options) -> Prefix:
-        """Read items and put them behind one another before a prompt; see `kvlab.knowledge.splice`."""
-        found = [item.item if isinstance(item, Hit) else item for item in items]
-        needed = {"full": 0, "prefix": 1}.get(arm, len(found))  # the others are read anew, not from disk
-        pieces = [self.read(item) if i < needed else Piece(item.input_ids, None) for i, item in enumerate(found)]
+    def splice(self, items: Sequence[Item | Hit | str], arm: str = "recompute", **options) -> Prefix:
+        """Read items and put them behind one another before a prompt; see `kvlab.knowledge.splice`.
+
+        They are turns of one conversation, each as the chat template renders it alone: a template that opens every
+        conversation with a token or a prompt of its own repeats that here.
+        """
+        found = [self._item_of(item) for item in ([items] if isinstance(items, str | Item | Hit) else items)]
+        pieces = [self.read(item) for item in found[: _loaded(arm)]]
+        pieces += [Piece(item.input_ids, None) for item in found[len(pieces) :]]  # these are read anew, not from disk
         return splice(self.model, pieces, arm, **options)
+
+    def _item_of(self, given: "Item | Hit | str") -> Item:
+        item = self[given] if isinstance(given, str) else getattr(given, "item", given)
+        own = isinstance(item, Item) and item.shard in {shard["name"] for shard in self.shards}
+        seen = f"{given!r:.60} is not an item of the store in {self.folder}"
+        _require(own, f"{seen}: give one of its `items`, a hit, or an id.")
+        return item
 
     # -- finding
 
@@ -621,7 +679,12 @@ class KnowledgeCache:
         CacheError : k is not positive, the domain is unknown, the question is no text.
         """
         _require(isinstance(question, str) and question.strip(), f"The question is {question!r}, expected a text.")
-        _require(k >= 1, f"k is {k}, expected at least 1.")
+        _require(isinstance(k, int) and k >= 1, f"k is {k!r}, expected a whole number from 1.")
+        _require(threshold >= -1, f"threshold is {threshold}, expected a cosine, -1 to 1.")
+        able = exact or self.embedder or not self.settings["embedder"]
+        _require(
+            able, f"The store in {self.folder} was opened without its embedder: load it with that, or pass exact=True."
+        )
         rows = slice(None) if domain is None else self.domains.get(domain)
         _require(rows is not None, f"There is no domain {domain!r} in {self.folder}: it has {sorted(self.domains)}.")
         places = range(len(self)) if domain is None else rows.tolist()
@@ -655,7 +718,7 @@ class KnowledgeCache:
         ------
         CacheError : the domain is unknown, or the folder holds something else, or a store that this one does not fit.
         """
-        names, folder = sorted(self.domains), Path(folder)
+        names, folder = sorted(self.domains), _at(folder)
         _require(domain is None or domain in names, f"There is no domain {domain!r} in {self.folder}: it has {names}.")
         if not (folder / "manifest.json").exists():
             self._create(folder, self.settings)
@@ -690,6 +753,18 @@ class KnowledgeCache:
 # -- what makes a store fit
 
 
+def _at(folder: str | Path) -> Path:
+    return Path(folder).expanduser().absolute()
+
+
+def _list(records: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Records as a list; one alone, a text or a table is a slip."""
+    odd = isinstance(records, str | bytes | Mapping | pd.DataFrame) or not isinstance(records, Iterable)
+    hint = "give a list of mappings (of a table, table.to_dict('records'))"
+    _require(not odd, f"records is a {type(records).__name__}: {hint}.")
+    return list(records)
+
+
 def _settings(model, tokenizer, embedder: Embedder | None, asked: dict) -> dict:
     """What a store is built with, as its manifest has it; the embedder by what it makes of one sentence."""
     prints = {"model": fingerprint(model), "tokenizer": _tokenizer_print(tokenizer)}
@@ -700,7 +775,9 @@ def _settings(model, tokenizer, embedder: Embedder | None, asked: dict) -> dict:
 def _commit(folder: Path, settings: dict, shards: list[dict]) -> None:
     """Replace the manifest: from here on these shards are the store."""
     content = settings | {"shards": shards}
-    write_text(folder / "manifest.json", json.dumps({"checksum": _json_sum(content), **content}, indent=1))
+    text = json.dumps({"checksum": _json_sum(content), **content}, indent=1)
+    for name in MANIFESTS:
+        write_text(folder / name, text)
 
 
 def _processes(model: PreTrainedModel) -> PartialState:
@@ -715,7 +792,7 @@ def _lock(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout as error:
-        raise CacheError(f"Another process is adding to {folder}: wait until it is done.") from error
+        raise CacheError(f"Another writer is adding to {folder}: wait until it is done.") from error
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> tuple[list[int], int]:
@@ -737,14 +814,21 @@ def _answered(tokenizer: PreTrainedTokenizerBase, item: Item, ids: list[int]) ->
 
 
 def _normal(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())
+    """What makes two questions the same; signs inside a word or before it count (C++ and C#, -1 and 1)."""
+    words = unicodedata.normalize("NFKC", text).casefold().split()
+    return " ".join(filter(None, (word.strip("?!.,;:\"'…。、·()") for word in words)))
 
 
 def _embed(embedder: Embedder | None, questions: list[str]) -> Tensor:
+    """Unit vectors, (len(questions), E)."""
     if embedder is None:
         return torch.empty(len(questions), 0)
     options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}
-    return embedder.encode(questions, **options).float().cpu()
+    vectors = torch.as_tensor(embedder.encode(questions, **options)).float().cpu()
+    fine = vectors.ndim == 2 and len(vectors) == len(questions) and vectors.isfinite().all()
+    seen = f"The embedder gave {tuple(vectors.shape)} for {len(questions)} questions"
+    _require(fine, f"{seen}, expected one vector of finite numbers for each: give a SentenceTransformer.")
+    return normalize(vectors, dim=-1)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -760,20 +844,25 @@ def _json_sum(content: dict) -> str:
 
 
 def _manifest(folder: Path) -> dict:
-    """Read a manifest, or say what is wrong with it."""
-    path = folder / "manifest.json"
+    """Read the manifest, or its copy if it is damaged, or say what is wrong."""
+    path, copy = (folder / name for name in MANIFESTS)
     _require(path.is_file(), f"There is no store in {folder}: build one with KnowledgeCache.build.")
-    damaged = f"{path} is damaged: restore it from a copy; the shards beside it are not touched."
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CacheError(f"{damaged} ({error})") from error
-    _require(isinstance(manifest, dict) and "version" in manifest, damaged)
+    manifest = _intact(path)
+    if manifest is None and (manifest := _intact(copy)):
+        warnings.warn(f"{path} is damaged: its copy beside it is used, and the next `add` mends it.", stacklevel=4)
+    _require(manifest, f"{path} is damaged, and so is its copy: restore one that is as new as the shards beside it.")
     seen = f"The store in {folder} has format version {manifest['version']}, this kvlab reads {FORMAT_VERSION}"
     _require(manifest["version"] == FORMAT_VERSION, f"{seen}: use the kvlab that wrote it, or build it again.")
-    claimed = manifest.pop("checksum", None)
-    _require(claimed == _json_sum(manifest), f"{damaged} (Its contents do not match its checksum.)")
     return manifest
+
+
+def _intact(path: Path) -> dict | None:
+    """A manifest, if it matches its checksum."""
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        return manifest if manifest.pop("checksum") == _json_sum(manifest) else None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
 
 
 def _tokenizer_print(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -794,5 +883,6 @@ def _require_embedder(folder: Path, probe: list[float], embedder: Embedder | Non
     )
     own, stored = _embed(embedder, [PROBE])[0], torch.tensor(probe)
     same = own.shape == stored.shape and cosine_similarity(own, stored, dim=0) > 0.999
-    seen = f"The embedder gives other vectors ({len(own)} numbers) than that of the store in {folder} ({len(stored)})"
+    sizes = f" ({len(own)} numbers, not {len(stored)})" * (len(own) != len(stored))
+    seen = f"The embedder gives other vectors than that of the store in {folder}{sizes}"
     _require(same, f"{seen}: load it with the embedder it was built with, or with none, or build it again.")

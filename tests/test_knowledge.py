@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import FAMILIES
@@ -495,7 +497,8 @@ def test_an_export_is_brought_up_to_date(make, small_shards, tmp_path):
     store.add(RECORDS)
     again = store.export(made.folder)
     assert shown(again.items) == shown(store.items)
-    assert before.items() - listing(made.folder).items() <= {("manifest.json", before["manifest.json"])}
+    changed = {name for name, content in before.items() if listing(made.folder)[name] != content}
+    assert changed == set(knowledge.MANIFESTS)
     assert torch.equal(again.embeddings, store.embeddings)
 
 
@@ -697,6 +700,9 @@ def test_exact_is_exact_but_for_case_punctuation_and_space(make, embedder):
     assert store.retrieve("Rome", k=9, exact=True, threshold=-1) == []
     if embedder is None:
         assert store.retrieve("Where does Anna really live?", threshold=-1) == []
+    store.add([{"question": f"What is {thing}?", "answer": thing} for thing in ("C++", "C#", "1", "-1", "n!=1")])
+    for thing in ("C++", "C#", "1", "-1", "n!=1"):
+        assert [hit.item.answer for hit in store.retrieve(f"what is {thing}", k=9, exact=True)] == [thing]
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -764,7 +770,9 @@ def test_a_store_belongs_to_its_embedder(store, make):
         with pytest.raises(CacheError, match=f"{store.folder}.*load it with the embedder it was built with"):
             load(store, embedder=other)
     without = load(store, embedder=None)
-    assert without.retrieve("where does anna live")[0].item.answer == "Rome"
+    assert without.retrieve("where does anna live", exact=True)[0].item.answer == "Rome"
+    with pytest.raises(CacheError, match="opened without its embedder: load it with that, or pass exact=True"):
+        without.retrieve("where does anna live")
     with pytest.raises(CacheError, match="was built with an embedder: load it with that, to add to it"):
         without.add(MORE)
     assert listing(store.folder) == before
@@ -868,21 +876,33 @@ def test_a_shard_that_vanishes_after_opening_is_named(store):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe garbage", b'{"shards": []}'], ids=str)
 def test_garbage_for_a_manifest(store, content):
-    path = store.folder / "manifest.json"
+    path, copy = (store.folder / name for name in knowledge.MANIFESTS)
     path.write_bytes(content)
     before = listing(store.folder)
+    with pytest.warns(UserWarning, match=f"{path} is damaged: its copy beside it is used"):
+        assert shown(load(store).items) == shown(store.items)
+    assert listing(store.folder) == before
+    whole = copy.read_bytes()
+    copy.write_bytes(b"")
+    before = listing(store.folder)
     for skip in (True, False):
-        with pytest.raises(CacheError, match=f"{path} is damaged: restore it from a copy"):
+        with pytest.raises(CacheError, match=f"{path} is damaged, and so is its copy"):
             load(store, skip_damaged=skip)
     with pytest.raises(CacheError, match=f"{path} is damaged"):
         KnowledgeCache.build(store.folder, MORE, store.model, store.tokenizer, BAG)
     with pytest.raises(CacheError, match=f"{path} is damaged"):
         store.add(MORE)
     assert listing(store.folder) == before
+    copy.write_bytes(whole)
+    with pytest.warns(UserWarning, match="is damaged: its copy"):
+        assert store.add(MORE) == len(MORE)
+    assert len(load(store)) == len(RECORDS) + len(MORE)  # mended, without a warning
+    assert path.read_bytes() == copy.read_bytes()
 
 
 def test_every_flipped_byte_of_a_manifest_is_seen(store):
-    path = store.folder / "manifest.json"
+    path, copy = (store.folder / name for name in knowledge.MANIFESTS)
+    copy.unlink()
     content = path.read_bytes()
     for at in range(0, len(content), 7):
         flip(path, at)
@@ -991,7 +1011,7 @@ def test_a_kill_while_adding_leaves_the_old_or_the_new(make, small_shards, monke
         assert [item.question for item in load(again).items] == [r["question"] for r in records]
         expect_no_leftovers(again)
         number += 1
-    assert number == {"save_file": 6, "_replace": 9, "write_text": 3, "write_tensors": 6}[name]
+    assert number == {"save_file": 6, "_replace": 12, "write_text": 6, "write_tensors": 6}[name]
     assert seen == sorted(seen)
     assert set(seen) <= {2, 4, 6, 7}
     assert seen[0] == (4 if (name, after) == ("write_text", True) else 2)
@@ -1000,7 +1020,7 @@ def test_a_kill_while_adding_leaves_the_old_or_the_new(make, small_shards, monke
 def expect_no_leftovers(store):
     named = {path for shard in store.shards for path in store._paths(shard["name"])}
     assert set((store.folder / "shards").iterdir()) == named
-    assert {path.name for path in store.folder.iterdir()} <= {"manifest.json", "shards", ".lock"}
+    assert {path.name for path in store.folder.iterdir()} <= {*knowledge.MANIFESTS, "shards", ".lock"}
 
 
 @points
@@ -1072,7 +1092,7 @@ def test_one_adds_and_others_read(store):
     other = load(store)
     before = listing(store.folder)
     with FileLock(store.folder / ".lock", timeout=0):
-        with pytest.raises(CacheError, match=f"Another process is adding to {store.folder}: wait until it is done"):
+        with pytest.raises(CacheError, match=f"Another writer is adding to {store.folder}: wait until it is done"):
             other.add(MORE)
         reader = load(store)
         assert reader.retrieve("Where does Anna live?")[0].item.answer == "Rome"
@@ -1173,3 +1193,135 @@ def test_the_faq_finds_itself(tmp_path, tokenizer):
     asked = [(record["id"], text) for record in faq for text in record["paraphrases"][:2]]
     right = [[hit.item.id for hit in store.retrieve(text, threshold=-1)] == [id] for id, text in asked]
     assert np.mean(right) > 0.95
+
+
+# what a first reader tried
+
+
+def test_what_is_not_a_stores_own_is_never_deleted(make, tmp_path):
+    folder = tmp_path / "store"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "shards/model-00001.safetensors").write_bytes(b"precious")
+    with pytest.raises(CacheError, match=r"holds \['shards'\] and no store"):
+        make()
+    store = make(name="other")
+    for name in ("shards/backup.safetensors", "shards/.notes.part", "notes.txt"):
+        (store.folder / name).write_bytes(b"precious")
+    before = listing(store.folder)
+    store.add(MORE)
+    after = listing(store.folder)
+    assert all(after[name] == content for name, content in before.items() if name not in knowledge.MANIFESTS)
+
+
+def test_a_model_that_was_trained_after_loading_is_refused_before_anything_is_added(make):
+    store = make()
+    store.model = copy.deepcopy(store.model)
+    store.model.model.layers[0].mlp.up_proj.weight.data += 0.1
+    before = listing(store.folder)
+    with pytest.raises(CacheError, match=r"model has changed since the store was opened .*weights sha256"):
+        store.add(MORE)
+    assert listing(store.folder) == before
+
+
+class Odd:
+    """An embedder that does what another should not."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def encode(self, sentences, **options):
+        return self.change(BAG.encode(sentences, **options))
+
+
+def test_vectors_need_not_be_tensors_or_of_unit_length(make):
+    want = make(name="want")
+    for number, change in enumerate((lambda v: 7 * v, lambda v: v.numpy(), lambda v: v.tolist())):
+        store = make(name=str(number), embedder=Odd(change))
+        assert torch.allclose(store.embeddings, want.embeddings)
+        hit = store.retrieve("Where does she live?", threshold=-1)[0]
+        assert hit.score == pytest.approx(want.retrieve("Where does she live?", threshold=-1)[0].score)
+
+
+@pytest.mark.parametrize("change", [lambda v: v[:0], lambda v: v[0], lambda v: v / 0], ids=["rows", "flat", "nan"])
+def test_vectors_that_do_not_fit_are_refused_before_anything_is_written(make, tmp_path, change):
+    with pytest.raises(CacheError, match=r"The embedder gave \(.*expected one vector of finite numbers for each"):
+        make(embedder=Odd(change))
+    assert not (tmp_path / "store").exists()
+
+
+def test_bad_records_leave_no_store_behind(make, tmp_path):
+    for records in ([{"question": "Why?"}], [*RECORDS, {"question": "Why?", "answer": 3}]):
+        with pytest.raises(CacheError, match="'answer' = "):
+            make(records)
+    for records in (RECORDS[0], "text", None, pd.DataFrame(RECORDS)):
+        with pytest.raises(CacheError, match=f"records is a {type(records).__name__}: give a list of mappings"):
+            make(records)
+    with pytest.raises(CacheError, match="max_new_tokens is 0"):
+        make(generate=True, max_new_tokens=0)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_removed_item_is_gone_and_can_be_put_right(make, small_shards, tmp_path):
+    store = make()
+    old = store.items[1]
+    store.remove([old.id])
+    for left in (store, load(store)):
+        assert shown(left.items) == shown([item for item in make(name="all").items if item.id != old.id])
+        assert len(left.embeddings) == len(left) == len(RECORDS) - 1
+        assert old.id not in left
+        for item in left:
+            near(left.read(item).cache, read(left.model, item.input_ids).cache, 1e-5)
+    assert store.add([{"question": old.question, "answer": "Another.", "domain": old.domain, "id": old.id}]) == 1
+    assert load(store)[old.id].answer == "Another."
+    store.remove([store.items[0].id, old.id])
+    assert len(load(store)) == len(RECORDS) - 2
+    assert shown(store.export(tmp_path / "copy").items) == shown(store.items)
+    with pytest.raises(CacheError, match="no item 'nobody'"):
+        store.remove(["nobody"])
+
+
+def test_items_hits_and_ids_will_do_and_others_are_refused(make):
+    store, other = make(), make(MORE, "other")
+    item = store.items[0]
+    hit = store.retrieve(item.question)[0]
+    want = list(item.input_ids)
+    for given in (item, hit, item.id, [item], [hit], [item.id]):
+        assert list(store.splice(given).input_ids) == want
+    assert [list(store.read(given).input_ids) for given in (item, hit, item.id)] == [want] * 3
+    assert item.id in store
+    assert list(store) == store.items
+    for given in (other.items[0], 3, None):
+        with pytest.raises(CacheError, match="is not an item of the store in"):
+            store.read(given)
+
+
+def test_pieces_that_are_not_what_they_say_are_refused(tiny_model):
+    model, piece = tiny_model(), read(tiny_model(), PIECES[0])
+    odd = [piece._replace(input_ids=PIECES[0][:-1]), read(tiny_model(num_hidden_layers=2), PIECES[0])]
+    for wrong, arm in itertools.product(odd, ARMS[1:]):
+        with pytest.raises(CacheError, match=r"A piece has \d+ ids, and a cache .* the model has 3: give what `read`"):
+            splice(model, [wrong, piece], arm)
+    many = [piece] * (256 // len(PIECES[0]) + 1)
+    with pytest.raises(CacheError, match="tokens, the model reads up to 256: give fewer"):
+        splice(model, many, "shift")
+    with pytest.raises(CacheError, match="nothing to read"):
+        read(model, [])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_what_is_added_to_a_splice_does_not_reach_the_piece(tiny_model, arm):
+    model, piece = tiny_model(), read(tiny_model(), PIECES[0])
+    prefix = splice(model, [piece], arm)
+    model(torch.tensor([FLAT[:3]]), past_key_values=prefix.cache)
+    assert piece.cache.get_seq_length() == len(PIECES[0])
+
+
+def test_a_relative_folder_stays_where_it_was(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = make()
+    store = KnowledgeCache.load("store", made.model, made.tokenizer, BAG)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert store.read(store.items[0]).cache is not None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(KnowledgeCache.load("~/store", made.model, made.tokenizer, BAG)) == len(RECORDS)
