@@ -292,7 +292,10 @@ def ask(
         if not hits:
             print(f"    not in the store: {'no item has this question' if exact else f'nothing scores {threshold}'}")
         table = _ways(known, question, [hit.item for hit in hits], arm, max_new_tokens)
-        print(table.to_string(float_format="{:.2f}".format, justify="left"), end="\n\n")
+        print(table.drop(columns="answer").to_string(float_format="{:.2f}".format))
+        for way, answer in table["answer"].items():
+            print(f"{way}: {answer}")
+        print()
 
 
 def _ways(store: KnowledgeCache, question: str, items: Sequence[Item], arm: str, max_new_tokens: int) -> pd.DataFrame:
@@ -302,10 +305,11 @@ def _ways(store: KnowledgeCache, question: str, items: Sequence[Item], arm: str,
     if items:
         sizes, best = [len(item.input_ids) for item in items], items[0]
         anew = {"full": 0, "prefix": 1, "recompute": 1}.get(arm, len(items))
+        kept = {"full": 0, "prefix": sizes[0]}.get(arm, sum(sizes))
         stop = best.answer_start - 1
         ways |= {
             "knowledge as text": (lambda: _as_text(store, items), asked, sum(sizes), 0),
-            "knowledge from the store": (lambda: store.splice(items, arm), asked, sum(sizes[anew:]), sum(sizes)),
+            "knowledge from the store": (lambda: store.splice(items, arm), asked, sum(sizes[anew:]), kept),
             "the stored question itself": (lambda: _asked(store, best), best.input_ids[stop : stop + 1], 0, sizes[0]),
         }
     rows = {
@@ -317,9 +321,7 @@ def _ways(store: KnowledgeCache, question: str, items: Sequence[Item], arm: str,
         }
         for way, (begin, ids, more, loaded) in ways.items()
     }
-    table = pd.DataFrame(rows.values(), rows)
-    table["answer"] = table["answer"].str.ljust(table["answer"].str.len().max())
-    return table
+    return pd.DataFrame(rows.values(), rows)
 
 
 def _as_text(store: KnowledgeCache, items: Sequence[Item]) -> Prefix:

@@ -219,16 +219,19 @@ def built(tmp_path_factory):
 def answered(monkeypatch, capsys):
     """Return a function that runs ask and returns, for each question, what was found and the rows of its table."""
     monkeypatch.setenv("KVLAB_SCALE", "tiny")
-    columns = re.compile(r"(\D+?) +([\d.]+)  +(\d+)  +([\d.]+) +(.*?) *")
+    columns = re.compile(r"^([a-z ]+?) +([\d.]+) +(\d+) +([\d.]+)$", re.MULTILINE)
 
     def run(folder, *arguments):
         main(["ask", *arguments, "--store", str(folder)])
         parts = capsys.readouterr().out.strip().split("\n\n")
         found = [[line.strip() for line in part.splitlines() if line.startswith("    ") and "ms" not in line]
                  for part in parts]  # fmt: skip
-        rows = [[match for line in part.splitlines() if (match := columns.fullmatch(line))] for part in parts]
-        return list(zip(found, [{m[1]: (float(m[2]), int(m[3]), float(m[4]), m[5]) for m in r} for r in rows],
-                        strict=True))  # fmt: skip
+        rows = []
+        for part in parts:
+            numbers, texts = columns.findall(part), dict(re.findall(r"^([a-z][a-z ]+): ?(.*)$", part, re.MULTILINE))
+            assert [way for way, *_ in numbers] == list(texts)
+            rows.append({way: (float(ms), int(read), float(mb), texts[way]) for way, ms, read, mb in numbers})
+        return list(zip(found, rows, strict=True))
 
     return run
 
@@ -447,7 +450,7 @@ def test_a_mistake_in_asking_is_a_sentence(built, build, tmp_path):
         main(["ask", "Who?", "--store", str(tmp_path / "hidden"), "--base_model", "lab-draft"])
     for options, said in (
         (["--domain", "art"], "There is no domain 'art' in .*: .*'ai', 'biology'"),
-        (["--k", "0"], "k is 0, expected at least 1"),
+        (["--k", "0"], "k is 0, expected a whole number from 1"),
         (["--base_model", "lab-draft"], "The store in .* was built with another model"),
     ):
         with pytest.raises(SystemExit, match=f"^kvlab: {said}"):
