@@ -254,7 +254,9 @@ def _recomputed(
 
 
 class KnowledgeCache:
-    """A store of items that one model has read. Make it with `build` or open it with `load`.
+    """A store of items that one model has read. Make it with `build` or open it with `load`; `add` keeps it on disk.
+
+    That the model is the right one is checked when a store is opened and when items are added, not at each reading.
 
     Attributes
     ----------

@@ -301,17 +301,16 @@ def _label_longest(bars: BarContainer, label: str) -> None:
 def splice_strips(lengths: Sequence[int], question: int, share: float = 0.15) -> Axes:
     """What each arm of splicing does with the tokens of pieces and of the question, one strip an arm."""
     ax, starts = axes(width=7.2, height=2.9)[0], np.cumsum([0, *lengths])
-    kinds = {"read": (ORANGE, "///"), "loaded": (SKY, ""), "moved": (GREEN, ""), "at the wrong place": (RED, "xx")}
+    kinds = {"read": (ORANGE, "///"), "loaded": (SKY, ""), "moved": (GREEN, ""), "wrong place": (RED, "xx")}
     first = {"full": "read", "prefix": "loaded", "concat": "loaded", "shift": "loaded", "recompute": "loaded"}
-    later = {"full": "read", "prefix": "read", "concat": "at the wrong place", "shift": "moved", "recompute": "moved"}
+    later = {"full": "read", "prefix": "read", "concat": "wrong place", "shift": "moved", "recompute": "moved"}
     for y, arm in enumerate(first):
         for i, (start, length) in enumerate(zip(starts, [*lengths, question], strict=True)):
             kind = "read" if i == len(lengths) else later[arm] if i else first[arm]
             color, hatch = kinds[kind]
             ax.barh(y, length - 0.8, 0.62, start, color=color, hatch=hatch, edgecolor="white", lw=0)
-            label = "loaded" if kind == "at the wrong place" else kind
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
-            ax.text(start + length / 2, y, label, ha="center", va="center", fontsize=8, color=INK, bbox=box)
+            ax.text(start + length / 2, y, kind, ha="center", va="center", fontsize=8, color=INK, bbox=box)
         if arm == "recompute":
             spots = np.linspace(starts[1], starts[-1], 2 + round(share * (starts[-1] - starts[1])))[1:-1]
             color, hatch = kinds["read"]
