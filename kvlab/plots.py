@@ -369,7 +369,7 @@ def token_differences(difference: Sequence[float], starts: Sequence[int], chosen
         place = {"textcoords": "offset points", "fontsize": 9, "color": GRAY}
         ax.annotate(f"piece {number + 1}", (start, 1.06 * top), (3, 0), **place)
     ax.set(xlabel="token", ylabel="difference", xlim=(-0.5, len(difference) - 0.5), ylim=(0, 1.16 * top))
-    ax.set_title("computed again: the darkest", loc="right", fontsize=9, color=RED)
+    ax.set_title("computed again", loc="right", fontsize=9, color=RED)
     return ax
 
 
