@@ -23,7 +23,7 @@ from kvlab import lab
 from kvlab.cache import Prefix, truncate
 from kvlab.evaluate import circumstances, encode
 from kvlab.files import write_text
-from kvlab.knowledge import ARMS, Item, KnowledgeCache, Piece, splice
+from kvlab.knowledge import ARMS, Item, KnowledgeCache
 from kvlab.lab.__main__ import report, train
 from kvlab.lab.report import problems
 from kvlab.records import faq, read_prompts
@@ -300,8 +300,8 @@ def ask(
 
 def _ways(store: KnowledgeCache, question: str, items: Sequence[Item], arm: str, max_new_tokens: int) -> pd.DataFrame:
     """One row a way to answer; without items only the first."""
-    asked = encode(store.tokenizer, [{"role": "user", "content": question}])
-    ways = {"question alone": (lambda: None, asked, 0, 0)}
+    alone, asked = encode(store.tokenizer, [{"role": "user", "content": question}]), store.prompt(question)
+    ways = {"question alone": (lambda: None, alone, 0, 0)}
     if items:
         sizes, best = [len(item.input_ids) for item in items], items[0]
         anew = {"full": 0, "prefix": 1, "recompute": 1}.get(arm, len(items))
@@ -325,7 +325,7 @@ def _ways(store: KnowledgeCache, question: str, items: Sequence[Item], arm: str,
 
 
 def _as_text(store: KnowledgeCache, items: Sequence[Item]) -> Prefix:
-    return splice(store.model, [Piece(item.input_ids, None) for item in items], "full")
+    return store.splice(items, "full")
 
 
 def _asked(store: KnowledgeCache, item: Item) -> Prefix:

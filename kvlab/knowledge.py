@@ -58,6 +58,7 @@ from kvlab.cache import (
     prefill,
     require_supported,
     rotary_of,
+    select,
     shift,
     step,
     to_tensor,
@@ -639,15 +640,26 @@ class KnowledgeCache:
         return own
 
     def splice(self, items: Sequence[Item | Hit | str], arm: str = "recompute", **options) -> Prefix:
-        """Read items and put them behind one another before a prompt; see `kvlab.knowledge.splice`.
+        """Read items and put them behind one another, as turns of one conversation; see `kvlab.knowledge.splice`.
 
-        They are turns of one conversation, each as the chat template renders it alone: a template that opens every
-        conversation with a token or a prompt of its own repeats that here.
+        What the chat template opens every conversation with (a token, a system prompt) stays with the first item only,
+        so it is no attention sink in the middle. `prompt` gives the ids of a question that goes on from here.
         """
         found = [self._item_of(item) for item in ([items] if isinstance(items, str | Item | Hit) else items)]
         pieces = [self.read(item) for item in found[: _loaded(arm)]]
         pieces += [Piece(item.input_ids, None) for item in found[len(pieces) :]]  # these are read anew, not from disk
-        return splice(self.model, pieces, arm, **options)
+        return splice(self.model, pieces[:1] + [self._without_opening(piece) for piece in pieces[1:]], arm, **options)
+
+    def _without_opening(self, piece: Piece) -> Piece:
+        start, stop = _opening(self.tokenizer), len(piece.input_ids)
+        if start == 0 or piece.cache is None:
+            return Piece(piece.input_ids[start:], piece.cache)
+        rest = select(piece.cache, torch.arange(start, stop, device=self.model.device))
+        return Piece(piece.input_ids[start:], shift(rest, -start, rotary_of(self.model)))
+
+    def prompt(self, question: str) -> list[int]:
+        """Token ids of a question that follows spliced items, up to where its answer begins."""
+        return encode(self.tokenizer, [{"role": "user", "content": question}])[_opening(self.tokenizer) :]
 
     def _item_of(self, given: "Item | Hit | str") -> Item:
         item = self[given] if isinstance(given, str) else getattr(given, "item", given)
@@ -807,6 +819,14 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> t
     if whole[: len(prompt)] != prompt:  # a template may render an answer otherwise than it opens one
         whole = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
     return whole, len(prompt)
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the template puts before the first turn of a conversation, and before no other."""
+    turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
+    alone, later = encode(tokenizer, turns[:1]), encode(tokenizer, turns)
+    shared = next(i for i in range(len(alone) + 1) if later[len(later) - len(alone) + i :] == alone[i:])
+    return shared if PROBE in tokenizer.decode(alone[shared:]) else 0  # else a first turn has a form of its own
 
 
 def _answered(tokenizer: PreTrainedTokenizerBase, item: Item, ids: list[int]) -> Item:

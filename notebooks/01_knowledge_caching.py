@@ -270,8 +270,8 @@ for question in ("How does a dictionary look up a key?", "Who won the World Cup?
 # %%
 asked = held_out[: scale.questions // 3]
 found = [store.retrieve(q, threshold=-1)[0] for q, _ in asked]
-messages = [[{"role": "user", "content": question}] for question, _ in asked]
-prompts = [encode(tokenizer, m) for m in messages]
+prompts = [store.prompt(question) for question, _ in asked]
+alone = [encode(tokenizer, [{"role": "user", "content": q}]) for q, _ in asked]
 
 
 def stored_question(item):
@@ -293,10 +293,10 @@ def texts_of(made):
 
 
 last = [[hit.item.input_ids[hit.item.answer_start - 1]] for hit in found]
+asks = dict(zip(prefixes, (alone, prompts, last)))
 truth = [store[id].answer for _, id in asked]
 for name, prefix in prefixes.items():
-    ids = last if name == "the stored question" else prompts
-    made = speculate.generate(model, ids, prefix=prefix, max_new_tokens=64)
+    made = speculate.generate(model, asks[name], prefix=prefix, max_new_tokens=64)
     same = [a == b for a, b in zip(texts_of(made), truth)]
     print(f"{name:20} word for word {interval(same)}")
 

@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 from kvlab import cache as kv
 from kvlab import files, knowledge, lab
 from kvlab.cache import CacheError
+from kvlab.evaluate import encode
 from kvlab.knowledge import ARMS, Hit, KnowledgeCache, Piece, read, splice
+from kvlab.lab.tokenizers import CHAT_TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.randint(0, 97, (25,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -1325,3 +1327,46 @@ def test_a_relative_folder_stays_where_it_was(make, tmp_path, monkeypatch):
     assert store.read(store.items[0]).cache is not None
     monkeypatch.setenv("HOME", str(tmp_path))
     assert len(KnowledgeCache.load("~/store", made.model, made.tokenizer, BAG)) == len(RECORDS)
+
+
+# what a template opens every conversation with
+
+
+@pytest.mark.parametrize("opening", ["", "<|system|>", "<|system|> Be brief."])
+def test_spliced_items_and_a_question_are_one_conversation(make, tokenizer, opening):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = opening + CHAT_TEMPLATE
+    store = make(tokenizer=tokenizer)
+    items, turns = store.items[:3], []
+    for item in items:
+        turns += [{"role": "user", "content": item.question}, {"role": "assistant", "content": item.answer}]
+    turns.append({"role": "user", "content": "And now?"})
+    whole = encode(tokenizer, turns)
+    assert len(tokenizer(opening).input_ids) == knowledge._opening(tokenizer)
+    for arm in ARMS:
+        prefix = store.splice(items, arm)
+        assert [*prefix.input_ids, *store.prompt("And now?")] == whole
+        assert prefix.cache.get_seq_length() == prefix.next_position == len(prefix.input_ids)
+    exact = everything(store.model, list(prefix.input_ids)).cache
+    near(store.splice(items, "prefix").cache, exact, 1e-5)
+    near(store.splice(items, "recompute", share=1.0).cache, exact, 1e-4)
+
+
+def test_a_later_item_is_moved_as_if_its_opening_were_not_there(make, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "<|system|> Be brief." + CHAT_TEMPLATE
+    store = make(tokenizer=tokenizer)
+    first, second = store.items[:2]
+    start, begin = knowledge._opening(tokenizer), len(first.input_ids)
+    alone = kv.shift(store.read(second).cache, begin - start, kv.rotary_of(store.model))
+    spliced = store.splice([first, second], "shift").cache
+    for got, want in zip(spliced.layers, alone.layers, strict=True):
+        torch.testing.assert_close(got.keys[:, :, begin:], want.keys[:, :, start:], rtol=0, atol=1e-5)
+        assert torch.equal(got.values[:, :, begin:], want.values[:, :, start:])
+
+
+def test_a_template_whose_first_turn_has_a_form_of_its_own_has_no_opening(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{% if loop.first %}<|system|>{% endif %}{{ m.content }}."
+    tokenizer.chat_template += "{% if loop.first %} First.{% endif %}{% endfor %}<|assistant|>"
+    assert knowledge._opening(tokenizer) == 0
