@@ -76,23 +76,24 @@ class Prefix(NamedTuple):
     input_ids: Sequence[int] = ()
 
 
-def _require(condition, sentence: str):
+def require(condition: object, sentence: str) -> None:
+    """Raise CacheError with this sentence unless the condition holds."""
     if not condition:
         raise CacheError(sentence)
 
 
 def _require_cache(cache: DynamicCache):
     hint = "pass its .cache" if hasattr(cache, "cache") else "make one with `prefill`"
-    _require(isinstance(cache, DynamicCache), f"Expected a DynamicCache, got {type(cache).__name__}: {hint}.")
+    require(isinstance(cache, DynamicCache), f"Expected a DynamicCache, got {type(cache).__name__}: {hint}.")
 
 
 def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Return (keys, values) of every layer, each (B, H_kv, T, D)."""
     _require_cache(cache)
     layers = cache.layers
-    _require(layers and all(layer.keys is not None for layer in layers), "The cache is empty: prefill something first.")
+    require(layers and all(layer.keys is not None for layer in layers), "The cache is empty: prefill something first.")
     odd = sorted({type(layer).__name__ for layer in layers} - {"DynamicLayer"})
-    _require(not odd, f"The cache has layers of type {odd}, expected DynamicLayer: use full attention in every layer.")
+    require(not odd, f"The cache has layers of type {odd}, expected DynamicLayer: use full attention in every layer.")
     return [(layer.keys, layer.values) for layer in layers]
 
 
@@ -129,7 +130,7 @@ def rotary_of(model: nn.Module) -> nn.Module:
     """Find the rotary embedding of a model: the module with `inv_freq` (D/2,) and `attention_scaling`."""
     found = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
     seen = f"{type(model).__name__} has {len(found)} rotary embeddings, expected one"
-    _require(len(found) == 1, f"{seen}, so its keys cannot be moved: use a Llama-like decoder.")
+    require(len(found) == 1, f"{seen}, so its keys cannot be moved: use a Llama-like decoder.")
     return found[0]
 
 
@@ -143,10 +144,10 @@ def require_supported(model: PreTrainedModel) -> None:
         return
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     seen = f"{name} is an encoder-decoder, whose cache also depends on the encoder's input"
-    _require(not model.config.is_encoder_decoder, f"{seen}: use a decoder-only model.")
+    require(not model.config.is_encoder_decoder, f"{seen}: use a decoder-only model.")
     layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     seen = f"{name} has cache layers of type {sorted(layers)}, which drop or mix entries and cannot be cut and joined"
-    _require(layers == {"DynamicLayer"}, f"{seen}: use full attention in every layer (Mistral: sliding_window=None).")
+    require(layers == {"DynamicLayer"}, f"{seen}: use full attention in every layer (Mistral: sliding_window=None).")
     _require_rotary(rotary_of(model), _head_dim(config))
     _checked.add(model)
 
@@ -154,12 +155,12 @@ def require_supported(model: PreTrainedModel) -> None:
 def _require_rotary(rotary: nn.Module, head_dim: int) -> None:
     """Check type and width and, once a module, that `_turn` is the model's rotation and its own inverse."""
     seen = f"The rotary embedding is a {type(rotary).__name__} without inv_freq"
-    _require(isinstance(getattr(rotary, "inv_freq", None), Tensor), f"{seen}: pass rotary_of(model).")
+    require(isinstance(getattr(rotary, "inv_freq", None), Tensor), f"{seen}: pass rotary_of(model).")
     kind, width = getattr(rotary, "rope_type", "default"), 2 * rotary.inv_freq.numel()
     seen = f"Rotary embeddings of type '{kind}' change with the length of the text, so stored keys cannot be moved"
-    _require(kind in ROPE_TYPES, f"{seen}: use a model with one of {ROPE_TYPES}.")
+    require(kind in ROPE_TYPES, f"{seen}: use a model with one of {ROPE_TYPES}.")
     seen = f"The rotary embedding turns {width} of {head_dim} key dimensions, expected all"
-    _require(width == head_dim, f"{seen}: use that of the model that made the cache, and one that rotates whole heads.")
+    require(width == head_dim, f"{seen}: use that of the model that made the cache, and one that rotates whole heads.")
     if rotary in _checked:
         return
     by, scale = torch.tensor([3, 11, 29], device=rotary.inv_freq.device), rotary.attention_scaling
@@ -170,7 +171,7 @@ def _require_rotary(rotary: nn.Module, head_dim: int) -> None:
     back = _turn(ours, -by, rotary, 1 / scale)
     error = max((ours - theirs).abs().max().item(), (back - keys).abs().max().item())
     seen = f"Keys turned by {type(rotary).__name__}.inv_freq differ from the model's own by {error:.2g}"
-    _require(error < 1e-3, f"{seen}, expected less than 0.001: use a model with the Llama layout.")
+    require(error < 1e-3, f"{seen}, expected less than 0.001: use a model with the Llama layout.")
     _checked.add(rotary)
 
 
@@ -195,19 +196,19 @@ def prefill(
     attention_mask : (B, P + T), 0 for padding. A padded cache must be continued with its mask, which no file holds.
     """
     require_supported(model)
-    _require(input_ids.ndim == 2 and input_ids.numel(), f"input_ids is {tuple(input_ids.shape)}, expected (B, T > 0).")
+    require(input_ids.ndim == 2 and input_ids.numel(), f"input_ids is {tuple(input_ids.shape)}, expected (B, T > 0).")
     (rows, count), seen = input_ids.shape, 0 if past is None else length(past)
     pairs, shape = _pairs(past) if seen else [], (rows, seen + count)
     if seen:
         config = model.config.get_text_config(decoder=True)
         want = (config.num_hidden_layers, rows, config.num_key_value_heads, seen, _head_dim(config))
         hint = "prefill it with this model, one row a text"
-        _require(_shape(pairs) == want, f"past has (L, B, H_kv, P, D) = {_shape(pairs)}, expected {want}: {hint}.")
+        require(_shape(pairs) == want, f"past has (L, B, H_kv, P, D) = {_shape(pairs)}, expected {want}: {hint}.")
         have, want = ((str(t.dtype), str(t.device)) for t in (pairs[0][0], next(model.parameters())))
-        _require(have == want, f"past is in {have}, the model in {want}: {hint}, or move the cache.")
+        require(have == want, f"past is in {have}, the model in {want}: {hint}, or move the cache.")
     mask = input_ids.new_ones(shape) if attention_mask is None else attention_mask.long()
-    _require(mask.shape == shape, f"attention_mask is {tuple(mask.shape)}, expected (B, P + T) = {shape}.")
-    _require(attention_mask is None or mask[:, -1].all(), "attention_mask ends in 0: pad on the left.")
+    require(mask.shape == shape, f"attention_mask is {tuple(mask.shape)}, expected (B, P + T) = {shape}.")
+    require(attention_mask is None or mask[:, -1].all(), "attention_mask ends in 0: pad on the left.")
     if position is None:
         position = seen if attention_mask is None else mask[:, :seen].sum(1)
     start = torch.as_tensor(position, device=input_ids.device).reshape(-1, 1)
@@ -229,7 +230,7 @@ def _require_position(position: Position, rows: int):
     given = torch.as_tensor(position).flatten()
     whole = not given.is_floating_point() and bool((given >= 0).all())
     seen = f"The position is {position}, expected one whole number from 0, or one for each of {rows} rows"
-    _require(whole and len(given) in (1, rows), f"{seen}: pass the next_position that came with the cache.")
+    require(whole and len(given) in (1, rows), f"{seen}: pass the next_position that came with the cache.")
 
 
 def clone(cache: DynamicCache) -> DynamicCache:
@@ -246,7 +247,7 @@ def _per_entry(given: int | Tensor, cache: DynamicCache, any_length: bool = Fals
     four = four.reshape((1,) * (4 - four.ndim) + four.shape)
     fits = [have in (1, want) for have, want in zip(four.shape, full[: 3 if any_length else 4], strict=False)]
     seen = f"Shape {tuple(given.shape)} does not fit a cache of (L, B, H_kv, T) = {full}"
-    _require(four.ndim == 4 and all(fits), f"{seen}: give (T,), (B, T), (B, H_kv, T) or (L, B, H_kv, T).")
+    require(four.ndim == 4 and all(fits), f"{seen}: give (T,), (B, T), (B, H_kv, T) or (L, B, H_kv, T).")
     return four
 
 
@@ -259,9 +260,9 @@ def select(cache: DynamicCache, positions: Tensor) -> DynamicCache:
     index, pairs, have = _per_entry(positions, cache, any_length=True), _pairs(cache), length(cache)
     if index.numel():
         whole = not index.is_floating_point() and index.dtype != torch.bool
-        _require(whole, f"Positions are {index.dtype}, expected integer indices: a mask becomes indices by nonzero().")
+        require(whole, f"Positions are {index.dtype}, expected integer indices: a mask becomes indices by nonzero().")
         low, high = index.min().item(), index.max().item()
-        _require(low >= 0 and high < have, f"Positions are {low} to {high}: count from 0 to {have - 1}.")
+        require(low >= 0 and high < have, f"Positions are {low} to {high}: count from 0 to {have - 1}.")
     layers = zip(pairs, index.long()[..., None].expand(len(pairs), -1, -1, -1, -1), strict=True)  # (B|1, H_kv|1, P, 1)
     return _build([x.take_along_dim(i.to(x.device), 2) for x in pair] for pair, i in layers)
 
@@ -270,7 +271,7 @@ def truncate(cache: DynamicCache, length: int) -> DynamicCache:
     """Keep the first `length` entries, without copying; CacheError if there are fewer."""
     pairs = _pairs(cache)
     have = _shape(pairs)[3]
-    _require(0 <= length <= have, f"A cache of {have} entries cannot be truncated to {length}: give 0 to {have}.")
+    require(0 <= length <= have, f"A cache of {have} entries cannot be truncated to {length}: give 0 to {have}.")
     return _build((keys[:, :, :length], values[:, :, :length]) for keys, values in pairs)
 
 
@@ -282,7 +283,7 @@ def join(first: DynamicCache, second: DynamicCache) -> DynamicCache:
     """
     a, b = _pairs(first), _pairs(second)
     one, two = ((*_shape(c)[:3], _shape(c)[4], c[0][0].dtype, str(c[0][0].device)) for c in (a, b))
-    _require(one == two, f"Cannot join (L, B, H_kv, D, dtype, device) {one} and {two}: make both with one model.")
+    require(one == two, f"Cannot join (L, B, H_kv, D, dtype, device) {one} and {two}: make both with one model.")
     return _build(tuple(torch.cat(both, 2) for both in zip(*layer, strict=True)) for layer in zip(a, b, strict=True))
 
 
@@ -395,8 +396,8 @@ class Slots(Cache):
         keys = self.layers[0].keys
         have = (len(pairs), pairs[0][0].shape[0], pairs[0][0].shape[1], pairs[0][0].shape[3], pairs[0][0].dtype)
         want = (len(self.layers), 1, keys.shape[1], keys.shape[3], keys.dtype)
-        _require(have == want, f"The cache has (L, B, H_kv, D, dtype) = {have}, expected {want}: prefill one row.")
-        _require(count <= self.room, f"The cache has {count} entries, a row has room for {self.room}: give more room.")
+        require(have == want, f"The cache has (L, B, H_kv, D, dtype) = {have}, expected {want}: prefill one row.")
+        require(count <= self.room, f"The cache has {count} entries, a row has room for {self.room}: give more room.")
         for layer, (keys, values) in zip(self.layers, pairs, strict=True):
             layer.keys[row, :, :count], layer.values[row, :, :count] = keys[0], values[0]
         self.lengths[row] = count
@@ -408,7 +409,7 @@ class Slots(Cache):
         `fixed` makes all calls alike, as a compiler wants them: columns are a tensor, and all are seen.
         """
         stop = max(starts) + count
-        _require(stop <= self.room, f"Column {stop - 1} does not fit a row of {self.room}: give more room.")
+        require(stop <= self.room, f"Column {stop - 1} does not fit a row of {self.room}: give more room.")
         if alike := min(starts) == max(starts) and not fixed:
             columns = torch.arange(stop - count, stop, device=self.offsets.device).expand(len(starts), -1)
         else:
@@ -457,7 +458,7 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     1
     """
     have = model.config.num_hidden_layers
-    _require(0 < layers <= have, f"layers is {layers}, expected 1 to {have}, which the model has.")
+    require(0 < layers <= have, f"layers is {layers}, expected 1 to {have}, which the model has.")
     shallow, base = copy.copy(model), copy.copy(model.base_model)
     shallow.config = base.config = copy.copy(model.config)
     base.config.num_hidden_layers = layers  # decoders read it when they run
@@ -478,7 +479,7 @@ def to_tensor(cache: DynamicCache) -> Tensor:
 def from_tensor(tensor: Tensor) -> DynamicCache:
     """Return the cache that `to_tensor` took apart, or some of its layers, without copying."""
     seen = f"The tensor is {tuple(tensor.shape)}, expected (L, 2, B, H_kv, T, D)"
-    _require(tensor.ndim == 6 and tensor.shape[1] == 2, f"{seen}: give what `to_tensor` returned.")
+    require(tensor.ndim == 6 and tensor.shape[1] == 2, f"{seen}: give what `to_tensor` returned.")
     return _build((keys, values) for keys, values in tensor)
 
 
@@ -549,12 +550,12 @@ def save(cache: DynamicCache, path: str | Path, model: Owner, next_position: Pos
     """
     path, pairs = Path(path), _pairs(cache)
     owner = model if isinstance(model, dict) else fingerprint(model)
-    _require(path.parent.is_dir(), f"There is no folder {path.parent}: make it first.")
-    _require(not path.is_dir(), f"{path} is a folder: give the name of a file in it.")
+    require(path.parent.is_dir(), f"There is no folder {path.parent}: make it first.")
+    require(not path.is_dir(), f"{path} is a folder: give the name of a file in it.")
     _require_position(next_position, _shape(pairs)[1])
     have = tuple(_shape(pairs)[i] for i in (0, 2, 4))
     want = tuple(owner["architecture"][key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
-    _require(have == want, f"The cache has (L, H_kv, D) = {have}, the model {want}: give the model that made it.")
+    require(have == want, f"The cache has (L, H_kv, D) = {have}, the model {want}: give the model that made it.")
     tensors = {f"layer.{i}.keys": keys for i, (keys, _) in enumerate(pairs)}
     tensors |= {f"layer.{i}.values": values for i, (_, values) in enumerate(pairs)}
     header = {"version": FORMAT_VERSION, "fingerprint": owner, "next_position": torch.as_tensor(next_position).tolist()}
@@ -566,7 +567,7 @@ def save(cache: DynamicCache, path: str | Path, model: Owner, next_position: Pos
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Return header and tensors of a file written by `save`, or say what is wrong with it."""
-    _require(path.is_file(), f"There is no file {path}: save a cache there first.")
+    require(path.is_file(), f"There is no file {path}: save a cache there first.")
     damaged = f"{path} is damaged or cut short: delete it and save the cache again, if it ever was a cache."
     try:
         with safe_open(path, framework="pt") as file:
@@ -574,11 +575,11 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             header, tensors = json.loads(text), {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
         raise CacheError(f"{damaged} ({type(error).__name__}: {error})") from error
-    _require(isinstance(header, dict), f"{path} is a safetensors file but no kvlab cache: give one made by `save`.")
+    require(isinstance(header, dict), f"{path} is a safetensors file but no kvlab cache: give one made by `save`.")
     seen = f"{path} has cache format version {header.get('version')}, this kvlab reads version {FORMAT_VERSION}"
-    _require(header.get("version") == FORMAT_VERSION, f"{seen}: use the kvlab that wrote it, or save the cache again.")
+    require(header.get("version") == FORMAT_VERSION, f"{seen}: use the kvlab that wrote it, or save the cache again.")
     claimed = header.pop("sha256", None)
-    _require(claimed == _digest(header, tensors), f"{damaged} (Its contents do not match its checksum.)")
+    require(claimed == _digest(header, tensors), f"{damaged} (Its contents do not match its checksum.)")
     return header, tensors
 
 
@@ -591,7 +592,7 @@ def load(path: str | Path, model: Owner) -> Saved:
     header, tensors = _read(Path(path))
     owner, device = (model, "cpu") if isinstance(model, dict) else (fingerprint(model), model.device)
     unlike = differences(header["fingerprint"], owner)
-    _require(not unlike, f"{path} was made by another model ({unlike}): load it with that model, or save it again.")
+    require(not unlike, f"{path} was made by another model ({unlike}): load it with that model, or save it again.")
     layers = [(tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]) for i in range(header["layers"])]
     cache = clone(_build((keys.to(device), values.to(device)) for keys, values in layers))  # not a map of the file
     position = header["next_position"]

@@ -23,7 +23,7 @@ from kvlab import lab
 from kvlab.cache import Prefix, truncate
 from kvlab.evaluate import circumstances, encode
 from kvlab.files import write_text
-from kvlab.knowledge import ARMS, Item, KnowledgeCache
+from kvlab.knowledge import ARMS, Item, KnowledgeCache, loaded
 from kvlab.lab.__main__ import report, train
 from kvlab.lab.report import problems
 from kvlab.records import faq, read_prompts
@@ -305,11 +305,15 @@ def _ways(store: KnowledgeCache, question: str, items: Sequence[Item], arm: str,
     if items:
         sizes, best = [len(item.input_ids) for item in items], items[0]
         anew = {"full": 0, "prefix": 1, "recompute": 1}.get(arm, len(items))
-        kept = {"full": 0, "prefix": sizes[0]}.get(arm, sum(sizes))
         stop = best.answer_start - 1
         ways |= {
-            "knowledge as text": (lambda: _as_text(store, items), asked, sum(sizes), 0),
-            "knowledge from the store": (lambda: store.splice(items, arm), asked, sum(sizes[anew:]), kept),
+            "knowledge as text": (lambda: store.splice(items, "full"), asked, sum(sizes), 0),
+            "knowledge from the store": (
+                lambda: store.splice(items, arm),
+                asked,
+                sum(sizes[anew:]),
+                sum(sizes[: loaded(arm)]),
+            ),
             "the stored question itself": (lambda: _asked(store, best), best.input_ids[stop : stop + 1], 0, sizes[0]),
         }
     rows = {
@@ -322,10 +326,6 @@ def _ways(store: KnowledgeCache, question: str, items: Sequence[Item], arm: str,
         for way, (begin, ids, more, loaded) in ways.items()
     }
     return pd.DataFrame(rows.values(), rows)
-
-
-def _as_text(store: KnowledgeCache, items: Sequence[Item]) -> Prefix:
-    return store.splice(items, "full")
 
 
 def _asked(store: KnowledgeCache, item: Item) -> Prefix:

@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -56,6 +57,7 @@ from kvlab.cache import (
     join,
     length,
     prefill,
+    require,
     require_supported,
     rotary_of,
     select,
@@ -74,11 +76,6 @@ SHARD_BYTES, SHARD_ITEMS = 2**28, 256  # a shard is closed when it reaches eithe
 MANIFESTS = ("manifest.json", "manifest.copy.json")  # the first counts; the second is for when it is damaged
 LEFTOVER = re.compile(r"[0-9a-f]{16}(\.index)?\.safetensors|\.([0-9a-f]{16}|manifest)\..*\.part")
 PROBE = "Is this store of the same embedder?"
-
-
-def _require(condition: object, sentence: str) -> None:
-    if not condition:
-        raise CacheError(sentence)
 
 
 class Embedder(Protocol):
@@ -165,20 +162,20 @@ def splice(
     >>> torch.allclose(exact.cache.layers[1].values, again.cache.layers[1].values, atol=1e-4)
     True
     """
-    _require(pieces, "There are no pieces to splice: give at least one, or ask the model without any.")
-    _require(arm in ARMS, f"The arm is {arm!r}: expected one of {', '.join(ARMS)}.")
-    _require(0 <= share <= 1, f"share is {share}, expected 0 to 1.")
+    require(pieces, "There are no pieces to splice: give at least one, or ask the model without any.")
+    require(arm in ARMS, f"The arm is {arm!r}: expected one of {', '.join(ARMS)}.")
+    require(0 <= share <= 1, f"share is {share}, expected 0 to 1.")
     config = model.config.get_text_config(decoder=True)
     have, most = config.num_hidden_layers, config.max_position_embeddings
-    _require(early in range(1, have + 1), f"early is {early}, expected 1 to {have}, the layers of the model.")
-    for piece in pieces[: _loaded(arm)]:
-        _require(piece.cache, "A piece has no keys and values: build the store with keep=('kv',), or use arm 'full'.")
+    require(early in range(1, have + 1), f"early is {early}, expected 1 to {have}, the layers of the model.")
+    for piece in pieces[: loaded(arm)]:
+        require(piece.cache, "A piece has no keys and values: build the store with keep=('kv',), or use arm 'full'.")
         seen = f"A piece has {len(piece.input_ids)} ids, and a cache of {length(piece.cache)} entries"
         seen += f" in {len(piece.cache.layers)} layers; the model has {have}"
         whole = length(piece.cache) == len(piece.input_ids) and len(piece.cache.layers) == have
-        _require(whole, f"{seen}: give what `read` or a store of this model returned.")
+        require(whole, f"{seen}: give what `read` or a store of this model returned.")
     flat = [token for piece in pieces for token in piece.input_ids]
-    _require(len(flat) <= most, f"The pieces have {len(flat)} tokens, the model reads up to {most}: give fewer.")
+    require(len(flat) <= most, f"The pieces have {len(flat)} tokens, the model reads up to {most}: give fewer.")
     if arm == "recompute" and len(pieces) > 1:
         cache = _recomputed(model, pieces, flat, share, early)
     elif arm in ("full", "prefix"):
@@ -206,7 +203,7 @@ def read(model: PreTrainedModel, input_ids: Sequence[int]) -> Piece:
 def _read(model: PreTrainedModel, rows: list[list[int]]) -> Iterator[Piece]:
     """Read rows in one call. Padding stands on the right, where a causal model does not see it."""
     require_supported(model)
-    _require(rows and all(rows), "There is nothing to read: give at least one token id.")
+    require(rows and all(rows), "There is nothing to read: give at least one token id.")
     padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
     out = model.base_model(input_ids=padded, use_cache=True)
     tensor = to_tensor(out.past_key_values)
@@ -215,8 +212,14 @@ def _read(model: PreTrainedModel, rows: list[list[int]]) -> Iterator[Piece]:
         yield Piece(ids, from_tensor(tensor[:, :, row, :, :stop]), out.last_hidden_state[row, :stop])
 
 
-def _loaded(arm: str) -> int | None:
-    """How many pieces' caches an arm uses; None: all."""
+def loaded(arm: str) -> int | None:
+    """How many pieces' caches an arm uses, from the first on; None for all of them.
+
+    Examples
+    --------
+    >>> [100, 50, 50][: loaded("prefix")]
+    [100]
+    """
     return {"full": 0, "prefix": 1}.get(arm)
 
 
@@ -305,10 +308,10 @@ class KnowledgeCache:
         CacheError : the folder holds something else, or a store of another model, tokenizer, embedder or setting.
         """
         several = isinstance(keep, list | tuple | set) and len(keep) > 0
-        _require(several and {*keep} <= {*PARTS}, f"keep is {keep!r}, expected a list of one or both of {PARTS}.")
+        require(several and {*keep} <= {*PARTS}, f"keep is {keep!r}, expected a list of one or both of {PARTS}.")
         dtype = model.dtype if dtype is None else dtype
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        _require(floating, f"dtype is {dtype!r}, expected a floating one such as torch.float16.")
+        require(floating, f"dtype is {dtype!r}, expected a floating one such as torch.float16.")
         require_supported(model)
         folder, state, records = _at(folder), _processes(model), _list(records)
         asked = {"keep": [part for part in PARTS if part in keep], "dtype": str(dtype).removeprefix("torch.")}
@@ -319,7 +322,7 @@ class KnowledgeCache:
         state.wait_for_everyone()
         store = cls.load(folder, model, tokenizer, embedder)
         have = {name: store.settings[name] for name in asked}
-        _require(have == asked, f"The store in {folder} was built with {have}, not {asked}: build in another folder.")
+        require(have == asked, f"The store in {folder} was built with {have}, not {asked}: build in another folder.")
         store.add(records, generate, max_new_tokens, batch_size)
         return store
 
@@ -348,10 +351,10 @@ class KnowledgeCache:
         manifest = _manifest(folder)
         unlike = differences(manifest["model"], fingerprint(model))
         hint = "load the store with what it was built with, or build another"
-        _require(not unlike, f"The store in {folder} was built with another model ({unlike}): {hint}.")
+        require(not unlike, f"The store in {folder} was built with another model ({unlike}): {hint}.")
         own = _tokenizer_print(tokenizer)
         unlike = " and ".join(part for part in own if own[part] != manifest["tokenizer"].get(part))
-        _require(not unlike, f"The store in {folder} was built with another tokenizer (its {unlike} differs): {hint}.")
+        require(not unlike, f"The store in {folder} was built with another tokenizer (its {unlike} differs): {hint}.")
         _require_embedder(folder, manifest["embedder"], embedder)
         shards = manifest.pop("shards")
         store = cls(folder, model, tokenizer, embedder, manifest)
@@ -373,7 +376,7 @@ class KnowledgeCache:
 
     def __getitem__(self, id: str) -> Item:
         found = next((item for item in self.items if item.id == id), None)
-        _require(found, f"There is no item {id!r} in {self.folder}: `items` lists what there is.")
+        require(found, f"There is no item {id!r} in {self.folder}: `items` lists what there is.")
         return found
 
     # -- adding
@@ -386,7 +389,7 @@ class KnowledgeCache:
     @staticmethod
     def _more(generate: bool, max_new_tokens: int) -> int:
         """Tokens by which each item can still grow."""
-        _require(max_new_tokens >= 1 or not generate, f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+        require(max_new_tokens >= 1 or not generate, f"max_new_tokens is {max_new_tokens}, expected at least 1.")
         return max_new_tokens if generate else 0
 
     def bytes_of(self, tokens: int) -> int:
@@ -421,12 +424,12 @@ class KnowledgeCache:
         CacheError : before any work: a record that lacks something, an id that is taken, a text that is too long for
             the model, too little room on the disk, another process that is adding.
         """
-        _require(not self.skip_damaged, f"{self.folder} was opened with skip_damaged: export it, and add there.")
+        require(not self.skip_damaged, f"{self.folder} was opened with skip_damaged: export it, and add there.")
         unlike = differences(self.settings["model"], fingerprint(self.model))
-        _require(not unlike, f"The model has changed since the store was opened ({unlike}): build another store.")
-        _require(batch_size >= 1, f"batch_size is {batch_size}, expected at least 1.")
+        require(not unlike, f"The model has changed since the store was opened ({unlike}): build another store.")
+        require(batch_size >= 1, f"batch_size is {batch_size}, expected at least 1.")
         same = bool(self.settings["embedder"]) == (self.embedder is not None)
-        _require(same, f"The store in {self.folder} was built with an embedder: load it with that, to add to it.")
+        require(same, f"The store in {self.folder} was built with an embedder: load it with that, to add to it.")
         state = _processes(self.model)
         with self._only_writer(state):
             more = self._more(generate, max_new_tokens)
@@ -449,7 +452,7 @@ class KnowledgeCache:
 
     def remove(self, ids: Iterable[str]) -> None:
         """Take items out of the store, so that others can take their places. Their bytes go with an `export`."""
-        _require(not isinstance(ids, str), f"ids is {ids!r}, expected a list of ids.")
+        require(not isinstance(ids, str), f"ids is {ids!r}, expected a list of ids.")
         with self._only_writer():
             gone = [self[id] for id in ids]
             shards = [
@@ -470,7 +473,7 @@ class KnowledgeCache:
             if item.key in known:
                 continue
             hint = "give each record an id of its own, or none; to correct an answer, `remove` the item first"
-            _require(item.id not in ids, f"Record {number} has the id {item.id!r} of another item: {hint}.")
+            require(item.id not in ids, f"Record {number} has the id {item.id!r} of another item: {hint}.")
             todo.append(item)
             known.add(item.key)
             ids[item.id] = item.key
@@ -482,13 +485,13 @@ class KnowledgeCache:
             value = record.get(field) if isinstance(record, Mapping) else None
             left_out = field not in needed and value in (None, "")
             fine = left_out or (isinstance(value, str) and value.strip())
-            _require(fine, f"Record {number} has {field!r} = {value!r}, expected a text: {str(record)[:80]}")
+            require(fine, f"Record {number} has {field!r} = {value!r}, expected a text: {str(record)[:80]}")
         question, domain = record["question"], record.get("domain") or ""
         answer = "" if more else record["answer"]
         ids, start = _tokens(self.tokenizer, question, answer)
         most = self.model.config.get_text_config(decoder=True).max_position_embeddings
         seen = f"Record {number} has {len(ids)} tokens" + f" and an answer of up to {more}" * bool(more)
-        _require(len(ids) + more <= most, f"{seen}, the model reads up to {most}: make it shorter.")
+        require(len(ids) + more <= most, f"{seen}, the model reads up to {most}: make it shorter.")
         name = hashlib.sha256(json.dumps([domain, question, answer]).encode()).hexdigest()[:16]
         return Item(record.get("id") or name, domain, question, answer, tuple(ids), start, bool(more))
 
@@ -504,7 +507,7 @@ class KnowledgeCache:
             size, total = size + own, total + own
         free = shutil.disk_usage(self.folder).free
         seen = f"The new items take {total / 1e6:.0f} MB, {self.folder} has {free / 1e6:.0f} MB left"
-        _require(total < free, f"{seen}: free some, keep less, or use a smaller dtype.")
+        require(total < free, f"{seen}: free some, keep less, or use a smaller dtype.")
         return groups
 
     def _make(self, items: list[Item], generate: bool, max_new_tokens: int, batch_size: int, bar: tqdm) -> dict:
@@ -548,11 +551,11 @@ class KnowledgeCache:
     @staticmethod
     def _create(folder: Path, settings: dict) -> None:
         """Make an empty store, unless another process has just made one."""
-        _require(not folder.is_file(), f"{folder} is a file: give a new or an empty folder.")
+        require(not folder.is_file(), f"{folder} is a file: give a new or an empty folder.")
         folder.mkdir(parents=True, exist_ok=True)
         odd = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".manifest", ".lock")))
         made = "manifest.json" in odd
-        _require(made or not odd, f"{folder} holds {odd[:3]} and no store: give a new or an empty folder.")
+        require(made or not odd, f"{folder} holds {odd[:3]} and no store: give a new or an empty folder.")
         with _lock(folder):
             if not (folder / "manifest.json").exists():
                 _commit(folder, settings, [])
@@ -599,11 +602,11 @@ class KnowledgeCache:
         data, index = self._paths(shard["name"])
         hint = f"restore it from a copy, or open the store with skip_damaged=True (without its {shard['items']} items)"
         for path in (data, index):
-            _require(path.is_file(), f"{path} is missing, which the store's manifest names: {hint}.")
+            require(path.is_file(), f"{path} is missing, which the store's manifest names: {hint}.")
         size = data.stat().st_size
-        _require(size == shard["bytes"], f"{data} has {size} bytes, expected {shard['bytes']}: {hint}.")
+        require(size == shard["bytes"], f"{data} has {size} bytes, expected {shard['bytes']}: {hint}.")
         whole = xxh3_128_hexdigest(index.read_bytes()) == shard["index"]
-        _require(whole, f"{index} is damaged (its contents do not match its checksum): {hint}.")
+        require(whole, f"{index} is damaged (its contents do not match its checksum): {hint}.")
         with safe_open(index, "pt") as file:
             rows = json.loads(file.metadata()["items"])
             ids, lengths, embeddings = (file.get_tensor(name) for name in ("input_ids", "lengths", "embeddings"))
@@ -636,7 +639,7 @@ class KnowledgeCache:
         except (SafetensorError, OSError) as error:
             raise CacheError(f"Item {item.id!r} cannot be read from {path} ({error}): {hint}.") from error
         whole = _checksum(own) == item.checksum
-        _require(whole, f"Item {item.id!r} in {path} is damaged (it does not match its checksum): {hint}.")
+        require(whole, f"Item {item.id!r} in {path} is damaged (it does not match its checksum): {hint}.")
         return own
 
     def splice(self, items: Sequence[Item | Hit | str], arm: str = "recompute", **options) -> Prefix:
@@ -646,26 +649,30 @@ class KnowledgeCache:
         so it is no attention sink in the middle. `prompt` gives the ids of a question that goes on from here.
         """
         found = [self._item_of(item) for item in ([items] if isinstance(items, str | Item | Hit) else items)]
-        pieces = [self.read(item) for item in found[: _loaded(arm)]]
+        pieces = [self.read(item) for item in found[: loaded(arm)]]
         pieces += [Piece(item.input_ids, None) for item in found[len(pieces) :]]  # these are read anew, not from disk
         return splice(self.model, pieces[:1] + [self._without_opening(piece) for piece in pieces[1:]], arm, **options)
 
     def _without_opening(self, piece: Piece) -> Piece:
-        start, stop = _opening(self.tokenizer), len(piece.input_ids)
-        if start == 0 or piece.cache is None:
-            return Piece(piece.input_ids[start:], piece.cache)
-        rest = select(piece.cache, torch.arange(start, stop, device=self.model.device))
-        return Piece(piece.input_ids[start:], shift(rest, -start, rotary_of(self.model)))
+        start, cache = self._opening, piece.cache
+        if start and cache:
+            kept = torch.arange(start, len(piece.input_ids), device=self.model.device)
+            cache = shift(select(cache, kept), -start, rotary_of(self.model))
+        return Piece(piece.input_ids[start:], cache)
+
+    @cached_property
+    def _opening(self) -> int:
+        return _opening(self.tokenizer)
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of a question that follows spliced items, up to where its answer begins."""
-        return encode(self.tokenizer, [{"role": "user", "content": question}])[_opening(self.tokenizer) :]
+        return encode(self.tokenizer, [{"role": "user", "content": question}])[self._opening :]
 
     def _item_of(self, given: "Item | Hit | str") -> Item:
         item = self[given] if isinstance(given, str) else getattr(given, "item", given)
         own = isinstance(item, Item) and item.shard in {shard["name"] for shard in self.shards}
         seen = f"{given!r:.60} is not an item of the store in {self.folder}"
-        _require(own, f"{seen}: give one of its `items`, a hit, or an id.")
+        require(own, f"{seen}: give one of its `items`, a hit, or an id.")
         return item
 
     # -- finding
@@ -692,18 +699,19 @@ class KnowledgeCache:
         ------
         CacheError : k is not positive, the domain is unknown, the question is no text.
         """
-        _require(isinstance(question, str) and question.strip(), f"The question is {question!r}, expected a text.")
-        _require(isinstance(k, int) and k >= 1, f"k is {k!r}, expected a whole number from 1.")
-        _require(threshold >= -1, f"threshold is {threshold}, expected a cosine, -1 to 1.")
+        require(isinstance(question, str) and question.strip(), f"The question is {question!r}, expected a text.")
+        require(isinstance(k, int) and k >= 1, f"k is {k!r}, expected a whole number from 1.")
+        require(threshold >= -1, f"threshold is {threshold}, expected a cosine, -1 to 1.")
         able = exact or self.embedder or not self.settings["embedder"]
-        _require(
+        require(
             able, f"The store in {self.folder} was opened without its embedder: load it with that, or pass exact=True."
         )
         rows = slice(None) if domain is None else self.domains.get(domain)
-        _require(rows is not None, f"There is no domain {domain!r} in {self.folder}: it has {sorted(self.domains)}.")
+        require(rows is not None, f"There is no domain {domain!r} in {self.folder}: it has {sorted(self.domains)}.")
         places = range(len(self)) if domain is None else rows.tolist()
         if exact or not self.embedder:
-            same = [i for i in places if _normal(self.items[i].question) == _normal(question)]
+            wanted = _normal(question)
+            same = [i for i in places if _normal(self.items[i].question) == wanted]
             return [Hit(self.items[i], 1.0) for i in same[:k]]
         scores = self.embeddings[rows] @ _embed(self.embedder, [question])[0]
         best = scores.topk(min(k, len(scores)))
@@ -733,18 +741,18 @@ class KnowledgeCache:
         CacheError : the domain is unknown, or the folder holds something else, or a store that this one does not fit.
         """
         names, folder = sorted(self.domains), _at(folder)
-        _require(domain is None or domain in names, f"There is no domain {domain!r} in {self.folder}: it has {names}.")
+        require(domain is None or domain in names, f"There is no domain {domain!r} in {self.folder}: it has {names}.")
         if not (folder / "manifest.json").exists():
             self._create(folder, self.settings)
         copy = KnowledgeCache.load(folder, self.model, self.tokenizer, self.embedder)
         seen = f"The store in {folder} was built with other settings than that in {self.folder}"
-        _require(copy.settings == self.settings, f"{seen}: give a new or an empty folder.")
+        require(copy.settings == self.settings, f"{seen}: give a new or an empty folder.")
         vectors = {item.id: vector for item, vector in zip(self.items, self.embeddings, strict=True)}
         with copy._only_writer():
             known, ids = {item.key for item in copy.items}, {item.id for item in copy.items}
             chosen = [item for item in self.items if domain in (None, item.domain) and item.key not in known]
             twice = sorted(ids.intersection(item.id for item in chosen))
-            _require(not twice, f"{folder} has another item with the id {twice[:1]}: give a new or an empty folder.")
+            require(not twice, f"{folder} has another item with the id {twice[:1]}: give a new or an empty folder.")
             for group in copy._groups(chosen, 0):
                 found = {item: own for item in group if (own := self._readable(item)) is not None}
                 if found:
@@ -775,7 +783,7 @@ def _list(records: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
     """Records as a list; one alone, a text or a table is a slip."""
     odd = isinstance(records, str | bytes | Mapping | pd.DataFrame) or not isinstance(records, Iterable)
     hint = "give a list of mappings (of a table, table.to_dict('records'))"
-    _require(not odd, f"records is a {type(records).__name__}: {hint}.")
+    require(not odd, f"records is a {type(records).__name__}: {hint}.")
     return list(records)
 
 
@@ -849,7 +857,7 @@ def _embed(embedder: Embedder | None, questions: list[str]) -> Tensor:
     vectors = torch.as_tensor(embedder.encode(questions, **options)).float().cpu()
     fine = vectors.ndim == 2 and len(vectors) == len(questions) and vectors.isfinite().all()
     seen = f"The embedder gave {tuple(vectors.shape)} for {len(questions)} questions"
-    _require(fine, f"{seen}, expected one vector of finite numbers for each: give a SentenceTransformer.")
+    require(fine, f"{seen}, expected one vector of finite numbers for each: give a SentenceTransformer.")
     return normalize(vectors, dim=-1)
 
 
@@ -868,13 +876,13 @@ def _json_sum(content: dict) -> str:
 def _manifest(folder: Path) -> dict:
     """Read the manifest, or its copy if it is damaged, or say what is wrong."""
     path, copy = (folder / name for name in MANIFESTS)
-    _require(path.is_file(), f"There is no store in {folder}: build one with KnowledgeCache.build.")
+    require(path.is_file(), f"There is no store in {folder}: build one with KnowledgeCache.build.")
     manifest = _intact(path)
     if manifest is None and (manifest := _intact(copy)):
         warnings.warn(f"{path} is damaged: its copy beside it is used, and the next `add` mends it.", stacklevel=4)
-    _require(manifest, f"{path} is damaged, and so is its copy: restore one that is as new as the shards beside it.")
+    require(manifest, f"{path} is damaged, and so is its copy: restore one that is as new as the shards beside it.")
     seen = f"The store in {folder} has format version {manifest['version']}, this kvlab reads {FORMAT_VERSION}"
-    _require(manifest["version"] == FORMAT_VERSION, f"{seen}: use the kvlab that wrote it, or build it again.")
+    require(manifest["version"] == FORMAT_VERSION, f"{seen}: use the kvlab that wrote it, or build it again.")
     return manifest
 
 
@@ -900,11 +908,9 @@ def _tokenizer_print(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def _require_embedder(folder: Path, probe: list[float], embedder: Embedder | None) -> None:
     if embedder is None:
         return
-    _require(
-        probe, f"The store in {folder} was built without an embedder: build it again with one, or load it without."
-    )
+    require(probe, f"The store in {folder} was built without an embedder: build it again with one, or load it without.")
     own, stored = _embed(embedder, [PROBE])[0], torch.tensor(probe)
     same = own.shape == stored.shape and cosine_similarity(own, stored, dim=0) > 0.999
     sizes = f" ({len(own)} numbers, not {len(stored)})" * (len(own) != len(stored))
     seen = f"The embedder gives other vectors than that of the store in {folder}{sizes}"
-    _require(same, f"{seen}: load it with the embedder it was built with, or with none, or build it again.")
+    require(same, f"{seen}: load it with the embedder it was built with, or with none, or build it again.")

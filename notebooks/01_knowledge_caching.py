@@ -590,7 +590,7 @@ for dtype in (torch.float16, torch.bfloat16):
 # :label: ex-share
 # ```
 # *Easy, 10 minutes.* Draw the KL of "recompute" against the share of tokens computed again, from 0 to 1 (`compare` takes `share` and `arms`). Then let chance choose the tokens instead of the difference: kvlab takes them by `difference.topk(...)`, and
-# `unittest.mock.patch.object` can put another `topk` into `torch.Tensor` for a while. Is *any* 15 % as good?
+# `unittest.mock.patch.object` can put another `topk` into `torch.Tensor` for a while. Is *any* choice of as many tokens as good?
 # ```{exercise-end}
 # ```
 
@@ -619,11 +619,12 @@ def by_chance(tensor, k, *rest, topk=torch.Tensor.topk):
     return topk(torch.rand_like(tensor, dtype=torch.float32), k, *rest)
 
 
+some = 0.15
 torch.manual_seed(scale.seed)
 with mock.patch.object(torch.Tensor, "topk", by_chance):
-    random = cost(0.15)
-print("15% by chance:", interval(random))
-print("more than 15% by difference:", interval(random - costs[0.15]))
+    random = cost(some)
+print(f"{some:.0%} by chance:", interval(random))
+print("more than as many by difference:", interval(random - costs[some]))
 
 # %% [markdown]
 # For the same work, tokens chosen by chance leave more of the error than those that differ most: compare the last interval, which is paired, with zero.
