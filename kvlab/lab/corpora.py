@@ -65,10 +65,12 @@ def faq_texts() -> list[str]:
     return [" " + text for i in faq() for text in (i["question"], *i["paraphrases"][:2], i["answer"])]
 
 
-def faq_document(rng: random.Random) -> list[dict[str, str]]:
-    """One FAQ item asked as itself or as one of its two training paraphrases."""
+def faq_document(rng: random.Random, reworded: float = 0.0) -> list[dict[str, str]]:
+    """One FAQ item asked as itself or as a training paraphrase, or, in a share `reworded`, in one of many wordings."""
     item = rng.choice(faq())
     question = rng.choice([item["question"], item["question"], *item["paraphrases"][:2]])
+    if reworded and rng.random() < reworded:
+        question = rng.choice(wordings()[item["id"]])
     return [{"role": "user", "content": question}, {"role": "assistant", "content": item["answer"]}]
 
 
@@ -88,13 +90,15 @@ def sample_document(rng: random.Random) -> list[dict[str, str]]:
 class Mix:
     """What a training row holds: shares of the worlds, and how hard they are at the end of the curriculum.
 
-    `easy` is the part of the run during which passages and problems grow from the smallest to the full range.
+    `reworded` is the share of FAQ questions in one of many wordings, `easy` the part of the run during which passages
+    and problems grow from the smallest to the full range.
     """
 
     row: int = 128
     repetition: float = 0.25
     arithmetic: float = 0.15
     faq: float = 0.0
+    reworded: float = 0.0
     facts: tuple[int, int] = (2, 16)
     steps: tuple[int, int] = (1, 5)
     questions: int = 6
@@ -154,7 +158,7 @@ class Rows(Dataset):
                 lambda: worlds.arithmetic_document(rng, rng.randint(mix.steps[0], top), rng.choice(list(worlds.STYLES)))
             )
         if kind < mix.repetition + mix.arithmetic + mix.faq:
-            return self.pack(lambda: faq_document(rng))
+            return self.pack(lambda: faq_document(rng, mix.reworded))
         top = round(mix.facts[0] + 2 + hardness * (mix.facts[1] - mix.facts[0] - 2))
         kinds, parts = question_kinds(rng, mix.questions, mix.kinds), rng.choice([1, 1, 1, 2, 3])
         return self.tokens(worlds.reading_document(rng, rng.randint(mix.facts[0], top), kinds, parts=parts))

@@ -4,7 +4,7 @@ Look-up of facts grows from plain repetition, so repetition comes first and fade
 along each stage. The deep target is a shallow one that has learned, grown to its depth and trained on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,10 +37,18 @@ LONG = Mix(row=320, repetition=0.04, arithmetic=0.30, faq=0.10, facts=(4, 40), e
 LOOKUP = Mix(
     row=320, repetition=0.03, arithmetic=0.2, faq=0.08, facts=(8, 40), kinds=(75, 0, 15, 10), easy=0.0, questions=12
 )
+FAQ = Mix(row=320, repetition=0.02, arithmetic=0.13, faq=0.45, reworded=0.8, facts=(8, 40), kinds=(75, 0, 15, 10),
+          easy=0.0, questions=12)  # fmt: skip
 TOKENIZERS = {"lab-target": (1536, 0), "lab-draft": (1536, 0), "lab-teacher": (640, 1)}
 STAGES = {
     "lab-draft": [Stage(2, SHORT, 1400, 24, 2e-3)],
-    "lab-target": [Stage(4, SHORT, 1600, 24, 2e-3), Stage(12, LONG, 1300, 16, 1e-3), Stage(12, LOOKUP, 420, 16, 7e-4)],
+    "lab-target": [
+        Stage(4, SHORT, 1600, 24, 2e-3),
+        Stage(12, LONG, 1300, 16, 1e-3),
+        Stage(12, LOOKUP, 420, 16, 7e-4),
+        Stage(12, FAQ, 600, 16, 7e-4),
+        Stage(12, replace(FAQ, arithmetic=0.17, faq=0.55, reworded=0.9), 900, 16, 7e-4),
+    ],
     "lab-teacher": [Stage(6, MIXED, 1900, 24, 2e-3)],
 }
 
