@@ -252,11 +252,13 @@ class Runner:
     def start(self, texts: Texts, prefixes: Sequence[Prefix | None], room: int) -> Tensor:
         """Read texts, each after its prefix, and return the logits (B, V) that follow; leave room for more columns."""
         device, states, keys, self.text = self.model.device, {}, [], object()
-        for text, prefix in zip(texts, prefixes, strict=True):
-            keys.append((tuple(text), id(prefix)))
+        of_row = getattr(self.model, "for_row", lambda row: self.model)  # a draft may know something else in each row
+        models = [of_row(row) for row in range(len(texts))]
+        for model, text, prefix in zip(models, texts, prefixes, strict=True):
+            keys.append((tuple(text), id(prefix), id(model)))
             if keys[-1] not in states:  # many samples of one prompt read it once
                 past, position = (prefix.cache, prefix.next_position) if prefix else (None, None)
-                states[keys[-1]] = prefill(self.model, torch.tensor([text], device=device), past, position)
+                states[keys[-1]] = prefill(model, torch.tensor([text], device=device), past, position)
         self.prepare(len(texts), max(length(state.cache) for state in states.values()) + room)
         for row, key in enumerate(keys):
             self.slots.put(row, states[key].cache, states[key].next_position)

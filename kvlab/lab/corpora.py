@@ -60,6 +60,29 @@ def outside(split: str = "test") -> tuple[str, ...]:
     return found
 
 
+def made_up(n: int, seed: int = 0) -> list[dict[str, str]]:
+    """`n` records whose answers are words in random order: nobody can know them, only read them.
+
+    The words are those of the worlds and of the FAQ's many wordings.
+
+    Examples
+    --------
+    >>> sorted(made_up(1)[0]), made_up(2)[0] == made_up(2)[1]
+    (['answer', 'domain', 'question'], False)
+    """
+    rng = random.Random(f"made up:{seed}")
+    asked = (word for texts in wordings().values() for text in texts for word in text.split())
+    words = sorted({*worlds.WORDS, *asked})
+    return [
+        {
+            "question": f"Recite {' '.join(rng.choices(words, k=2))}.",
+            "answer": " ".join(rng.choices(words, k=rng.randint(8, 24))),
+            "domain": "made up",
+        }
+        for _ in range(n)
+    ]
+
+
 def faq_texts() -> list[str]:
     """The English FAQ's training texts: questions, the two training paraphrases, answers."""
     return [" " + text for i in faq() for text in (i["question"], *i["paraphrases"][:2], i["answer"])]
