@@ -24,7 +24,7 @@ source has it ("prefix": the whole item stands before the text, as if the draft 
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -180,23 +180,22 @@ class Reader(nn.Module):
         self.norm = copy.deepcopy(layer.input_layernorm)
         self.query, self.output = copy.deepcopy(attention.q_proj), copy.deepcopy(attention.o_proj)
         self.query_norm = copy.deepcopy(getattr(attention, "q_norm", nn.Identity()))
+        self.output.bias = None  # what looks at nothing adds nothing
         if projects:
             self.key, self.value = copy.deepcopy(attention.k_proj), copy.deepcopy(attention.v_proj)
             self.key_norm = copy.deepcopy(getattr(attention, "k_norm", nn.Identity()))
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H_kv, S, D) of hidden states (B, S, d)."""
-        return self.key_norm(self._heads(self.key(states))).transpose(1, 2), self._heads(self.value(states)).transpose(
-            1, 2
-        )
+        keys, values = self.key_norm(self._heads(self.key(states))), self._heads(self.value(states))
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor, turn: tuple | None) -> Tensor:
         query = self.query_norm(self._heads(self.query(self.norm(hidden)))).transpose(1, 2)  # (B, H, T, D)
         query = _rotated(query, turn) if turn else query
-        some = mask.any(-1)[:, None, None]  # a row with nothing to read looks at everything, and then at none of it
-        seen = (mask | ~some[:, 0])[:, None, None]  # (B, 1, 1, S)
-        read = scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True)
-        return REACH * self.gate * some * self.output(read.transpose(1, 2).flatten(2))
+        keys, values = keys.to(query.dtype), values.to(query.dtype)  # under autocast
+        read = scaled_dot_product_attention(query, keys, values, attn_mask=mask[:, None, None], enable_gqa=True)
+        return REACH * self.gate * self.output(read.transpose(1, 2).flatten(2))
 
     def _heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
@@ -269,14 +268,14 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         """
         require_supported(target)
         options = {"knowledge": knowledge, "transitions": transitions, "aligned": aligned}
-        draft = cls(KnowledgeDraftConfig.of(target.config, layers, **options)).to(target.device, target.dtype)
+        draft = cls(KnowledgeDraftConfig.of(target.config, layers, **options))
         draft.init_weights()
         draft.plain.load_state_dict(_state_of(target, draft.config.layers))
         draft.readers = nn.ModuleList(
             Reader(layer, knowledge == "vector") for layer in draft._layers[: len(draft.readers)]
         )
         draft.generation_config = copy.deepcopy(target.generation_config)
-        return draft.to(target.device, target.dtype).requires_grad_(True).eval()
+        return cast(draft.to(target.device), target.dtype).requires_grad_(True).eval()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize what was neither cut from a target nor in a checkpoint."""
@@ -372,17 +371,22 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
 
     def _entries(self, given: Knowledge) -> _Entries:
         """Project knowledge, and place it."""
+        states = given.states.to(self.dtype)
         if self.config.knowledge == "vector":
-            layers = [reader.project(given.states) for reader in self.readers]
+            layers = [reader.project(states) for reader in self.readers]
         else:
-            layers = [tuple(pair) for pair in given.states.to(self.dtype).permute(1, 2, 0, 3, 4, 5)]
+            layers = [tuple(pair) for pair in states.permute(1, 2, 0, 3, 4, 5)]
         if self.config.aligned or self.config.knowledge == "prefix":
             places = torch.arange(given.mask.shape[1], device=given.mask.device)[None]
             if self.config.knowledge == "prefix" and self.config.aligned:
                 places = places + given.start[:, None]
             turn = self._turn(places)
             layers = [(_rotated(keys, turn), values) for keys, values in layers]
-        return _Entries(layers, given.mask, given.start)
+        if self.config.knowledge == "prefix":
+            return _Entries(layers, given.mask, given.start)
+        # One entry of zeros before them, so that a head can look at nothing, and a row without knowledge does.
+        layers = [tuple(pad(part, (0, 0, 1, 0)) for part in pair) for pair in layers]
+        return _Entries(layers, pad(given.mask, (1, 0), value=True), given.start)
 
     def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, T, D) of positions (B, T)."""
@@ -453,6 +457,20 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
                 hook.remove()
 
 
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Change the dtype of a model's parameters, and return it; `to` would also round what rotary embeddings turn by.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> cast(lab.load("lab-draft"), torch.float16).dtype
+    torch.float16
+    """
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
 def _state_of(target: PreTrainedModel, layers: Sequence[int]) -> dict[str, Tensor]:
     """The target's weights, with the chosen layers counted anew."""
     stem, state = f"{target.base_model_prefix}.layers.", target.state_dict()
@@ -472,10 +490,11 @@ AutoConfig.register(KnowledgeDraftConfig.model_type, KnowledgeDraftConfig, exist
 AutoModelForCausalLM.register(KnowledgeDraftConfig, KnowledgeDraft, exist_ok=True)
 
 
-def gather(known: Sequence[Tensor | None], starts: Sequence[int]) -> Knowledge | None:
-    """Put what rows may read (None: nothing; see `KnowledgeDraft.read`) into one batch; None if no row reads.
+def gather(known: Sequence[Tensor | None], starts: Sequence[int], like: Tensor | None = None) -> Knowledge | None:
+    """Put what rows may read (None: nothing; see `KnowledgeDraft.read`) into one batch.
 
-    `starts` is where their answers begin.
+    `starts` is where their answers begin. If no row reads, the result is None, or, with something to be `like`, a
+    knowledge of nothing.
 
     Examples
     --------
@@ -483,14 +502,14 @@ def gather(known: Sequence[Tensor | None], starts: Sequence[int]) -> Knowledge |
     tensor([[ True,  True],
             [False, False]])
     """
-    some = next((states for states in known if states is not None), None)
+    some = next((states for states in known if states is not None), like)
     if some is None:
         return None
     sizes = torch.tensor([0 if states is None else states.shape[-2] for states in known])
-    most = int(sizes.max())
-    rows = [some.new_zeros(some.shape) if states is None else states for states in known]
-    states = torch.stack([pad(row, (0, 0, 0, most - row.shape[-2])) for row in rows])
-    return Knowledge(states, torch.arange(most) < sizes[:, None], torch.tensor(starts))
+    most = max(1, int(sizes.max()))
+    blank = some.new_zeros(*some.shape[:-2], most, some.shape[-1])
+    rows = [blank if states is None else pad(states, (0, 0, 0, most - states.shape[-2])) for states in known]
+    return Knowledge(torch.stack(rows), torch.arange(most) < sizes[:, None], torch.tensor(starts))
 
 
 # -- training
@@ -562,9 +581,9 @@ def _before(target: PreTrainedModel, texts: list[Tensor], starts: list[int], bat
     return found
 
 
-def given(store: "KnowledgeCache") -> list[Example]:
-    """The answers of a store's items as they were given, each with its prompt; not the target's own."""
-    return [Example(torch.tensor(item.input_ids), item.answer_start) for item in store]
+def given(items: Iterable["Item"]) -> list[Example]:
+    """The answers of items (of a store, say) as they were given, each with its prompt; not the target's own."""
+    return [Example(torch.tensor(item.input_ids), item.answer_start) for item in items]
 
 
 def attach(
@@ -594,10 +613,12 @@ def unsettle(examples: Sequence[Example], hide: float = 0.3, mislead: float = 0.
     return changed
 
 
-def collate(examples: Sequence[Example], hidden_size: int) -> dict[str, Tensor]:
-    """A batch: input_ids (B, T), padded on the right, weights (1 on answers), and what target and knowledge give."""
+def collate(examples: Sequence[Example], hidden_size: int, like: Tensor | None = None) -> dict[str, Tensor]:
+    """A batch: input_ids (B, T), padded on the right, weights (1 on answers), and what target and knowledge give.
+
+    With something to be `like`, all batches have knowledge, if only of nothing.
+    """
     input_ids = pad_sequence([example.input_ids for example in examples], batch_first=True)
-    size = input_ids.shape[1]
     weights, hidden = torch.zeros(input_ids.shape), torch.zeros(*input_ids.shape, hidden_size)
     own = torch.tensor([[float(example.hidden_states is not None)] for example in examples])
     for row, example in enumerate(examples):
@@ -605,8 +626,8 @@ def collate(examples: Sequence[Example], hidden_size: int) -> dict[str, Tensor]:
         if example.hidden_states is not None:
             hidden[row, example.start - 1 : len(example.input_ids) - 1] = example.hidden_states.float()
     batch = {"input_ids": input_ids, "weights": weights, "distill_weights": weights * own, "hidden_states": hidden}
-    known = gather([example.known for example in examples], [example.start for example in examples])
-    return batch | (known._asdict() if known else {}) if size else batch
+    known = gather([example.known for example in examples], [example.start for example in examples], like)
+    return batch | (known._asdict() if known else {})
 
 
 def _logits(draft: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -677,16 +698,21 @@ def train(
     -------
     The history of `fit`, with "acceptance" where it was checked.
     """
-    shares = dict(shares or SHARES["kv" if draft.config.knowledge == "kv" else "vector"])
-    require_known(shares)
     own = sum(example.hidden_states is not None for example in examples)
+    source = SHARES["kv" if draft.config.knowledge == "kv" else "vector"]
+    shares = dict(shares or ({"ce": 1.0} if own < len(examples) else {}) | source)
+    require_known(shares)
     _require(
         "ce" in shares or own == len(examples), "Some answers are given: they need the loss 'ce' among the shares."
     )
     steps = epochs * (len(examples) // batch_size) // accumulate
     _require(steps > 0, f"{len(examples)} examples are less than a step of {batch_size} * {accumulate}: give more.")
-    _require(heldout, "There is nothing held out: give `listen`'s examples for other questions.")
-    head = target.get_output_embeddings()
+    guessed = [example for example in heldout if len(example.input_ids) - example.start > 1]
+    _require(
+        guessed,
+        "Nothing is held out that has an answer of two tokens or more: give what `listen` returns for other questions.",
+    )
+    head, like = target.get_output_embeddings(), next((e.known for e in examples if e.known is not None), None)
 
     def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -709,7 +735,7 @@ def train(
                 batch_size=batch_size,
                 shuffle=True,
                 drop_last=True,
-                collate_fn=partial(collate, hidden_size=target.config.hidden_size),
+                collate_fn=partial(collate, hidden_size=target.config.hidden_size, like=like),
             ),
             losses,
             steps=steps,
@@ -792,13 +818,14 @@ def export(
     if tokenizer:
         tokenizer.save_pretrained(folder)
     again, told = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    again = again.to(model.device)
     odd = {
         name: sorted(told[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if told.get(name)
     }
     _require(not odd, f"{folder} does not hold what the model asks for ({odd}): do not use it.")
-    ids = torch.arange(min(have, 64))[None]
+    ids = torch.arange(min(have, 64), device=model.device)[None]
     with torch.no_grad():
-        one, two = model(ids.to(model.device)).logits.cpu(), again(ids).logits
+        one, two = model(ids).logits, again(ids).logits
     _require(
         torch.equal(one, two) or torch.allclose(one, two, atol=1e-5), f"{folder} gives other logits than the draft."
     )

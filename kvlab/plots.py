@@ -390,6 +390,47 @@ def reading_or_loading(tokens: Sequence[int], seconds: Mapping[str, Sequence[flo
     return ax
 
 
+def cut_layers(have: int, cuts: Mapping[str, Sequence[int]]) -> Axes:
+    """The layers of a target in a row, and below, a row for each cut, the ones it takes."""
+    ax = axes(width=7.2, height=0.9 + 0.42 * len(cuts))[0]
+    for y, chosen in enumerate([range(have), *cuts.values()]):
+        for layer in range(have):
+            color = FAINT if y == 0 else BLUE if layer in chosen else "white"
+            ax.add_patch(plt.Rectangle((layer - 0.4, y - 0.3), 0.8, 0.6, facecolor=color, edgecolor=FAINT, lw=0.8))
+            if layer in chosen:
+                ax.text(layer, y, layer, ha="center", va="center", fontsize=7, color=INK if y == 0 else "white")
+    ax.set_yticks(range(len(cuts) + 1), ["target", *cuts])
+    ax.set(xlim=(-0.6, have - 0.4), ylim=(len(cuts) + 0.5, -0.5), xticks=[])
+    ax.spines[:].set_visible(False)
+    ax.tick_params(left=False)
+    return ax
+
+
+def loss_gradients(accepted: Sequence[float], gradients: Mapping[str, Sequence[float]]) -> Axes:
+    """Size of each loss's gradient against the acceptance of the draft it is computed for, both logarithmic."""
+    ax, ends = axes(width=6.8)[0], []
+    for (label, values), (color, marker, dash) in zip(gradients.items(), LINES, strict=False):
+        ax.plot(accepted, values, color=color, ls=dash, marker=marker, ms=3.5)
+        ends.append((label, accepted[-1], np.log10(values[-1]), color))
+    ax.set(xscale="log", yscale="log", xlabel="acceptance α of the draft", ylabel="size of the gradient")
+    for label, x, y, color in ends:
+        place = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": color}
+        ax.annotate(label, (x, 10**y), (8, 0), **place)
+    return ax
+
+
+def with_and_without(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], ways: tuple[str, str]) -> np.ndarray:
+    """One panel a group of questions: acceptance of each with the second way against that with the first."""
+    panels = axes(len(pairs), width=3.1 * len(pairs) + 0.4, height=3.4, sharex=True, sharey=True)
+    for ax, (label, (without, known)) in zip(panels, pairs.items(), strict=True):
+        ax.plot([0, 1], [0, 1], color=FAINT, zorder=0)
+        ax.plot(without, known, "o", color=BLUE, ms=5, alpha=0.5, mew=0, clip_on=False)
+        ax.set_title(f"{label}: {np.mean(without):.2f} → {np.mean(known):.2f}", fontsize=10, loc="left")
+        ax.set(xlabel=ways[0], xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    panels[0].set_ylabel(ways[1])
+    return panels
+
+
 TOKEN_STYLE = """<style>
 .kv-tokens { line-height: 1.8; }
 .kv-tokens div { padding-left: 1.5em; text-indent: -1.5em; }

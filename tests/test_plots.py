@@ -370,3 +370,24 @@ def test_key_differences_share_one_scale_of_colors():
     assert [ax.get_title() for ax in places] == list(keys)
     assert {ax.images[0].get_clim() for ax in places} == {(-5.0, 5.0)}
     assert [label.get_text() for label in places[0].get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_cut_layers_number_the_layers_that_are_taken():
+    ax = plots.cut_layers(4, {"first:2": [0, 1], "uniform:2": [0, 3]})
+    assert texts(ax) == ["0", "1", "2", "3", "0", "1", "0", "3"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["target", "first:2", "uniform:2"]
+    assert len(ax.patches) == 12
+
+
+def test_loss_gradients_draw_each_loss_on_two_logarithmic_scales():
+    ax = plots.loss_gradients([0.01, 0.1], {"kl": [1.0, 0.9], "tv": [0.01, 0.1]})
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [list(line.get_ydata()) for line in ax.lines] == [[1.0, 0.9], [0.01, 0.1]]
+    assert texts(ax) == ["kl", "tv"]
+
+
+def test_with_and_without_puts_each_question_against_the_diagonal():
+    panels = plots.with_and_without({"new": ([0.2, 0.4], [0.6, 0.8]), "outside": ([0.5], [0.5])}, ("not", "reading"))
+    assert [ax.get_title(loc="left") for ax in panels] == ["new: 0.30 → 0.70", "outside: 0.50 → 0.50"]
+    assert [list(panels[0].lines[1].get_xdata()), list(panels[0].lines[1].get_ydata())] == [[0.2, 0.4], [0.6, 0.8]]
+    assert (panels[0].get_xlabel(), panels[0].get_ylabel()) == ("not", "reading")

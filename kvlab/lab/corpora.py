@@ -61,9 +61,9 @@ def outside(split: str = "test") -> tuple[str, ...]:
 
 
 def made_up(n: int, seed: int = 0) -> list[dict[str, str]]:
-    """`n` records whose answers are words in random order: nobody can know them, only read them.
+    """`n` records whose answers nobody can know, only read: two sentences that have nothing to do with the question.
 
-    The words are those of the worlds and of the FAQ's many wordings.
+    The questions are some that the FAQ does not answer, the sentences are among its questions' many wordings.
 
     Examples
     --------
@@ -71,16 +71,9 @@ def made_up(n: int, seed: int = 0) -> list[dict[str, str]]:
     (['answer', 'domain', 'question'], False)
     """
     rng = random.Random(f"made up:{seed}")
-    asked = (word for texts in wordings().values() for text in texts for word in text.split())
-    words = sorted({*worlds.WORDS, *asked})
-    return [
-        {
-            "question": f"Recite {' '.join(rng.choices(words, k=2))}.",
-            "answer": " ".join(rng.choices(words, k=rng.randint(8, 24))),
-            "domain": "made up",
-        }
-        for _ in range(n)
-    ]
+    texts = [text for texts in wordings().values() for text in texts]
+    pairs = ((rng.choice(outside("train")), " ".join(rng.choices(texts, k=2))) for _ in range(n))
+    return [{"question": question, "answer": answer, "domain": "made up"} for question, answer in pairs]
 
 
 def faq_texts() -> list[str]:

@@ -1,8 +1,6 @@
 """Drafts that read: how much of the target's answers they guess, with and without knowledge, and how fast that is."""
 
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,9 +22,9 @@ from kvlab.lab.report import problems
 from kvlab.scale import config_of, parameters
 from kvlab.speculate import ModelProposer, generate, summarize
 
-THREADS, NEW, LAYERS = 2, 64, "uniform:3"
+THREADS, NEW, LAYERS, BEST = 2, 64, "uniform:3", "first:2"
 WAYS = (None, "vector", "kv", "prefix")
-EPOCHS, GAMMA = 6, 6
+EPOCHS, GAMMA, THRESHOLD = 5, 6, 0.3
 NAMES = {None: "trained", "vector": "vector", "kv": "kv", "prefix": "prefix"}
 
 
@@ -50,7 +48,7 @@ class Texts(NamedTuple):
 
 def ask(s: Lab, questions: Sequence[str], search: bool = True) -> Texts:
     prompts = [encode(s.tokenizer, [{"role": "user", "content": question}]) for question in questions]
-    hits = [s.store.retrieve(question) if search else [] for question in questions]
+    hits = [s.store.retrieve(question, threshold=THRESHOLD) if search else [] for question in questions]
     return Texts(draft.listen(s.target, s.tokenizer, prompts, s.folder, NEW), [h[0].item if h else None for h in hits])
 
 
@@ -58,8 +56,10 @@ def setup(folder: Path, quick: bool) -> Lab:
     target, tokenizer = lab.load("lab-target").requires_grad_(False), lab.load_tokenizer("lab-target")
     parts = target, tokenizer, lab.load_embedder()
     store = KnowledgeCache.build(folder / "faq", corpora.faq(), *parts, keep=("kv", "hidden"))
-    made = corpora.made_up(24 if quick else 400)
-    practice = KnowledgeCache.build(folder / "made up", made, target, tokenizer, keep=("kv", "hidden"))
+    made = corpora.made_up(24 if quick else 1000)
+    practice = KnowledgeCache.build(
+        folder / "made up", made, target, tokenizer, keep=("kv", "hidden"), dtype=torch.float16, batch_size=32
+    )
     return Lab(target, tokenizer, store, practice, folder, quick)
 
 
@@ -67,31 +67,35 @@ def setup(folder: Path, quick: bool) -> Lab:
 
 
 class Split(NamedTuple):
-    """What a draft is trained on, and what it is asked: paraphrases of items it was trained on, and of new ones."""
+    """Texts to train on; to choose the weights by; and held-out paraphrases of items trained on, and of new ones."""
 
     train: Texts
     other: Texts
-    heldout: Texts
+    checks: Texts
     seen: Texts
     new: Texts
+    asked: Sequence[str] = ()  # the new ones
 
 
 def split(s: Lab, seed: int) -> Split:
     """Half of the FAQ's items are new to the draft: no answer of theirs is in what it is trained on."""
-    records = list(corpora.faq())
+    records, wordings = list(corpora.faq()), corpora.wordings()
     random.Random(seed).shuffle(records)
-    half, wordings = (records[:25], records[25:]), corpora.wordings()
-    if s.quick:
-        half = half[0][:4], half[1][:4]
-    asked = [[r["question"], *r["paraphrases"][:2], *wordings[r["id"]][: 0 if s.quick else 20]] for r in half[0]]
-    train = ask(s, [question for group in asked for question in group])
-    secret = {tuple(encode(s.tokenizer, said(r))[-8:]) for r in half[1]}  # the ends of the new items' answers
-    kept = [tuple(e.input_ids[-8:].tolist()) not in secret for e in train.examples]
-    train = Texts(*([x for x, keep in zip(column, kept, strict=True) if keep] for column in train))
-    checks = ask(s, [wordings[r["id"]][-1] for r in half[0]])  # other wordings, to choose the best weights by
-    word_problems = [p[0]["content"] for n in (1, 2, 3) for p in problems(n, "long", 4 if s.quick else 50, seed=seed + 7)]
-    other = ask(s, word_problems, search=False)
-    return Split(train, other, checks, *(ask(s, [r["paraphrases"][2] for r in group]) for group in half))
+    seen, checked, new = (records[:4], records[4:6], records[6:8]) if s.quick else np.split(records, [25, 33])
+    more = 0 if s.quick else 20
+    train = ask(s, [q for r in seen for q in (r["question"], *r["paraphrases"][:2], *wordings[r["id"]][:more])])
+    secret = {ending(encode(s.tokenizer, said(r))) for r in (*checked, *new)}
+    known = [ending(example.input_ids.tolist()) not in secret for example in train.examples]
+    train = Texts(*([x for x, keep in zip(column, known, strict=True) if keep] for column in train))
+    others = word_problems(4 if s.quick else 50, seed + 7)
+    checks = ask(s, [q for r in checked for q in (r["question"], *wordings[r["id"]][:4])])
+    heldout = (ask(s, [r["paraphrases"][2] for r in group]) for group in (seen, new))
+    return Split(train, ask(s, others, search=False), checks, *heldout, [r["paraphrases"][2] for r in new])
+
+
+def ending(ids: list[int]) -> tuple[int, ...]:
+    """What tells one of the FAQ's answers from the others."""
+    return tuple(ids[-8:])
 
 
 def said(record: dict) -> list[dict[str, str]]:
@@ -99,19 +103,18 @@ def said(record: dict) -> list[dict[str, str]]:
 
 
 def train(s: Lab, parts: Split, way: str | None, seed: int, layers: str = LAYERS) -> KnowledgeDraft:
-    """One draft, on the same texts whichever way it reads."""
+    """One draft, for the same steps whichever way it reads; made-up items only for those that read."""
     small = KnowledgeDraft.cut(s.target, layers, knowledge=way)
-    practice = draft.given(s.made_up)
+    examples, checks, epochs = [*parts.train.examples, *parts.other.examples], parts.checks.examples, EPOCHS
     if way:
-        known = draft.attach(small, s.store, *parts.train)
-        practice = draft.attach(small, s.made_up, practice, list(s.made_up))
+        known = draft.unsettle(draft.attach(small, s.store, *parts.train), hide=0.15, mislead=0.3, seed=seed)
+        practice = draft.attach(small, s.made_up, draft.given(s.made_up), list(s.made_up))
+        examples, checks = [*known, *parts.other.examples, *practice], draft.attach(small, s.store, *parts.checks)
     else:
-        known = parts.train.examples
-    examples = [*draft.unsettle(known, seed=seed), *parts.other.examples, *practice]
-    heldout = draft.attach(small, s.store, *parts.heldout) if way else parts.heldout.examples
-    options = {"epochs": 1, "batch_size": 8} if s.quick else {"epochs": EPOCHS, "batch_size": 32}
-    shares = {"kl": 1.0, "ce": 0.5}
-    draft.train(small, s.target, examples, heldout, shares=shares, learning_rate=1e-3, seed=seed, **options)
+        epochs = round(epochs * (len(examples) + len(s.made_up)) / len(examples))
+    options = {"epochs": 1, "batch_size": 8} if s.quick else {"epochs": epochs, "batch_size": 32}
+    shares = {"kl": 1.0, "ce": 1.0} if way else {"kl": 1.0}
+    draft.train(small, s.target, examples, checks, shares=shares, learning_rate=1.5e-3, seed=seed, **options)
     return small
 
 
@@ -152,7 +155,7 @@ def drafted(s: Lab, small: KnowledgeDraft, question: str, ids: list[int]) -> Run
     """Find the item, load it, draft with it."""
 
     def proposer() -> ModelProposer:
-        hits = s.store.retrieve(question) if small.config.knowledge else []
+        hits = s.store.retrieve(question, threshold=THRESHOLD) if small.config.knowledge else []
         return ModelProposer(*small.knowing(s.store, [hits[0].item if hits else None], [len(ids)]))
 
     return timed(s, ids, proposer)
@@ -166,14 +169,14 @@ def timed(s: Lab, ids: list[int], proposer) -> Run:
     return Run(made.tokens[0].tolist(), decoding, whole, summarize(made.rounds).acceptance)
 
 
-def speed_figures(s: Lab, drafts: dict[str, KnowledgeDraft], questions: Sequence[str]) -> list[dict]:
-    """Arms take turns on each question; the median of three runs."""
-    prompts = [encode(s.tokenizer, [{"role": "user", "content": q}]) for q in questions]
-    arms = {"plain": lambda q, ids: plain(s, ids), "generate": lambda q, ids: with_generate(s, ids)}
-    arms |= {name: partial(lambda small, q, ids: drafted(s, small, q, ids), small) for name, small in drafts.items()}
+def taking_turns(s: Lab, drafts: dict[str, KnowledgeDraft], questions: Sequence[str]) -> dict[str, list[Run]]:
+    """Each way of decoding on each question, one after another; the median of three runs."""
+    prompts = [encode(s.tokenizer, [{"role": "user", "content": question}]) for question in questions]
+    arms = {"plain": lambda question, ids: plain(s, ids), "generate": lambda question, ids: with_generate(s, ids)}
+    arms |= {name: partial(drafted, s, small) for name, small in drafts.items()}
     runs: dict[str, list[Run]] = {arm: [] for arm in arms}
-    for arm in arms.values():
-        arm(questions[0], prompts[0])  # warms up
+    for run in arms.values():
+        run(questions[0], prompts[0])  # warms up
     for question, ids in tqdm(list(zip(questions, prompts, strict=True)), desc="speed"):
         tries = [{arm: run(question, ids) for arm, run in arms.items()} for _ in range(1 if s.quick else 3)]
         for arm in arms:
@@ -181,3 +184,143 @@ def speed_figures(s: Lab, drafts: dict[str, KnowledgeDraft], questions: Sequence
             decoding, whole = (float(np.median([getattr(run, part) for run in mine])) for part in ("decoding", "whole"))
             runs[arm].append(mine[0]._replace(decoding=decoding, whole=whole))
     return runs
+
+
+def ratio(runs: dict[str, list[Run]], fast: str, slow: str, part: str = "decoding") -> list[float]:
+    return [getattr(b, part) / getattr(a, part) for a, b in zip(runs[fast], runs[slow], strict=True)]
+
+
+def speed_figures(s: Lab, seed: int) -> list[dict]:
+    """Drafts that were trained on the whole FAQ, and on half of it, in the loop."""
+    records, wordings = list(corpora.faq()), corpora.wordings()
+    records = records[:4] if s.quick else records
+    texts = ask(s, [q for r in records for q in (r["question"], *r["paraphrases"][:2], *wordings[r["id"]][:16])])
+    checks = ask(s, [wordings[r["id"]][-1] for r in records])
+    everything = Split(texts, ask(s, word_problems(4 if s.quick else 50, seed + 7), search=False), checks, None, None)
+    best = train(s, everything, None, seed, BEST)
+    whole = taking_turns(s, {"best": best}, [r["paraphrases"][2] for r in records])
+    halved = {name: train(s, split(s, seed), way, seed, BEST) for name, way in (("trained", None), ("kv", "kv"))}
+    new = taking_turns(s, halved, split(s, seed).asked)
+    pairs = ((a, b) for runs in (whole, new) for arm in runs.values() for a, b in zip(arm, runs["plain"], strict=True))
+    told = (
+        f"batch 1, greedy, gamma {GAMMA}, eager, {torch.get_num_threads()} threads, ratio of times a question, median "
+    )
+    told += f"of 3 runs in turn; {BEST} of 12 layers"
+    all_of = f"{told}; trained on other wordings of the whole FAQ, no knowledge; held-out paraphrases"
+    some = f"{told}; items that were not in training"
+    rows = {
+        "speedup": (ratio(whole, "best", "plain"), f"decoding, over our plain loop; {all_of}"),
+        "speedup_over_generate": (ratio(whole, "best", "generate"), f"decoding, over generate; {all_of}"),
+        "speedup_end_to_end": (ratio(whole, "best", "plain", "whole"), f"from the question on; {all_of}"),
+        "speedup_kv_new": (ratio(new, "kv", "plain"), f"decoding, reading keys and values; {some}"),
+        "speedup_kv_new_end_to_end": (ratio(new, "kv", "plain", "whole"), f"finding and loading included; {some}"),
+        "speedup_trained_new": (ratio(new, "trained", "plain"), f"decoding, no knowledge; {some}"),
+    }
+    accepted_best = [run.acceptance for run in whole["best"]]
+    return [
+        *(figure(name, values, "ratio", conditions) for name, (values, conditions) in rows.items()),
+        figure("speedup_acceptance", accepted_best, "fraction", f"acceptance in the loop; {all_of}"),
+        figure(
+            "identical", [a.tokens == b.tokens for a, b in pairs], "fraction", "texts equal to those of plain decoding"
+        ),
+    ]
+
+
+# -- all of it
+
+WHEN = ("greedy", "sampled")
+LOSSES = ("kl", "reverse_kl", "ce", "tv", "log_alpha", "lk_hybrid")
+COUNTED = {
+    "target": None,
+    "first_3": ("first:3", {}),
+    "uniform_6": ("uniform:6", {}),
+    "uniform_6_kv": ("uniform:6", {"knowledge": "kv"}),
+    "uniform_6_kv_transitions": ("uniform:6", {"knowledge": "kv", "transitions": True}),
+}
+
+
+def reading_figures(s: Lab, seeds: Sequence[int]) -> list[dict]:
+    """Drafts that read and drafts that do not, on the same texts, on items they were trained on and on new ones."""
+    outside = ask(s, corpora.outside("test"))
+    values: dict[str, list[np.ndarray]] = {}
+    for seed in seeds:
+        parts = split(s, seed)
+        drafts = {"truncated": KnowledgeDraft.cut(s.target, LAYERS)}
+        drafts |= {NAMES[way]: train(s, parts, way, seed) for way in WAYS}
+        for name, small in drafts.items():
+            for suffix, texts in (("", parts.new), ("_seen", parts.seen), ("_outside", outside)):
+                values.setdefault(f"{name}{suffix}", []).append(accepted(s, small, texts))
+            if small.config.knowledge:
+                values.setdefault(f"{name}_not_given", []).append(accepted(s, small, parts.new, know=False))
+    told = f"{LAYERS} of 12 layers, {len(seeds)} seeds (each its own division of the FAQ), greedy acceptance along the "
+    told += f"target's own answers; items found by the question, cosine {THRESHOLD} or more"
+    kinds = {
+        "": "held-out paraphrases of items that are in the store and were not in training",
+        "_seen": "held-out paraphrases of items that were in training",
+        "_outside": "questions that no item answers",
+        "_not_given": "as acceptance, but nothing is given to read",
+    }
+    found = []
+    for name, arrays in values.items():
+        kind = next(k for k in kinds if k and name.endswith(k)) if "_" in name else ""
+        found.append(figure(f"acceptance_{name}", np.concatenate(arrays), "fraction", f"{kinds[kind]}; {told}"))
+    for way in ("vector", "kv", "prefix"):
+        for suffix in ("", "_seen", "_outside"):
+            gain = np.concatenate(values[way + suffix]) - np.concatenate(values["trained" + suffix])
+            kind = f"{way} minus trained, question by question; {kinds[suffix]}; {told}"
+            found.append(figure(f"gain_{way}{suffix}", gain, "difference", kind))
+    return found
+
+
+def loss_figures(s: Lab, seeds: Sequence[int]) -> list[dict]:
+    """Each loss alone, from the same cut, on the same texts, for the same few steps."""
+    rows: dict[str, list[draft.Accepted]] = {}
+    for seed in seeds:
+        parts = split(s, seed)
+        tests = [*parts.seen.examples, *ask(s, word_problems(10, seed + 900), search=False).examples]
+        texts = [*parts.train.examples, *parts.other.examples]
+        for name in LOSSES[:2] if s.quick else LOSSES:
+            small = KnowledgeDraft.cut(s.target, "first:2")
+            options = {"epochs": 1, "batch_size": 8 if s.quick else 32, "learning_rate": 1e-3, "seed": seed}
+            draft.train(small, s.target, texts, parts.checks.examples, shares={name: 1.0}, every=10_000, **options)
+            rows.setdefault(name, []).append(draft.acceptance(small, s.target, tests))
+    told = f"first:2 of 12 layers, one pass over the same texts with each loss alone, {len(seeds)} seeds; held-out "
+    told += "paraphrases of the FAQ and word problems"
+    return [
+        figure(
+            f"{way}_{name}", np.concatenate([getattr(a, way) for a in found]), "fraction", f"{way} acceptance; {told}"
+        )
+        for name, found in rows.items()
+        for way in ("greedy", "sampled")
+    ]
+
+
+def count_figures() -> list[dict]:
+    """Parameters on the shape of Qwen3-0.6B, without any memory."""
+    large, found = config_of("Qwen/Qwen3-0.6B"), []
+    for name, how in COUNTED.items():
+        if how is None:
+            count = parameters(large)
+        else:
+            with torch.device("meta"):
+                count = KnowledgeDraft(KnowledgeDraftConfig.of(large, how[0], **how[1])).num_parameters()
+        told = f"{name.replace('_', ' ')} on the shape of Qwen3-0.6B, tied parameters once"
+        found.append(figure(f"parameters_{name}", [count / 1e6], "10^6", told))
+    return found
+
+
+def word_problems(each: int, seed: int) -> list[str]:
+    return [p[0]["content"] for n in (1, 2, 3) for p in problems(n, "long", each, seed=seed)]
+
+
+def measure(quick: bool, seed: int) -> list[dict]:
+    """Acceptance with and without knowledge, losses, speed and parameters of drafts."""
+    torch.set_num_threads(THREADS)
+    seeds = range(seed, seed + (1 if quick else 3))
+    with tempfile.TemporaryDirectory() as folder:
+        s = setup(Path(folder), quick)
+        return [*reading_figures(s, seeds), *loss_figures(s, seeds), *speed_figures(s, seed), *count_figures()]
+
+
+if __name__ == "__main__":
+    benchmark(measure)
