@@ -95,9 +95,9 @@ def sample_layers(which: str | Sequence[int], have: int) -> list[int]:
         _require(how in ("first", "uniform") and count.isdecimal() and 0 < int(count) <= have, f"{wanted}.")
         spread = np.arange(int(count)) if how == "first" else np.linspace(0, have - 1, int(count)).round()
         return spread.astype(int).tolist()
-    layers = [int(layer) for layer in which]
-    _require(layers and layers == sorted({*layers}) and {*layers} <= {*range(have)}, f"{wanted}, 0 to {have - 1}.")
-    return layers
+    layers = list(which) if isinstance(which, Sequence) else []
+    _require(layers and {*layers} <= {*range(have)} and layers == sorted({*layers}), f"{wanted}, 0 to {have - 1}.")
+    return [int(layer) for layer in layers]
 
 
 class Knowledge(NamedTuple):
@@ -270,12 +270,13 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         options = {"knowledge": knowledge, "transitions": transitions, "aligned": aligned}
         draft = cls(KnowledgeDraftConfig.of(target.config, layers, **options))
         draft.init_weights()
+        cast(draft.to(target.device), target.dtype)
         draft.plain.load_state_dict(_state_of(target, draft.config.layers))
         draft.readers = nn.ModuleList(
             Reader(layer, knowledge == "vector") for layer in draft._layers[: len(draft.readers)]
         )
         draft.generation_config = copy.deepcopy(target.generation_config)
-        return cast(draft.to(target.device), target.dtype).requires_grad_(True).eval()
+        return draft.requires_grad_(True).eval()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize what was neither cut from a target nor in a checkpoint."""
@@ -285,6 +286,11 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
             nn.init.zeros_(module.gate)
         else:
             super()._init_weights(module)
+
+    @property
+    def compilable(self) -> bool:
+        """Whether `kvlab.speculate.Runner` can compile it; what stands between layers comes by hooks in each call."""
+        return not (len(self.readers) or len(self.transitions))
 
     @property
     def _layers(self) -> nn.ModuleList:
@@ -528,7 +534,7 @@ class Example(NamedTuple):
     known: Tensor | None = None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def listen(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -551,7 +557,8 @@ def listen(
     >>> example.start, example.hidden_states.shape[-1]
     (4, 128)
     """
-    asked = json.dumps([fingerprint(target)["weights"], [list(prompt) for prompt in prompts], max_new_tokens])
+    asked = json.dumps([fingerprint(target)["weights"], [list(prompt) for prompt in prompts], max_new_tokens,
+                        tokenizer.eos_token_id])  # fmt: skip
     name = f"answers-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.safetensors"
     if folder and (Path(folder) / name).exists():
         with safe_open(Path(folder) / name, "pt") as file:
@@ -590,7 +597,8 @@ def attach(
     draft: KnowledgeDraft, store: "KnowledgeCache", examples: Sequence[Example], items: Sequence["Item | None"]
 ) -> list[Example]:
     """Give each example what the draft may read of an item (None: nothing); each item is read from the store once."""
-    read = {item.id: draft.read(store, item) for item in items if item is not None}
+    unique = {item.id: item for item in items if item is not None}
+    read = {name: draft.read(store, item) for name, item in unique.items()}
     pairs = zip(examples, items, strict=True)
     return [example._replace(known=None if item is None else read[item.id]) for example, item in pairs]
 
@@ -651,6 +659,8 @@ def acceptance(
     All tokens count but the first, which the target gives when it has read the prompt. One call a batch, where
     speculative decoding needs a loop: there the same tokens are guessed, but for those that come free after each round.
     """
+    own = all(example.hidden_states is not None for example in examples)
+    _require(own, "Some answers are not the target's own, and it did not weigh them: give what `listen` returns.")
     greedy, sampled, head = [], [], target.get_output_embeddings()
     for at in range(0, len(examples), batch_size):
         group = examples[at : at + batch_size]
@@ -728,6 +738,8 @@ def train(
             best.offer(model, score)
             return {"acceptance": score}
 
+        if not best.checkpoint.exists():
+            best.offer(draft, float(acceptance(draft, target, heldout).greedy.mean()))
         history = fit(
             draft,
             DataLoader(

@@ -246,6 +246,8 @@ class Runner:
         kind = model.config._attn_implementation
         seen = f"The attention implementation is {kind!r}, expected 'sdpa' or 'eager', which take a mask"
         _require(kind in ("eager", "sdpa"), f"{seen}: load the model with attn_implementation='sdpa'.")
+        able = compiled_room is None or getattr(model, "compilable", True)
+        _require(able, "A draft with cross-attention or transitions cannot be compiled: leave compiled_room out.")
         self.text = None  # an object of its own for each start, by which a stream knows whether memory is still its own
         self.model, self.compiled_room, self.slots, self._programs = model, compiled_room, None, {}
 

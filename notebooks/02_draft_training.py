@@ -236,7 +236,7 @@ print("              sampled:", shown(scores.sampled))
 
 # %%
 def fit(model, examples, choose, **options):
-    options = {"batch_size": 32, "epochs": 6, "learning_rate": 1.5e-3} | options
+    options = {"batch_size": 32, "epochs": 4, "learning_rate": 1.5e-3} | options
     shares = {"kl": 1.0, "ce": 1.0}
     return draft.train(model, target, examples, choose, shares=shares, **options)
 
@@ -432,7 +432,7 @@ lessons = draft.unsettle(attach(reader, texts, asked), hide=0.15, mislead=0.3)
 checks = attach(reader, said["choose"], questions["choose"])
 
 # %%
-history = fit(reader, [*lessons, *others, *drill], checks, epochs=5)
+history = fit(reader, [*lessons, *others, *drill], checks)
 gates = [REACH * part.gate.item() for part in reader.readers]
 print("gates:", np.round(gates, 2), "after layers", reader.config.layers)
 assert weights_hash(target) == untouched
@@ -627,7 +627,7 @@ if target.dtype == torch.float32:
 # %%
 rest = listen([q for r in (*checked, *new) for q in some_ways_to_ask(r, 8)])
 by_heart = KnowledgeDraft.cut(target, "uniform:3").float()
-fit(by_heart, [*said["train"], *rest], said["choose"], epochs=3)
+fit(by_heart, [*said["train"], *rest], said["choose"], epochs=2)
 scored = draft.acceptance(by_heart, target, said["new"]).greedy
 print("greedy acceptance on what was new:", shown(scored))
 

@@ -241,7 +241,7 @@ COUNTED = {
 
 
 def reading_figures(s: Lab, seeds: Sequence[int]) -> tuple[list[dict], dict[str, KnowledgeDraft]]:
-    """Drafts that read and drafts that do not, on the same texts, and asked about the same; and those of the last seed."""
+    """Drafts that read and drafts that do not, on the same texts, asked the same; and those of the last seed."""
     outside = ask(s, corpora.outside("test"))
     values: dict[str, list[np.ndarray]] = {}
     for seed in seeds:
@@ -253,8 +253,8 @@ def reading_figures(s: Lab, seeds: Sequence[int]) -> tuple[list[dict], dict[str,
                 values.setdefault(f"{name}{suffix}", []).append(accepted(s, small, texts))
             if small.config.knowledge:
                 values.setdefault(f"{name}_not_given", []).append(accepted(s, small, parts.new, know=False))
-    told = f"{LAYERS} of 12 layers, {len(seeds)} seed(s), each with its own division of the FAQ, greedy acceptance along the "
-    told += f"target's own answers; items found by the question, cosine {THRESHOLD} or more"
+    told = f"{LAYERS} of 12 layers, {len(seeds)} seed(s), each with its own division of the FAQ, greedy acceptance "
+    told += f"along the target's own answers; items found by the question, cosine {THRESHOLD} or more"
     kinds = {
         "": "held-out paraphrases of items that are in the store and were not in training",
         "_seen": "held-out paraphrases of items that were in training",
