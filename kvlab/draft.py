@@ -692,7 +692,7 @@ def train(
     every: int | None = None,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """Train a draft on texts, and leave it with the weights that did best on `heldout`.
+    """Train a draft on texts, and leave it with the weights that did best on `heldout`, of those checked on the way.
 
     Parameters
     ----------
@@ -738,8 +738,6 @@ def train(
             best.offer(model, score)
             return {"acceptance": score}
 
-        if not best.checkpoint.exists():
-            best.offer(draft, float(acceptance(draft, target, heldout).greedy.mean()))
         history = fit(
             draft,
             DataLoader(

@@ -1201,7 +1201,9 @@ def test_half_precision_arithmetic_trains_all_kinds(world, lesson, family, kind,
 def test_what_training_cannot_work_with_is_told(lesson):
     target, store, examples, heldout = lesson
     draft = KnowledgeDraft.cut(target)
-    with pytest.raises(ValueError, match="There is nothing held out: give `listen`'s examples for other questions"):
+    with pytest.raises(
+        ValueError, match="Nothing is held out that has an answer of two tokens or more: give what `listen` returns"
+    ):
         train(draft, target, examples, [])
     with pytest.raises(ValueError, match=r"7 examples are less than a step of 8 \* 1: give more"):
         train(draft, target, examples[:7], heldout)
@@ -1321,3 +1323,9 @@ def test_a_file_that_does_not_hold_the_draft_is_told(world, tmp_path, monkeypatc
         (ValueError, RuntimeError), match=sentence if harm != "shape" else "ignore_mismatched_sizes|does not hold"
     ):
         export(draft, tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"knowledge": "kv"}, {"knowledge": "vector"}, {"transitions": True}])
+def test_a_draft_with_more_than_layers_is_not_compiled(tiny_model, options):
+    with pytest.raises(ValueError, match="A draft with cross-attention or transitions cannot be compiled: leave"):
+        Runner(KnowledgeDraft.cut(tiny_model(), "first:2", **options), compiled_room=16)
