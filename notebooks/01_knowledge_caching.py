@@ -301,7 +301,7 @@ for name, prefix in prefixes.items():
     print(f"{name:20} word for word {interval(same)}")
 
 # %% [markdown]
-# The lab's target knows the FAQ by heart under the questions it was trained on, and hardly under new ones. It was never taught to look up one FAQ item in order to answer another question, so the item before the question
+# The lab's target knows the FAQ by heart under the questions it was trained on, and less surely under new ones. It was never taught to look up one FAQ item in order to answer another question, so the item before the question
 # does not help it. (A large model may well draw from it, but will say it in its own words: compare meanings there, not words.) Answering the stored question needs no such skill: it is right as often as the nearest item is, and with a threshold, as often as the item is found.
 
 # %% [markdown]
