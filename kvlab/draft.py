@@ -224,9 +224,9 @@ def _rotated(states: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 class KnowledgeDraft(PreTrainedModel, GenerationMixin):
     """A causal LM of a few of a target's layers, with what lets it read knowledge. Make one with `cut`.
 
-    It saves and loads as any model of transformers does (`AutoModelForCausalLM` knows it once kvlab is imported), and
-    drafts in `kvlab.speculate.ModelProposer(draft)` or `target.generate(..., assistant_model=draft)`; what is to be
-    known comes by `knowing`.
+    It saves and loads as any model of transformers does (`AutoModelForCausalLM` knows it once `kvlab.draft` is
+    imported), and drafts in `kvlab.speculate.ModelProposer(draft)` or `target.generate(..., assistant_model=draft)`;
+    what is to be known comes by `knowing`.
     """
 
     config_class = KnowledgeDraftConfig
@@ -515,7 +515,8 @@ def gather(known: Sequence[Tensor | None], starts: Sequence[int], like: Tensor |
     most = max(1, int(sizes.max()))
     blank = some.new_zeros(*some.shape[:-2], most, some.shape[-1])
     rows = [blank if states is None else pad(states, (0, 0, 0, most - states.shape[-2])) for states in known]
-    return Knowledge(torch.stack(rows), torch.arange(most) < sizes[:, None], torch.tensor(starts))
+    mask = torch.arange(most) < sizes[:, None]
+    return Knowledge(torch.stack(rows), mask.to(some.device), torch.tensor(starts, device=some.device))
 
 
 # -- training
@@ -598,7 +599,7 @@ def attach(
 ) -> list[Example]:
     """Give each example what the draft may read of an item (None: nothing); each item is read from the store once."""
     unique = {item.id: item for item in items if item is not None}
-    read = {name: draft.read(store, item) for name, item in unique.items()}
+    read = {name: draft.read(store, item).cpu() for name, item in unique.items()}
     pairs = zip(examples, items, strict=True)
     return [example._replace(known=None if item is None else read[item.id]) for example, item in pairs]
 
@@ -644,7 +645,10 @@ def _logits(draft: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 class Accepted(NamedTuple):
-    """For each text, the share of tokens accepted: greedily, and when drawn at temperature 1 (the mean of alpha)."""
+    """For each text with an answer of two tokens or more, the share of tokens accepted.
+
+    `greedy`: when the likeliest is taken; `sampled`: when tokens are drawn at temperature 1, the mean of alpha.
+    """
 
     greedy: np.ndarray
     sampled: np.ndarray
@@ -665,14 +669,15 @@ def acceptance(
     for at in range(0, len(examples), batch_size):
         group = examples[at : at + batch_size]
         batch = {k: v.to(draft.device) for k, v in collate(group, target.config.hidden_size).items()}
-        logits, target_logits = _logits(draft, batch), head(batch["hidden_states"].to(target.dtype))
-        log_q, log_p = (x.float().log_softmax(-1) for x in (logits, target_logits))
-        same, alpha = (logits.argmax(-1) == target_logits.argmax(-1)).float(), overlap(log_q, log_p)
+        logits = _logits(draft, batch)
         for row, example in enumerate(group):
             tokens = slice(example.start, len(example.input_ids) - 1)
-            if tokens.stop > tokens.start:
-                greedy.append(same[row, tokens].mean().item())
-                sampled.append(alpha[row, tokens].mean().item())
+            if tokens.stop > tokens.start:  # a vocabulary can be large: one text at a time
+                p = head(batch["hidden_states"][row, tokens].to(target.device, target.dtype)).to(logits.device)
+                q = logits[row, tokens]
+                greedy.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+                alpha = overlap(q.float().log_softmax(-1), p.float().log_softmax(-1))
+                sampled.append(alpha.mean().item())
     return Accepted(np.array(greedy), np.array(sampled))
 
 
@@ -722,6 +727,10 @@ def train(
         guessed,
         "Nothing is held out that has an answer of two tokens or more: give what `listen` returns for other questions.",
     )
+    weighed = all(example.hidden_states is not None for example in heldout)
+    _require(weighed, "Some held-out answers are not the target's own: give what `listen` returns.")
+    state = PartialState(cpu=target.device.type == "cpu")  # before `fit`, which would take the best device there is
+    _require(folder or state.num_processes == 1, "Several processes train this draft: give a folder that all can read.")
     head, like = target.get_output_embeddings(), next((e.known for e in examples if e.known is not None), None)
 
     def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
