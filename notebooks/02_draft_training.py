@@ -353,6 +353,10 @@ if results:
     plots.splice_panels(panels)
 
 # %% [markdown]
+# After so few steps, total variation and reverse KL are behind: both pull at what the draft says already. KL, cross-entropy (on a greedy target's text it asks for nearly the same), $-\log\alpha$ and the hybrid are close to one another. None is a clear best here; a draft that is
+# trained for long on sampled text may tell them apart.
+
+# %% [markdown]
 # ## Let it read
 #
 # The target *has* read the new items: they are in the store of chapter 01. A draft can look there while it drafts. After each of its layers stands a {term}`cross-attention`, from its hidden states $h$ to an item's keys and values, behind a gate:
@@ -505,7 +509,7 @@ plots.with_and_without(pairs, ("without knowledge", "reading"));
 #
 # ### Try to break it
 #
-# If it really reads, another item's knowledge must be worse than none, and knowledge one position off must spoil it. On the questions that the target answers as the item does:
+# If it really reads, another item must be no help, and knowledge one position off must spoil it. On the questions that the target answers as the item does:
 
 # %%
 right = [a == (i and i.question) for a, i in zip(answers, new_items)]
@@ -526,8 +530,7 @@ for name, examples in controls.items():
     print(f"{name:18} {shown(values)}")
 if scale.name == "tiny":
     best = results_of.pop("the item found")
-    assert best > results_of["nothing"] > results_of["another item"]
-    assert best > results_of["one position off"] + 0.2
+    assert all(best > other + 0.2 for other in results_of.values())
 
 # %% [markdown]
 # ### Three ways, several seeds
@@ -549,6 +552,10 @@ if results:
     }
     plots.splice_panels(panels)
     print(textwrap.fill(figures["acceptance_kv"]["conditions"], 78))
+
+# %% [markdown]
+# Keys and values help, in a cross-attention or as a prefix; the last hidden states help much less in as many steps. They were made to say what comes next, and it may take longer to learn from them which token they stand for. The prefix asks for no new parameters, but costs a
+# little where nothing is to be had: what stands in the draft's own cache cannot be closed off by a gate.
 
 # %% [markdown]
 # ## In the loop
