@@ -411,11 +411,11 @@ def loss_gradients(accepted: Sequence[float], gradients: Mapping[str, Sequence[f
     ax, ends = axes(width=6.8)[0], []
     for (label, values), (color, marker, dash) in zip(gradients.items(), LINES, strict=False):
         ax.plot(accepted, values, color=color, ls=dash, marker=marker, ms=3.5)
-        ends.append((label, accepted[-1], np.log10(values[-1]), color))
+        ends.append((label, values[-1], color))
     ax.set(xscale="log", yscale="log", xlabel="acceptance α of the draft", ylabel="size of the gradient")
-    for label, x, y, color in ends:
-        place = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": color}
-        ax.annotate(label, (x, 10**y), (8, 0), **place)
+    for place, (label, y, color) in enumerate(sorted(ends, key=lambda end: end[1])):
+        where = {"textcoords": "offset points", "va": "center", "fontsize": 9, "annotation_clip": False}
+        ax.annotate(label, (accepted[-1], y), (10, 13 * (place - (len(ends) - 1) / 2)), color=color, **where)
     return ax
 
 

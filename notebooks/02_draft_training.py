@@ -328,7 +328,7 @@ for level in levels:
 plots.loss_gradients(levels, pulls);
 
 # %% [markdown]
-# Where acceptance is small, total variation hardly pulls at all: from a cold start it has no idea where to go. $-\log\alpha$ has the same direction divided by $\alpha$, and so does not fade. What that comes to
+# Where acceptance is small, total variation hardly pulls at all: from a cold start it has no idea where to go. $-\log\alpha$ has the same direction divided by $\alpha$, and so does not fade. (Where the target is sure of one token, it is the same as KL: their lines cover each other.) What that comes to
 # after training takes many runs, so a benchmark has made them (`tests/benchmarks/draft.py`): one cut, each loss alone, the same texts and steps, several seeds.
 
 # %%
@@ -505,7 +505,7 @@ pairs = {
 plots.with_and_without(pairs, ("without knowledge", "reading"));
 
 # %% [markdown]
-# Where the target answers what the item says, reading wins. Where the target is wrong about its own FAQ, the right item is no help: the draft guesses what the target *will* say, not what is true.
+# Where the target answers what the item says, reading wins. Outside, it wins where the target falls back on a stored answer that was found, and loses a little where it says something else: nothing in sum. Where the target is wrong about its own FAQ, the right item is no help: the draft guesses what the target *will* say, not what is true.
 #
 # ### Try to break it
 #
