@@ -46,6 +46,17 @@ PROMISED = {
         *(f"retrieval_ms_100k{suffix}" for suffix in ("", "_domain")),
         *("kills_survived", "kills_mid"),
     },
+    "draft": {
+        *(
+            f"acceptance_{arm}{suffix}"
+            for arm in ("truncated", "trained", "vector", "kv", "prefix")
+            for suffix in ("", "_seen", "_outside")
+        ),
+        *(f"gain_{way}{suffix}" for way in ("vector", "kv", "prefix") for suffix in ("", "_seen", "_outside")),
+        *(f"{when}_{loss}" for when in ("greedy", "sampled") for loss in ("kl", "reverse_kl")),
+        *(f"parameters_{shape}" for shape in ("target", "first_3", "uniform_6", "uniform_6_kv_transitions")),
+        *("speedup", "speedup_over_generate", "speedup_end_to_end", "speedup_kv_new", "identical"),
+    },
     "speculate": {
         *(
             name + suffix
