@@ -2,7 +2,8 @@
 
 A draft is an ordinary causal LM (`draft.plain`) and, around it, what lets it read: after each layer a cross-attention
 to an item of the knowledge cache, behind a gate that starts closed, so that an untrained draft is the plain truncated
-target, bit for bit. Knowledge goes to the draft alone; what is decoded stays the target's text.
+target, bit for bit ("prefix", below, has no gate). Knowledge goes to the draft alone; what is decoded stays the
+target's text.
 
 Three ways to give it:
 
@@ -706,7 +707,8 @@ def train(
     shares : of the losses (`kvlab.losses.distill`); by default as in the source, SHARES["kv"] for a draft that reads
         keys and values and SHARES["vector"] for any other, with cross-entropy where answers are given.
     epochs, batch_size, accumulate : passes over the examples, examples of a batch, batches of an optimizer step.
-    folder : for checkpoint.safetensors, from which a run that was stopped goes on, and best.safetensors.
+    folder : for checkpoint.safetensors, from which a run that was stopped goes on, and best.safetensors. It serves one
+        run: whether examples and losses are those of before is not checked.
     every : steps between checks on `heldout`; by default an epoch.
 
     Returns
