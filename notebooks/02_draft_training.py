@@ -263,7 +263,7 @@ for name in ("seen", "new", "outside"):
 assert weights_hash(target) == untouched
 
 # %% [markdown]
-# Asked in words that it was not trained on, about items that it was trained on, nearly all it guesses is right: it has learned the answers by heart, as the target has. (To many an outside question, too, the target gives an answer that the draft knows.) On new items, most guesses fail. Look at one:
+# Asked in words that it was not trained on, about items that it was trained on, nearly all it guesses is right: it has learned the answers by heart, as the target has. (To many an outside question, too, the target gives an answer that the draft knows.) On new items, most guesses fail. Look at the worst:
 
 # %%
 def watch(model, example, known=None, gamma=6):
@@ -274,8 +274,10 @@ def watch(model, example, known=None, gamma=6):
     return speculate.generate(target, [prompt], drafts, **options).rounds
 
 
-rounds = watch(trained, said["new"][0])
-print(questions["new"][0])
+scores = draft.acceptance(trained, target, said["new"]).greedy
+worst = int(scores.argmin())
+rounds = watch(trained, said["new"][worst])
+print(questions["new"][worst])
 plots.token_view(rounds, tokenizer)
 
 # %% [markdown]
@@ -405,7 +407,8 @@ part, device = reader.readers[0], target.device
 hidden = torch.randn(1, 5, target.config.hidden_size, device=device)
 keys, values = known.states[:, 0, 0], known.states[:, 0, 1]  # (1, H_kv, S, D)
 query = part.query(part.norm(hidden)).unflatten(-1, (-1, part.head_dim))
-query = turned(part.query_norm(query).transpose(1, 2), torch.arange(5, device=device) - 2)
+query = part.query_norm(query).transpose(1, 2)
+query = turned(query, torch.arange(5, device=device) - 2)
 keys = turned(keys, torch.arange(keys.shape[2], device=device))
 
 # %%
