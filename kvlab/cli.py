@@ -509,7 +509,7 @@ def train_draft(
 
 def _shares(losses: Mapping[str, float] | None, reads: str | None) -> dict[str, float]:
     """Losses as asked for, or as in the sources, which have no given answers for a draft that reads keys and values."""
-    shares = dict(losses if losses is not None else {"ce": 1.0} | drafts.SHARES["kv" if reads == "kv" else "vector"])
+    shares = dict(losses if losses is not None else drafts.source_shares(reads, given=True))
     require_known(shares)
     return shares
 

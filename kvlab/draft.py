@@ -45,6 +45,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
+    DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -124,6 +125,9 @@ class _Entries(NamedTuple):
     def row(self, row: int) -> "_Entries":
         one = slice(row, row + 1)
         return _Entries([(k[one], v[one]) for k, v in self.layers], self.mask[one], self.start[one])
+
+    def cache(self) -> DynamicCache:
+        return from_tensor(torch.stack([torch.stack(pair) for pair in self.layers]))
 
 
 class KnowledgeDraftConfig(PreTrainedConfig):
@@ -373,8 +377,7 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         kept = entries.mask[0].nonzero()[:, 0]
         if not len(kept):
             return None
-        cache = from_tensor(torch.stack([torch.stack((k[:, :, kept], v[:, :, kept])) for k, v in entries.layers]))
-        return Prefix(cache, 0 if self.config.aligned else len(kept))
+        return Prefix(select(entries.cache(), kept), 0 if self.config.aligned else len(kept))
 
     def _entries(self, given: Knowledge) -> _Entries:
         """Project knowledge, and place it."""
@@ -435,11 +438,10 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
 
     def _behind(self, entries: _Entries, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None):
         """A cache that holds the entries, and positions and mask of a text that begins behind them."""
-        cache = from_tensor(torch.stack([torch.stack(pair) for pair in entries.layers]))
         own = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not self.config.aligned:
             position_ids = position_ids + entries.mask.sum(1, keepdim=True)
-        return cache, position_ids, torch.cat((entries.mask.to(own), own), 1)
+        return entries.cache(), position_ids, torch.cat((entries.mask.to(own), own), 1)
 
     @contextmanager
     def _between_layers(self, entries: _Entries | None, position_ids: Tensor | None) -> Iterator[None]:
@@ -674,12 +676,23 @@ def acceptance(
         for row, example in enumerate(group):
             tokens = slice(example.start, len(example.input_ids) - 1)
             if tokens.stop > tokens.start:  # a vocabulary can be large: one text at a time
-                p = head(batch["hidden_states"][row, tokens].to(target.device, target.dtype)).to(logits.device)
+                p = head(example.hidden_states[1:].to(target.device, target.dtype)).to(logits.device)
                 q = logits[row, tokens]
                 greedy.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
                 alpha = overlap(q.float().log_softmax(-1), p.float().log_softmax(-1))
                 sampled.append(alpha.mean().item())
     return Accepted(np.array(greedy), np.array(sampled))
+
+
+def source_shares(knowledge: str | None, given: bool) -> dict[str, float]:
+    """Shares of the losses as the sources have them, for a draft that reads in this way; "ce" where answers are given.
+
+    Examples
+    --------
+    >>> source_shares("kv", given=True)
+    {'ce': 1.0, 'kl': 0.8, 'tv': 0.3}
+    """
+    return ({"ce": 1.0} if given else {}) | SHARES["kv" if knowledge == "kv" else "vector"]
 
 
 def train(
@@ -716,8 +729,7 @@ def train(
     The history of `fit`, with "acceptance" where it was checked.
     """
     own = sum(example.hidden_states is not None for example in examples)
-    source = SHARES["kv" if draft.config.knowledge == "kv" else "vector"]
-    shares = dict(shares or ({"ce": 1.0} if own < len(examples) else {}) | source)
+    shares = dict(shares or source_shares(draft.config.knowledge, given=own < len(examples)))
     require_known(shares)
     _require(
         "ce" in shares or own == len(examples), "Some answers are given: they need the loss 'ce' among the shares."

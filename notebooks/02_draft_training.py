@@ -142,9 +142,7 @@ shapes = {
 }
 for name, (layers, options) in shapes.items():
     config = KnowledgeDraftConfig.of(large, layers, **options)
-    with torch.device("meta"):
-        made = KnowledgeDraft(config)
-    counts[name] = {"M parameters": made.num_parameters() / 1e6}
+    counts[name] = {"M parameters": parameters(config) / 1e6}
 table = pd.DataFrame(counts).T
 table["of which embedding"] = large.vocab_size * large.hidden_size / 1e6
 table.round(1)
@@ -538,7 +536,7 @@ if scale.name == "tiny":
 # %% [markdown]
 # ### Three ways, several seeds
 #
-# The benchmark trains all three on the same texts, with three divisions of the FAQ into seen and new:
+# The benchmark trains all three on the same texts, with three divisions of the FAQ into seen and new. (The settings, such as the learning rate and how often knowledge is exchanged, were tried out on the new questions of the first of them.)
 
 # %% mystnb={"image": {"alt": "Two panels, acceptance on new items of the store and on outside questions, for the truncated draft, the trained one, and three ways of reading, with intervals."}}
 arms = {

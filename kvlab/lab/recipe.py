@@ -37,8 +37,7 @@ LONG = Mix(row=320, repetition=0.04, arithmetic=0.30, faq=0.10, facts=(4, 40), e
 LOOKUP = Mix(
     row=320, repetition=0.03, arithmetic=0.2, faq=0.08, facts=(8, 40), kinds=(75, 0, 15, 10), easy=0.0, questions=12
 )
-FAQ = Mix(row=320, repetition=0.02, arithmetic=0.13, faq=0.45, reworded=0.8, facts=(8, 40), kinds=(75, 0, 15, 10),
-          easy=0.0, questions=12)  # fmt: skip
+FAQ = replace(LOOKUP, repetition=0.02, arithmetic=0.13, faq=0.45, reworded=0.8)
 TOKENIZERS = {"lab-target": (1536, 0), "lab-draft": (1536, 0), "lab-teacher": (640, 1)}
 STAGES = {
     "lab-draft": [Stage(2, SHORT, 1400, 24, 2e-3)],

@@ -23,7 +23,6 @@ from kvlab.scale import config_of, parameters
 from kvlab.speculate import ModelProposer, generate, summarize
 
 THREADS, NEW, LAYERS, BEST = 2, 64, "uniform:3", "first:1"
-WAYS = (None, "vector", "kv", "prefix")
 EPOCHS, GAMMA, THRESHOLD = 5, 8, 0.3
 NAMES = {None: "trained", "vector": "vector", "kv": "kv", "prefix": "prefix"}
 
@@ -48,8 +47,13 @@ class Texts(NamedTuple):
 
 def ask(s: Lab, questions: Sequence[str], search: bool = True) -> Texts:
     prompts = [encode(s.tokenizer, [{"role": "user", "content": question}]) for question in questions]
-    hits = [s.store.retrieve(question, threshold=THRESHOLD) if search else [] for question in questions]
-    return Texts(draft.listen(s.target, s.tokenizer, prompts, s.folder, NEW), [h[0].item if h else None for h in hits])
+    items = [find(s, question) if search else None for question in questions]
+    return Texts(draft.listen(s.target, s.tokenizer, prompts, s.folder, NEW), items)
+
+
+def find(s: Lab, question: str) -> Item | None:
+    hits = s.store.retrieve(question, threshold=THRESHOLD)
+    return hits[0].item if hits else None
 
 
 def setup(folder: Path, quick: bool) -> Lab:
@@ -155,8 +159,8 @@ def drafted(s: Lab, small: KnowledgeDraft, question: str, ids: list[int]) -> Run
     """Find the item, load it, draft with it."""
 
     def proposer() -> ModelProposer:
-        hits = s.store.retrieve(question, threshold=THRESHOLD) if small.config.knowledge else []
-        return ModelProposer(*small.knowing(s.store, [hits[0].item if hits else None], [len(ids)]))
+        item = find(s, question) if small.config.knowledge else None
+        return ModelProposer(*small.knowing(s.store, [item], [len(ids)]))
 
     return timed(s, ids, proposer)
 
@@ -190,7 +194,7 @@ def ratio(runs: dict[str, list[Run]], fast: str, slow: str, part: str = "decodin
     return [getattr(b, part) / getattr(a, part) for a, b in zip(runs[fast], runs[slow], strict=True)]
 
 
-def speed_figures(s: Lab, seed: int, halved: dict[str, KnowledgeDraft]) -> list[dict]:
+def speed_figures(s: Lab, seed: int, asked: Sequence[str], halved: dict[str, KnowledgeDraft]) -> list[dict]:
     """A draft that was trained on the whole FAQ, and drafts trained on half of it, in the loop."""
     records, wordings = list(corpora.faq()), corpora.wordings()
     records = records[:4] if s.quick else records
@@ -199,7 +203,7 @@ def speed_figures(s: Lab, seed: int, halved: dict[str, KnowledgeDraft]) -> list[
     everything = Split(texts, ask(s, word_problems(4 if s.quick else 50, seed + 7), search=False), checks, None, None)
     best = train(s, everything, None, seed, BEST)
     whole = taking_turns(s, {"best": best}, [r["paraphrases"][2] for r in records])
-    new = taking_turns(s, halved, split(s, seed).asked)
+    new = taking_turns(s, halved, asked)
     pairs = ((a, b) for runs in (whole, new) for arm in runs.values() for a, b in zip(arm, runs["plain"], strict=True))
     told = (
         f"batch 1, greedy, gamma {GAMMA}, eager, {torch.get_num_threads()} threads, ratio of times a question, median "
@@ -229,10 +233,8 @@ def speed_figures(s: Lab, seed: int, halved: dict[str, KnowledgeDraft]) -> list[
 
 # -- all of it
 
-WHEN = ("greedy", "sampled")
 LOSSES = ("kl", "reverse_kl", "ce", "tv", "log_alpha", "lk_hybrid")
 COUNTED = {
-    "target": None,
     "first_3": ("first:3", {}),
     "uniform_6": ("uniform:6", {}),
     "uniform_6_kv": ("uniform:6", {"knowledge": "kv"}),
@@ -240,20 +242,19 @@ COUNTED = {
 }
 
 
-def reading_figures(s: Lab, seeds: Sequence[int]) -> tuple[list[dict], dict[str, KnowledgeDraft]]:
+def reading_figures(s: Lab, splits: dict[int, Split]) -> tuple[list[dict], dict[str, KnowledgeDraft]]:
     """Drafts that read and drafts that do not, on the same texts, asked the same; and those of the last seed."""
     outside = ask(s, corpora.outside("test"))
     values: dict[str, list[np.ndarray]] = {}
-    for seed in seeds:
-        parts = split(s, seed)
+    for seed, parts in splits.items():
         drafts = {"truncated": KnowledgeDraft.cut(s.target, LAYERS)}
-        drafts |= {NAMES[way]: train(s, parts, way, seed) for way in WAYS}
+        drafts |= {name: train(s, parts, way, seed) for way, name in NAMES.items()}
         for name, small in drafts.items():
             for suffix, texts in (("", parts.new), ("_seen", parts.seen), ("_outside", outside)):
                 values.setdefault(f"{name}{suffix}", []).append(accepted(s, small, texts))
             if small.config.knowledge:
                 values.setdefault(f"{name}_not_given", []).append(accepted(s, small, parts.new, know=False))
-    told = f"{LAYERS} of 12 layers, {len(seeds)} seed(s), each with its own division of the FAQ, greedy acceptance "
+    told = f"{LAYERS} of 12 layers, {len(splits)} seed(s), each with its own division of the FAQ, greedy acceptance "
     told += f"along the target's own answers; items found by the question, cosine {THRESHOLD} or more"
     kinds = {
         "": "held-out paraphrases of items that are in the store and were not in training",
@@ -273,11 +274,10 @@ def reading_figures(s: Lab, seeds: Sequence[int]) -> tuple[list[dict], dict[str,
     return found, drafts
 
 
-def loss_figures(s: Lab, seeds: Sequence[int]) -> list[dict]:
+def loss_figures(s: Lab, splits: dict[int, Split]) -> list[dict]:
     """Each loss alone, from the same cut, on the same texts, for the same few steps."""
     rows: dict[str, list[draft.Accepted]] = {}
-    for seed in seeds:
-        parts = split(s, seed)
+    for seed, parts in splits.items():
         tests = [*parts.seen.examples, *ask(s, word_problems(10, seed + 900), search=False).examples]
         texts = [*parts.train.examples, *parts.other.examples]
         for name in LOSSES[:2] if s.quick else LOSSES:
@@ -285,7 +285,7 @@ def loss_figures(s: Lab, seeds: Sequence[int]) -> list[dict]:
             options = {"epochs": 1, "batch_size": 8 if s.quick else 32, "learning_rate": 1e-3, "seed": seed}
             draft.train(small, s.target, texts, parts.checks.examples, shares={name: 1.0}, every=10_000, **options)
             rows.setdefault(name, []).append(draft.acceptance(small, s.target, tests))
-    told = f"first:2 of 12 layers, one pass over the same texts with each loss alone, {len(seeds)} seeds; held-out "
+    told = f"first:2 of 12 layers, one pass over the same texts with each loss alone, {len(splits)} seeds; held-out "
     told += "paraphrases of the FAQ and word problems"
     return [
         figure(
@@ -298,16 +298,13 @@ def loss_figures(s: Lab, seeds: Sequence[int]) -> list[dict]:
 
 def count_figures() -> list[dict]:
     """Parameters on the shape of Qwen3-0.6B, without any memory."""
-    large, found = config_of("Qwen/Qwen3-0.6B"), []
-    for name, how in COUNTED.items():
-        if how is None:
-            count = parameters(large)
-        else:
-            with torch.device("meta"):
-                count = KnowledgeDraft(KnowledgeDraftConfig.of(large, how[0], **how[1])).num_parameters()
-        told = f"{name.replace('_', ' ')} on the shape of Qwen3-0.6B, tied parameters once"
-        found.append(figure(f"parameters_{name}", [count / 1e6], "10^6", told))
-    return found
+    large = config_of("Qwen/Qwen3-0.6B")
+    drafts = {name: KnowledgeDraftConfig.of(large, layers, **how) for name, (layers, how) in COUNTED.items()}
+    told = "on the shape of Qwen3-0.6B, tied parameters once"
+    return [
+        figure(f"parameters_{name}", [parameters(config) / 1e6], "10^6", f"{name.replace('_', ' ')} {told}")
+        for name, config in {"target": large, **drafts}.items()
+    ]
 
 
 def word_problems(each: int, seed: int) -> list[str]:
@@ -320,9 +317,11 @@ def measure(quick: bool, seed: int) -> list[dict]:
     seeds = range(seed, seed + (1 if quick else 3))
     with tempfile.TemporaryDirectory() as folder:
         s = setup(Path(folder), quick)
-        reading, drafts = reading_figures(s, seeds)
-        losses = loss_figures(s, seeds)
-        speed = speed_figures(s, seeds[-1], {name: drafts[name] for name in ("trained", "kv")})
+        splits = {seed: split(s, seed) for seed in seeds}
+        reading, drafts = reading_figures(s, splits)
+        losses = loss_figures(s, splits)
+        halved = {name: drafts[name] for name in ("trained", "kv")}
+        speed = speed_figures(s, seeds[-1], splits[seeds[-1]].asked, halved)
         return [*reading, *losses, *speed, *count_figures()]
 
 
