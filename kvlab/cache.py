@@ -466,6 +466,19 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     return shallow
 
 
+def scale_keys(cache: DynamicCache, factors: Tensor) -> DynamicCache:
+    """Multiply keys by factors, (T,), (B, T), (B, H_kv, T) or (L, B, H_kv, T), and with them all logits they give.
+
+    >>> cache = prefill(*_example()).cache
+    >>> half = scale_keys(cache, torch.full((5,), 0.5)).layers[1]
+    >>> torch.equal(half.keys, cache.layers[1].keys / 2), torch.equal(half.values, cache.layers[1].values)
+    (True, True)
+    """
+    pairs = _pairs(cache)
+    factors = _per_entry(factors, cache).expand(len(pairs), -1, -1, -1)[..., None]
+    return _build(((keys * f).to(keys.dtype), values) for (keys, values), f in zip(pairs, factors, strict=True))
+
+
 def to_tensor(cache: DynamicCache) -> Tensor:
     """Copy a cache into one tensor, (L, 2, B, H_kv, T, D), keys before values.
 

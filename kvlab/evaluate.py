@@ -97,6 +97,39 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]
     return tokenizer.apply_chat_template(conversation, return_dict=True, **options)["input_ids"]
 
 
+def encode_parts(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]) -> list[list[int]]:
+    """Token ids of each message of a conversation; one by a user ends with what opens the answer.
+
+    Joined they are what `encode` gives, wherever tokens do not reach across messages, which chat templates see to.
+    Raises ValueError for a template that writes a message differently once another follows it.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> tokenizer = lab.load_tokenizer("lab-target")
+    >>> messages = [{"role": "system", "content": "Anna lives in Rome."}, {"role": "user", "content": "Where?"}]
+    >>> [tokenizer.decode(ids) for ids in encode_parts(tokenizer, messages)]
+    ['<|system|> Anna lives in Rome.', '<|user|> Where?<|assistant|>']
+    """
+    texts = [_rendered(tokenizer, conversation[: i + 1]) for i in range(len(conversation))]
+    for role, before, after in zip((m["role"] for m in conversation), texts, texts[1:], strict=False):
+        if not after.startswith(before):
+            raise ValueError(
+                f"The chat template changes a {role} message when another follows it, so a text cannot go on behind "
+                "it: use a tokenizer whose template leaves it, or none (chat_template=None)."
+            )
+    starts, special = [0, *map(len, texts)], not tokenizer.chat_template
+    parts = [text[start:] for start, text in zip(starts, texts, strict=False)]
+    return [tokenizer(part, add_special_tokens=special and not i)["input_ids"] for i, part in enumerate(parts)]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]) -> str:
+    if not tokenizer.chat_template:
+        return "\n".join(message["content"] for message in conversation)
+    options = {"add_generation_prompt": conversation[-1]["role"] == "user", "enable_thinking": False}
+    return tokenizer.apply_chat_template(list(conversation), tokenize=False, **options)
+
+
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """SQuAD's exact match, 0 or 1 for each pair: equal after dropping case, punctuation, articles and extra space.
 
