@@ -466,6 +466,18 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     return shallow
 
 
+def repeat(cache: DynamicCache, rows: int) -> DynamicCache:
+    """Give a cache of one row to several rows.
+
+    >>> repeat(prefill(*_example()).cache, 3).layers[0].keys.shape
+    torch.Size([3, 2, 5, 16])
+    """
+    pairs = _pairs(cache)
+    have = _shape(pairs)[1]
+    require(have == 1, f"The cache has {have} rows, expected one.")
+    return _build((keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in pairs)
+
+
 def scale_keys(cache: DynamicCache, factors: Tensor) -> DynamicCache:
     """Multiply keys by factors, (T,), (B, T), (B, H_kv, T) or (L, B, H_kv, T), and with them all logits they give.
 

@@ -583,6 +583,19 @@ def example(
     return Example(torch.tensor(start), torch.tensor([i for ids in parts for i in ids]), torch.cat(weights))
 
 
+class Examples(Dataset):
+    """`example` of each of many (context, turns), made when it is asked for."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, readings, instruction: float = 0.0):
+        self.tokenizer, self.readings, self.instruction = tokenizer, readings, instruction
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+    def __getitem__(self, index: int) -> Example:
+        return example(self.tokenizer, *self.readings[index], self.instruction)
+
+
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
     """A batch: contexts padded on the left, texts on the right."""
     sides = {"context": "left", "text": "right", "weights": "right"}

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlab.cache import Prefix, repeat
 from kvlab.files import write_text
 
 
@@ -165,16 +166,26 @@ def _squad(predictions: Sequence[str], references: Sequence[str], score: str) ->
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tensor], endings: Sequence[Tensor]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor],
+    endings: Sequence[Tensor],
+    prefix: Prefix | None = None,
 ) -> np.ndarray:
-    """log p(ending | prompt) in nats, summed over the ending's tokens, for each pair of 1-D id tensors."""
+    """log p(ending | prompt) in nats, summed over the ending's tokens, for each pair of 1-D id tensors.
+
+    All of them stand behind `prefix`, if there is one: a cache of one row.
+    """
     rows = [torch.cat(pair) for pair in zip(prompts, endings, strict=True)]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     starts = torch.tensor([len(p) for p in prompts])[:, None]
     stops = torch.tensor([len(r) for r in rows])[:, None]
     places = torch.arange(input_ids.shape[1])[None]
     # Padding stands on the right, where a causal model does not see it.
-    logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits[:, :-1].float()
+    past, first = (None, 0) if prefix is None else (repeat(prefix.cache, len(rows)), prefix.next_position)
+    ids, position_ids = input_ids.to(model.device), (first + places).to(model.device)
+    logits = model(input_ids=ids, position_ids=position_ids, past_key_values=past, use_cache=past is not None).logits
+    logits = logits[:, :-1].float()
     logs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None].to(model.device))[..., 0].cpu()
     inside = (places >= starts) & (places < stops)  # (B, T)
     return (logs * inside[:, 1:]).sum(-1).double().numpy()

@@ -1,16 +1,22 @@
-"""Records from files: both formats say the same, values stay as written, and what does not fit is named."""
+"""Records from files: all formats say the same, values stay as written, and what does not fit is named."""
 
 import json
+import warnings
+from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlab.records import faq, read_prompts
+from kvlab import records
+from kvlab.records import RECORDS, Record, faq, read_prompts, read_records
 
-CORPUS = Path(__file__).parents[2] / "shared/data/faq_chatterbot/english"
+DATA = Path(__file__).parent / "data"
+PUBLISHED = Path(__file__).parents[2] / "shared/data"
+CORPUS = PUBLISHED / "faq_chatterbot/english"
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
@@ -148,3 +154,343 @@ def test_a_broken_line_of_prompts_is_named(line, tmp_path):
     (tmp_path / "prompts").write_text(f'{{"turns": ["One."]}}\n\n{line}\n')
     with pytest.raises(ValueError, match=r"line 3 is .*, expected a JSON object like"):
         read_prompts(tmp_path / "prompts")
+
+
+# -- a context to read: the files in data/ are invented texts in the forms that the data sets are published in
+
+FILES = {
+    "squad": ("squad_v1.json", "squad_v2.json"),
+    "quality": ("QuALITY.invented.train",),
+    "self_instruct": ("self_instruct.jsonl",),
+    "p3": ("p3.jsonl",),
+    "long_alpaca": ("long_alpaca.json",),
+}
+OURS = [(kind, DATA / name) for kind, names in FILES.items() for name in names]
+REAL = [
+    ("squad", "squad/dev-part-a.json"),
+    ("self_instruct", "self_instruct/seed_tasks.jsonl"),
+    ("self_instruct", "self_instruct/user_oriented_instructions.jsonl"),
+    ("p3", "p3/adversarial_qa_dbert_answer_the_following_q.jsonl"),
+    ("p3", "p3/adversarial_qa_dbert_based_on.jsonl"),
+]
+ABSENT = pytest.mark.skipif(not CORPUS.is_dir(), reason="the published files are not here")
+EVERY = OURS + [pytest.param(kind, PUBLISHED / name, marks=ABSENT) for kind, name in REAL]
+
+
+def of_kind(kind, params=EVERY):
+    return [param for param in params if (param.values if hasattr(param, "values") else param)[0] == kind]
+
+
+def raw(path):
+    text = path.read_text("utf-8")
+    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+def read(kind, source):
+    """Return the records, without the warning that counts those that are left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return RECORDS[kind](source)
+
+
+def words(*texts):
+    return Counter(" ".join(texts).split())
+
+
+@pytest.mark.parametrize(("kind", "path"), EVERY)
+def test_every_record_has_its_three_texts_and_of_choices_one_is_right(kind, path):
+    found = read(kind, path)
+    assert found
+    for record in found:
+        texts = [record.context, record.question, *record.answers, *record.choices]
+        assert all(isinstance(text, str) and text.strip() for text in texts)
+        assert record.answer == record.answers[0]
+        assert len(set(record.answers)) == len(record.answers)
+        assert not record.choices or (len(record.answers) == 1 and record.answer in record.choices)
+
+
+@pytest.mark.parametrize(("kind", "path"), of_kind("squad"))
+def test_squad_texts_are_as_written_so_that_offsets_hold(kind, path):
+    paragraphs = [paragraph for article in raw(path)["data"] for paragraph in article["paragraphs"]]
+    asked = [(paragraph["context"], qa) for paragraph in paragraphs for qa in paragraph["qas"] if qa["answers"]]
+    found = read(kind, path)
+    assert [(r.context, r.question) for r in found] == [(context, qa["question"]) for context, qa in asked]
+    for record, (_, qa) in zip(found, asked, strict=True):
+        assert record.answer == qa["answers"][0]["text"]
+        assert set(record.answers) == {answer["text"] for answer in qa["answers"]}
+        for answer in qa["answers"]:
+            assert record.context[answer["answer_start"] :].startswith(answer["text"])
+
+
+def test_questions_that_nothing_answers_are_left_out_with_one_warning():
+    with pytest.warns(UserWarning, match=r"squad_v2\.json: 1 of 2 records are left out: 1 without answer") as told:
+        found = records.squad(DATA / "squad_v2.json")
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    assert [record.answers for record in found] == [("1960",)]  # and no plausible answer stands in for one
+
+
+def test_what_is_left_out_is_counted_by_what_it_lacks():
+    asked = {"question": "Q", "answers": {"text": ["A"], "answer_start": [0]}}
+    rows = [{"context": "C"} | asked, {"context": " "} | asked, {"context": "C"} | asked | {"question": ""}]
+    rows += [{"context": "C"} | asked | {"answers": {"text": [" "], "answer_start": [0]}}] * 2
+    said = r"the list: 4 of 5 records are left out: 1 without context, 1 without question, 2 without answer\."
+    with pytest.warns(UserWarning, match=said) as told:
+        assert records.squad(rows) == [Record("C", "Q", ("A",))]
+    assert len(told) == 1
+
+
+def test_quality_counts_labels_from_one_and_the_writer_answers_where_no_vote_does():
+    found = records.quality(DATA / "QuALITY.invented.train")
+    assert [record.answer for record in found] == ["The oil", "Per", "Over the harbor", "Blue"]
+    assert [len(record.choices) for record in found] == [4] * 4
+    assert found[0].choices[1] == "The oil"
+
+
+def test_quality_rows_of_the_hub_count_from_zero():
+    row = {"article": "Kites fly.", "question": "What flies?", "options": ["A", "B", "C", "D"], "hard": True}
+    assert [records.quality([row | {"answer": i}])[0].answer for i in range(4)] == ["A", "B", "C", "D"]
+    assert records.quality([row | {"gold_label": 1, "writer_label": 2}])[0].answer == "A"
+
+
+def test_quality_html_becomes_text_and_plain_text_stays():
+    lamp, _, kite, _ = records.quality(DATA / "QuALITY.invented.train")
+    paragraphs = [
+        "THE LAMP",
+        "Old Per & his lamp had kept the bay safe.",
+        "One night, the oil ran out; 2 < 3 ships came home.",
+    ]
+    assert [" ".join(paragraph.split()) for paragraph in lamp.context.split("\n\n")] == paragraphs
+    assert kite.context == raw(DATA / "QuALITY.invented.train")[1]["article"]
+    plain = "if a < b and c > d: R&amp;D\n\n\n  (p < .05)"
+    row = {"article": plain, "question": "Q", "options": ["A", "B", "C", "D"], "answer": 0}
+    assert records.quality([row])[0].context == plain
+
+
+@pytest.mark.parametrize(("kind", "path"), of_kind("self_instruct"))
+def test_self_instruct_reads_the_input_and_keeps_the_instruction(kind, path):
+    instances = [(row["instruction"], instance) for row in raw(path) for instance in row["instances"]]
+    given = [(instance["input"], asked, (instance["output"],)) for asked, instance in instances if instance["input"]]
+    assert [(r.context, r.question, r.answers) for r in read(kind, path)] == given
+    with pytest.warns(UserWarning, match=rf"{len(instances) - len(given)} of {len(instances)} records are left out"):
+        records.self_instruct(path)
+
+
+@pytest.mark.parametrize(("kind", "path"), of_kind("p3"))
+def test_p3_parts_a_prompt_and_loses_nothing(kind, path):
+    rows = [row for row in raw(path) if "passage" in row["prompt"] or "context" in row["prompt"]]
+    found = read(kind, path)
+    assert len(found) == len(rows)
+    for record, row in zip(found, rows, strict=True):
+        assert words(record.context, record.question) == words(row["prompt"])
+        assert record.answer + "<|endoftext|>" == row["completion"]
+        assert record.answer in record.context
+        assert "Question: " not in record.context
+        assert len(record.question) < 250
+
+
+TALE = "Mira walked to the lake, and there she found the ring that her brother had lost a year before."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        (
+            f"Given the context:\n\n{TALE}\n\nanswer:\n\nWhat was lost?\n",
+            "Given the context:\n\nanswer:\n\nWhat was lost?",
+        ),
+        (f"What was lost?\n\nUse the text below.\n\n{TALE}", "What was lost?\n\nUse the text below."),
+        (f"Question: What was lost?\nstory: {TALE}\nAnswer:", "Question: What was lost?\nAnswer:"),
+        (f"{TALE}\nWhat does the story say was lost?", "What does the story say was lost?"),
+        ("What was lost in the story that Mira told?", None),
+        ("Question: What do people write with?\n\nAnswer:", None),
+        ("Question: Which text is the longest of all the texts?\n\nOptions: a, b", None),
+    ],
+)
+def test_p3_finds_the_passage_wherever_it_stands(prompt, question):
+    rows = [{"inputs_pretokenized": prompt, "targets_pretokenized": "\nthe ring\n", "inputs": [3], "targets": [4]}]
+    found = read("p3", rows)
+    assert [record.question for record in found] == ([] if question is None else [question])
+    for record in found:
+        assert record.context.removeprefix("story: ") == TALE
+        assert record.answers == ("the ring",)
+
+
+def test_p3_choices_and_no_wrong_target():
+    row = {"inputs_pretokenized": f"{TALE}\n\nIs the text true?", "answer_choices": [" Yes", "No"]}
+    rows = [row | {"targets_pretokenized": t, "is_correct": t == "No"} for t in ("Yes", "No")]
+    assert [(r.answers, r.choices) for r in records.p3(rows)] == [(("No",), ("Yes", "No"))]
+    assert records.p3([row | {"targets_pretokenized": "Perhaps"}])[0].choices == ()
+
+
+def test_long_alpaca_is_cut_behind_the_last_end_or_before_the_last_paragraph():
+    path = DATA / "long_alpaca.json"
+    with pytest.warns(UserWarning, match=r"long_alpaca\.json: 1 of 6 records are left out: 1 without context"):
+        found = records.long_alpaca(path)
+    assert [(record.context.split("\n")[-1], record.question) for record in found] == [
+        (" Now the paper ends.", "What did the snails do?"),
+        (" Now the second paper ends.", "How do the\n\ntwo papers differ?"),
+        (" Now the material ends.", "Question: Was it open?"),
+        ("A week has seven days.", "How many eggs are laid in a week?"),
+        ("snail", "Translate the word to German."),
+    ]
+    for record, row in zip(found, raw(path), strict=False):
+        whole = f"{row['instruction']} {row.get('input', '')}"
+        assert words(record.context, record.question) == words(whole)
+        assert record.answers == (row["output"],)
+
+
+# -- the hub
+
+
+ANSWERS = {"text": ["one"], "answer_start": [2]}
+HUB = {
+    "squad": {"id": "1", "title": "T", "context": "C one.", "question": "Q", "answers": ANSWERS},
+    "quality": {"article": "C one.", "question": "Q", "options": ["a", "b", "one", "d"], "answer": 2, "hard": False},
+    "self_instruct": {"id": "1", "instruction": "Q", "instances": {"input": ["C one."], "output": ["one"]}},
+    "p3": {"inputs": [1], "inputs_pretokenized": "Text: C one.\n\nQ", "targets": [2], "targets_pretokenized": "one"},
+    "long_alpaca": {"instruction": "C one.\n\nQ", "input": None, "output": "one", "file": "f"},
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_what_is_no_file_comes_from_the_hub(kind, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_list([HUB[kind]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (record,) = read_records(kind, "some/set:part", split="validation[:1]")
+    assert asked == [(("some/set", "part"), {"split": "validation[:1]"})]
+    assert (record.answer, record.question, record.context.removeprefix("Text: ")) == ("one", "Q", "C one.")
+    assert read_records(kind, Path("some/set")) == [record]
+    assert asked[1] == (("some/set",), {"split": "train"})
+
+
+def test_squad_v2_of_the_hub_has_empty_answers(monkeypatch):
+    row = HUB["squad"]
+    rows = [row, row | {"answers": {"text": [], "answer_start": []}}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    with pytest.warns(
+        UserWarning, match=r"some/set, split 'train': 1 of 2 records are left out: 1 without answer"
+    ) as told:
+        assert len(read_records("squad", "some/set")) == 1
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(("kind", "path"), OURS)
+def test_a_file_is_read_and_the_hub_is_not_asked(kind, path, monkeypatch):
+    monkeypatch.delattr(datasets, "load_dataset")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert read_records(kind, str(path)) == read(kind, path)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("cannot reach"), ValueError("Unknown split"), FileNotFoundError("none")]
+)
+def test_neither_file_nor_hub_is_a_sentence(error, monkeypatch):
+    def load_dataset(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=rf"no file some/set, and the .* hub gave no .* 'test' \(it says: {error}\)"):
+        read_records("squad", "some/set", "test")
+
+
+def test_a_missing_json_file_is_not_looked_for_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.delattr(datasets, "load_dataset")
+    for name in ("squad/dev.json", "rows.jsonl"):
+        with pytest.raises(ValueError, match=f"There is no file {name}: give a file"):
+            read_records("squad", name)
+    with pytest.raises(ValueError, match=r"There is no file .*QuALITY"):
+        records.quality(tmp_path / "QuALITY")
+    with pytest.raises(ValueError, match="kind 'sqad': expected one of squad, quality, self_instruct, p3, long_alpaca"):
+        read_records("sqad", "rows.jsonl")
+
+
+# -- what does not fit
+
+
+def spoil(value, keys, new):
+    """Return a copy with another value, or none if `new` is ..., where the keys lead."""
+    if not keys:
+        return new
+    key, *rest = keys
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    changed[key] = spoil(value[key] if rest else None, rest, new)
+    if changed[key] is ...:
+        del changed[key]
+    return changed
+
+
+SPOILED = [
+    ("squad", "data", None, r"holds .*, expected a list of rows, or a mapping with such a list in 'data'"),
+    ("squad", "data 1", "Brandt", "article 2 is 'Brandt', expected a mapping"),
+    ("squad", "data 1 paragraphs", ..., "article 2 has no 'paragraphs', expected a list"),
+    ("squad", "data 0 paragraphs 0 context", ..., "article 1, paragraph 1 has no 'context', expected a text"),
+    ("squad", "data 0 paragraphs 0 qas", {}, "article 1, paragraph 1 has 'qas' = '{}', expected a list"),
+    ("squad", "data 0 paragraphs 0 qas 1 question", 3, "article 1, paragraph 1, question 2 has 'question' = '3'"),
+    ("squad", "data 0 paragraphs 0 qas 1 answers", ..., "article 1, paragraph 1, question 2 has no 'answers'"),
+    ("squad", "data 0 paragraphs 0 qas 0 answers 2 text", 5, r".*, paragraph 1, question 1, answer 3 has 'text' = '5'"),
+    ("quality", "1 article", ..., "line 2 has no 'article', expected a text"),
+    ("quality", "1 questions", ..., "line 2 has no 'questions', expected a list"),
+    ("quality", "0 questions 1 question", ..., "line 1, question 2 has no 'question', expected a text"),
+    ("quality", "0 questions 1 options 3", ..., r"line 1, question 2 has 'options' = .*, expected four texts"),
+    ("quality", "0 questions 1 options 3", 7, r"line 1, question 2 has 'options' = .*, expected four texts"),
+    ("quality", "0 questions 1 gold_label", 0, "line 1, question 2 has 'gold_label' = 0, expected 1 to 4"),
+    ("quality", "0 questions 1 gold_label", 5, "line 1, question 2 has 'gold_label' = 5, expected 1 to 4"),
+    ("quality", "0 questions 1 gold_label", "B", "line 1, question 2 has 'gold_label' = 'B', expected a whole number"),
+    ("quality", "1 questions 1 writer_label", ..., "line 2, question 2 has no 'gold_label', expected a whole number"),
+    ("self_instruct", "1", ["a"], "line 2 is .*, expected a JSON object"),
+    ("self_instruct", "1 instruction", ..., "line 2 has no 'instruction', expected a text"),
+    ("self_instruct", "1 instances", "a", "line 2 has 'instances' = 'a', expected a list"),
+    ("self_instruct", "0 instances 1", "a", "line 1, instance 2 is 'a', expected a mapping"),
+    ("self_instruct", "0 instances 1 input", ..., "line 1, instance 2 has no 'input', expected a text"),
+    ("self_instruct", "0 instances 1 output", 4, "line 1, instance 2 has 'output' = '4', expected a text"),
+    ("p3", "2 prompt", ..., "line 3 has no 'prompt', expected a text"),
+    ("p3", "2 completion", None, "line 3 has 'completion' = 'None', expected a text"),
+    ("p3", "2 inputs_pretokenized", "a", "line 3 has no 'targets_pretokenized', expected a text"),
+    ("long_alpaca", "", "rows", "holds 'rows', expected a list of rows"),
+    ("long_alpaca", "3", 8, "row 4 is '8', expected a mapping"),
+    ("long_alpaca", "3 instruction", ..., "row 4 has no 'instruction', expected a text"),
+    ("long_alpaca", "3 input", ["a"], r"row 4 has 'input' = .*, expected a text"),
+    ("long_alpaca", "3 output", ..., "row 4 has no 'output', expected a text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "where", "new", "named"), SPOILED)
+def test_what_does_not_fit_is_named_by_file_row_and_field(kind, where, new, named, tmp_path):
+    ours = DATA / FILES[kind][0]
+    keys = [int(key) if key.isdigit() else key for key in where.split()]
+    given = spoil(raw(ours), keys, new)
+    text = json.dumps(given) if ours.suffix == ".json" else "\n".join(json.dumps(row) for row in given)
+    with pytest.raises(ValueError, match=rf"{ours.name},? {named}"):
+        read(kind, write(tmp_path, ours.name, text))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "named"),
+    [
+        ("squad", {"question": "Q", "answers": {"text": ["A"]}}, "the list, row 2 has no 'context', expected a text"),
+        ("squad", HUB["squad"] | {"answers": {"text": "A"}}, "row 2 has 'answers' = .*, expected a list"),
+        (
+            "squad",
+            HUB["squad"] | {"answers": {"text": ["A"], "answer_start": []}},
+            "row 2 has 'answers' = .* a list",
+        ),
+        ("quality", HUB["quality"] | {"answer": 4}, "row 2 has 'answer' = 4, expected 0 to 3"),
+        ("quality", HUB["quality"] | {"answer": -1}, "row 2 has 'answer' = -1, expected 0 to 3"),
+        ("p3", "a prompt", "row 2 is 'a prompt', expected a mapping"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(kind, row, named):
+    with pytest.raises(ValueError, match=named):
+        read(kind, [HUB[kind], row])
+
+
+def test_lines_in_a_json_file_are_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.json is no JSON \(Extra data.*line 2.*call it \.jsonl"):
+        records.long_alpaca(write(tmp_path, "a.json", '{"instruction": "a"}\n{"instruction": "b"}'))

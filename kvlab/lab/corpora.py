@@ -122,6 +122,30 @@ class Mix:
     easy: float = 0.5
 
 
+class Readings(Dataset):
+    """`n` passages with questions to each: (text, [(question, answer), ...]); each is made from seed and index alone.
+
+    Examples
+    --------
+    >>> text, turns = Readings(1, facts=(2, 2), questions=1, test=True)[0]
+    >>> text.count("."), len(turns)
+    (2, 1)
+    """
+
+    def __init__(self, n: int, facts: tuple[int, int] = (8, 24), questions: int = 8, seed: int = 0, test: bool = False):
+        self.n, self.facts, self.questions, self.seed, self.test = n, facts, questions, seed, test
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[str, list[tuple[str, str]]]:
+        if not 0 <= index < self.n:
+            raise IndexError(f"There is no passage {index} among {self.n}.")
+        rng = random.Random(f"reading:{self.seed}:{index}")
+        passage = worlds.make_passage(rng, rng.randint(*self.facts), self.test)
+        return passage.text, [worlds.ask_free(rng, passage) for _ in range(self.questions)]
+
+
 class Wordings(Dataset):
     """Rows {"question", "wording", "other"} for `steps` batches, each with every FAQ item once, in order.
 
