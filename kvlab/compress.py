@@ -39,10 +39,8 @@ from kvlab.cache import (
     fingerprint,
     first_layers,
     from_tensor,
-    length,
     prefill,
     require_supported,
-    rotary_of,
     scale_keys,
     select,
     shift,
@@ -102,8 +100,8 @@ def key_norm(seen: Attention, budget: int) -> Tensor:
 def h2o(seen: Attention, budget: int, chunk: int = 512) -> Tensor:
     """Attention received from all queries, summed; half the budget is for the latest entries.
 
-    Source: Zhang et al. (2023), H2O, arXiv 2306.14048, algorithm 1. Queries of a group share keys, so their sums add up.
-    Queries are taken `chunk` at a time: memory is (B, H, chunk, T).
+    Source: Zhang et al. (2023), H2O, arXiv 2306.14048, algorithm 1. Queries that share
+    keys add up. They are taken `chunk` at a time: memory is (B, H, chunk, T).
     """
     total = seen.queries.shape[2]
     parts = (_weights(seen, start, min(start + chunk, total)) for start in range(0, total, chunk))
@@ -276,7 +274,7 @@ class DistillSettings:
     """What a `KVDistiller` is made of.
 
     layer : eta; tokens are scored by the hidden states after so many layers (the source: 6 of 32).
-    rank : of the adapters, rank-stabilized LoRA on q, k, v and o (the source: 128); alpha, which it does not state, too.
+    rank : of the adapters, rank-stabilized LoRA on q, k, v and o (the source: 128); also alpha, which it does not state.
     width : of the scorer's hidden layer, which the source does not state.
     gate : "multiply", as in the source: logits to kept entries times sigma(s), which is their keys times sigma(s);
         "log": plus log sigma(s), which no key can hold; "none": then the scorer cannot learn.
@@ -316,10 +314,10 @@ class Scorer(nn.Module):
 
 
 class _Kept(NamedTuple):
-    """Kept entries of B contexts: cache, what is added to their logits, positions (B, k), all scores, and lengths (B,)."""
+    """Kept entries of B contexts: the cache, positions (B, k), all scores (B, T), and the contexts' lengths (B,)."""
 
     cache: DynamicCache
-    bias: Tensor  # (B, k), -inf where a row keeps fewer
+    bias: Tensor  # (B, k), added to the logits of entries; -inf where a row keeps fewer
     positions: Tensor
     scores: Tensor
     lengths: Tensor
@@ -330,7 +328,7 @@ class KVDistiller(nn.Module):
 
     First pass: the frozen model up to layer eta, and a scorer on its hidden states; the k best tokens stay, the same in
     all layers. Second pass: the whole context through the model with adapters. Kept keys are scaled by sigma(s). The
-    model itself, unchanged, reads on from what is kept. Source: Chari and Van Durme (2025), arXiv 2503.10337, section 3.
+    model itself, unchanged, reads on from what is kept. Source: Chari and Van Durme (2025), arXiv 2503.10337.
 
     The model given is frozen and left as it is: `adapted` is a PEFT model around modules of its own that share the
     model's weights. Trained are the adapters and the scorer, in float32.
@@ -350,7 +348,9 @@ class KVDistiller(nn.Module):
         config = model.config.get_text_config(decoder=True)
         have = config.num_hidden_layers
         settings = DistillSettings(layer=max(1, round(have * 6 / 32)) if layer is None else layer, **settings)
-        _require(settings.layer <= have, f"layer is {settings.layer}, but the model has {have} layers: give 1 to {have}.")
+        _require(
+            settings.layer <= have, f"layer is {settings.layer}, but the model has {have} layers: give 1 to {have}."
+        )
         self.settings, self.model = settings, model.requires_grad_(False)
         lora = LoraConfig(
             r=settings.rank,
@@ -431,9 +431,7 @@ class KVDistiller(nn.Module):
 
     # -- training
 
-    def forward(
-        self, context: Tensor, context_mask: Tensor, text: Tensor, retention: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, context: Tensor, context_mask: Tensor, text: Tensor, retention: float) -> tuple[Tensor, Tensor]:
         """Logits (B, S, vocab) of the model on texts behind compressed contexts, and behind whole ones.
 
         Parameters
@@ -463,11 +461,11 @@ class KVDistiller(nn.Module):
     # -- files
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a PEFT adapter, scorer.safetensors, and kvdistill.json with the settings and the model's fingerprint."""
+        """Write a PEFT adapter, scorer.safetensors, and kvdistill.json: the settings and the model's fingerprint."""
         folder, adapter = Path(folder), self.adapted.peft_config["default"]
         name = adapter.base_model_name_or_path or ""
         adapter.base_model_name_or_path = Path(name).name if Path(name).is_dir() else name
-        self.adapted.save_pretrained(folder)
+        self.adapted.save_pretrained(folder, save_embedding_layers=False)
         parts = {name: p.detach() for name, p in self._own().items()}
         write_tensors(folder / SCORER, parts, {"format": "pt"})
         text = {"version": 1, "settings": asdict(self.settings), "model": fingerprint(self.model)}
