@@ -39,6 +39,7 @@ from kvlab.cache import (
     fingerprint,
     first_layers,
     from_tensor,
+    length,
     prefill,
     require_supported,
     scale_keys,
@@ -166,7 +167,7 @@ def observing(model: PreTrainedModel, see: Callable[[Tensor, Tensor, Tensor, flo
 
     The layers run with PyTorch's attention meanwhile, through a name in transformers' registry that is taken out again.
     """
-    name, config = "kvlab_observing", model.config.get_text_config(decoder=True)
+    name, config = f"kvlab_observing_{id(see)}", model.config.get_text_config(decoder=True)
     plain, before = AttentionInterface()["sdpa"], config._attn_implementation
 
     def attention(module, query, key, value, attention_mask, scaling=None, **options):
@@ -230,6 +231,8 @@ def evict(
     tensor([[ 0,  1,  2,  3, 18, 19]])
     """
     _require_text(input_ids)
+    if question_ids is not None:
+        _require_text(question_ids, "question_ids")
     total, scores = input_ids.shape[1], []
     k = count_kept(total, retention, budget)
     read = input_ids if question_ids is None else torch.cat([input_ids, question_ids], 1)
@@ -243,9 +246,9 @@ def evict(
     return Compressed(Prefix(kept, total, input_ids[0].tolist()), positions, scores)
 
 
-def _require_text(input_ids: Tensor) -> None:
+def _require_text(input_ids: Tensor, name: str = "input_ids") -> None:
     shape = tuple(input_ids.shape)
-    _require(len(shape) == 2 and shape[0] == 1 and shape[1] > 0, f"input_ids is {shape}, expected (1, T), one text.")
+    _require(len(shape) == 2 and shape[0] == 1 and shape[1] > 0, f"{name} is {shape}, expected (1, T), one text.")
 
 
 def compact(compressed: Compressed, rotary: nn.Module) -> Compressed:
@@ -274,7 +277,7 @@ class DistillSettings:
     """What a `KVDistiller` is made of.
 
     layer : eta; tokens are scored by the hidden states after so many layers (the source: 6 of 32).
-    rank : of the adapters, rank-stabilized LoRA on q, k, v and o (the source: 128); also alpha, which it does not state.
+    rank : of the adapters, rank-stabilized LoRA on q, k, v and o (the source: 128), and alpha, which it does not state.
     width : of the scorer's hidden layer, which the source does not state.
     gate : "multiply", as in the source: logits to kept entries times sigma(s), which is their keys times sigma(s);
         "log": plus log sigma(s), which no key can hold; "none": then the scorer cannot learn.
@@ -414,7 +417,7 @@ class KVDistiller(nn.Module):
         if input_ids.shape[1] <= row:
             return cache
         whole = to_tensor(cache).unflatten(2, (len(input_ids), -1)).movedim(3, 4).flatten(4, 5)
-        return from_tensor(whole[..., : input_ids.shape[1], :])
+        return from_tensor(whole[..., -input_ids.shape[1] :, :])
 
     @torch.no_grad()
     def compress(self, input_ids: Tensor, *, retention: float | None = None, budget: int | None = None) -> Compressed:
@@ -430,6 +433,12 @@ class KVDistiller(nn.Module):
         return Compressed(prefix, kept.positions, kept.scores, kept.bias if self.settings.gate == "log" else None)
 
     # -- training
+
+    def train(self, mode: bool = True) -> "KVDistiller":
+        """Set the mode of all but the model, which teaches and reads as it does in use, without dropout."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     def forward(self, context: Tensor, context_mask: Tensor, text: Tensor, retention: float) -> tuple[Tensor, Tensor]:
         """Logits (B, S, vocab) of the model on texts behind compressed contexts, and behind whole ones.
@@ -450,7 +459,8 @@ class KVDistiller(nn.Module):
         causal = torch.zeros(size, size, device=text.device).masked_fill(steps > steps[:, None], float("-inf"))
         mask = torch.cat([kept.bias[:, None].expand(-1, size, -1), causal.expand(rows, -1, -1)], -1)[:, None]
         places = {"position_ids": kept.lengths[:, None] + steps, "attention_mask": mask.to(self.model.dtype)}
-        return self.model(input_ids=text, past_key_values=kept.cache, use_cache=True, **places).logits
+        past = truncate(kept.cache, length(kept.cache))  # a model writes into the cache that it is given
+        return self.model(input_ids=text, past_key_values=past, use_cache=True, **places).logits
 
     @torch.no_grad()
     def _teach(self, context: Tensor, mask: Tensor, text: Tensor) -> Tensor:
@@ -465,7 +475,8 @@ class KVDistiller(nn.Module):
         folder, adapter = Path(folder), self.adapted.peft_config["default"]
         name = adapter.base_model_name_or_path or ""
         adapter.base_model_name_or_path = Path(name).name if Path(name).is_dir() else name
-        self.adapted.save_pretrained(folder, save_embedding_layers=False)
+        self.adapted.save_pretrained(folder, save_embedding_layers=False)  # else it asks the hub for the model
+        (folder / "README.md").unlink(missing_ok=True)  # an empty form, but for the model's path on this machine
         parts = {name: p.detach() for name, p in self._own().items()}
         write_tensors(folder / SCORER, parts, {"format": "pt"})
         text = {"version": 1, "settings": asdict(self.settings), "model": fingerprint(self.model)}
@@ -534,14 +545,17 @@ class _Folded(NamedTuple):
 
 
 def _fold(x: Tensor, row: int) -> Tensor:
-    """(B, T) as (B * R, row), the last of each R filled up with zeros; (B, T) itself if T is no longer than a row."""
+    """(B, T) as (B * R, row), the first of each R filled up with zeros; (B, T) itself if T is no longer than a row.
+
+    Rows are counted from the end, as padding stands in front: what else is in a batch changes nothing.
+    """
     more = -x.shape[1] % row if x.shape[1] > row else 0
-    return F.pad(x, (0, more)).reshape(-1, row) if x.shape[1] > row else x
+    return F.pad(x, (more, 0)).reshape(-1, row) if x.shape[1] > row else x
 
 
 def _unfold(x: Tensor, rows: int, size: int) -> Tensor:
     """(B * R, row, ...) as (B, T, ...)."""
-    return x.reshape(rows, -1, *x.shape[2:])[:, :size]
+    return x.reshape(rows, -1, *x.shape[2:])[:, -size:]
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -572,6 +586,7 @@ def example(
     >>> made.context.shape, made.weights
     (torch.Size([6]), tensor([0., 0., 0., 0., 0., 0., 0., 1., 1.]))
     """
+    _require(turns, "There is no turn behind the context: give a question and its answer.")
     parts, weights = [], []
     for question, answer in turns:
         roles = zip(("system", "user", "assistant"), (context, question, answer), strict=True)
