@@ -317,6 +317,7 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         _require(part is not None, f"The store keeps no {needed!r}: build one with keep=['{needed}'] for this draft.")
         if kind == "vector":
             return part[0, start:]
+        _require(not item.kept, "The store keeps compressed caches, which drafts do not read: build one without.")
         if kind == "prefix" and not self.config.aligned:
             start = 0
         positions = torch.arange(start, len(item.input_ids), device=store.model.device)

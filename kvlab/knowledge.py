@@ -24,13 +24,13 @@ import re
 import shutil
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pandas as pd
 import torch
@@ -69,6 +69,9 @@ from kvlab.cache import (
 from kvlab.evaluate import continuations, encode
 from kvlab.files import as_bytes, write_tensors, write_text
 
+if TYPE_CHECKING:
+    from kvlab.compress import Compressed
+
 FORMAT_VERSION = 1
 PARTS = ("kv", "hidden")
 ARMS = ("full", "prefix", "concat", "shift", "recompute")
@@ -101,6 +104,7 @@ class Item:
     shard: str = ""
     number: int = 0  # in its shard
     checksum: str = ""
+    kept: int = 0  # entries of its compressed cache; 0 if all of them are there
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -116,11 +120,18 @@ class Hit(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Token ids, and what reading them alone from position 0 gave: a cache of one row, last hidden states (1, T, d)."""
+    """Token ids, and what reading them alone from position 0 gave: a cache of one row, last hidden states (1, T, d).
+
+    A compressed cache has fewer entries than there are tokens: `positions` (k,) says where they stand.
+    """
 
     input_ids: Sequence[int]
     cache: DynamicCache | None
     hidden_states: Tensor | None = None
+    positions: Tensor | None = None
+
+
+Compress = Callable[[Tensor], "Compressed"]
 
 
 # -- putting pieces together
@@ -172,8 +183,11 @@ def splice(
         require(piece.cache, "A piece has no keys and values: build the store with keep=('kv',), or use arm 'full'.")
         seen = f"A piece has {len(piece.input_ids)} ids, and a cache of {length(piece.cache)} entries"
         seen += f" in {len(piece.cache.layers)} layers; the model has {have}"
-        whole = length(piece.cache) == len(piece.input_ids) and len(piece.cache.layers) == have
+        entries = len(piece.input_ids if piece.positions is None else piece.positions)
+        whole = length(piece.cache) == entries and len(piece.cache.layers) == have
         require(whole, f"{seen}: give what `read` or a store of this model returned.")
+        seen = "A piece is compressed, and what was evicted cannot be computed again on it"
+        require(piece.positions is None or arm != "recompute", f"{seen}: use another arm, such as 'shift'.")
     flat = [token for piece in pieces for token in piece.input_ids]
     require(len(flat) <= most, f"The pieces have {len(flat)} tokens, the model reads up to {most}: give fewer.")
     if arm == "recompute" and len(pieces) > 1:
@@ -181,7 +195,8 @@ def splice(
     elif arm in ("full", "prefix"):
         known = pieces[0] if arm == "prefix" else Piece((), None)
         rest = torch.tensor([flat[len(known.input_ids) :]], device=model.device)
-        cache = prefill(model, rest, known.cache).cache if rest.numel() else truncate(known.cache, len(flat))
+        first = len(known.input_ids)
+        cache = prefill(model, rest, known.cache, first).cache if rest.numel() else _all_of(known.cache)
     else:
         cache = _joined(pieces, None if arm == "concat" else rotary_of(model))
     return Prefix(cache, len(flat), flat)
@@ -227,10 +242,15 @@ def _joined(pieces: Sequence[Piece], rotary: torch.nn.Module | None) -> DynamicC
     """Pieces behind one another, moved to their places if a rotary embedding is given."""
     starts = accumulate((len(piece.input_ids) for piece in pieces), initial=0)
     moved = [shift(p.cache, start, rotary) if rotary else p.cache for p, start in zip(pieces, starts, strict=False)]
-    cache = truncate(moved[0], len(pieces[0].input_ids))  # not the piece's own, to which its owner may add
+    cache = _all_of(moved[0])
     for after in moved[1:]:
         cache = join(cache, after)
     return cache
+
+
+def _all_of(cache: DynamicCache) -> DynamicCache:
+    """The same entries in a cache that is not the piece's own, to which its owner may add."""
+    return truncate(cache, length(cache))
 
 
 def _recomputed(
@@ -292,13 +312,14 @@ class KnowledgeCache:
         generate: bool = False,
         max_new_tokens: int = 128,
         batch_size: int = 8,
+        compress: Compress | None = None,
     ) -> "KnowledgeCache":
         """Make a store, or open one that is there, and add records.
 
         Parameters
         ----------
         folder : of the store; new, empty, or one that holds a store made with the same settings.
-        records, generate, max_new_tokens, batch_size : see `add`.
+        records, generate, max_new_tokens, batch_size, compress : see `add`.
         embedder : a `SentenceTransformer`; without one, retrieval is by exact question only.
         keep : "kv" for keys and values, "hidden" for last hidden states (1, T, d), or both.
         dtype : in which tensors are kept; by default that of the model.
@@ -323,7 +344,7 @@ class KnowledgeCache:
         store = cls.load(folder, model, tokenizer, embedder)
         have = {name: store.settings[name] for name in asked}
         require(have == asked, f"The store in {folder} was built with {have}, not {asked}: build in another folder.")
-        store.add(records, generate, max_new_tokens, batch_size)
+        store.add(records, generate, max_new_tokens, batch_size, compress)
         return store
 
     @classmethod
@@ -392,11 +413,11 @@ class KnowledgeCache:
         require(max_new_tokens >= 1 or not generate, f"max_new_tokens is {max_new_tokens}, expected at least 1.")
         return max_new_tokens if generate else 0
 
-    def bytes_of(self, tokens: int) -> int:
-        """Bytes of the tensors that are kept of so many tokens."""
+    def bytes_of(self, tokens: int, entries: int = 0) -> int:
+        """Bytes of the tensors that are kept of so many tokens, of whose cache so many entries are left (0: all)."""
         config = self.model.config.get_text_config(decoder=True)
         kept = {"kv": bytes_per_token(config, self.dtype), "hidden": config.hidden_size * self.dtype.itemsize}
-        return tokens * sum(kept[part] for part in self.keep)
+        return sum(kept[part] * (entries or tokens if part == "kv" else tokens) for part in self.keep)
 
     @torch.no_grad()
     def add(
@@ -405,6 +426,7 @@ class KnowledgeCache:
         generate: bool = False,
         max_new_tokens: int = 128,
         batch_size: int = 8,
+        compress: Compress | None = None,
     ) -> int:
         """Read records and add them; what is there already is skipped. Returns how many were added.
 
@@ -418,6 +440,8 @@ class KnowledgeCache:
         generate : let the model answer, greedily; answers in the records are not used.
         max_new_tokens : of a generated answer.
         batch_size : of prefill and of generation.
+        compress : from token ids (1, T) to a smaller cache as `kvlab.compress` makes them, with positions (1, k), the
+            same for all heads: keys and values of its entries are kept, so an item takes k / T of the bytes.
 
         Raises
         ------
@@ -440,7 +464,7 @@ class KnowledgeCache:
             bar = tqdm(total=len(todo), desc=label, disable=not state.is_main_process or not todo)
             for first in range(0, len(groups), state.num_processes):
                 group = groups[first + state.process_index :][:1]  # none, if there are fewer than processes
-                made = [self._make(items, generate, max_new_tokens, batch_size, bar) for items in group]
+                made = [self._make(items, generate, max_new_tokens, batch_size, bar, compress) for items in group]
                 shards = self.shards + gather_object(made)
                 if state.is_main_process:
                     _commit(self.folder, self.settings, shards)
@@ -510,7 +534,15 @@ class KnowledgeCache:
         require(total < free, f"{seen}: free some, keep less, or use a smaller dtype.")
         return groups
 
-    def _make(self, items: list[Item], generate: bool, max_new_tokens: int, batch_size: int, bar: tqdm) -> dict:
+    def _make(
+        self,
+        items: list[Item],
+        generate: bool,
+        max_new_tokens: int,
+        batch_size: int,
+        bar: tqdm,
+        compress: Compress | None,
+    ) -> dict:
         """Read the items of a shard and write its files; nothing refers to them yet."""
         if generate:
             prompts = [list(item.input_ids) for item in items]
@@ -521,11 +553,24 @@ class KnowledgeCache:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             for i, piece in zip(batch, _read(self.model, [list(items[i].input_ids) for i in batch]), strict=True):
-                parts = {"hidden": piece.hidden_states, "kv": to_tensor(piece.cache)}
-                tensors[i] = {part: parts[part].to("cpu", self.dtype, copy=True) for part in self.keep}
+                parts, more = {"hidden": piece.hidden_states, "kv": to_tensor(piece.cache)}, {}
+                if compress and "kv" in self.keep:
+                    items[i], parts["kv"], more = self._compressed(items[i], compress)
+                tensors[i] = {part: parts[part].to("cpu", self.dtype, copy=True) for part in self.keep} | more
             bar.update(len(batch))
         embeddings = _embed(self.embedder, [item.question for item in items])
         return self._write(items, [tensors[i] for i in range(len(items))], embeddings)
+
+    def _compressed(self, item: Item, compress: Compress) -> tuple[Item, Tensor, dict[str, Tensor]]:
+        """The item with the number of its entries, these, and their positions."""
+        small = compress(torch.tensor([item.input_ids], device=self.model.device))
+        positions, kept = small.positions, length(small.prefix.cache)
+        seen = f"compress returned positions {tuple(positions.shape)} for {kept} entries"
+        hint = "let all heads keep the same (shared=True)"
+        require(positions.shape == (1, kept), f"{seen}, expected (1, {kept}): {hint}.")
+        told = small.prefix.next_position == len(item.input_ids)
+        require(told, "compress moved the entries: give them where they stood, without `compact`.")
+        return replace(item, kept=kept), to_tensor(small.prefix.cache), {"positions": positions[0].to("cpu", copy=True)}
 
     def _write(self, items: list[Item], tensors: list[dict[str, Tensor]], embeddings: Tensor) -> dict:
         """Write the two files of a shard and return its entry for the manifest."""
@@ -626,8 +671,10 @@ class KnowledgeCache:
         CacheError : they are missing or do not match their checksum; other items are not affected.
         """
         item, kind = self._item_of(item), {"device": self.model.device, "dtype": self.model.dtype}
-        own = {part: tensor.to(**kind) for part, tensor in self._tensors(item).items()}
-        return Piece(item.input_ids, from_tensor(own["kv"]) if "kv" in own else None, own.get("hidden"))
+        own = self._tensors(item)
+        positions = own.pop("positions").to(self.model.device) if item.kept else None
+        own = {part: tensor.to(**kind) for part, tensor in own.items()}
+        return Piece(item.input_ids, from_tensor(own["kv"]) if "kv" in own else None, own.get("hidden"), positions)
 
     def _tensors(self, item: Item) -> dict[str, Tensor]:
         """The tensors of an item as they were stored, in memory that the file is mapped to."""
@@ -635,7 +682,8 @@ class KnowledgeCache:
         hint = "restore the file from a copy, or export the store and add the item again"
         try:
             with safe_open(path, "pt") as file:
-                own = {part: file.get_tensor(f"{item.number}.{part}") for part in self.keep}
+                parts = [*self.keep, "positions"] if item.kept else self.keep
+                own = {part: file.get_tensor(f"{item.number}.{part}") for part in parts}
         except (SafetensorError, OSError) as error:
             raise CacheError(f"Item {item.id!r} cannot be read from {path} ({error}): {hint}.") from error
         whole = _checksum(own) == item.checksum
@@ -654,11 +702,13 @@ class KnowledgeCache:
         return splice(self.model, pieces[:1] + [self._without_opening(piece) for piece in pieces[1:]], arm, **options)
 
     def _without_opening(self, piece: Piece) -> Piece:
-        start, cache = self._opening, piece.cache
+        start, cache, positions = self._opening, piece.cache, piece.positions
         if start and cache:
-            kept = torch.arange(start, len(piece.input_ids), device=self.model.device)
+            stand = torch.arange(len(piece.input_ids), device=self.model.device) if positions is None else positions
+            kept = (stand >= start).nonzero()[:, 0]
             cache = shift(select(cache, kept), -start, rotary_of(self.model))
-        return Piece(piece.input_ids[start:], cache)
+            positions = None if positions is None else positions[kept] - start
+        return Piece(piece.input_ids[start:], cache, None, positions)
 
     @cached_property
     def _opening(self) -> int:
@@ -720,13 +770,12 @@ class KnowledgeCache:
 
     def summary(self) -> pd.DataFrame:
         """Items, tokens and megabytes (10^6 bytes) by domain, and in all."""
-        rows = [(item.domain, 1, item.generated, len(item.input_ids), len(item.input_ids) - item.answer_start)
-                for item in self.items]  # fmt: skip
-        names = ["domain", "items", "generated", "tokens", "answer tokens"]
+        rows = [(item.domain, 1, item.generated, len(item.input_ids), len(item.input_ids) - item.answer_start,
+                 self.bytes_of(len(item.input_ids), item.kept) / 1e6) for item in self.items]  # fmt: skip
+        names = ["domain", "items", "generated", "tokens", "answer tokens", "size (MB)"]
         table = pd.DataFrame(rows, columns=names).groupby("domain").sum()
         table = pd.concat([table, table.sum().to_frame("all").T])  # a domain may be called "all" too
-        table["size (MB)"] = [self.bytes_of(int(tokens)) / 1e6 for tokens in table["tokens"]]
-        return table
+        return table.astype(dict.fromkeys(names[1:-1], int))
 
     # -- copying
 
