@@ -360,10 +360,13 @@ class KVDistiller(nn.Module):
             lora_alpha=settings.rank,
             use_rslora=True,
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            exclude_modules=rf".*\.{have - 1}\.self_attn\.[qo]_proj",  # no keys or values come after these
             task_type="CAUSAL_LM",
         )
-        self.adapted = get_peft_model(_view(model), lora)
-        self.scorer = Scorer(config.hidden_size, settings.width)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's, at each call
+            self.adapted = get_peft_model(_view(model), lora)
+        self.scorer = Scorer(config.hidden_size, settings.width).requires_grad_(settings.gate != "none")
         marked = settings.routing == "embedding"
         self.marker = nn.Parameter(torch.zeros(config.hidden_size)) if marked else None
         self.to(model.device)
@@ -391,7 +394,8 @@ class KVDistiller(nn.Module):
         scores, rows = self.scores(input_ids, attention_mask), torch.arange(len(input_ids), device=input_ids.device)
         positions = _positions(attention_mask)
         ranked = scores.detach().masked_fill(positions < self.settings.sinks, float("inf"))
-        best = ranked.masked_fill(attention_mask == 0, float("-inf")).topk(int(counts.max())).indices
+        ranked = ranked.masked_fill(attention_mask == 0, float("-inf"))
+        best = ranked.sort(descending=True, stable=True).indices[:, : int(counts.max())]  # of equals, the first
         real = torch.arange(best.shape[1], device=best.device) < counts[:, None]
         columns, order = best.masked_fill(~real, -1).sort()  # those that a row keeps, in order, on the right
         real = columns >= 0

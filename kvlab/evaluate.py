@@ -5,7 +5,7 @@ import platform
 import subprocess
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -131,37 +131,67 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[st
     return tokenizer.apply_chat_template(list(conversation), tokenize=False, **options)
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+References = Sequence[str | Sequence[str]]  # for each prediction one text or several, of which the best counts
+
+
+def exact_match(predictions: Sequence[str], references: References) -> np.ndarray:
     """SQuAD's exact match, 0 or 1 for each pair: equal after dropping case, punctuation, articles and extra space.
 
     Examples
     --------
-    >>> exact_match(["The cat.", "a dog"], ["cat", "cat"])
-    array([1., 0.])
+    >>> exact_match(["The cat.", "a dog"], ["cat", ["cat", "dog"]])
+    array([1., 1.])
     """
     return _squad(predictions, references, "exact_match")
 
 
-def f1(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+def f1(predictions: Sequence[str], references: References) -> np.ndarray:
     """SQuAD's F1 over words, between 0 and 1 for each pair.
 
     Examples
     --------
-    >>> f1(["red box"], ["red"]).round(3)
-    array([0.667])
+    >>> f1(["red box", "red box"], ["red", ["red", "box red"]]).round(3)
+    array([0.667, 1.   ])
     """
     return _squad(predictions, references, "f1")
 
 
-def _squad(predictions: Sequence[str], references: Sequence[str], score: str) -> np.ndarray:
+def _squad(predictions: Sequence[str], references: References, score: str) -> np.ndarray:
     from torchmetrics.functional.text import squad  # here, so that a notebook without it can use all the rest
 
-    pairs = zip(predictions, references, strict=True)
     records = (
-        ({"prediction_text": p, "id": "0"}, {"answers": {"text": [r], "answer_start": [0]}, "id": "0"})
-        for p, r in pairs
+        ({"prediction_text": p, "id": "0"}, {"answers": {"text": texts, "answer_start": [0] * len(texts)}, "id": "0"})
+        for p, texts in _texts(predictions, references)
     )
     return np.array([squad(*record)[score].item() / 100 for record in records])
+
+
+def rouge_l(predictions: Sequence[str], references: References) -> np.ndarray:
+    """ROUGE-L, between 0 and 1 for each pair: the F-measure of the longest common subsequence of words.
+
+    Words are runs of a to z and digits, without case: in other scripts there are none, and the score is 0. Source:
+    Lin (2004), https://aclanthology.org/W04-1013, section 3, with beta 1.
+
+    Examples
+    --------
+    >>> rouge_l(["the red box", "a box"], ["the box", ["the cat", "a red box"]])
+    array([0.8, 0.8])
+    """
+    from torchmetrics.functional.text import rouge_score
+
+    scores = (
+        rouge_score([p], [texts], accumulate="best", rouge_keys="rougeL")
+        for p, texts in _texts(predictions, references)
+    )
+    return np.array([score["rougeL_fmeasure"].item() for score in scores]).round(6)  # from float32
+
+
+def _texts(predictions: Sequence[str], references: References) -> Iterator[tuple[str, list[str]]]:
+    for prediction, given in zip(predictions, references, strict=True):
+        texts = [given] if isinstance(given, str) else list(given)
+        if not texts:
+            raise ValueError(f"There is no text to compare {prediction[:60]!r} with: give one or several.")
+        yield prediction, texts
 
 
 @torch.inference_mode()

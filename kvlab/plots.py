@@ -444,6 +444,87 @@ TOKEN_STYLE = """<style>
 </style>"""
 
 
+def retention_curves(
+    curves: Mapping[str, Mapping[float, tuple[float, float, float]]], full: float, dashed: Iterable[str] = ()
+) -> Axes:
+    """One curve a method over the percent of a cache that is kept, (value, low, high) each, below the whole cache's."""
+    ax, dashed, ends = axes(height=4.2)[0], set(dashed), []
+    styles = [(BLUE, "o"), (RED, "s"), (GREEN, "D"), (PURPLE, "^"), (ORANGE, "v"), (SKY, "P"), (GRAY, "x"), (INK, "*")]
+    for (name, points), (color, marker) in zip(curves.items(), styles, strict=False):
+        percents = sorted(points)
+        value, low, high = np.array([points[p] for p in percents]).T
+        ax.plot(percents, value, "--" if name in dashed else "-", color=color, marker=marker, ms=5)
+        ax.fill_between(percents, low, high, color=color, alpha=0.15, lw=0)
+        ends.append((name, percents[-1], value[-1], color))
+    ax.axhline(full, color=INK, lw=1, ls=":")
+    ax.annotate("the whole cache", (min(percents), full), (0, 4), textcoords="offset points", fontsize=9)
+    ax.set_xscale("log")
+    ax.set_xticks(percents, [f"{p:g}" for p in percents])
+    ax.minorticks_off()
+    ax.set(xlabel="entries kept (%)", ylabel="answers word for word", ylim=(-0.02, 1.06))
+    ax.set_xlim(min(percents) * 0.9, max(percents) * 3.2)
+    _label_ends(ax, ends)
+    return ax
+
+
+def needle_maps(maps: Mapping[str, np.ndarray], lengths: Sequence[int], depths: Sequence[int]) -> np.ndarray:
+    """One map an arm: the share answered, (lengths, depths), by length of the passage and depth of the fact."""
+    places = axes(len(maps), width=2.6 * len(maps), height=2.3, sharey=True)
+    for ax, (name, shares) in zip(places, maps.items(), strict=True):
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+        for (y, x), share in np.ndenumerate(shares):
+            ax.text(x, y, f"{share:.2f}".lstrip("0") if share < 1 else "1", ha="center", va="center", fontsize=9)
+        ax.set_xticks(range(len(depths)), depths)
+        ax.set_yticks(range(len(lengths)), lengths)
+        ax.set(title=name, xlabel="depth (%)")
+    places[0].set_ylabel("facts")
+    return places
+
+
+SCORE_STYLE = """<style>
+.kv-scores { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.9em; }
+.kv-scores { line-height: 1.9; overflow-wrap: break-word; }
+.kv-scores p { margin: 0 0 0.7em; }
+.kv-scores u { text-decoration: underline 2px; text-underline-offset: 3px; padding: 1px 0; }
+.kv-scores s { text-decoration: none; opacity: 0.62; padding: 1px 0; }
+.kv-scores i { opacity: 0.4; font-style: normal; }
+.kv-scores b { font-family: sans-serif; font-size: 0.9em; }
+</style>"""
+
+
+def score_view(
+    ids: Sequence[int], scores: Mapping[str, tuple[Sequence[float], Sequence[int]]], tokenizer: PreTrainedTokenizerBase
+) -> HTML:
+    """Show a text once a method: the darker a token the higher its score, and those that are kept underlined.
+
+    Parameters
+    ----------
+    scores : for each method a score a token, of which only the order is shown, and the positions kept.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> view = score_view([37, 82], {"any": ([0.2, 0.1], [0])}, lab.load_tokenizer("lab-target"))
+    >>> view.data.splitlines()[-2].split("<br>")[0]
+    '<p><b>any</b> (1 of 2 kept)'
+    """
+    from IPython.display import HTML
+
+    lines = []
+    for name, (values, kept) in scores.items():
+        ranks, kept = np.argsort(np.argsort(values)) / max(1, len(ids) - 1), set(kept)
+        marked = "".join(
+            f'<{tag} style="background: rgba(0, 114, 178, {0.45 * rank:.2f})">{_token_html(token, tokenizer)}</{tag}>'
+            for i, (token, rank) in enumerate(zip(ids, ranks, strict=True))
+            for tag in ("u" if i in kept else "s",)
+        )
+        lines.append(f"<p><b>{name}</b> ({len(kept)} of {len(ids)} kept)<br>{marked}</p>")
+    words = f"One text of {len(ids)} tokens, colored by the scores of {', '.join(scores)}; kept tokens are underlined."
+    return HTML(
+        "\n".join([SCORE_STYLE, f'<div class="kv-scores" role="figure" aria-label="{words}">', *lines, "</div>"])
+    )
+
+
 def token_view(rounds: Sequence[Round], tokenizer: PreTrainedTokenizerBase, row: int = 0) -> HTML:
     """Show one text as it came, a line a round: which tokens were drafted, and what the target made of them.
 

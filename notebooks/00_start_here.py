@@ -649,4 +649,4 @@ print(went_on.next_position, tuple(went_on.logits.shape))
 
 # %% [markdown]
 # **Further reading**: rotary embeddings {cite}`su2021roformer`; grouped-query attention {cite}`ainslie2023gqa`; attention sinks
-# {cite}`xiao2023streamingllm`. Next (coming): a store of prefilled knowledge.
+# {cite}`xiao2023streamingllm`. Next: a store of prefilled knowledge.

@@ -690,4 +690,4 @@ with tempfile.TemporaryDirectory() as path:
     print(prefix.next_position, "tokens stand before the next question")
 
 # %% [markdown]
-# **Further reading**: CacheBlend {cite}`yao2024cacheblend`; prompts put together from cached modules {cite}`gim2024promptcache`; attention sinks {cite}`xiao2023streamingllm`. Next (coming): a small model that *reads* this store while it drafts.
+# **Further reading**: CacheBlend {cite}`yao2024cacheblend`; prompts put together from cached modules {cite}`gim2024promptcache`; attention sinks {cite}`xiao2023streamingllm`. Next: a small model that *reads* this store while it drafts.

@@ -756,5 +756,5 @@ made = speculate.generate(target, prompts, proposer, max_new_tokens=16)
 print(f"acceptance {speculate.summarize(made.rounds).acceptance:.2f}")
 
 # %% [markdown]
-# **Further reading**: training drafts on the target's own text {cite}`zhou2024distillspec`; losses for acceptance {cite}`samarin2026lk`; self-drafting without a second model {cite}`elhoushi2024layerskip`. Next (coming): a cache that
+# **Further reading**: training drafts on the target's own text {cite}`zhou2024distillspec`; losses for acceptance {cite}`samarin2026lk`; self-drafting without a second model {cite}`elhoushi2024layerskip`. Next: a cache that
 # shrinks and keeps what it knows.

@@ -441,7 +441,7 @@ print(f"acceptance {faq.acceptance:.2f}: {ratio:.2f} times the plain speed")
 print("best gamma:", speculate.best_gamma(faq.acceptance, c, v))
 
 # %% [markdown]
-# What could be done? A better draft: one that can read the answers in a knowledge cache is the subject of chapter 02 (coming). A shorter $\gamma$ while guesses fail:
+# What could be done? A better draft: one that can read the answers in a knowledge cache is the subject of chapter 02. A shorter $\gamma$ while guesses fail:
 # `AdaptiveGamma` keeps a fading average of acceptance and takes the best $\gamma$ for it, 0 included. Or another proposer. Two need no second model at all:
 #
 # - *prompt lookup* guesses what followed the last few tokens when they stood earlier in the text {cite}`saxena2023lookup`;

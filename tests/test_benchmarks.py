@@ -57,6 +57,43 @@ PROMISED = {
         *(f"parameters_{shape}" for shape in ("target", "first_3", "uniform_6", "uniform_6_kv_transitions")),
         *("speedup", "speedup_over_generate", "speedup_end_to_end", "speedup_kv_new", "identical"),
     },
+    "distill": {
+        "em_full",
+        *(
+            f"em_{method}_{percent}"
+            for method in (
+                "distill",
+                "random",
+                "sinks_recent",
+                "h2o",
+                "h2o_aware",
+                "snapkv",
+                "snapkv_aware",
+                "key_norm",
+            )
+            for percent in (50, 25, 10, 5, 2)
+        ),
+        *(f"{what}_{percent}" for what in ("bytes_ratio", "gain", "lost") for percent in (50, 25, 10, 5, 2)),
+        *(f"em_{method}_shared_{percent}" for method in ("h2o", "snapkv", "key_norm") for percent in (25, 10)),
+        *(f"em_distill_compacted_{percent}" for percent in (25, 10)),
+        *(f"choice_{arm}" for arm in ("full", "distill_25", "distill_10", "distill_5", "key_norm_25", "key_norm_10")),
+        *(f"needle_{arm}_16_{depth}" for arm in ("full", "distill_25", "distill_10") for depth in (0, 50, 100)),
+        *(
+            f"ablation_{arm}_{percent}"
+            for arm in (
+                "source",
+                "forward_kl",
+                "reverse_kl",
+                "routing_all",
+                "routing_embedding",
+                "gate_log",
+                "gate_none",
+            )
+            for percent in (25, 10)
+        ),
+        *(f"ablation_layer_{layer}_{percent}" for layer in (1, 6, 12) for percent in (25, 10)),
+        *(f"{what}_{p}" for what in ("decode_ms", "decode_speedup", "cache_mb") for p in (100, 50, 25, 10, 5, 2)),
+    },
     "speculate": {
         *(
             name + suffix

@@ -687,3 +687,60 @@ def test_the_first_layers_are_a_model_cut_there(tiny_model, family):
     for layers in (0, 4):
         with pytest.raises(CacheError, match=f"layers is {layers}, expected 1 to 3"):
             kv.first_layers(model, layers)
+
+
+# one row for several, and keys that count for more or less
+
+
+@every_family
+def test_a_repeated_cache_is_the_cache_of_each_row(tiny_model, family):
+    model = tiny_model(family, dtype=torch.float64)
+    read = kv.prefill(model, IDS[:1, :8])
+    rows = torch.stack([IDS[0, 8:], IDS[1, 8:], IDS[0, :5]])
+    many = kv.repeat(read.cache, 3)
+    together = kv.prefill(model, rows, many)
+    for i in range(3):
+        alone = kv.prefill(model, rows[i : i + 1], read.cache)
+        torch.testing.assert_close(together.logits[i], alone.logits[0], rtol=0, atol=1e-12)
+    assert kv.length(read.cache) == kv.length(many) == 8
+    assert tensors(read.cache)[0].shape[0] == 1
+    assert tensors(many)[0].data_ptr() == tensors(read.cache)[0].data_ptr()  # no copies
+
+
+def test_only_one_row_is_repeated():
+    with pytest.raises(CacheError, match="The cache has 2 rows, expected one"):
+        kv.repeat(random_cache(rows=2), 3)
+
+
+SHAPES = [(9,), (2, 9), (2, 2, 9), (3, 2, 2, 9), (2, 1), (3, 1, 1, 9)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_key_is_scaled_by_its_own_factor(shape):
+    cache, factors = random_cache(), torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    before = kv.to_tensor(cache)
+    scaled = kv.scale_keys(cache, factors)
+    four = factors[:, None] if factors.ndim == 2 else factors  # (B, T) is the same for all heads
+    for layer, row, head, i in ((0, 0, 0, 0), (1, 1, 0, 4), (2, 1, 1, 8), (0, 1, 0, 7)):
+        places = [(layer, row, head, i)[4 - four.ndim + n] if size > 1 else 0 for n, size in enumerate(four.shape)]
+        torch.testing.assert_close(keys_of(scaled)[layer, row, head, i],
+                                   before[layer, 0, row, head, i] * four[tuple(places)], rtol=0, atol=0)  # fmt: skip
+    assert values_of(scaled).equal(before[:, 1])
+    assert kv.to_tensor(cache).equal(before)
+
+
+@every_dtype
+def test_scaling_keys_commutes_with_rotation_and_selection(tiny_model, dtype):
+    rotary, cache = kv.rotary_of(tiny_model(dtype=dtype)), random_cache(dtype=dtype)
+    factors, kept = torch.rand(2, 9, generator=torch.Generator().manual_seed(2)), torch.tensor([[0, 4], [3, 8]])
+    one = kv.shift(kv.scale_keys(cache, factors), 17, rotary)
+    near(one, kv.scale_keys(kv.shift(cache, 17, rotary), factors), TIGHT[dtype])
+    two = kv.scale_keys(kv.select(cache, kept), factors.gather(1, kept))
+    near(two, kv.select(kv.scale_keys(cache, factors), kept), 0)
+    assert tensors(one)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 9), (2, 3, 9), (1, 1, 1, 1, 9)], ids=str)
+def test_factors_that_do_not_fit_are_refused(shape):
+    with pytest.raises(CacheError, match="does not fit a cache of"):
+        kv.scale_keys(random_cache(), torch.ones(shape))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import chi2, kstest
 
+from kvlab.cache import Prefix, length, prefill, repeat, select
 from kvlab.evaluate import (
     answers,
     bootstrap,
@@ -18,6 +19,7 @@ from kvlab.evaluate import (
     log_likelihoods,
     multiple_choice,
     perplexity,
+    rouge_l,
 )
 from kvlab.lab.tokenizers import train_tokenizer
 
@@ -98,6 +100,31 @@ def test_endings_add_up(model, tokenizer):
         model, tokenizer, [one, torch.cat([one, two]), one], [two, three, torch.cat([two, three])]
     )
     assert both == pytest.approx(first + second, abs=1e-4)
+
+
+def test_log_likelihoods_behind_a_cache_are_those_of_the_whole_text(model, tokenizer):
+    context = ids(tokenizer, " ".join(WORDS))
+    prompts = [ids(tokenizer, text) for text in ("Anna lives", "Why", "Carla plays the flute")]
+    endings = [ids(tokenizer, text) for text in (" in Rome", " a turtle at home", " in Oslo")]
+    read = prefill(model, context[None])
+    got = log_likelihoods(model, tokenizer, prompts, endings, Prefix(read.cache, read.next_position))
+    want = log_likelihoods(model, tokenizer, [torch.cat([context, p]) for p in prompts], endings)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    assert length(read.cache) == len(context)  # as it was
+    assert np.abs(got - log_likelihoods(model, tokenizer, prompts, endings)).min() > 0.01
+
+
+def test_log_likelihoods_go_on_at_the_next_position_not_at_the_number_of_entries(model, tokenizer):
+    context, prompt, ending = (ids(tokenizer, text) for text in (" ".join(WORDS), "Anna lives", " in Rome"))
+    kept = torch.tensor([0, 1, 5, 7])
+    small = Prefix(select(prefill(model, context[None]).cache, kept), len(context))
+    text = torch.cat([prompt, ending])[None]
+    places = len(context) + torch.arange(text.shape[1])[None]
+    with torch.no_grad():
+        logits = model(text, past_key_values=repeat(small.cache, 1), position_ids=places).logits[0]
+    logs = logits.float().log_softmax(-1)
+    want = sum(logs[i - 1, text[0, i]].item() for i in range(len(prompt), text.shape[1]))
+    assert log_likelihoods(model, tokenizer, [prompt], [ending], small) == pytest.approx([want], abs=1e-4)
 
 
 def test_prompts_and_endings_must_pair(model, tokenizer):
@@ -259,6 +286,40 @@ def test_squad_scores_are_one_a_pair():
     assert f1(["a b", "c d"], ["b", "d e"]) == pytest.approx([1.0, 0.5])  # "a" is an article
     with pytest.raises(ValueError, match="zip"):
         exact_match(["a"], ["a", "b"])
+
+
+def test_of_several_texts_the_best_counts_for_each_score_by_itself():
+    texts = ["a red house", "red house by the sea", "Rome"]
+    assert exact_match(["Red house!", "red", "Rome"], [texts, texts, "Oslo"]).tolist() == [1, 0, 0]
+    alone = [f1(["red house sea"], [text])[0] for text in texts]
+    assert f1(["red house sea"], [tuple(texts)]) == pytest.approx([max(alone)])
+    assert max(alone) not in (alone[0], alone[-1])  # neither the first nor the last is meant
+    for score in (exact_match, f1, rouge_l):
+        with pytest.raises(ValueError, match=r"no text to compare 'red' with: give one or several"):
+            score(["red"], [[]])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "common"),
+    [
+        (
+            "the gunman was shot by police",
+            "police killed the gunman",
+            2,
+        ),  # the gunman; words in another order do not add
+        ("a b c", "A, b: c!", 3),
+        ("a x b y c", "a b c", 3),  # gaps do no harm
+        ("x y", "a b c", 0),
+        ("a a a", "a", 1),
+    ],
+)
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(prediction, reference, common):
+    precision, recall = common / len(prediction.split()), common / len(reference.split())
+    want = 2 * precision * recall / (precision + recall) if common else 0
+    assert rouge_l([prediction], [reference]) == pytest.approx([want], abs=1e-6)
+    assert rouge_l([prediction], [["zz", reference]]) == pytest.approx([want], abs=1e-6)
+    with pytest.raises(ValueError, match="zip"):
+        rouge_l([prediction], [])
 
 
 # perplexity

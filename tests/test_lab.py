@@ -276,6 +276,43 @@ def test_reports_ask_what_training_never_shows():
         assert report.result(document[1]["content"]) == str(values_of(chain)[-1])
 
 
+# passages by index
+
+
+def test_a_reading_depends_on_its_seed_and_index_alone():
+    one, two, other, held_out = (corpora.Readings(30, seed=seed, test=test) for seed, test in
+                                 ((3, False), (3, False), (4, False), (3, True)))  # fmt: skip
+    forward = [one[i] for i in range(30)]
+    random.seed(0)
+    for i in random.sample(range(30), 30):
+        assert two[i] == forward[i]
+        assert other[i][0] != forward[i][0]
+        assert held_out[i][0] != forward[i][0]
+    assert len({text for text, _ in forward}) == len(one) == 30
+    assert list(one) == forward  # a loop ends by the IndexError
+    assert corpora.Readings(3, seed=3)[2] == forward[2]  # whatever their number
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_readings_state_their_facts_and_ask_for_them(test):
+    readings = corpora.Readings(60, facts=(3, 9), questions=4, seed=1, test=test)
+    sizes = set()
+    for text, turns in readings:
+        facts = stated(text)
+        sizes.add(len(facts))
+        assert all(worlds.is_held_out(*fact) == test for fact in facts)
+        assert len(turns) == 4
+        for question, answer in turns:
+            assert (*read(question, QUESTIONS), answer) in facts
+    assert sizes == set(range(3, 10))
+
+
+@pytest.mark.parametrize("index", [-1, 5, 6])
+def test_a_reading_that_is_not_there_is_refused(index):
+    with pytest.raises(IndexError, match=f"There is no passage {index} among 5"):
+        corpora.Readings(5)[index]
+
+
 # the FAQ
 
 

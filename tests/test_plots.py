@@ -391,3 +391,36 @@ def test_with_and_without_puts_each_question_against_the_diagonal():
     assert [ax.get_title(loc="left") for ax in panels] == ["new: 0.30 → 0.70", "outside: 0.50 → 0.50"]
     assert [list(panels[0].lines[1].get_xdata()), list(panels[0].lines[1].get_ydata())] == [[0.2, 0.4], [0.6, 0.8]]
     assert (panels[0].get_xlabel(), panels[0].get_ylabel()) == ("not", "reading")
+
+
+# KV-Distill
+
+
+def test_retention_curves_show_each_method_and_the_whole_cache_with_labels_that_stay_apart():
+    one = {2: (0.1, 0.05, 0.15), 25: (0.9, 0.8, 1.0), 50: (0.95, 0.9, 1.0)}
+    two = {2: (0.0, 0.0, 0.1), 25: (0.3, 0.2, 0.4), 50: (0.94, 0.9, 1.0)}
+    ax = plots.retention_curves({"learned": one, "a score": two}, full=0.97)
+    assert [list(line.get_ydata()) for line in ax.lines[:2]] == [[0.1, 0.9, 0.95], [0.0, 0.3, 0.94]]
+    assert [list(line.get_xdata()) for line in ax.lines[:2]] == [[2, 25, 50]] * 2
+    assert list(ax.lines[2].get_ydata()) == [0.97, 0.97]
+    assert {"learned", "a score", "the whole cache"} <= set(texts(ax))
+    assert not overlaps(ax)
+    assert on_card(ax)
+
+
+def test_needle_maps_write_each_share_into_its_place():
+    maps = {"all": np.array([[1.0, 0.5]]), "some": np.array([[0.25, 0.0]])}
+    one, two = plots.needle_maps(maps, lengths=(8,), depths=(0, 100))
+    assert texts(one) == ["1", ".50"]
+    assert texts(two) == [".25", ".00"]
+    assert [t.get_position() for t in two.texts] == [(0, 0), (1, 0)]
+    assert two.images[0].get_clim() == one.images[0].get_clim()
+
+
+def test_score_view_underlines_what_is_kept_and_shades_by_rank():
+    page = plots.score_view([0, 1, 2], {"one": ([5.0, float("inf"), -1.0], [1])}, Letters()).data
+    shades = re.findall(r"<(u|s) style=\"background: rgba\(0, 114, 178, (0\.\d+)\)\">", page)
+    assert shades == [("s", "0.23"), ("u", "0.45"), ("s", "0.00")]
+    assert "one</b> (1 of 3 kept)" in page
+    assert "3 tokens" in page
+    assert "<script" not in page
