@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from kvlab import cache as kv
 from kvlab import files, knowledge, lab
 from kvlab.cache import CacheError
+from kvlab.compress import Compressed, compact
+from kvlab.draft import KnowledgeDraft
 from kvlab.evaluate import encode
 from kvlab.knowledge import ARMS, Hit, KnowledgeCache, Piece, read, splice
 from kvlab.lab.tokenizers import CHAT_TEMPLATE
@@ -1370,3 +1372,85 @@ def test_a_template_whose_first_turn_has_a_form_of_its_own_has_no_opening(tokeni
     tokenizer.chat_template = "{% for m in messages %}{% if loop.first %}<|system|>{% endif %}{{ m.content }}."
     tokenizer.chat_template += "{% if loop.first %} First.{% endif %}{% endfor %}<|assistant|>"
     assert knowledge._opening(tokenizer) == 0
+
+
+# compressed items
+
+
+def halved(model):
+    """Keeps the first half of a text's entries and its last one: positions have a gap."""
+
+    def compress(input_ids):
+        count = input_ids.shape[1]
+        positions = torch.tensor([[*range(count // 2), count - 1]])
+        cache = kv.select(kv.prefill(model, input_ids).cache, positions)
+        return Compressed(kv.Prefix(cache, count, input_ids[0].tolist()), positions, torch.zeros(1, count))
+
+    return compress
+
+
+def test_a_compressed_item_is_kept_with_fewer_entries_and_where_they_stand(make, model):
+    store, whole = make(compress=halved(model)), make(name="whole")
+    for item in load(store):
+        piece, expected = load(store).read(item), halved(model)(torch.tensor([item.input_ids]))
+        near(piece.cache, expected.prefix.cache, 1e-5)
+        assert piece.positions.tolist() == expected.positions[0].tolist()
+        assert item.kept == len(piece.positions) < len(piece.input_ids) == len(whole[item.id].input_ids)
+    sizes = [s.summary().loc["all", "size (MB)"] * 1e6 for s in (store, whole)]
+    kept, tokens = sum(i.kept for i in store), sum(len(i.input_ids) for i in store)
+    assert sizes[0] / sizes[1] == pytest.approx(kept / tokens)
+    assert data_of(store, store.items[0]).stat().st_size < data_of(whole, whole.items[0]).stat().st_size
+    assert all(piece.positions is None for piece in map(whole.read, whole))
+
+
+@pytest.mark.parametrize("arm", ["prefix", "concat", "shift"])
+def test_a_single_compressed_item_is_continued_at_the_length_of_its_text(make, model, arm):
+    store = make(compress=halved(model))
+    item = store.items[1]
+    prefix, expected = store.splice([item], arm), halved(model)(torch.tensor([item.input_ids])).prefix
+    near(prefix.cache, expected.cache, 1e-5)
+    assert prefix.next_position == len(item.input_ids)
+
+
+def test_compressed_items_behind_one_another_stand_where_their_texts_would(make, model):
+    store, rotary = make(compress=halved(model)), kv.rotary_of(model)
+    one, two = store.items[:2]
+    start = len(one.input_ids)
+    parts = [halved(model)(torch.tensor([i.input_ids])).prefix.cache for i in (one, two)]
+    prefix = store.splice([one, two], "shift")
+    near(prefix.cache, kv.join(parts[0], kv.shift(parts[1], start, rotary)), 1e-4)
+    assert prefix.next_position == start + len(two.input_ids)
+    read_anew = store.splice([one, two], "prefix")
+    near(read_anew.cache, kv.prefill(model, torch.tensor([two.input_ids]), parts[0], start).cache, 1e-4)
+
+
+def test_what_opens_a_conversation_is_left_out_of_later_compressed_items(make, model, monkeypatch):
+    store = make(compress=halved(model))
+    monkeypatch.setitem(vars(store), "_opening", 2)
+    one, two = store.items[:2]
+    kept = load(store).read(two).positions
+    prefix = store.splice([one, two], "shift")
+    assert kv.length(prefix.cache) == one.kept + int((kept >= 2).sum())
+    assert prefix.next_position == len(one.input_ids) + len(two.input_ids) - 2
+
+
+def test_an_export_of_compressed_items_is_the_same(make, model, tmp_path):
+    store = make(compress=halved(model))
+    copied = store.export(tmp_path / "copy")
+    assert same_tensors(store, copied)
+    assert [i.kept for i in copied] == [i.kept for i in store]
+
+
+def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tmp_path):
+    store, first = make(compress=halved(model)), halved(model)
+    with pytest.raises(CacheError, match=r"compressed, and what was evicted cannot be computed again.*another arm"):
+        store.splice(store.items[:2], "recompute")
+    by_head = lambda ids: first(ids)._replace(positions=torch.zeros(2, 1, 2, 3))  # noqa: E731
+    with pytest.raises(CacheError, match=r"positions \(2, 1, 2, 3\) .* let all heads keep the same"):
+        make(name="by_head", compress=by_head)
+    moved = lambda ids: compact(first(ids), kv.rotary_of(model))  # noqa: E731
+    with pytest.raises(CacheError, match="moved the entries: give them where they stood"):
+        make(name="moved", compress=moved)
+    draft = KnowledgeDraft.cut(model, "first:1", knowledge="kv")
+    with pytest.raises(ValueError, match="compressed caches, which drafts do not read"):
+        draft.read(store, store.items[0])

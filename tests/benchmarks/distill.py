@@ -25,7 +25,7 @@ from kvlab.speculate import generate
 
 THREADS, STEPS, BATCH, RATE, RETENTION = 2, 900, 16, 1e-3, (0.03, 0.8)
 SETTINGS = {"rank": 32, "width": 512, "sinks": 1}
-PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 200
+PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 150
 AWARE = {"h2o_aware": METHODS["h2o"], "snapkv_aware": METHODS["snapkv"]}
 RUNS = Path("lab-runs/distill")  # checkpoints: a run that was stopped goes on, one that is done is read
 ABLATIONS = {
