@@ -242,8 +242,7 @@ def evict(
     if shared:
         scores = scores.mean((0, 2))  # (1, T)
     positions = scores.topk(k).indices.sort().values
-    kept = select(truncate(cache, total), positions)
-    return Compressed(Prefix(kept, total, input_ids[0].tolist()), positions, scores)
+    return Compressed(Prefix(select(cache, positions), total, input_ids[0].tolist()), positions, scores)
 
 
 def _require_text(input_ids: Tensor, name: str = "input_ids") -> None:
@@ -257,9 +256,9 @@ def compact(compressed: Compressed, rotary: nn.Module) -> Compressed:
     Distances between entries shrink, so logits change wherever a gap is closed; where nothing was evicted between or
     behind the kept ones, the model says the same. `rotary` is `rotary_of` the model.
 
-    >>> from kvlab import lab
+    >>> from kvlab import cache, lab
     >>> model, ids = lab.load("lab-target"), torch.arange(10, 30)[None]
-    >>> small = compact(evict(model, ids, key_norm, budget=6), rotary_of(model)).prefix
+    >>> small = compact(evict(model, ids, key_norm, budget=6), cache.rotary_of(model)).prefix
     >>> small.next_position, length(small.cache)
     (6, 6)
     """

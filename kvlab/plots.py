@@ -513,11 +513,11 @@ def score_view(
     lines = []
     for name, (values, kept) in scores.items():
         ranks, kept = np.argsort(np.argsort(values)) / max(1, len(ids) - 1), set(kept)
-        marked = "".join(
-            f'<{tag} style="background: rgba(0, 114, 178, {0.45 * rank:.2f})">{_token_html(token, tokenizer)}</{tag}>'
-            for i, (token, rank) in enumerate(zip(ids, ranks, strict=True))
-            for tag in ("u" if i in kept else "s",)
-        )
+        marked = ""
+        for i, (token, rank) in enumerate(zip(ids, ranks, strict=True)):
+            tag, text = "u" if i in kept else "s", _token_html(token, tokenizer)
+            marked += "<wbr>" if text.startswith("<i>") else ""  # lines break where there is a space
+            marked += f'<{tag} style="background: rgba(0, 114, 178, {0.45 * rank:.2f})">{text}</{tag}>'
         lines.append(f"<p><b>{name}</b> ({len(kept)} of {len(ids)} kept)<br>{marked}</p>")
     words = f"One text of {len(ids)} tokens, colored by the scores of {', '.join(scores)}; kept tokens are underlined."
     return HTML(
