@@ -10,7 +10,7 @@ its next position: the unchanged model goes on from there. No function here know
 >>> ids = tokenizer("Anna lives in Rome. Ben has a dog.", return_tensors="pt").input_ids
 >>> kept = evict(model, ids, key_norm, retention=0.5)
 >>> length(kept.prefix.cache), kept.prefix.next_position
-(5, 10)
+(6, 12)
 """
 
 import copy
@@ -151,7 +151,8 @@ class Compressed(NamedTuple):
 
     prefix : the smaller cache, where to go on, and the whole context's token ids.
     positions : of the kept entries, in order: (1, k), or (L, 1, H_kv, k) where heads keep their own.
-    scores : of all entries, (1, T) or (L, 1, H_kv, T); infinite where an entry is always kept.
+    scores : of all entries, (1, T) or (L, 1, H_kv, T). Those that a score always keeps have infinity; a distiller's
+        first tokens are kept whatever they have.
     bias : (1, k) or None; what a decoder must add to the attention logits of these entries (gate "log" only).
     """
 
