@@ -63,6 +63,7 @@ PROMISED = {
             f"em_{method}_{percent}"
             for method in (
                 "distill",
+                "choice",
                 "random",
                 "sinks_recent",
                 "h2o",
@@ -88,6 +89,7 @@ PROMISED = {
                 "routing_embedding",
                 "gate_log",
                 "gate_none",
+                "no_adapters",
             )
             for percent in (25, 10)
         ),

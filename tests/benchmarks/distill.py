@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
-from kvlab.cache import Prefix, Slots, from_tensor, nbytes, prefill, rotary_of, step
+from kvlab.cache import Prefix, Slots, from_tensor, nbytes, prefill, rotary_of, select, step
 from kvlab.compress import METHODS, Examples, KVDistiller, compact, evict, example, train
 from kvlab.evaluate import benchmark, figure, log_likelihoods
 from kvlab.lab import worlds
@@ -36,6 +36,7 @@ ABLATIONS = {
     "routing_embedding": {"routing": "embedding"},
     "gate_log": {"gate": "log"},
     "gate_none": {"gate": "none"},
+    "no_adapters": {"adapters": False},
     "layer_1": {"layer": 1},
     "layer_6": {"layer": 6},
     "layer_12": {"layer": 12},
@@ -92,8 +93,11 @@ def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistill
     """A distiller for the target: the source's way, but for what an ablation changes."""
     changes = dict(ABLATIONS[name])
     losses = {key: changes.pop(key) for key in ("forward_share",) if key in changes}
+    adapters = changes.pop("adapters", True)
     torch.manual_seed(seed)
     distiller = KVDistiller(s.target, **SETTINGS | changes)
+    if not adapters:
+        distiller.adapted.requires_grad_(False)
     facts, questions = ((4, 6), 2) if s.quick else ((8, 24), 8)
     texts = Examples(s.tokenizer, Readings(steps * BATCH, facts, questions, seed))
     train(
@@ -119,7 +123,14 @@ def agnostic(s: Lab, distiller: KVDistiller | None, shared: bool = False) -> dic
     }
     if distiller:
         ways["distill"] = lambda ids, _, share: distiller.compress(ids, retention=share).prefix
+        ways["choice"] = lambda ids, _, share: chosen(s, ids, distiller.compress(ids, retention=share).positions)
     return ways
+
+
+def chosen(s: Lab, ids: Tensor, positions: Tensor) -> Prefix:
+    """What a distiller chose, with the entries that the plain model made."""
+    plain = whole(s, ids)
+    return plain._replace(cache=select(plain.cache, positions))
 
 
 def aware(s: Lab) -> dict[str, Callable[..., Prefix]]:
@@ -161,9 +172,9 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
     figures = []
     for name, shares in values.items():
         kind = "the question is known when entries are chosen" if "aware" in name else "the question is not known"
-        kind = (
-            "the whole cache" if name == "full" else kind + (", same entries in all heads" if "shared" in name else "")
-        )
+        kind += ", same entries in all heads" if "shared" in name else ""
+        kind += ", what distill chose, as the plain model made it" if name.startswith("choice") else ""
+        kind = "the whole cache" if name == "full" else kind
         figures.append(figure(f"em_{name}", shares, "fraction", told + kind))
     for percent in PERCENTS:
         best = max((name for name in METHODS), key=lambda name: values[f"{name}_{percent}"].mean())
