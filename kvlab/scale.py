@@ -233,7 +233,7 @@ PRESETS: dict[str, dict] = {
         "needs": _INFERENCE
         | {
             "02_draft_training": Need(("target",), batch=32, tokens=256, trains="target", layers=3),
-            "03_kv_distill": Need(("target",), batch=16, tokens=320, added=600_000),
+            "03_kv_distill": Need(("target",), batch=16, tokens=320, added=400_000),
             "04_alignment_4d": Need(("teacher",), batch=32, tokens=256, trains="student"),
             "06_cache_fusion": Need(("target", "draft"), batch=32, tokens=256, added=1_000_000),
             "07_putting_it_together": Need(("target", "draft"), batch=1, tokens=1024),
@@ -265,7 +265,7 @@ PRESETS: dict[str, dict] = {
         "needs": _INFERENCE
         | {
             "02_draft_training": Need(("target",), batch=4, tokens=512, trains="target", layers=3),
-            "03_kv_distill": Need(("target",), batch=2, tokens=1536, added=160_000_000),
+            "03_kv_distill": Need(("target",), batch=2, tokens=1536, added=173_000_000),
             "04_alignment_4d": Need(("teacher",), batch=4, tokens=1024, trains="student"),
             "06_cache_fusion": Need(("target", "draft"), batch=4, tokens=1024, added=480_000_000),
             "07_putting_it_together": Need(("target", "draft"), batch=1, tokens=4096),

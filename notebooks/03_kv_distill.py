@@ -301,6 +301,7 @@ history = compress.train(
     batch_size=8,
     learning_rate=1e-3 if scale.name == "tiny" else 5e-5,
     retention=(0.05, 0.8),
+    precision="fp16" if target.dtype == torch.float16 else "no",
 )
 assert cache.fingerprint(target)["weights"] == before  # frozen
 
