@@ -816,8 +816,8 @@ def eval_compression(
         split: part of the hub's data set; a file is read whole.
         contexts: most contexts to read.
         questions: most questions to each.
-        methods: some of distill, random, sinks_recent, h2o, snapkv, key_norm, h2o_aware and snapkv_aware, e.g.
-            --methods distill h2o. Default: all.
+        methods: some of distill, random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed, h2o_aware and
+            snapkv_aware, e.g. --methods distill h2o. Default: all.
         retention: shares of a context's entries to keep, e.g. --retention 0.5 0.1. Default: 1 0.5 0.25 0.1 0.05 0.02.
         shared: keep the same entries in all heads and layers, by the mean of their scores; distill always does.
         max_new_tokens: of each answer.

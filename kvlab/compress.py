@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -88,20 +89,32 @@ def random(seen: Attention, budget: int) -> Tensor:
 
 
 def sinks_recent(seen: Attention, budget: int, sinks: int = 4) -> Tensor:
-    """The first four entries and the latest (StreamingLLM: Xiao et al. 2023, arXiv 2309.17453, section 3.2)."""
+    """The first four entries and the latest (StreamingLLM: Xiao et al. 2023, arXiv 2309.17453, section 3.2).
+
+    The source counts positions inside the cache, as `compact` does; `evict` leaves them.
+    """
     places = torch.arange(seen.context, device=seen.keys.device, dtype=torch.float32)
     return _pinned(places.expand(*seen.keys.shape[:2], -1), first=min(sinks, budget))
 
 
 def key_norm(seen: Attention, budget: int) -> Tensor:
-    """The smaller a key, the more attention it tends to get (Devoto et al. 2024, arXiv 2406.11430, section 3)."""
+    """The smaller a key, the more attention it tends to get (Devoto et al. 2024, arXiv 2406.11430, section 3).
+
+    The source leaves the first two layers whole; here all give the same share.
+    """
     return -seen.keys[:, :, : seen.context].float().norm(dim=-1)
+
+
+def key_norm_reversed(seen: Attention, budget: int) -> Tensor:
+    """The larger a key the better, as no source has it: where keys are normalized (Qwen3), the sign may turn round."""
+    return -key_norm(seen, budget)
 
 
 def h2o(seen: Attention, budget: int, chunk: int = 512) -> Tensor:
     """Attention received from all queries, summed; half the budget is for the latest entries.
 
-    Source: Zhang et al. (2023), H2O, arXiv 2306.14048, algorithm 1. Queries that share
+    Source: Zhang et al. (2023), H2O, arXiv 2306.14048, algorithm 1, which evicts step by step while it decodes; this
+    evicts once, after the context. Queries that share
     keys add up. They are taken `chunk` at a time: memory is (B, H, chunk, T).
     """
     total = seen.queries.shape[2]
@@ -114,10 +127,11 @@ def snapkv(seen: Attention, budget: int, window: int = 32, kernel: int = 5) -> T
     """Attention that the last tokens pay to each entry, smoothed over neighbors; these last tokens are kept.
 
     Source: Li et al. (2024), SnapKV, arXiv 2404.14469, section 4 and listing 1 (whose pooling is an average in their
-    code). The window is at most half the budget, which the source need not say: its budgets are far larger.
+    code; they let each query head choose, here those of a group choose together). The window is the end of a question,
+    or, without one, at most half the budget: the source's budgets are far larger than its window.
     """
     total, context = seen.queries.shape[2], seen.context
-    window = min(window, total - context + max(1, budget // 2))
+    window = min(window, total - context or max(1, budget // 2))
     before = max(0, min(context, total - window))  # entries in front of the window
     votes = _weights(seen, total - window, total).sum(3).mean(2)[..., :before]  # (B, H_kv, before)
     if before:
@@ -125,14 +139,14 @@ def snapkv(seen: Attention, budget: int, window: int = 32, kernel: int = 5) -> T
     return F.pad(votes, (0, context - before), value=float("inf"))
 
 
-METHODS: dict[str, Score] = {f.__name__: f for f in (random, sinks_recent, h2o, snapkv, key_norm)}
+METHODS: dict[str, Score] = {f.__name__: f for f in (random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed)}
 
 
 def _weights(seen: Attention, start: int, stop: int) -> Tensor:
     """Causal attention of some of the queries, (B, H_kv, H / H_kv, stop - start, T)."""
     keys, total = seen.keys[:, :, None], seen.keys.shape[2]
     queries = seen.queries[:, :, start:stop].unflatten(1, (seen.keys.shape[1], -1))
-    logits = (queries @ keys.mT).float() * seen.scaling
+    logits = queries.float() @ keys.float().mT * seen.scaling
     places = torch.arange(total, device=keys.device)
     return logits.masked_fill(places > places[start:stop, None], float("-inf")).softmax(-1)
 
@@ -231,12 +245,12 @@ def evict(
     >>> evict(model, ids, sinks_recent, budget=6, shared=True).positions
     tensor([[ 0,  1,  2,  3, 18, 19]])
     """
-    _require_text(input_ids)
+    _require_text(model, input_ids)
+    total, scores, read = input_ids.shape[1], [], input_ids
     if question_ids is not None:
-        _require_text(question_ids, "question_ids")
-    total, scores = input_ids.shape[1], []
+        _require_text(model, question_ids, "question_ids")
+        read = torch.cat([input_ids, question_ids], 1)
     k = count_kept(total, retention, budget)
-    read = input_ids if question_ids is None else torch.cat([input_ids, question_ids], 1)
     with observing(model, lambda *seen: scores.append(score(Attention(*seen, total), k))):
         cache = prefill(model, read).cache
     scores = torch.stack(scores)  # (L, 1, H_kv, T)
@@ -246,9 +260,10 @@ def evict(
     return Compressed(Prefix(select(cache, positions), total, input_ids[0].tolist()), positions, scores)
 
 
-def _require_text(input_ids: Tensor, name: str = "input_ids") -> None:
-    shape = tuple(input_ids.shape)
+def _require_text(model: PreTrainedModel, input_ids: Tensor, name: str = "input_ids") -> None:
+    shape, most = tuple(input_ids.shape), model.config.get_text_config(decoder=True).max_position_embeddings
     _require(len(shape) == 2 and shape[0] == 1 and shape[1] > 0, f"{name} is {shape}, expected (1, T), one text.")
+    _require(shape[1] <= most, f"{name} has {shape[1]} tokens, the model reads up to {most}: give fewer.")
 
 
 def compact(compressed: Compressed, rotary: nn.Module) -> Compressed:
@@ -348,6 +363,9 @@ class KVDistiller(nn.Module):
     def __init__(self, model: PreTrainedModel, layer: int | None = None, **settings):
         super().__init__()
         require_supported(model)
+        kind = model.config._attn_implementation
+        seen = f"The model's attention is {kind!r}, which takes no mask of numbers"
+        _require(kind in ("sdpa", "eager"), f"{seen}: load it with attn_implementation='sdpa'.")
         config = model.config.get_text_config(decoder=True)
         have = config.num_hidden_layers
         settings = DistillSettings(layer=max(1, round(have * 6 / 32)) if layer is None else layer, **settings)
@@ -430,7 +448,7 @@ class KVDistiller(nn.Module):
         The kept keys carry their gates and their places, so that the model needs nothing but the prefix (with gate
         "log" also `bias`). Raises ValueError for more than one text, or both or neither of retention and budget.
         """
-        _require_text(input_ids)
+        _require_text(self.model, input_ids)
         count = torch.tensor([count_kept(input_ids.shape[1], retention, budget)], device=input_ids.device)
         kept = self.keep(input_ids, torch.ones_like(input_ids), count)
         prefix = Prefix(kept.cache, input_ids.shape[1], input_ids[0].tolist())
@@ -503,7 +521,8 @@ class KVDistiller(nn.Module):
         unlike = {part: differences({part: about["model"][part]}, {part: own[part]}) for part in own}
         other = "; ".join(filter(None, (unlike["architecture"], unlike["rope"])))
         _require(not other, f"{folder} was trained for another model ({other}): load it with that model.")
-        if unlike["weights"]:
+        same_dtype = about["model"]["weights"]["dtype"] == own["weights"]["dtype"]
+        if same_dtype and unlike["weights"]:  # rounding changes every digest
             warnings.warn(f"{folder} was trained for other weights of this model ({unlike['weights']}).", stacklevel=2)
         distiller = cls(model, **about["settings"])
         distiller.adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
@@ -582,8 +601,9 @@ def example(
 ) -> Example:
     """Tokens of a context and of (question, answer) turns behind it. Answers have weight 1, questions `instruction`.
 
-    Several questions to one context make more of each compression. Each is put as if it were the first, so that chat
-    templates that change earlier turns give what they give in use.
+    Several questions to one context make more of each compression, though a later one has earlier answers before it,
+    for teacher and student alike. Each is put as if it were the first, so that chat templates that change earlier
+    turns give what they give in use.
 
     >>> from kvlab import lab
     >>> made = example(lab.load_tokenizer("lab-target"), "Anna lives in Rome.", [("Where does Anna live?", "Rome")])
@@ -643,7 +663,8 @@ def train(
 
     Parameters
     ----------
-    retention : each batch keeps a share drawn between these, evenly on a logarithmic scale.
+    retention : each batch keeps a share drawn between these, evenly on a logarithmic scale (the source does not say
+        how it draws).
     forward_share : lambda.
     options : of `kvlab.training.fit`: checkpoint, every, accumulate, precision, seed, evaluate, ...
 
@@ -654,6 +675,7 @@ def train(
     shares = {"kl": forward_share, "reverse_kl": 1 - forward_share}
     shares = {name: share for name, share in shares.items() if share}
     low, high = map(math.log, retention)
+    PartialState(cpu=distiller.model.device.type == "cpu")  # before `fit`, which would take the best device there is
 
     def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         share = math.exp(low + (high - low) * torch.rand(()).item())

@@ -207,7 +207,7 @@ def log_likelihoods(
     All of them stand behind `prefix`, if there is one: a cache of one row.
     """
     rows = [torch.cat(pair) for pair in zip(prompts, endings, strict=True)]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
     starts = torch.tensor([len(p) for p in prompts])[:, None]
     stops = torch.tensor([len(r) for r in rows])[:, None]
     places = torch.arange(input_ids.shape[1])[None]

@@ -325,7 +325,8 @@ def splice_strips(lengths: Sequence[int], question: int, share: float = 0.15) ->
 
 def splice_panels(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> np.ndarray:
     """One panel a quantity and one row an arm, each (value, low, high)."""
-    places = axes(len(panels), width=2.4 * len(panels), height=2.6, sharey=True)
+    rows = max(map(len, panels.values()))
+    places = axes(len(panels), width=2.4 * len(panels), height=max(2.6, 0.34 * rows), sharey=True)
     for ax, (name, arms) in zip(places, panels.items(), strict=True):
         top = max(high for _, _, high in arms.values())
         for y, (value, low, high) in enumerate(arms.values()):

@@ -71,13 +71,17 @@ PROMISED = {
                 "snapkv",
                 "snapkv_aware",
                 "key_norm",
+                "key_norm_reversed",
             )
             for percent in (50, 25, 10, 5, 2)
         ),
         *(f"{what}_{percent}" for what in ("bytes_ratio", "gain", "lost") for percent in (50, 25, 10, 5, 2)),
         *(f"em_{method}_shared_{percent}" for method in ("h2o", "snapkv", "key_norm") for percent in (25, 10)),
         *(f"em_distill_compacted_{percent}" for percent in (25, 10)),
-        *(f"choice_{arm}" for arm in ("full", "distill_25", "distill_10", "distill_5", "key_norm_25", "key_norm_10")),
+        *(
+            f"choice_{arm}"
+            for arm in ("full", "distill_25", "distill_10", "distill_5", "snapkv_25", "key_norm_reversed_10")
+        ),
         *(f"needle_{arm}_16_{depth}" for arm in ("full", "distill_25", "distill_10") for depth in (0, 50, 100)),
         *(
             f"ablation_{arm}_{percent}"

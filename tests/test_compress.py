@@ -119,7 +119,7 @@ def looped_h2o(weights, keys, context, budget):
 
 def looped_snapkv(weights, keys, context, budget, window=32, kernel=5):
     read = len(weights[0])
-    window = min(window, read - context + max(1, budget // 2))
+    window = min(window, read - context or max(1, budget // 2))
     before = min(context, read - window)
     scores = []
     for group in range(GROUPS):

@@ -1,9 +1,13 @@
 """Compressed caches: what is still answered from a part of the entries, by KV-Distill and by scores; bytes, latency."""
 
+import hashlib
+import json
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
-from kvlab.cache import Prefix, Slots, from_tensor, nbytes, prefill, rotary_of, select, step
-from kvlab.compress import METHODS, Examples, KVDistiller, compact, evict, example, train
+from kvlab.cache import Prefix, Slots, fingerprint, from_tensor, nbytes, prefill, rotary_of, select, step
+from kvlab.compress import METHODS, Examples, KVDistiller, compact, count_kept, evict, example, train
 from kvlab.evaluate import benchmark, figure, log_likelihoods
 from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
@@ -27,6 +31,7 @@ THREADS, STEPS, BATCH, RATE, RETENTION = 2, 900, 16, 1e-3, (0.03, 0.8)
 SETTINGS = {"rank": 32, "width": 512, "sinks": 1}
 PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 150
 AWARE = {"h2o_aware": METHODS["h2o"], "snapkv_aware": METHODS["snapkv"]}
+COMPARED = ("distill", "snapkv", "key_norm_reversed", "random")
 RUNS = Path("lab-runs/distill")  # checkpoints: a run that was stopped goes on, one that is done is read
 ABLATIONS = {
     "source": {},
@@ -90,7 +95,7 @@ def exact(s: Lab, texts: Sequence[Passage], compress: Compress, aware: bool = Fa
 
 
 def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistiller:
-    """A distiller for the target: the source's way, but for what an ablation changes."""
+    """A distiller for the target: the source's way, but for what an ablation changes. One that is there is read."""
     changes = dict(ABLATIONS[name])
     losses = {key: changes.pop(key) for key in ("forward_share",) if key in changes}
     adapters = changes.pop("adapters", True)
@@ -99,6 +104,8 @@ def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistill
     if not adapters:
         distiller.adapted.requires_grad_(False)
     facts, questions = ((4, 6), 2) if s.quick else ((8, 24), 8)
+    settings = [asdict(distiller.settings), losses, adapters, facts, questions, BATCH, RATE, RETENTION]
+    of = hashlib.sha256(json.dumps([*settings, fingerprint(s.target)["weights"]]).encode()).hexdigest()[:8]
     texts = Examples(s.tokenizer, Readings(steps * BATCH, facts, questions, seed))
     train(
         distiller,
@@ -107,7 +114,7 @@ def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistill
         batch_size=2 if s.quick else BATCH,
         learning_rate=RATE,
         retention=RETENTION,
-        checkpoint=folder / f"{name}-{steps}-{seed}.safetensors",
+        checkpoint=folder / f"{name}-{steps}-{seed}-{of}.safetensors",
         every=50,
         seed=seed,
         **losses,
@@ -176,6 +183,11 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
         kind += ", what distill chose, as the plain model made it" if name.startswith("choice") else ""
         kind = "the whole cache" if name == "full" else kind
         figures.append(figure(f"em_{name}", shares, "fraction", told + kind))
+    for seed, percent in ((seed, percent) for seed in range(len(distillers)) for percent in (25, 10)):
+        told_seed = f"{told}seed {[*distillers][seed]} alone"
+        figures.append(
+            figure(f"em_distill_{percent}_seed_{seed}", found[f"distill_{percent}"][seed], "fraction", told_seed)
+        )
     for percent in PERCENTS:
         best = max((name for name in METHODS), key=lambda name: values[f"{name}_{percent}"].mean())
         gain = values[f"distill_{percent}"] - values[f"{best}_{percent}"]
@@ -210,30 +222,37 @@ def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     rng = np.random.default_rng(7)
     texts = list(Readings(2 if s.quick else 100, (16, 24), 1, seed=2000, test=True))
     arms = {"full": partial(whole, s)}
+    ways = agnostic(s, distiller)
     for percent in (25, 10, 5):
-        ways = agnostic(s, distiller)
-        for name in ("distill", "key_norm"):
+        for name in COMPARED:
             arms[f"{name}_{percent}"] = partial(ways[name], share=percent / 100)
     right: dict[str, list[float]] = {name: [] for name in arms}
     for text, [(question, answer)] in texts:
         relation = next(r for r in worlds.RELATIONS.values() if answer in r.values)
-        options = [answer, *rng.choice([v for v in relation.values if v != answer], 3, replace=False)]
-        asked = [example(s.tokenizer, text, [(question, str(option))]) for option in options]
+        asked = [example(s.tokenizer, text, [(question, v)]) for v in [answer, *others(rng, text, relation, answer)]]
         prompts, endings = ([e.text[e.weights == w] for e in asked] for w in (0, 1))
         for name, way in arms.items():
             scores = log_likelihoods(s.target, s.tokenizer, prompts, endings, prefix=way(asked[0].context[None], None))
             right[name].append(float(scores.argmax() == 0))
     told = (
-        "held-out passages of 16 to 24 facts, the likeliest of four answers of a kind; chance is 0.25; distill: seed 0"
+        "held-out passages of 16 to 24 facts, the likeliest of four answers of a kind, the others from the passage as "
     )
+    told += "far as it has some; distill: seed 0"
     return [figure(f"choice_{name}", values, "fraction", told) for name, values in right.items()]
+
+
+def others(rng: np.random.Generator, text: str, relation: worlds.Relation, answer: str) -> list[str]:
+    """Three wrong answers of the same kind, from the passage if it has some: to know its words must not be enough."""
+    words = set(re.findall(r"\w+", text))
+    wrong = rng.permutation([v for v in relation.values if v != answer]).tolist()
+    return sorted(wrong, key=lambda v: v not in words)[:3]
 
 
 def needle_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     """One fact asked for, by where it stands and how much stands around it."""
     ways, figures = agnostic(s, distiller), []
     arms = {"full": partial(whole, s)}
-    arms |= {f"{n}_{p}": partial(ways[n], share=p / 100) for p in (25, 10) for n in ("distill", "key_norm")}
+    arms |= {f"{n}_{p}": partial(ways[n], share=p / 100) for p in (25, 10) for n in COMPARED}
     for facts in (16,) if s.quick else (8, 16, 32):
         texts = [needles(s, facts, seed) for seed in range(2 if s.quick else 40)]
         for arm, way in arms.items():
@@ -251,22 +270,25 @@ def needles(s: Lab, facts: int, seed: int) -> Passage:
     return passages(s, [(passage.text, [(fact.question(rng), fact.value) for fact in asked])])[0]
 
 
-def ablation_figures(s: Lab, folder: Path, seeds: Sequence[int]) -> list[dict]:
-    """What each part of the method is worth: short runs that differ in one thing, the same passages."""
+def ablation_figures(s: Lab, folder: Path, seed: int, more: Sequence[int]) -> list[dict]:
+    """What each part of the method is worth: short runs that differ in one thing, or only in their seed."""
     steps, figures, base = (2 if s.quick else ABLATION_STEPS), [], {}
     texts = passages(s, Readings(2 if s.quick else 48, (16, 24), 5, seed=3000, test=True))
-    for name in ABLATIONS:
-        distillers = [trained(s, name, seed, steps, folder) for seed in seeds]
+    arms = [(name, name, seed) for name in ABLATIONS]
+    arms += [(f"source_seed_{again}", "source", again) for again in more]
+    for arm, name, start in arms:
+        distiller = trained(s, name, start, steps, folder)
         for percent in (25, 10):
-            right = np.concatenate([matches(s, d, texts, percent / 100) for d in distillers])
+            right = matches(s, distiller, texts, percent / 100)
             told = (
-                f"{steps} steps, {len(seeds)} seed(s), at {percent} %, every token of the answer the likeliest; n is "
+                f"{steps} steps, seed {start}, at {percent} %, every token of the answer the likeliest, n is passages: "
             )
-            told += "passages and seeds"
-            figures.append(figure(f"ablation_{name}_{percent}", right, "fraction", told))
+            told += "what another seed would give is not in the interval"
+            figures.append(figure(f"ablation_{arm}_{percent}", right, "fraction", told))
             base.setdefault(percent, right)  # the source's way comes first
-            change = f"{name} minus source, passage by passage; {told}"
-            figures.append(figure(f"ablation_change_{name}_{percent}", right - base[percent], "difference", change))
+            if arm != "source":
+                change = f"{arm} minus source, passage by passage; {told}"
+                figures.append(figure(f"ablation_change_{arm}_{percent}", right - base[percent], "difference", change))
     return figures
 
 
@@ -278,7 +300,8 @@ def matches(s: Lab, distiller: KVDistiller, texts: Sequence[Passage], share: flo
         rows = [torch.cat([q, torch.tensor(a)]) for q, a in zip(p.questions, p.answers, strict=True)]
         text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         context = p.context.expand(len(rows), -1)
-        chosen = distiller(context, torch.ones_like(context), text, share)[0].argmax(-1)
+        count = torch.full((len(rows),), count_kept(context.shape[1], share))
+        chosen = distiller.read_on(distiller.keep(context, torch.ones_like(context), count), text).argmax(-1)
         found.append(
             np.mean(
                 [
@@ -295,7 +318,7 @@ def speed_figures(quick: bool) -> list[dict]:
     """Decoding behind 8,192 tokens or a part of them, on a model of Qwen3-0.6B's shape with random weights."""
     config, entries = config_of("lab-target" if quick else "Qwen/Qwen3-0.6B"), 256 if quick else 8192
     model = AutoModelForCausalLM.from_config(config).eval()
-    memory = {p: kept_slots(model, max(1, round(p / 100 * entries)), entries) for p in (100, *PERCENTS)}
+    memory = {p: kept_slots(model, count_kept(entries, p / 100), entries) for p in (100, *PERCENTS)}
     seconds: dict[int, list[float]] = {p: [] for p in memory}
     for turn in range(3 if quick else 12):
         for percent, slots in memory.items():
@@ -306,8 +329,10 @@ def speed_figures(quick: bool) -> list[dict]:
     told += f"percent of the entries are kept; random weights, {torch.get_num_threads()} threads, in turn"
     figures = []
     for percent, values in seconds.items():
-        kept, warm = max(1, round(percent / 100 * entries)), values[2:] or values
-        size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * kept / 1e6
+        warm, size = (
+            values[2:] or values,
+            nbytes(memory[percent].entries(0, stop=count_kept(entries, percent / 100))) / 1e6,
+        )
         figures.append(figure(f"decode_ms_{percent}", [1000 * v for v in warm], "ms", told))
         ratios = [a / b for a, b in zip(seconds[100][2:] or seconds[100], warm, strict=True)]
         figures.append(
@@ -335,7 +360,7 @@ def measure(quick: bool, seed: int) -> list[dict]:
         distillers = {i: trained(s, "source", i, 2 if quick else STEPS, folder) for i in seeds}
         figures = match_figures(s, distillers)
         figures += size_figures(s, distillers[seed]) + choice_figures(s, distillers[seed])
-        figures += needle_figures(s, distillers[seed]) + ablation_figures(s, folder, [seed])
+        figures += needle_figures(s, distillers[seed]) + ablation_figures(s, folder, seed, [] if quick else [1, 2])
     return figures + speed_figures(quick)
 
 
