@@ -11,9 +11,9 @@
 #
 # ```{admonition} In this chapter
 # :class: tip
-# - see which tokens of a text a cache could do without, as five methods judge it;
+# - see which tokens of a text a cache could do without, as scores from the literature judge it;
 # - evict the others for real, keep positions right, and watch a model forget;
-# - write {term}`KV-Distill` in twenty lines, and check them: a scorer, adapters that act on some tokens only, a gate that keys can carry;
+# - write {term}`KV-Distill` in twenty lines, and check them: a {term}`scorer`, adapters that act on some tokens only, a {term}`gate` that keys can carry;
 # - train it, and compare it with the best scores at the same size: answers, bytes, milliseconds;
 # - find out what it is good for and what not, with ablations, needles, and a question that was known beforehand;
 # - keep a distilled cache on disk, in the store of chapter 01.
@@ -34,6 +34,7 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
 
 # %%
 import json
+import re
 import tempfile
 import textwrap
 from functools import partial
@@ -42,11 +43,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import display
 
 from kvlab import Scale, cache, compress, lab, plots
 from kvlab.compress import KVDistiller, compact, evict, routed
 from kvlab.evaluate import bootstrap
-from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
 from kvlab.speculate import generate
 
@@ -58,7 +59,7 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The question
 #
-# A cache has one entry a token, in every layer and every head, and none is ever thrown away. Chapter 00 measured what that costs: at eight thousand tokens, the cache of a small model is larger than the model. And whoever keeps many texts, as chapter 01 does, pays for each.
+# A cache has one entry a token, in every layer and every head, and none is ever thrown away. At eight thousand tokens the cache of Qwen3-0.6B is almost as large as its weights (chapter 00 has the formula), and whoever keeps many texts, as chapter 01 does, pays for each.
 #
 # But a text says less than its tokens take. *The favorite color of Stefan is black*: seven tokens, and three that matter. So: **which entries can go, and can those that stay be made to say what the others said?** The second half of the question is what this chapter is about. What is forgotten must be chosen before anybody asks. We do not know the question when we compress.
 #
@@ -76,16 +77,46 @@ for question, answer in turns[:3]:
 
 # %%
 def asked(text, turns):
-    """A context, and for each question its ids and those of its answer."""
+    """A context in token ids, its questions in token ids, and their answers."""
     made = [compress.example(tokenizer, text, [turn]) for turn in turns]
     context = made[0].context[None].to(target.device)
-    questions = [e.text[e.weights == 0] for e in made]
-    return context, questions, [e.text[e.weights == 1].tolist() for e in made]
+    return context, [e.text[e.weights == 0] for e in made], [answer for _, answer in turns]
+
+
+def everything(context):
+    """The whole cache, and where to go on behind it."""
+    stop = context.shape[1]
+    return cache.Prefix(cache.prefill(target, context).cache, stop, context[0].tolist())
 
 
 passages = [asked(*reading) for reading in test]
 ids = passages[0][0]
-print(f"{ids.shape[1]} tokens, {cache.nbytes(cache.prefill(target, ids).cache)} bytes")
+whole = everything(ids).cache
+print(f"{ids.shape[1]} tokens, {cache.nbytes(whole)} bytes")
+
+# %% [markdown]
+# An answer counts if its word is in what the model says behind a prefix, greedily. Questions are asked one by one, each behind the same cache:
+
+# %%
+def right(make, passages=passages):
+    """The share of each passage's questions that are answered behind make(context)."""
+    rows, prefixes, wanted = [], [], []
+    for context, questions, answers in passages:
+        rows, wanted = rows + questions, wanted + answers
+        prefixes += [make(context)] * len(questions)
+    length = 8 if scale.name == "tiny" else 24
+    made = generate(target, rows, prefix=prefixes, max_new_tokens=length).tokens
+    said = [tokenizer.decode(ids, skip_special_tokens=True).lower() for ids in made]
+    good = [w.lower() in re.findall(r"\w+", text) for w, text in zip(wanted, said)]
+    return np.reshape(good, (len(passages), -1)).mean(1)
+
+
+def shown(values):
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values))
+
+
+full = right(everything)
+print("answered with the whole cache:", shown(full))
 
 # %% [markdown]
 # ## Which tokens matter?
@@ -99,7 +130,7 @@ print(f"{ids.shape[1]} tokens, {cache.nbytes(cache.prefill(target, ids).cache)} 
 # | SnapKV {cite}`li2024snapkv` | $\sum_{i \in \text{window}} a_{ij}$, smoothed over neighbors | what the last tokens look at |
 # | key norm {cite}`devoto2024l2` | $-\lVert k_j \rVert$ | small keys get much attention |
 #
-# Here are two of them in a line each, beside the library's. `observing` lets a function see what each attention layer computes.
+# Here is H2O, for one layer, beside the library's. `observing` lets a function see what each attention layer computes.
 
 # %%
 seen = []
@@ -109,15 +140,15 @@ layer = compress.Attention(*seen[5], context=ids.shape[1])
 
 heads, groups = layer.queries.shape[1], layer.queries.shape[1] // layer.keys.shape[1]
 keys = layer.keys.repeat_interleave(groups, 1)  # each key head serves several query heads
-weights = (layer.queries @ keys.mT * layer.scaling).float()
+weights = layer.queries.float() @ keys.float().mT * layer.scaling
 later = torch.ones_like(weights, dtype=torch.bool).triu(1)
 weights = weights.masked_fill(later, float("-inf")).softmax(-1)  # (1, H, T, T)
 received = weights.sum(2).unflatten(1, (-1, groups)).sum(2)  # (1, H_kv, T)
 
-half = ids.shape[1] // 4
-ours = compress.h2o(layer, budget=2 * half)
-assert torch.allclose(ours[..., :-half], received[..., :-half], rtol=1e-3)
-assert torch.equal(compress.key_norm(layer, 1), -layer.keys.float().norm(dim=-1))
+latest = 12  # half of a budget of 24 entries
+ours = compress.h2o(layer, budget=2 * latest)
+assert torch.allclose(ours[..., :-latest], received[..., :-latest], rtol=1e-2)
+assert ours[..., -latest:].isinf().all()
 
 # %% [markdown]
 # `evict` asks a score in every layer, keeps the best entries of each head, and forgets the rest. For a picture, all heads keep the same (`shared=True`): dark tokens have a high score, underlined ones stay.
@@ -133,46 +164,24 @@ views = {
 plots.score_view(ids[0].tolist(), views, tokenizer)
 
 # %% [markdown]
-# None of them knows what a fact is. They keep full stops and articles, or the end of the passage.
+# The scores were made for other texts, and it shows: they keep full stops and articles, the beginning or the end. One of them, the last, was not made at all; it will be explained.
 #
 # ## Evict, and watch it forget
 #
 # What `evict` returns is an ordinary cache with fewer entries, and the position at which to go on, the two together as a `Prefix`, as chapters 01 and 05 use it.
 
 # %%
-whole = cache.prefill(target, ids).cache
 kept = evict(target, ids, compress.snapkv, retention=0.25)
 print("entries:", cache.length(whole), "->", cache.length(kept.prefix.cache))
 print("bytes:  ", cache.nbytes(whole), "->", cache.nbytes(kept.prefix.cache))
 print("next position:", kept.prefix.next_position)
 
-
 # %%
-def everything(context):
-    stop = context.shape[1]
-    return cache.Prefix(cache.prefill(target, context).cache, stop, context[0].tolist())
-
-
-def right(make, passages=passages):
-    """The share of each passage's questions that are answered word for word."""
-    rows, prefixes, wanted = [], [], []
-    for context, questions, answers in passages:
-        rows, wanted = rows + questions, wanted + answers
-        prefixes += [make(context)] * len(questions)
-    said = generate(target, rows, prefix=prefixes, max_new_tokens=8).tokens
-    good = [ids.tolist() == answer for ids, answer in zip(said, wanted)]
-    return np.reshape(good, (len(passages), -1)).mean(1)
-
-
-def shown(values):
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values))
-
-
 torch.manual_seed(scale.seed)
-table = {"everything": {"100 %": shown(right(everything))}}
+table = {"everything": {"100 %": shown(full)}}
 for name, score in compress.METHODS.items():
     table[name] = {
-        f"{share:.0%}".replace("%", " %"): shown(
+        f"{100 * share:g} %": shown(
             right(lambda c, share=share, score=score: evict(target, c, score, retention=share).prefix)
         )
         for share in (0.5, 0.25, 0.1)
@@ -180,35 +189,33 @@ for name, score in compress.METHODS.items():
 pd.DataFrame(table).T.fillna("")
 
 # %% [markdown]
-# Half of the entries, and half of the answers. That is what throwing away does in a text where every token counts. In long, loose texts these methods lose far less; here there is nothing loose.
+# With half of the entries about half of the answers are left, and no score from the literature does clearly better than chance; H2O does worse. They were made for long prompts that end in a question; here every token of the text counts, and there is no question yet. (Intervals are over passages. Where all ten give 0, no interval can be had this way, and [0, 0] is not one.)
 #
-# Why is the key norm so bad? It was found on models whose keys have very different lengths. This target, as all of the Qwen3 family, normalizes keys before it turns them, and then the norm says little that is of use:
-
-# %%
-norms = layer.keys.float().norm(dim=-1)
-print(f"mean of the norms {norms.mean():.2f}, standard deviation {norms.std():.2f}")
+# The key norm is worse than chance: it says something, with the wrong sign. In the models it was found on, small keys draw attention. This target, as all of the Qwen3 family, normalizes keys and weights their channels; and here it is the *large* keys that matter. The last row has the sign turned round, and is the best of all by far. So signs of such rules must be measured on the model at hand, and `key_norm_reversed` is the score to beat.
 
 # %% [markdown]
-# ### Two ways to get positions wrong
+# ### Positions after eviction
 #
-# After eviction the number of entries is not the next position. Kept keys are still turned for the places they had, so the question must go on at the *old* length. Or all kept keys are moved together, to 0, 1, 2 ..., and the question goes on at their number: `compact` does that, and then `generate` of transformers takes the cache as it is. What one must not do is mix the two.
+# After eviction the number of entries is not the next position. Kept keys are still rotated for the places they had, so the question must go on at the *old* length. Or all kept keys are moved together, to 0, 1, 2 ..., and the question goes on at their number: `compact` does that (it is how StreamingLLM counts), and then `generate` of transformers takes the cache as it is. What one must not do is mix the two.
 
 # %%
-snap = partial(evict, target, score=compress.snapkv, retention=0.5)
+half = partial(evict, target, score=compress.key_norm_reversed, retention=0.5)
 
 
 def at_the_number_of_entries(context):
-    prefix = snap(context).prefix
+    prefix = half(context).prefix
     return prefix._replace(next_position=cache.length(prefix.cache))
 
 
 rotary = cache.rotary_of(target)
-for name, make in {
-    "as it was": lambda c: snap(c).prefix,
-    "compacted": lambda c: compact(snap(c), rotary).prefix,
-    "mixed up": at_the_number_of_entries,
-}.items():
-    print(f"{name:10} {shown(right(make))}")
+answered = {
+    "as it was": right(lambda c: half(c).prefix),
+    "compacted": right(lambda c: compact(half(c), rotary).prefix),
+    "mixed up": right(at_the_number_of_entries),
+}
+for name, values in answered.items():
+    print(f"{name:10} {shown(values)}")
+print("mixed up - as it was:", shown(answered["mixed up"] - answered["as it was"]))
 
 # %% [markdown]
 # ## KV-Distill
@@ -217,15 +224,15 @@ for name, make in {
 #
 # A {term}`scorer` looks at the frozen model's hidden states after a few layers, $h_j$, and gives each token a number, $s_j = \operatorname{FFN}(h_j)$. The $k$ best tokens stay, the same in all layers and heads. Then the whole passage goes through the model once more, this time with low-rank adapters:
 #
-# $$K = (W_K + \Delta_K)\,x,\quad V = (W_V + \Delta_V)\,x \quad\text{for every token},\qquad Q = (W_Q + m_j \Delta_Q)\,x,\quad O = (W_O + m_j \Delta_O)\,x,$$
+# $$K_j = (W_K + \Delta_K)\,x_j,\quad V_j = (W_V + \Delta_V)\,x_j,\quad Q_j = (W_Q + m_j \Delta_Q)\,x_j,\quad O_j = (W_O + m_j \Delta_O)\,y_j,$$
 #
-# with $m_j = 1$ for tokens that stay and $0$ for the others. That is *conditional routing*: a token that stays learns to look around differently, one that goes only learns to be looked at.
+# where $x_j$ is what attention reads at token $j$ and $y_j$ what its heads found, with $m_j = 1$ for tokens that stay and $0$ for the others. That is conditional {term}`routing`: a token that stays learns to look around differently, one that goes only learns to be looked at.
 #
 # How does the scorer learn, when choosing the $k$ best has no gradient? By a {term}`gate`: attention logits to kept entries are multiplied by $\sigma(s_j)$,
 #
 # $$q_i \cdot k_j \;\to\; \sigma(s_j)\, q_i \cdot k_j = q_i \cdot \bigl(\sigma(s_j)\, k_j\bigr),$$
 #
-# and the right side says how it is kept: in the key. Whoever reads the cache afterwards is the *original* model and has nothing to know. Here is all of it, for one text:
+# and the right side says how it is kept: in the key. The *original* model reads the cache, and needs no change. (Where the logit is negative, the factor raises it, and with it the attention. Adding $\log \sigma(s_j)$ instead would always lower it, but no key can hold that; the ablations below have it.) Here is all of it, for one text:
 
 
 # %%
@@ -241,7 +248,8 @@ def distill_by_hand(distiller, ids, k):
     with routed(distiller.adapted, chosen):  # q and o: zeros for the others
         entries = distiller.adapted(input_ids=ids).past_key_values
     gate = s[kept].sigmoid()[:, None]
-    return [(e.keys[:, :, kept] * gate, e.values[:, :, kept]) for e in entries.layers]
+    pairs = ((e.keys[:, :, kept], e.values[:, :, kept]) for e in entries.layers)
+    return [((keys * gate).to(keys.dtype), values) for keys, values in pairs]
 
 
 # %% [markdown]
@@ -260,8 +268,8 @@ with torch.no_grad():
     by_hand = distill_by_hand(distiller, ids, k=24)
 small_cache = distiller.compress(ids, budget=24).prefix.cache
 for (hand_keys, hand_values), e in zip(by_hand, small_cache.layers):
-    assert torch.allclose(hand_keys, e.keys, atol=1e-3)
-    assert torch.allclose(hand_values, e.values, atol=1e-3)
+    assert torch.allclose(hand_keys, e.keys, atol=1e-3, rtol=1e-2)
+    assert torch.allclose(hand_values, e.values, atol=1e-3, rtol=1e-2)
 
 # %% [markdown]
 # ### A check you can break
@@ -279,6 +287,7 @@ with torch.no_grad():
     opened.scorer.down.bias.fill_(3.0)  # where training starts: sigma(3) = 0.95
 half_open = opened.compress(ids, retention=1.0).prefix.cache
 assert not torch.allclose(cache.to_tensor(half_open), ordinary, atol=1e-2)
+del opened
 
 # %% [markdown]
 # ## Train it
@@ -287,10 +296,11 @@ assert not torch.allclose(cache.to_tensor(half_open), ordinary, atol=1e-2)
 #
 # $$\mathcal{L} = \lambda \operatorname{KL}(p \,\|\, q) + (1-\lambda) \operatorname{KL}(q \,\|\, p),\qquad \lambda = 0.6 .$$
 #
-# How much is kept is drawn anew for each batch, so that one distiller serves every size. Each passage is asked several questions, for the sake of which it was compressed once: no single one of them can be what is kept.
+# The share that is kept, the {term}`retention`, is drawn anew for each batch, so that one distiller serves every size. Each passage is asked several questions, one after another, so that what is kept must serve them all.
 
 # %%
 steps = 30 if scale.name == "tiny" else 1000
+batch = 8 if scale.name == "tiny" else 2
 readings = Readings(8 * steps, facts=(8, 16), questions=6, seed=scale.seed)
 examples = compress.Examples(tokenizer, readings)
 before = cache.fingerprint(target)["weights"]
@@ -298,20 +308,21 @@ history = compress.train(
     distiller,
     examples,
     steps=steps,
-    batch_size=8,
+    batch_size=batch,
+    accumulate=8 // batch,
     learning_rate=1e-3 if scale.name == "tiny" else 5e-5,
     retention=(0.05, 0.8),
     precision="fp16" if target.dtype == torch.float16 else "no",
 )
 assert cache.fingerprint(target)["weights"] == before  # frozen
 
-# %% mystnb={"image": {"alt": "The loss of each training step falls from about five to about one and a half; it scatters, since each step keeps another share."}}
+# %% mystnb={"image": {"alt": "The loss of each training step. It falls, and scatters, since each step keeps another share."}}
 ax = plots.axes(height=2.4)[0]
 ax.plot([h["loss"] for h in history], "o-", ms=3, color=plots.BLUE)
 ax.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None));
 
 # %% [markdown]
-# That is how it begins. The lab ships a distiller that went on, for 900 steps with 16 passages each and half an hour on one core: the same as `kvlab distill` makes. (At the larger scales, this chapter goes on with the one it has just trained.)
+# That is how it begins. The lab ships a distiller that went on, for 900 steps with 16 passages each, about half an hour on one core, as `kvlab distill --steps 900` makes it. (At the larger scales, this chapter goes on with the one it has just trained.)
 
 # %%
 shipped = lab.models.MODELS / "lab-distiller"
@@ -327,14 +338,19 @@ kept = distiller.compress(ids, retention=0.25)
 view = {"KV-Distill": (kept.scores[0].tolist(), kept.positions[0].tolist())}
 plots.score_view(ids[0].tolist(), view, tokenizer)
 
+# %% [markdown]
+# It keeps names and values, and drops verbs, articles and full stops, which it was never told about. Whose value it is must be in the entry already: the model wrote that there while it read.
+
 # %%
 rows = {}
 for share in (0.5, 0.25, 0.1, 0.05):
     ways = {
         "KV-Distill": lambda c: distiller.compress(c, retention=share).prefix,
-        "SnapKV": lambda c: evict(target, c, compress.snapkv, retention=share).prefix,
+        "key norm, reversed": lambda c: evict(
+            target, c, compress.key_norm_reversed, retention=share
+        ).prefix,
     }
-    rows[f"{share:.0%}".replace("%", " %")] = {n: shown(right(w)) for n, w in ways.items()}
+    rows[f"{100 * share:g} %"] = {n: shown(right(w)) for n, w in ways.items()}
 pd.DataFrame(rows).T
 
 # %% [markdown]
@@ -346,6 +362,8 @@ pd.DataFrame(rows).T
 book = Path("../book/results/distill.json")
 results = json.loads(book.read_text()) if book.exists() else {}
 figures = {f["name"]: f for f in results.get("figures", [])}
+if not results:
+    print("The figures below are in the repository, in book/results/distill.json.")
 PERCENTS = (50, 25, 10, 5, 2)
 
 
@@ -356,7 +374,7 @@ def curve(name):
     return {p: (f["value"], f["low"], f["high"]) for p, f in points.items()}
 
 
-# %% mystnb={"image": {"alt": "Share of questions answered against the percentage of entries kept, from 2 to 100, for KV-Distill and five scores. KV-Distill stays near the whole cache's share down to a quarter and is far above all scores below."}}
+# %% mystnb={"image": {"alt": "Share of questions answered against the percentage of entries kept, from 2 to 100, for KV-Distill, its choice alone, and six scores."}}
 names = {
     "distill": "KV-Distill",
     "snapkv": "SnapKV",
@@ -364,6 +382,7 @@ names = {
     "random": "random",
     "h2o": "H2O",
     "key_norm": "key norm",
+    "key_norm_reversed": "key norm, reversed",
     "choice": "KV-Distill, the choice only",
 }
 if results:
@@ -387,7 +406,7 @@ if results:
     display(pd.DataFrame(table).T)
 
 # %% [markdown]
-# What happens to the second question? Choose with the first in view, then ask the others:
+# What happens to the second question? Choose with the first in view, and then ask all:
 
 # %%
 def for_the_first(context, questions, share=0.25):
@@ -399,17 +418,20 @@ def for_the_first(context, questions, share=0.25):
 first, others = [], []
 for context, questions, answers in passages:
     prefix = for_the_first(context, questions)
-    told = generate(target, questions, prefix=[prefix] * len(questions), max_new_tokens=8).tokens
-    good = [ids.tolist() == answer for ids, answer in zip(told, answers)]
+    one = [(context, [q], [a]) for q, a in zip(questions, answers)]
+    good = right(lambda c: prefix, one)
     first.append(good[0])
-    others.append(np.mean(good[1:]))
-print("the question it was chosen for:", shown(np.array(first, float)))
+    others.append(good[1:].mean())
+print("the question it was chosen for:", shown(first))
 print("the others:                    ", shown(others))
+
+# %% [markdown]
+# The others fare no better than if nothing had been known.
 
 # %% [markdown]
 # ## Bytes and milliseconds
 #
-# What is kept is kept: bytes fall by exactly the share. And every new token reads the whole cache once, so decoding gets faster where the cache is what it waits for. Measured behind 8,192 tokens, on a model of Qwen3-0.6B's shape (random weights: time does not depend on them):
+# Evicted entries free their memory: bytes fall with the number of entries. And every new token reads the whole cache once, so decoding gets faster where the cache is what it waits for. Measured behind 8,192 tokens, on a model of Qwen3-0.6B's shape (random weights: time does not depend on them):
 
 # %% mystnb={"image": {"alt": "Two panels over the percentage of entries kept: megabytes of the cache, which fall in proportion, and milliseconds a token, which fall to a floor, the reading of the weights."}}
 if results:
@@ -431,7 +453,7 @@ if results:
 # %% [markdown]
 # ## What is it made of?
 #
-# The paper takes the method apart on one data set; the benchmark does it in the lab, in short runs that differ in one thing each. Their figures, at 20 % of the entries: $\lambda = 0.6$ 86.0, forward KL alone 83.4, reverse KL alone 82.7; a learned embedding in place of routing 67.4. Ours are after far fewer steps than the curves above, so only the differences count:
+# The paper takes the method apart on SQuAD, with Llama-3-8B; percent of exact matches at 20 % of the entries: $\lambda = 0.6$ 86.0, forward KL alone 83.4, reverse KL alone 82.7; and with a learned embedding in place of routing 67.4. The benchmark does it in the lab, in short runs that differ in one thing each, so it is the differences that count. Intervals are over passages, for one training each; the last two rows differ from the first in nothing but their seed, and tell how much of a difference is chance:
 
 # %% mystnb={"image": {"alt": "Dots with intervals: share of questions answered after short trainings that differ in one thing, at 25 and at 10 percent of the entries."}}
 arms = {
@@ -446,6 +468,8 @@ arms = {
     "layer_1": "scored after layer 1",
     "layer_6": "scored after layer 6",
     "layer_12": "scored after layer 12",
+    "source_seed_1": "as in the source, again",
+    "source_seed_2": "... and again",
 }
 if results:
     panels = {
@@ -459,15 +483,16 @@ if results:
     print(textwrap.fill(figures["ablation_source_25"]["conditions"], 78))
 
 # %% [markdown]
-# Without a gate the scorer hears nothing: what stays is what a random network happens to like. That control must fail, and does.
+# Without a gate the scorer learns nothing: what stays is what a random network happens to like, and the adapters must do what they can with that.
 #
 # ## Options, and needles
 #
-# Is the answer gone, or only no longer the likeliest of all words? With four options of a kind, chance is 0.25:
+# Is the answer lost, or just outranked? With four options of a kind, three of them from the same passage if it has so many, chance is 0.25:
 
 # %%
 if results:
-    order = ["full", *(f"{n}_{p}" for p in (25, 10, 5) for n in ("distill", "key_norm"))]
+    compared = ("distill", "key_norm_reversed", "snapkv", "random")
+    order = ["full", *(f"{n}_{p}" for p in (25, 10, 5) for n in compared)]
     told = {"full": "everything"} | {
         f"{n}_{p}": f"{t}, {p} %" for n, t in names.items() for p in (25, 10, 5)
     }
@@ -477,10 +502,11 @@ if results:
 # %% [markdown]
 # And does it depend on where a fact stands? A needle test asks for the fact at a certain depth of a passage of a certain length. Passages of 32 facts are longer than any the distiller was trained on:
 
-# %% mystnb={"image": {"alt": "Maps of the share answered by number of facts in the passage, 8, 16, 32, and depth of the fact asked for: everything kept, KV-Distill at 25 and 10 percent, key norm at 25 percent."}}
+# %% mystnb={"image": {"alt": "Maps of the share answered by number of facts in the passage, 8, 16, 32, and depth of the fact asked for: everything kept, KV-Distill at 25 and 10 percent, reversed key norm at 25 percent."}}
 lengths, depths = (8, 16, 32), (0, 25, 50, 75, 100)
 if results:
     arms = {"full": "everything", "distill_25": "KV-Distill, 25 %", "distill_10": "KV-Distill, 10 %"}
+    arms["key_norm_reversed_25"] = "key norm reversed, 25 %"
     maps = {
         told: np.array([[figures[f"needle_{arm}_{n}_{d}"]["value"] for d in depths] for n in lengths])
         for arm, told in arms.items()
@@ -505,32 +531,46 @@ print("to be continued at", again.next_position)
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
 
-records, stores = list(corpora.faq())[:20], {}
-ways = {"all": None, "a quarter": partial(distiller.compress, retention=0.25)}
-for name, way in ways.items():
-    stores[name] = KnowledgeCache.build(folder / name, records, target, tokenizer, compress=way)
-tables = {name: store.summary().loc["all"] for name, store in stores.items()}
-pd.DataFrame(tables).T[["items", "tokens", "size (MB)"]].round(2)
+records, stores = corpora.made_up(20), {}
+quarter = {"retention": 0.25, "shared": True}
+ways = {
+    "all entries": None,
+    "a quarter, by KV-Distill": partial(distiller.compress, retention=0.25),
+    "a quarter, by key norm reversed": lambda i: evict(
+        target, i, compress.key_norm_reversed, **quarter
+    ),
+    "a quarter, by SnapKV": lambda i: evict(target, i, compress.snapkv, **quarter),
+}
+for number, (name, way) in enumerate(ways.items()):
+    parts = folder / str(number), records, target, tokenizer
+    stores[name] = KnowledgeCache.build(*parts, compress=way)
+sizes = {name: store.summary().loc["all"] for name, store in stores.items()}
+pd.DataFrame(sizes).T[["items", "tokens", "size (MB)"]].round(2)
 
 # %% [markdown]
-# The store's items are question and answer, and not passages of the kind that this distiller was trained on. Does the model still find its next word on them?
+# The items are made-up answers to questions, which the model can only read. That is not the kind of text that this distiller was trained on. How much of the next word's distribution, $\sum_x \min(p(x), q(x))$, stays what it is with the whole item? If nothing at all is given, this much:
 
 # %%
-def next_words(store, item):
-    prefix = store.splice([item], "shift")
-    prompt = torch.tensor([store.prompt(item.question)], device=target.device)
-    logits = cache.prefill(target, prompt, prefix.cache, prefix.next_position).logits
-    return logits.softmax(-1)[0]
+def next_word(store, item):
+    """Probabilities of the first word of an answer, behind an item or behind nothing."""
+    prefix = store.splice([item], "shift") if store else cache.Prefix(None, 0)
+    prompt = stores["all entries"].prompt(item.question)
+    prompt = torch.tensor([prompt], device=target.device)
+    out = cache.prefill(target, prompt, prefix.cache, prefix.next_position)
+    return out.logits.float().softmax(-1)[0]
 
 
-nearness = []
-for item in stores["all"]:
-    p, q = (next_words(store, store[item.id]) for store in stores.values())
-    nearness.append(torch.minimum(p, q).sum().item())  # alpha of chapter 05
-print("share of the next word's probability that stays:", shown(nearness))
+rows = {}
+for name, store in {"nothing": None, **stores}.items():
+    pairs = [
+        (next_word(stores["all entries"], item), next_word(store, store[item.id] if store else item))
+        for item in stores["all entries"]
+    ]
+    rows[name] = shown([torch.minimum(p, q).sum().item() for p, q in pairs])
+pd.DataFrame({"stays": rows})
 
 # %% [markdown]
-# Much of it, though not all: this distiller never saw a dialog. What it keeps and writes, it learned on texts of one kind; for a store of answers, train one on answers (`kvlab distill --data squad`, say). The mechanism is the same, and so are the bytes.
+# Outside its kind of text the distiller does not keep a little less, it misleads: it does worse than scores that have learned nothing. For a store of answers one would have to train one on answers. The mechanism is the same, and so are the bytes.
 #
 # ## Exercises
 #
@@ -600,7 +640,7 @@ def only_written(context, share):
 
 
 rows = {
-    name: {f"{share:.0%}": shown(right(partial(way, share=share))) for share in (0.25, 0.1)}
+    name: {f"{100 * share:g} %": shown(right(partial(way, share=share))) for share in (0.25, 0.1)}
     for name, way in {
         "both": both,
         "only the choice": only_chosen,
@@ -638,14 +678,14 @@ for row in (1536, 50, 25):
 distiller.settings = settings
 
 # %% [markdown]
-# Facts stand in a sentence each, so little is lost but at the cuts, and the first tokens of later rows have no {term}`attention sink` before them. Where sentences lean on others, what an early row says about a name would not reach the row that uses it.
+# Facts stand in a sentence each, and still some answers are lost, more with shorter rows: sentences are cut, and the first tokens of later rows have no {term}`attention sink` before them. Where sentences lean on others, what an early row says about a name would not reach the row that uses it.
 # ````{solution-end}
 # ````
 
 # %% [markdown]
 # ## Takeaways
 #
-# - Eviction by a score is free, and in dense text it forgets about as much as it throws away. How well a score does depends on the model: the key norm says nothing where keys are normalized.
+# - Eviction by a score is free, and in dense text it forgets about as much as it throws away. How good a score is, and even its sign, depends on the model: measure, and compare with the best of them.
 # - KV-Distill learns what to keep and writes into it what goes. Here a quarter of the entries holds nearly all of a passage, a tenth more than half. Most of that is the learned choice; what is written adds to it.
 # - The gate is a way for the choice to be learned. It folds into the keys, so the reader of the cache is the unchanged model.
 # - A cache chosen for a question answers that question. Never compare it with one that was chosen for all.
