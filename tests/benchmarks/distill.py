@@ -74,6 +74,11 @@ def passages(s: Lab, readings: Sequence) -> list[Passage]:
     return made
 
 
+def held_out(s: Lab, n: int, questions: int, seed: int) -> Readings:
+    """Test passages; in a quick run one small one."""
+    return Readings(1, (4, 4), 1, seed, test=True) if s.quick else Readings(n, (16, 24), questions, seed, test=True)
+
+
 def exact(s: Lab, texts: Sequence[Passage], compress: Compress, aware: bool = False) -> np.ndarray:
     """1 where a question is answered word for word from its passage's compressed cache: (passages, questions)."""
     rows, prefixes = [], []
@@ -87,7 +92,9 @@ def exact(s: Lab, texts: Sequence[Passage], compress: Compress, aware: bool = Fa
     for i in range(0, len(rows), 64):
         right += [
             tokens.tolist()
-            for tokens in generate(s.target, rows[i : i + 64], prefix=prefixes[i : i + 64], max_new_tokens=8).tokens
+            for tokens in generate(
+                s.target, rows[i : i + 64], prefix=prefixes[i : i + 64], max_new_tokens=2 if s.quick else 8
+            ).tokens
         ]
     wanted = [answer for p in texts for answer in p.answers]
     good = np.array([a == b for a, b in zip(right, wanted, strict=True)], float)
@@ -103,7 +110,7 @@ def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistill
     distiller = KVDistiller(s.target, **SETTINGS | changes)
     if not adapters:
         distiller.adapted.requires_grad_(False)
-    facts, questions = ((4, 6), 2) if s.quick else ((8, 24), 8)
+    facts, questions = ((2, 3), 1) if s.quick else ((8, 24), 8)
     settings = [asdict(distiller.settings), losses, adapters, facts, questions, BATCH, RATE, RETENTION]
     of = hashlib.sha256(json.dumps([*settings, fingerprint(s.target)["weights"]]).encode()).hexdigest()[:8]
     texts = Examples(s.tokenizer, Readings(steps * BATCH, facts, questions, seed))
@@ -157,9 +164,7 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
     """Exact match over retention; passages differ from seed to seed, methods are asked about the same."""
     found: dict[str, list[np.ndarray]] = {}
     for seed, distiller in distillers.items():
-        texts = passages(
-            s, Readings(*((2, (16, 16), 2) if s.quick else (48, (16, 24), 5)), seed=1000 + seed, test=True)
-        )
+        texts = passages(s, held_out(s, 48, 5, 1000 + seed))
         torch.manual_seed(seed)
         add = lambda name, *args, **kw: found.setdefault(name, []).append(exact(s, texts, *args, **kw).mean(1))  # noqa: E731, B023
         add("full", partial(whole, s))
@@ -200,7 +205,7 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
 
 def size_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     """Bytes of what is kept over bytes of the whole cache, and what compaction changes."""
-    texts = passages(s, Readings(2 if s.quick else 48, (16, 24), 5, seed=1000, test=True))
+    texts = passages(s, held_out(s, 48, 5, 1000))
     figures = []
     for percent in PERCENTS:
         ratios = [
@@ -220,7 +225,7 @@ def size_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
 def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     """The likeliest of four options, from the whole cache and from parts of it."""
     rng = np.random.default_rng(7)
-    texts = list(Readings(2 if s.quick else 100, (16, 24), 1, seed=2000, test=True))
+    texts = held_out(s, 100, 1, 2000)
     arms = {"full": partial(whole, s)}
     ways = agnostic(s, distiller)
     for percent in (25, 10, 5):
@@ -254,7 +259,7 @@ def needle_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     arms = {"full": partial(whole, s)}
     arms |= {f"{n}_{p}": partial(ways[n], share=p / 100) for p in (25, 10) for n in COMPARED}
     for facts in (16,) if s.quick else (8, 16, 32):
-        texts = [needles(s, facts, seed) for seed in range(2 if s.quick else 40)]
+        texts = [needles(s, facts, seed) for seed in range(1 if s.quick else 40)]
         for arm, way in arms.items():
             for depth, values in zip(DEPTHS, exact(s, texts, way).T, strict=True):
                 told = f"a passage of {facts} facts, the one asked for at {depth} % of its depth; distill: seed 0"
@@ -272,8 +277,8 @@ def needles(s: Lab, facts: int, seed: int) -> Passage:
 
 def ablation_figures(s: Lab, folder: Path, seed: int, more: Sequence[int]) -> list[dict]:
     """What each part of the method is worth: short runs that differ in one thing, or only in their seed."""
-    steps, figures, base = (2 if s.quick else ABLATION_STEPS), [], {}
-    texts = passages(s, Readings(2 if s.quick else 48, (16, 24), 5, seed=3000, test=True))
+    steps, figures, base = (1 if s.quick else ABLATION_STEPS), [], {}
+    texts = passages(s, held_out(s, 48, 5, 3000))
     arms = [(name, name, seed) for name in ABLATIONS]
     arms += [(f"source_seed_{again}", "source", again) for again in more]
     for arm, name, start in arms:
@@ -320,7 +325,7 @@ def speed_figures(quick: bool) -> list[dict]:
     model = AutoModelForCausalLM.from_config(config).eval()
     memory = {p: kept_slots(model, count_kept(entries, p / 100), entries) for p in (100, *PERCENTS)}
     seconds: dict[int, list[float]] = {p: [] for p in memory}
-    for turn in range(3 if quick else 12):
+    for turn in range(1 if quick else 12):
         for percent, slots in memory.items():
             started = time.perf_counter()
             step(model, slots, torch.tensor([[turn]]), slots.aim(slots.lengths, 1))
@@ -357,7 +362,7 @@ def measure(quick: bool, seed: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if quick else RUNS
         seeds = range(seed, seed + (1 if quick else 3))
-        distillers = {i: trained(s, "source", i, 2 if quick else STEPS, folder) for i in seeds}
+        distillers = {i: trained(s, "source", i, 1 if quick else STEPS, folder) for i in seeds}
         figures = match_figures(s, distillers)
         figures += size_figures(s, distillers[seed]) + choice_figures(s, distillers[seed])
         figures += needle_figures(s, distillers[seed]) + ablation_figures(s, folder, seed, [] if quick else [1, 2])
