@@ -463,7 +463,7 @@ def retention_curves(
     ax.set_xticks(percents, [f"{p:g}" for p in percents])
     ax.minorticks_off()
     ax.set(xlabel="entries kept (%)", ylabel="answers word for word", ylim=(-0.02, 1.06))
-    ax.set_xlim(min(percents) * 0.9, max(percents) * 3.2)
+    ax.set_xlim(min(percents) * 0.9, max(percents) * 1.1)
     _label_ends(ax, ends)
     return ax
 
@@ -472,7 +472,7 @@ def needle_maps(maps: Mapping[str, np.ndarray], lengths: Sequence[int], depths: 
     """One map an arm: the share answered, (lengths, depths), by length of the passage and depth of the fact."""
     places = axes(len(maps), width=2.6 * len(maps), height=2.3, sharey=True)
     for ax, (name, shares) in zip(places, maps.items(), strict=True):
-        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.8, aspect="auto")
         for (y, x), share in np.ndenumerate(shares):
             ax.text(x, y, f"{share:.2f}".lstrip("0") if share < 1 else "1", ha="center", va="center", fontsize=9)
         ax.set_xticks(range(len(depths)), depths)

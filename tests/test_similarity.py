@@ -1,0 +1,574 @@
+"""The laws of unbiased CKA, against sums over all tuples; which tokens count; and layer maps that survive a file."""
+
+import itertools
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from conftest import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvlab import similarity as module
+from kvlab.cache import CacheError, prefill, rotary_of, unrotate
+from kvlab.similarity import CKA, LayerMap, biased_cka, hsic, layer_map, load_layer_map, save_layer_map, states
+
+DOUBLE = torch.float64
+seeds = st.integers(0, 10**6)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+both_forms = pytest.mark.parametrize("gram", [True, False])
+
+
+def near(one, two, within=1e-10):
+    torch.testing.assert_close(one, two, rtol=within, atol=within)
+
+
+def some(*shape, seed=0):
+    return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+def related(n, p=6, q=9, noise=1.0, seed=0):
+    """Two layers that have something in common."""
+    x = some(n, p, seed=seed)
+    return x, x @ some(p, q, seed=1) / p**0.5 + noise * some(n, q, seed=seed + 10**7)
+
+
+def cka_of(x, y):
+    cka = CKA()
+    cka.update([x], [y])
+    return cka.matrix()[0, 0]
+
+
+def streamed(batches):
+    cka = CKA()
+    for xs, ys in batches:
+        cka.update(xs, ys)
+    return cka
+
+
+def use_gram(monkeypatch, gram):
+    monkeypatch.setattr(module, "_gram_is_cheaper", lambda *_: gram)
+
+
+# -- HSIC is what the papers say
+
+
+def by_tuples(x, y):
+    """The mean over all four different tokens of K_ij (L_ij + L_qr - 2 L_iq): the U-statistic itself."""
+    gram, other = x @ x.T, y @ y.T
+    tuples = itertools.permutations(range(len(x)), 4)
+    return torch.stack([gram[i, j] * (other[i, j] + other[q, r] - 2 * other[i, q]) for i, j, q, r in tuples]).mean()
+
+
+def by_grams(x, y):
+    """Nguyen et al., equation 3, as printed."""
+    n, ones = len(x), torch.ones(len(x), 1, dtype=DOUBLE)
+    gram, other = ((z @ z.T).fill_diagonal_(0) for z in (x, y))
+    common = (ones.T @ gram @ ones) * (ones.T @ other @ ones) / ((n - 1) * (n - 2))
+    both = torch.trace(gram @ other) + common - 2 / (n - 2) * (ones.T @ gram @ other @ ones)
+    return both.squeeze() / (n * (n - 3))
+
+
+@both_forms
+@pytest.mark.parametrize("n", [4, 5, 7])
+@pytest.mark.parametrize(("p", "q"), [(1, 1), (3, 8)])
+def test_it_is_the_mean_over_all_tuples_and_the_printed_formula(monkeypatch, gram, n, p, q):
+    use_gram(monkeypatch, gram)
+    x, y = some(n, p) + 3, some(n, q, seed=1) - some(n, p) @ some(p, q, seed=2)
+    near(hsic(x, y), by_tuples(x, y))
+    near(hsic(x, y), by_grams(x, y))
+
+
+@both_forms
+def test_over_all_samples_its_mean_is_the_squared_covariance(monkeypatch, gram):
+    use_gram(monkeypatch, gram)
+    x, y = some(4, 2), some(4, 3, seed=1)  # a distribution on four points, from which four tokens are drawn
+    draws = [list(draw) for draw in itertools.product(range(4), repeat=4)]
+    covariance = (x - x.mean(0)).T @ (y - y.mean(0)) / 4
+    near(torch.stack([hsic(x[draw], y[draw]) for draw in draws]).mean(), covariance.square().sum())
+
+
+def test_over_all_pairings_its_mean_is_zero_and_that_of_the_biased_form_is_not():
+    x, y = some(5, 3), some(5, 4, seed=1)
+    orders = [list(order) for order in itertools.permutations(range(5))]
+    near(torch.stack([cka_of(x, y[order]) for order in orders]).mean(), torch.tensor(0.0, dtype=DOUBLE))
+    assert torch.stack([biased_cka(x, y[order]) for order in orders]).mean() > 0.4
+
+
+@both_forms
+def test_the_biased_form_is_the_printed_formula(monkeypatch, gram):
+    use_gram(monkeypatch, gram)
+    x, y = related(11)
+    center = torch.eye(11, dtype=DOUBLE) - 1 / 11
+    grams = (x + 2) @ (x + 2).T, y @ y.T
+    xy, xx, yy = (torch.trace(k @ center @ other @ center) for k, other in (grams, grams[:1] * 2, grams[1:] * 2))
+    near(biased_cka(x + 2, y), xy / (xx * yy).sqrt())
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=seeds, n=st.integers(4, 20), p=st.integers(1, 12), q=st.integers(1, 12), offset=st.sampled_from([0, 1e3]))
+def test_both_forms_are_equal_and_symmetric(seed, n, p, q, offset):
+    x, y = some(n, p, seed=seed) + offset, some(n, q, seed=seed + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        use_gram(patch, True)
+        gram, mirrored = hsic(x, y), hsic(y, x)
+        use_gram(patch, False)
+        near(hsic(x, y), gram)
+    near(mirrored, gram)
+    near(by_grams(x, y), gram, within=1e-6)
+
+
+def test_the_cheaper_form_is_taken():
+    cheaper = module._gram_is_cheaper
+    assert cheaper(40, [100], [100])  # 40 * 40 * 201 multiplications against 40 * 100 * 100
+    assert not cheaper(60, [100], [100])
+    assert not cheaper(1000, [8], [8])
+    assert not cheaper(10**5, [64] * 28, [128] * 36)
+    assert cheaper(200, [1024] * 28, [2048] * 36)
+    (wide,), _ = module._layers([some(10, 100)], [some(10, 100)])
+    (long,), _ = module._layers([some(100, 3)], [some(100, 3)])
+    assert wide.gram.shape == (10, 10)
+    assert long.gram is None
+
+
+# -- CKA
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=seeds, n=st.integers(4, 30), p=st.integers(2, 40))
+def test_of_a_layer_with_itself_it_is_one(seed, n, p):
+    x = some(n, p, seed=seed)
+    near(cka_of(x, x), torch.tensor(1.0, dtype=DOUBLE))
+    near(biased_cka(x, x), torch.tensor(1.0, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize(("n", "p"), [(12, 48), (40, 5)])
+def test_independent_layers_have_none_in_common_though_the_biased_form_says_so(n, p):
+    pairs = [(some(n, p, seed=2 * i), some(n, p, seed=2 * i + 1)) for i in range(300)]
+    values = torch.stack([cka_of(x, y) for x, y in pairs])
+    biased = torch.stack([biased_cka(x, y) for x, y in pairs])
+    assert values.mean().abs() < 3 * values.std() / len(values) ** 0.5
+    assert values.std() > 0.01  # or nothing was measured
+    assert (values < 0).any()
+    assert biased.mean() > 10 * biased.std() / len(values) ** 0.5
+    assert biased.mean() > (0.7 if p > n else 0.1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=seeds, scale=st.sampled_from([-1e4, 1e-4, 3.0]), shift=st.sampled_from([0.0, -20.0]))
+def test_turning_scaling_and_moving_either_side_changes_nothing(seed, scale, shift):
+    x, y = related(20, seed=seed)
+    turn, other = (torch.linalg.qr(some(p, p, seed=seed + 5)).Q for p in (6, 9))
+    want = cka_of(x, y)
+    near(cka_of(scale * x @ turn + shift, y), want, within=1e-8)
+    near(cka_of(x, scale * y @ other + shift), want, within=1e-8)
+    near(hsic(scale * x @ turn + shift, y), scale**2 * hsic(x, y), within=1e-8)
+
+
+def test_a_general_linear_map_changes_it():
+    x, y = related(200)
+    stretched = x * torch.tensor([100.0, 1, 1, 1, 1, 1], dtype=DOUBLE)
+    assert abs(cka_of(stretched, y) - cka_of(x, y)) > 0.05
+    assert cka_of(stretched, x) < 0.9
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds)
+def test_the_order_of_tokens_does_not_matter_but_their_pairing_does(seed):
+    x, y = related(24, noise=0.1, seed=seed)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
+    near(cka_of(x[order], y[order]), cka_of(x, y))
+    assert cka_of(x, y.roll(1, 0)) < cka_of(x, y) - 0.2
+
+
+def test_the_matrix_is_that_of_all_pairs_alone():
+    xs, ys = [some(30, p, seed=p) for p in (3, 50)], [some(30, q, seed=q) for q in (4, 3, 20)]
+    ys[2][:, :3] += 2 * xs[0]
+    matrix = streamed([(xs, ys)]).matrix()
+    assert matrix.shape == (2, 3)
+    assert matrix.dtype == DOUBLE
+    near(matrix, torch.stack([torch.stack([cka_of(x, y) for y in ys]) for x in xs]))
+    near(matrix[0, 1], torch.tensor(1.0, dtype=DOUBLE))  # seed 3 is both
+
+
+# -- minibatches
+
+
+def test_minibatches_estimate_the_whole_and_a_mean_of_ratios_does_not():
+    x, y = related(8000, p=2, q=2, noise=0.5)
+    parts = list(zip(x.split(5), y.split(5), strict=True))
+    got, whole = streamed(([a], [b]) for a, b in parts).matrix()[0, 0], cka_of(x, y)
+    xy, xx, yy = torch.stack([torch.stack([hsic(a, b), hsic(a, a), hsic(b, b)]) for a, b in parts]).T
+    near(got, xy.mean() / (xx.mean() * yy.mean()).sqrt())
+    slopes = xy / (xx.mean() * yy.mean()).sqrt() - got * (xx / xx.mean() + yy / yy.mean()) / 2  # the delta method
+    error = slopes.std() / len(parts) ** 0.5
+    ratios = (xy / (xx * yy).sqrt()).mean()
+    biased = torch.stack([biased_cka(a, b) for a, b in parts]).mean()
+    assert error < 0.02
+    assert abs(got - whole) < 3 * error
+    assert abs(ratios - whole) > 5 * error
+    assert abs(biased - whole) > 5 * error
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=seeds, sizes=st.lists(st.integers(4, 12), min_size=1, max_size=6), cut=st.integers(0, 6))
+def test_any_split_over_objects_adds_up(seed, sizes, cut):
+    batches = [([x, x**2], [y, y.abs(), x]) for x, y in (related(n, seed=seed + i) for i, n in enumerate(sizes))]
+    whole, first, second = streamed(batches), streamed(batches[:cut]), streamed(batches[cut:])
+    for total in (first + second, second + first, sum([first, second], CKA())):
+        assert total.batches == len(batches)
+        near(total.matrix(), whole.matrix(), within=1e-12)
+    singles = sum((pickle.loads(pickle.dumps(streamed([batch]))) for batch in batches), CKA())
+    assert torch.equal(singles.matrix(), whole.matrix())
+
+
+def test_a_sum_leaves_its_parts_as_they_are():
+    x, y = related(10)
+    first, second = streamed([([x], [y])]), streamed([([y], [x])])
+    total = first + second
+    total.update([x], [x])
+    near(first.matrix()[0, 0], cka_of(x, y))
+    assert (first.batches, second.batches, total.batches) == (1, 1, 3)
+
+
+def test_what_is_kept_does_not_grow_with_tokens():
+    x, y = related(500)
+    assert [tuple(t.shape) for t in streamed([([x, x], [y, y, y])] * 3).sums] == [(2, 3), (2,), (3,)]
+
+
+def test_each_gram_matrix_is_computed_once(monkeypatch):
+    made, plain = [], module._Layer.of
+    monkeypatch.setattr(module._Layer, "of", lambda *args: made.append(1) or plain(*args))
+    CKA().update([some(8, 30)] * 3, [some(8, 20)] * 4)
+    assert len(made) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_features_of_any_precision_are_computed_in_float64(dtype):
+    x, y = (z.to(dtype) for z in related(30))
+    assert hsic(x, y).dtype == biased_cka(x, y).dtype == DOUBLE
+    assert torch.equal(hsic(x, y), hsic(x.double(), y.double()))
+    assert torch.equal(biased_cka(x, y), biased_cka(x.double(), y.double()))
+    assert torch.equal(cka_of(x, y), cka_of(x.double(), y.double()))
+
+
+def test_a_far_offset_costs_no_precision():
+    x, y = related(30)
+    near(cka_of(x + 1e6, y), cka_of(x, y), within=1e-8)
+
+
+def test_no_gradient_is_kept():
+    x, y = related(10)
+    assert not streamed([([x.requires_grad_()], [y])]).sums[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("xs", "ys", "sentence"),
+    [
+        ([(3, 2)], [(3, 2)], "There are 3 tokens, expected 4 or more"),
+        ([(5, 2)], [(6, 2)], r"Layers have \[5, 6\] tokens, expected as many in all"),
+        ([(5, 2), (6, 2)], [(5, 2)], "align the texts first"),
+        ([(5,)], [(5, 2)], r"Layers are \[\(5,\)\] and \[\(5, 2\)\], expected \(n, p\) each"),
+        ([(2, 5, 2)], [(5, 2)], "expected"),
+        ([(5, 0)], [(5, 2)], "expected"),
+        ([], [(5, 2)], "one or more"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(xs, ys, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        CKA().update([some(*shape) for shape in xs], [some(*shape) for shape in ys])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(value):
+    x = some(6, 3)
+    x[2, 1] = value
+    for call in (hsic, biased_cka):
+        with pytest.raises(ValueError, match="not all finite: run the model in bfloat16 or float32"):
+            call(some(6, 3), x)
+
+
+def only_one_differs(n=7):
+    return torch.nn.functional.pad(torch.full((1, 3), 0.3, dtype=DOUBLE), (0, 0, n - 1, 0)) + 0.1
+
+
+@pytest.mark.parametrize("flat", [torch.full((7, 3), 0.1, dtype=DOUBLE), only_one_differs()])
+@both_forms
+def test_layers_that_say_nothing_are_named(monkeypatch, gram, flat):
+    use_gram(monkeypatch, gram)
+    assert hsic(flat, some(7, 2)) == hsic(flat, flat) == 0
+    cka = streamed([([some(7, 2), flat], [some(7, 2)])])
+    with pytest.raises(ValueError, match=r"Layers \[1\] of xs do not vary over tokens"):
+        cka.matrix()
+    cka.update([some(7, 2), some(7, 3)], [some(7, 2)])
+    assert torch.isfinite(cka.matrix()).all()
+
+
+def test_a_layer_that_is_the_same_for_all_has_no_biased_form():
+    with pytest.raises(ValueError, match="CKA is not defined"):
+        biased_cka(torch.full((7, 3), 0.1), some(7, 2))
+
+
+def test_other_layers_and_none_at_all_are_refused():
+    x, y = related(10)
+    cka = streamed([([x], [y])])
+    for xs, ys in (([x, x], [y]), ([x], [y, y])):
+        with pytest.raises(ValueError, match="give the same layers each time"):
+            cka.update(xs, ys)
+        with pytest.raises(ValueError, match="give the same layers each time"):
+            cka + streamed([(xs, ys)])
+    near(cka.matrix()[0, 0], cka_of(x, y))
+    with pytest.raises(ValueError, match="There is no minibatch yet: call update first"):
+        CKA().matrix()
+
+
+# -- which tokens count
+
+TEXTS = [torch.randint(1, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 4, 6)]
+KINDS = {"hidden": 64, "keys": 2 * 16, "values": 2 * 16}
+every_kind = pytest.mark.parametrize("what", KINDS)
+
+
+def batch(texts, more=0):
+    """Ids and mask, padded on the left with a token of its own."""
+    size = max(map(len, texts)) + more
+    ids = torch.stack([torch.nn.functional.pad(text, (size - len(text), 0)) for text in texts])
+    return ids, torch.stack([(torch.arange(size) >= size - len(text)).long() for text in texts])
+
+
+def alone(model, text, what, counted=None):
+    ones = torch.ones_like(text)[None]
+    return states(model, text[None], ones, ones if counted is None else counted[None], what)
+
+
+@every_kind
+@every_family
+def test_a_padded_batch_is_each_text_alone(tiny_model, family, what):
+    model = tiny_model(family)
+    each = [alone(model, text, what) for text in TEXTS]
+    for more in (0, 5):
+        ids, mask = batch(TEXTS, more)
+        for counted in (mask, torch.ones_like(mask), mask.bool()):
+            layers = states(model, ids, mask, counted, what)
+            assert [tuple(layer.shape) for layer in layers] == [(19, KINDS[what])] * 3
+            for layer, parts in zip(layers, zip(*each, strict=True), strict=True):
+                near(layer, torch.cat(parts), within=2e-5)
+
+
+@every_kind
+def test_only_tokens_of_the_mask_count_in_their_order(tiny_model, what):
+    model, (ids, mask) = tiny_model("Qwen3"), batch(TEXTS)
+    chosen = torch.zeros_like(mask)
+    chosen[0, 2], chosen[0, 7], chosen[1, 0], chosen[1, -1], chosen[2, 4] = 1, 1, 1, 1, 1  # [1, 0] is padding
+    all_of_it = states(model, ids, mask, mask, what)
+    for layer, whole in zip(states(model, ids, mask, chosen, what), all_of_it, strict=True):
+        assert torch.equal(layer, whole[[2, 7, 9 + 3, 9 + 4 + 1]])
+
+
+def seen_by_hooks(model, text, name):
+    """What modules of that name gave out, layer by layer, (T, width)."""
+    found = []
+    modules = [module for path, module in model.named_modules() if path.endswith(name)]
+    hooks = [
+        m.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
+        for m in modules
+    ]
+    model(text[None])
+    for hook in hooks:
+        hook.remove()
+    return [out[0].flatten(1) for out in found]
+
+
+@every_family
+@pytest.mark.parametrize("rope", ["default", "yarn"])
+def test_keys_are_those_before_the_rotation_and_values_as_projected(tiny_model, family, rope):
+    model = tiny_model(family, rope)
+    keys, text = "k_norm" if family == "Qwen3" else "k_proj", TEXTS[0]
+    for what, name in (("keys", keys), ("values", "v_proj")):
+        for got, want in zip(alone(model, text, what), seen_by_hooks(model, text, name), strict=True):
+            near(got, want, within=2e-5)
+    stored = prefill(model, text[None]).cache.layers[0].keys[0].transpose(0, 1).flatten(1)
+    assert not torch.allclose(alone(model, text, "keys")[0], stored, atol=0.1)
+
+
+def test_hidden_states_are_the_outputs_of_layers_and_the_last_one_normed(tiny_model):
+    model, text = tiny_model("Llama"), TEXTS[0]
+    got = alone(model, text, "hidden")
+    outputs = [seen_by_hooks(model, text, f"layers.{i}")[0] for i in range(3)]
+    for one, two in zip(got, [*outputs[:2], model.model.norm(outputs[2])], strict=True):
+        near(one, two, within=2e-5)
+
+
+@every_family
+def test_where_a_text_stands_does_not_change_its_keys(tiny_model, family):
+    model, text = tiny_model(family), TEXTS[0]
+    there = prefill(model, text[None], position=70).cache
+    moved = unrotate(there, 70 + torch.arange(9), rotary_of(model))
+    for got, layer, stored in zip(alone(model, text, "keys"), moved.layers, there.layers, strict=True):
+        near(got, layer.keys[0].transpose(0, 1).flatten(1), within=5e-5)
+        assert not torch.allclose(got, stored.keys[0].transpose(0, 1).flatten(1), atol=0.1)
+
+
+def test_the_first_layers_keys_know_the_token_only(tiny_model):
+    text = torch.tensor([5, 8, 5, 3, 5])
+    first = alone(tiny_model("Llama"), text, "keys")[0]
+    near(first[[2, 4]], first[[0, 0]], within=2e-5)
+    assert not torch.allclose(first[0], first[1], atol=0.1)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_keys_and_values_are_as_wide_as_their_heads(tiny_model, heads):
+    model = tiny_model("Qwen3", num_key_value_heads=heads)
+    widths = [alone(model, TEXTS[0], what)[0].shape[1] for what in KINDS]
+    assert widths == [64, 16 * heads, 16 * heads]
+
+
+@every_kind
+def test_states_have_the_models_dtype_and_no_gradient(tiny_model, what):
+    layers = alone(tiny_model("Qwen3", dtype=torch.bfloat16), TEXTS[0], what)
+    assert all(layer.dtype == torch.bfloat16 and not layer.requires_grad for layer in layers)
+
+
+def test_a_model_is_most_like_itself_layer_by_layer(tiny_model):
+    ids = torch.randint(0, 97, (12, 20), generator=torch.Generator().manual_seed(5))
+    ones = torch.ones_like(ids)
+    for what in KINDS:
+        one = [states(tiny_model("Qwen3"), part, ones[:3], ones[:3], what) for part in ids.split(3)]
+        two = [
+            states(tiny_model("Qwen3", num_hidden_layers=2), part, ones[:3], ones[:3], what) for part in ids.split(3)
+        ]
+        matrix = streamed(zip(one, one, strict=True)).matrix()
+        near(matrix.diagonal(), torch.ones(3, dtype=DOUBLE))
+        near(matrix, matrix.T)
+        assert (matrix.fill_diagonal_(0) < 0.999).all()
+        assert streamed(zip(one, two, strict=True)).matrix().shape == (3, 2)
+
+
+def test_texts_that_do_not_fit_are_refused(tiny_model):
+    model, (ids, mask) = tiny_model("Qwen3"), batch(TEXTS)
+    for what in KINDS:
+        for bad, sentence in (
+            ((ids, mask, mask[:, 1:]), r"\(3, 9\), \(3, 9\), \(3, 8\), expected the same"),
+            ((ids[0], mask[0], mask[0]), r"expected the same \(B, T\)"),
+            ((ids, mask.flip(1), mask), "attention_mask ends in 0: pad on the left"),
+            ((ids, mask, 1 - mask), "mask has no token that counts"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                states(model, *bad, what)
+    with pytest.raises(ValueError, match="what is 'queries', expected one of hidden, keys, values"):
+        states(model, ids, mask, mask, "queries")
+    with pytest.raises(CacheError, match="sliding_window"):
+        states(tiny_model("Mistral", sliding_window=4), ids, mask, mask, "keys")
+
+
+# -- layer maps
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=seeds, rows=st.integers(1, 6), columns=st.integers(1, 8), data=st.data())
+def test_a_map_has_the_best_layers_and_their_softmax(seed, rows, columns, data):
+    k = data.draw(st.integers(1, columns))
+    matrix = some(rows, columns, seed=seed)
+    chosen = layer_map(matrix, k)
+    assert chosen.teacher_layers == columns
+    assert chosen.indices.shape == chosen.weights.shape == (rows, k)
+    for row, indices, weights in zip(matrix.tolist(), chosen.indices.tolist(), chosen.weights, strict=True):
+        assert indices == sorted(range(columns), key=lambda i: -row[i])[:k]
+        total = sum(math.exp(row[i]) for i in indices)
+        near(weights, torch.tensor([math.exp(row[i]) / total for i in indices], dtype=DOUBLE))
+        assert abs(weights.sum() - 1) < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_of_equal_layers_the_lower_comes_first(k):
+    matrix = torch.zeros(2, 40)
+    matrix[1, 30:] = 1.0
+    assert layer_map(matrix, k).indices.tolist() == [[*range(k)], [*range(30, 40), *range(30)][:k]]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "k", "sentence"),
+    [
+        (torch.eye(3), 0, "k is 0, expected 1 to 3, the number of teacher layers"),
+        (torch.eye(3), 4, "k is 4, expected 1 to 3"),
+        (torch.ones(3), 1, r"The matrix is \(3,\), expected"),
+        (torch.ones(0, 3), 1, r"The matrix is \(0, 3\), expected"),
+        (torch.full((2, 2), math.nan), 1, "finite"),
+    ],
+)
+def test_a_map_that_cannot_be_is_refused(matrix, k, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        layer_map(matrix, k)
+
+
+def saved(folder, chosen=None, **about):
+    chosen = layer_map(some(4, 6), 3) if chosen is None else chosen
+    return save_layer_map(folder / "map.json", chosen, **{"student": "s", "teacher": "t", "samples": 100} | about)
+
+
+def test_a_map_comes_back_bit_for_bit(tmp_path):
+    chosen = layer_map(some(4, 6), 3)
+    path = saved(tmp_path, chosen, student="lab-draft", teacher="lab-教師", samples=7, what="keys")
+    back = load_layer_map(str(path), 4, 6)
+    assert torch.equal(back.layer_map.indices, chosen.indices)
+    assert torch.equal(back.layer_map.weights, chosen.weights)
+    assert back.layer_map.weights.dtype == DOUBLE
+    assert (back.layer_map.teacher_layers, *back[1:]) == (6, "lab-draft", "lab-教師", 7, "keys")
+    text = json.loads(path.read_text("utf-8"))
+    assert (text["k"], text["student_layers"], text["teacher_layers"], text["what"]) == (3, 4, 6, "keys")
+    assert [path.name for path in tmp_path.iterdir()] == ["map.json"]
+
+
+def test_a_map_for_other_models_is_refused(tmp_path):
+    path = saved(tmp_path)
+    for layers in ((4, 7), (5, 6), (6, 4)):
+        want = f"maps 4 layers of s to 6 of t, the models have {layers[0]} and {layers[1]}"
+        with pytest.raises(ValueError, match=want):
+            load_layer_map(path, *layers)
+
+
+def test_a_file_or_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no file .*other.json: save a layer map there first"):
+        load_layer_map(tmp_path / "other.json", 4, 6)
+    with pytest.raises(ValueError, match=r"There is no folder .*nowhere: make it first"):
+        saved(tmp_path / "nowhere")
+
+
+CHANGES = {
+    "another version": ({"version": 2}, "no layer map of format version 1"),
+    "no names": ({"student": None}, "no layer map"),
+    "another k": ({"k": 2}, r"indices and weights \(\(4, 3\), \(4, 3\)\)"),
+    "fewer rows": ({"indices": [[0, 1, 2]] * 3}, r"indices and weights \(\(3, 3\), \(4, 3\)\)"),
+    "ragged": ({"indices": [[0, 1, 2], [0]]}, "no layer map"),
+    "a fraction": ({"indices": [[0, 1, 1.5]] * 4}, "no layer map"),
+    "words": ({"weights": "some"}, "no layer map"),
+    "too high": ({"indices": [[0, 1, 6]] * 4}, "teacher layers outside 0 to 5, or one twice"),
+    "negative layer": ({"indices": [[0, 1, -1]] * 4}, "outside 0 to 5"),
+    "one twice": ({"indices": [[2, 1, 2]] * 4}, "one twice"),
+    "sum": ({"weights": [[0.5, 0.4, 0.2]] * 4}, "do not add up to 1"),
+    "negative weight": ({"weights": [[1.5, -0.5, 0.0]] * 4}, "negative"),
+    "nan": ({"weights": [[math.nan, 0.5, 0.5]] * 4}, "do not add up to 1"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_that_is_no_layer_map_is_refused(tmp_path, name):
+    path, (change, sentence) = saved(tmp_path), CHANGES[name]
+    content = json.loads(path.read_text("utf-8")) | change
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), "utf-8")
+    with pytest.raises(ValueError, match=sentence):
+        load_layer_map(path, 4, 6)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe", b'{"version": 1}'])
+def test_damaged_files_are_refused(tmp_path, content):
+    (tmp_path / "map.json").write_bytes(content)
+    with pytest.raises(ValueError, match="no layer map of format version 1"):
+        load_layer_map(tmp_path / "map.json", 4, 6)
+
+
+def test_a_map_of_one_layer_each_can_be_saved(tmp_path):
+    chosen = LayerMap(torch.tensor([[0]]), torch.tensor([[1.0]]), 1)
+    assert load_layer_map(saved(tmp_path, chosen), 1, 1).layer_map.indices.tolist() == [[0]]
