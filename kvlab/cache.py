@@ -220,6 +220,17 @@ def prefill(
     return Prefill(out.past_key_values, out.logits[:, -1], position + count if alike else position_ids[:, -1] + 1)
 
 
+def prefix_of(model: PreTrainedModel, input_ids: Tensor) -> Prefix:
+    """Read one text, (1, T), as what stands before a prompt.
+
+    >>> prefix = prefix_of(*_example())
+    >>> length(prefix.cache), prefix.next_position, prefix.input_ids
+    (5, 5, [5, 17, 2, 90, 33])
+    """
+    cache, _, next_position = prefill(model, input_ids)
+    return Prefix(cache, next_position, input_ids[0].tolist())
+
+
 def length(cache: DynamicCache) -> int:
     """Count the entries T of a cache (which is not the next position, once entries were dropped)."""
     _require_cache(cache)

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import compress, lab
 from kvlab import draft as drafts
-from kvlab.cache import Prefix, fingerprint, nbytes, prefill, truncate
-from kvlab.compress import KVDistiller
+from kvlab.cache import Prefix, fingerprint, nbytes, prefix_of, truncate
+from kvlab.compress import AWARE, KVDistiller
 from kvlab.draft import Accepted, Example, KnowledgeDraft
 from kvlab.evaluate import circumstances, encode, exact_match, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import write_text
@@ -625,7 +625,6 @@ DATA = ("lab", *RECORDS)
 LONG = ("self_instruct", "p3", "long_alpaca")  # data whose answers are texts, not spans
 LARGE = {"retention": (0.001, 0.8), "batch_size": 32, "learning_rate": 5e-5}
 SMALL = {"retention": (0.03, 0.8), "batch_size": 16, "learning_rate": 1e-3, "rank": 32, "width": 512, "sinks": 1}
-AWARE = {f"{name}_aware": compress.METHODS[name] for name in ("h2o", "snapkv")}
 SHARES = ("exact_match", "f1", "accuracy", "rouge_l")
 SCORES = dict.fromkeys(SHARES, "fraction") | {"perplexity": "per token", "MB": "MB"}
 Contexts = Sequence[Sequence[Record]]  # the records of each context
@@ -960,7 +959,7 @@ def _compressed(
         seen = [a.question[None].to(model.device) for a in asked]
         return [compress.evict(model, context, AWARE[method], question_ids=ids, **options).prefix for ids in seen]
     if method == "full":
-        prefix = Prefix(prefill(model, context).cache, context.shape[1], context[0].tolist())
+        prefix = prefix_of(model, context)
     elif method == "distill":
         prefix = distiller.compress(context, retention=share).prefix
     else:

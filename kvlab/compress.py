@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -42,6 +42,7 @@ from kvlab.cache import (
     from_tensor,
     length,
     prefill,
+    require,
     require_supported,
     scale_keys,
     select,
@@ -57,11 +58,6 @@ from kvlab.training import fit
 GATES = ("multiply", "log", "none")
 ROUTINGS = ("conditional", "all", "embedding")
 SCORER, ABOUT = "scorer.safetensors", "kvdistill.json"
-
-
-def _require(condition: object, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
 
 
 # -- scores
@@ -114,8 +110,8 @@ def h2o(seen: Attention, budget: int, chunk: int = 512) -> Tensor:
     """Attention received from all queries, summed; half the budget is for the latest entries.
 
     Source: Zhang et al. (2023), H2O, arXiv 2306.14048, algorithm 1, which evicts step by step while it decodes; this
-    evicts once, after the context. Queries that share
-    keys add up. They are taken `chunk` at a time: memory is (B, H, chunk, T).
+    evicts once, after the context. Queries that share keys add up. They are taken `chunk` at a time: memory is
+    (B, H, chunk, T).
     """
     total = seen.queries.shape[2]
     parts = (_weights(seen, start, min(start + chunk, total)) for start in range(0, total, chunk))
@@ -140,6 +136,7 @@ def snapkv(seen: Attention, budget: int, window: int = 32, kernel: int = 5) -> T
 
 
 METHODS: dict[str, Score] = {f.__name__: f for f in (random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed)}
+AWARE: dict[str, Score] = {f"{f.__name__}_aware": f for f in (h2o, snapkv)}  # with a question behind the context
 
 
 def _weights(seen: Attention, start: int, stop: int) -> Tensor:
@@ -183,7 +180,7 @@ def observing(model: PreTrainedModel, see: Callable[[Tensor, Tensor, Tensor, flo
     The layers run with PyTorch's attention meanwhile, through a name in transformers' registry that is taken out again.
     """
     name, config = f"kvlab_observing_{id(see)}", model.config.get_text_config(decoder=True)
-    plain, before = AttentionInterface()["sdpa"], config._attn_implementation
+    plain, before = ALL_ATTENTION_FUNCTIONS["sdpa"], config._attn_implementation
 
     def attention(module, query, key, value, attention_mask, scaling=None, **options):
         see(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -204,11 +201,11 @@ def count_kept(entries: int, retention: float | None = None, budget: int | None 
     >>> count_kept(90, retention=0.1), count_kept(90, budget=200)
     (9, 90)
     """
-    _require((retention is None) != (budget is None), "Give either retention, a share, or budget, a number of entries.")
+    require((retention is None) != (budget is None), "Give either retention, a share, or budget, a number of entries.")
     if budget is not None:
-        _require(budget == int(budget) and budget > 0, f"budget is {budget}, expected a whole number from 1.")
+        require(budget == int(budget) and budget > 0, f"budget is {budget}, expected a whole number from 1.")
         return min(int(budget), entries)
-    _require(0 < retention <= 1, f"retention is {retention}, expected a share above 0, at most 1.")
+    require(0 < retention <= 1, f"retention is {retention}, expected a share above 0, at most 1.")
     return max(1, round(retention * entries))
 
 
@@ -262,8 +259,8 @@ def evict(
 
 def _require_text(model: PreTrainedModel, input_ids: Tensor, name: str = "input_ids") -> None:
     shape, most = tuple(input_ids.shape), model.config.get_text_config(decoder=True).max_position_embeddings
-    _require(len(shape) == 2 and shape[0] == 1 and shape[1] > 0, f"{name} is {shape}, expected (1, T), one text.")
-    _require(shape[1] <= most, f"{name} has {shape[1]} tokens, the model reads up to {most}: give fewer.")
+    require(len(shape) == 2 and shape[0] == 1 and shape[1] > 0, f"{name} is {shape}, expected (1, T), one text.")
+    require(shape[1] <= most, f"{name} has {shape[1]} tokens, the model reads up to {most}: give fewer.")
 
 
 def compact(compressed: Compressed, rotary: nn.Module) -> Compressed:
@@ -313,9 +310,9 @@ class DistillSettings:
     def __post_init__(self):
         for name, known in (("gate", GATES), ("routing", ROUTINGS)):
             given = getattr(self, name)
-            _require(given in known, f"{name} is {given!r}, expected one of {', '.join(known)}.")
+            require(given in known, f"{name} is {given!r}, expected one of {', '.join(known)}.")
         for name in ("layer", "rank", "width", "row"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a number from 1.")
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a number from 1.")
 
 
 class Scorer(nn.Module):
@@ -365,11 +362,11 @@ class KVDistiller(nn.Module):
         require_supported(model)
         kind = model.config._attn_implementation
         seen = f"The model's attention is {kind!r}, which takes no mask of numbers"
-        _require(kind in ("sdpa", "eager"), f"{seen}: load it with attn_implementation='sdpa'.")
+        require(kind in ("sdpa", "eager"), f"{seen}: load it with attn_implementation='sdpa'.")
         config = model.config.get_text_config(decoder=True)
         have = config.num_hidden_layers
         settings = DistillSettings(layer=max(1, round(have * 6 / 32)) if layer is None else layer, **settings)
-        _require(
+        require(
             settings.layer <= have, f"layer is {settings.layer}, but the model has {have} layers: give 1 to {have}."
         )
         self.settings, self.model = settings, model.requires_grad_(False)
@@ -471,7 +468,8 @@ class KVDistiller(nn.Module):
         text : (B, S), padded on the right, whatever with.
         retention : the share of each context's tokens that is kept.
         """
-        counts = (retention * context_mask.sum(1)).round().long().clamp(min=1)
+        counts = [count_kept(entries, retention) for entries in context_mask.sum(1).tolist()]
+        counts = torch.tensor(counts, device=context.device)
         return self.read_on(self.keep(context, context_mask, counts), text), self._teach(context, context_mask, text)
 
     def read_on(self, kept: _Kept, text: Tensor) -> Tensor:
@@ -516,11 +514,11 @@ class KVDistiller(nn.Module):
         """
         folder = Path(folder)
         missing = [name for name in (ABOUT, SCORER, "adapter_config.json") if not (folder / name).is_file()]
-        _require(not missing, f"{folder} has no {', '.join(missing)}: give a folder that `save_pretrained` wrote.")
+        require(not missing, f"{folder} has no {', '.join(missing)}: give a folder that `save_pretrained` wrote.")
         about, own = json.loads((folder / ABOUT).read_text("utf-8")), fingerprint(model)
         unlike = {part: differences({part: about["model"][part]}, {part: own[part]}) for part in own}
         other = "; ".join(filter(None, (unlike["architecture"], unlike["rope"])))
-        _require(not other, f"{folder} was trained for another model ({other}): load it with that model.")
+        require(not other, f"{folder} was trained for another model ({other}): load it with that model.")
         same_dtype = about["model"]["weights"]["dtype"] == own["weights"]["dtype"]
         if same_dtype and unlike["weights"]:  # rounding changes every digest
             warnings.warn(f"{folder} was trained for other weights of this model ({unlike['weights']}).", stacklevel=2)
@@ -610,7 +608,7 @@ def example(
     >>> made.context.shape, made.weights
     (torch.Size([6]), tensor([0., 0., 0., 0., 0., 0., 0., 1., 1.]))
     """
-    _require(turns, "There is no turn behind the context: give a question and its answer.")
+    require(turns, "There is no turn behind the context: give a question and its answer.")
     parts, weights = [], []
     for question, answer in turns:
         roles = zip(("system", "user", "assistant"), (context, question, answer), strict=True)
@@ -684,6 +682,5 @@ def train(
 
     loader = DataLoader(examples, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     defaults = {"weight_decay": 0.0, "warmup": max(1, steps // 20), "label": "KV-Distill"}
-    counted = lambda batch: batch["weights"][:, 1:].sum()  # noqa: E731
-    options = defaults | options
-    return fit(distiller, loader, losses, steps=steps, learning_rate=learning_rate, weight=counted, **options)
+    options = {"weight": lambda batch: batch["weights"][:, 1:].sum()} | defaults | options
+    return fit(distiller, loader, losses, steps=steps, learning_rate=learning_rate, **options)

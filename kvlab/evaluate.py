@@ -92,10 +92,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]
     >>> tokenizer.decode(encode(tokenizer, [{"role": "user", "content": "Who?"}]))
     '<|user|> Who?<|assistant|>'
     """
-    if not tokenizer.chat_template:
-        return tokenizer("\n".join(message["content"] for message in conversation))["input_ids"]
-    options = {"add_generation_prompt": conversation[-1]["role"] == "user", "enable_thinking": False}
-    return tokenizer.apply_chat_template(conversation, return_dict=True, **options)["input_ids"]
+    text = _rendered(tokenizer, conversation)
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
 def encode_parts(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]) -> list[list[int]]:

@@ -553,9 +553,11 @@ class KnowledgeCache:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             for i, piece in zip(batch, _read(self.model, [list(items[i].input_ids) for i in batch]), strict=True):
-                parts, more = {"hidden": piece.hidden_states, "kv": to_tensor(piece.cache)}, {}
+                parts, more = {"hidden": piece.hidden_states}, {}
                 if compress and "kv" in self.keep:
                     items[i], parts["kv"], more = self._compressed(items[i], compress)
+                elif "kv" in self.keep:
+                    parts["kv"] = to_tensor(piece.cache)
                 tensors[i] = {part: parts[part].to("cpu", self.dtype, copy=True) for part in self.keep} | more
             bar.update(len(batch))
         embeddings = _embed(self.embedder, [item.question for item in items])

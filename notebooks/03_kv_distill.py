@@ -83,12 +83,7 @@ def asked(text, turns):
     return context, [e.text[e.weights == 0] for e in made], [answer for _, answer in turns]
 
 
-def everything(context):
-    """The whole cache, and where to go on behind it."""
-    stop = context.shape[1]
-    return cache.Prefix(cache.prefill(target, context).cache, stop, context[0].tolist())
-
-
+everything = partial(cache.prefix_of, target)  # the whole cache, and where to go on
 passages = [asked(*reading) for reading in test]
 ids = passages[0][0]
 whole = everything(ids).cache
@@ -454,7 +449,7 @@ if results:
 # %% [markdown]
 # ## What is it made of?
 #
-# The paper takes the method apart on SQuAD, with Llama-3-8B; percent of exact matches at 20 % of the entries: $\lambda = 0.6$ 86.0, forward KL alone 83.4, reverse KL alone 82.7; and with a learned embedding in place of routing 67.4. The benchmark does it in the lab, in short runs that differ in one thing each, so it is the differences that count. Intervals are over passages, for one training each; the last two rows differ from the first in nothing but their seed, and tell how much of a difference is chance:
+# The paper {cite}`chari2025kvdistill` takes the method apart on SQuAD, with Llama-3-8B; percent of exact matches at 20 % of the entries: $\lambda = 0.6$ 86.0, forward KL alone 83.4, reverse KL alone 82.7; and with a learned embedding in place of routing 67.4. The benchmark does it in the lab, in short runs that differ in one thing each, so it is the differences that count. Intervals are over passages, for one training each; the last two rows differ from the first in nothing but their seed, and tell how much of a difference is chance:
 
 # %% mystnb={"image": {"alt": "Dots with intervals: share of questions answered after short trainings that differ in one thing, at 25 and at 10 percent of the entries."}}
 arms = {

@@ -19,18 +19,19 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
-from kvlab.cache import Prefix, Slots, fingerprint, from_tensor, nbytes, prefill, rotary_of, select, step
-from kvlab.compress import METHODS, Examples, KVDistiller, compact, count_kept, evict, example, train
+from kvlab.cache import Prefix, Slots, fingerprint, from_tensor, nbytes, prefix_of, rotary_of, select, step
+from kvlab.cli import SMALL
+from kvlab.compress import AWARE, METHODS, Examples, KVDistiller, compact, count_kept, evict, example, train
 from kvlab.evaluate import benchmark, figure, log_likelihoods
 from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
 from kvlab.scale import config_of
 from kvlab.speculate import generate
 
-THREADS, STEPS, BATCH, RATE, RETENTION = 2, 900, 16, 1e-3, (0.03, 0.8)
-SETTINGS = {"rank": 32, "width": 512, "sinks": 1}
+THREADS, STEPS = 2, 900
+BATCH, RATE, RETENTION = (SMALL[name] for name in ("batch_size", "learning_rate", "retention"))
+SETTINGS = {name: SMALL[name] for name in ("rank", "width", "sinks")}
 PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 150
-AWARE = {"h2o_aware": METHODS["h2o"], "snapkv_aware": METHODS["snapkv"]}
 COMPARED = ("distill", "snapkv", "key_norm_reversed", "random")
 RUNS = Path("lab-runs/distill")  # checkpoints: a run that was stopped goes on, one that is done is read
 ABLATIONS = {
@@ -157,7 +158,7 @@ def aware(s: Lab) -> dict[str, Callable[..., Prefix]]:
 
 
 def whole(s: Lab, ids: Tensor, *_) -> Prefix:
-    return Prefix(prefill(s.target, ids).cache, ids.shape[1], ids[0].tolist())
+    return prefix_of(s.target, ids)
 
 
 def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
@@ -188,13 +189,11 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
         kind += ", what distill chose, as the plain model made it" if name.startswith("choice") else ""
         kind = "the whole cache" if name == "full" else kind
         figures.append(figure(f"em_{name}", shares, "fraction", told + kind))
-    for seed, percent in ((seed, percent) for seed in range(len(distillers)) for percent in (25, 10)):
-        told_seed = f"{told}seed {[*distillers][seed]} alone"
-        figures.append(
-            figure(f"em_distill_{percent}_seed_{seed}", found[f"distill_{percent}"][seed], "fraction", told_seed)
-        )
+    for percent in (25, 10):
+        for seed, shares in zip(distillers, found[f"distill_{percent}"], strict=True):
+            figures.append(figure(f"em_distill_{percent}_seed_{seed}", shares, "fraction", f"{told}seed {seed} alone"))
     for percent in PERCENTS:
-        best = max((name for name in METHODS), key=lambda name: values[f"{name}_{percent}"].mean())
+        best = max(METHODS, key=lambda name: values[f"{name}_{percent}"].mean())
         gain = values[f"distill_{percent}"] - values[f"{best}_{percent}"]
         conditions = f"distill minus {best}, the best of the question-agnostic scores, passage by passage; {told}"
         figures.append(figure(f"gain_{percent}", gain, "difference", conditions))
@@ -205,14 +204,11 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
 
 def size_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     """Bytes of what is kept over bytes of the whole cache, and what compaction changes."""
-    texts = passages(s, held_out(s, 48, 5, 1000))
-    figures = []
+    texts, figures = passages(s, held_out(s, 48, 5, 1000)), []
+    full = [nbytes(whole(s, p.context).cache) for p in texts]
     for percent in PERCENTS:
-        ratios = [
-            nbytes(distiller.compress(p.context, retention=percent / 100).prefix.cache)
-            / nbytes(prefill(s.target, p.context).cache)
-            for p in texts
-        ]
+        kept = [distiller.compress(p.context, retention=percent / 100).prefix.cache for p in texts]
+        ratios = [nbytes(part) / all_of_it for part, all_of_it in zip(kept, full, strict=True)]
         figures.append(figure(f"bytes_ratio_{percent}", ratios, "ratio", f"bytes at {percent} % over bytes of all"))
     rotary = rotary_of(s.target)
     for percent in (25, 10):
