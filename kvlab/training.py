@@ -6,7 +6,7 @@ on a CPU, on one GPU, or under `accelerate launch` on many, and gives the same w
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,8 @@ def fit(
     accumulate: int = 1,
     precision: str = "no",
     weight: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    factors: Callable[[int], Mapping[str, float]] | None = None,
+    shares_every: int = 0,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     checkpoint: str | Path | None = None,
     every: int = 200,
@@ -61,6 +63,9 @@ def fit(
     precision : "no", "fp16" or "bf16", as Accelerate names them.
     weight : a batch's weight (its number of answer tokens, say). A loss that is a mean over tokens then stays an exact
         mean over all tokens of the step, across batches and processes. By default batches weigh the same.
+    factors : of named losses at a step (1, 2, ...), where they are not 1: for terms that come late or fade.
+    shares_every : each so many steps, log the share that each loss has in the gradient, as "share_NAME": its norm over
+        the sum of norms, on the first batch and the first process. A term whose share is 0 teaches nothing.
     evaluate : called with the bare model every `every` steps and at the end; its figures join the history.
     checkpoint : a safetensors file, written every `every` steps and at the end. If it exists, training goes on from it.
     seed : with the step's number, of torch's, NumPy's and Python's generators, set anew before each step.
@@ -115,7 +120,9 @@ def fit(
             started, step = time.perf_counter(), len(history) + 1
             group = list(islice(batches, accumulate))
             set_seed((1_000_003 * seed + step) % 2**32)  # a resumed run draws what the whole one would have drawn
-            entry = _gradients(accelerator, wrapped, losses, group, weight, step)
+            scaled = _scaled(losses, factors(step)) if factors else losses
+            logged = list(trainable.values()) if shares_every and step % shares_every == 0 else []
+            entry = _gradients(accelerator, wrapped, scaled, group, weight, step, logged)
             entry["grad_norm"] = float(accelerator.clip_grad_norm_(trainable.values(), clip))
             entry["learning_rate"] = schedule.get_last_lr()[0]
             optimizer.step()
@@ -173,13 +180,28 @@ def _batches(loader: DataLoader, skip: int) -> Iterator[Mapping[str, Tensor]]:
         epoch, skip = epoch + 1, 0
 
 
-def _gradients(accelerator, model, losses, group, weight, step) -> dict[str, float]:
+def _scaled(losses: Losses, factors: Mapping[str, float]) -> Losses:
+    return lambda model, batch: {name: value * factors.get(name, 1.0) for name, value in losses(model, batch).items()}
+
+
+def _shares(named: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
+    """Each loss's share of the gradient: its norm over the sum of the norms."""
+    norms = {}
+    for name, value in named.items():
+        parts = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        norms[name] = sum(part.square().sum().item() for part in parts if part is not None) ** 0.5
+    total = sum(norms.values()) or 1.0
+    return {f"share_{name}": norm / total for name, norm in norms.items()}
+
+
+def _gradients(accelerator, model, losses, group, weight, step, logged) -> dict[str, float]:
     """Backward through a group of batches; returns the step's losses, averaged by weight over batches and processes."""
     weights = torch.stack(
         [torch.as_tensor(weight(b) if weight else 1.0, dtype=torch.float32, device=accelerator.device) for b in group]
     )
     total = accelerator.reduce(weights.sum(), reduction="sum").clamp_min(1e-9)
     sums: dict[str, Tensor] = {}
+    shares: dict[str, float] = {}
     for i, batch in enumerate(group):
         last = i == len(group) - 1
         with model.no_sync() if not last and hasattr(model, "no_sync") else nullcontext():
@@ -190,13 +212,15 @@ def _gradients(accelerator, model, losses, group, weight, step) -> dict[str, flo
                     f"Step {step}: the loss {bad[0]!r} is {named[bad[0]].item()}, expected a finite number. The "
                     "weights are those of the step before; lower the rate, check the batch, or use float32."
                 )
+            if logged and not i:
+                shares = _shares({name: value for name, value in named.items() if value.requires_grad}, logged)
             share = weights[i] / total
             # DistributedDataParallel takes the mean over processes; the factor makes it a sum.
             accelerator.backward(sum(named.values()) * share * accelerator.num_processes)
         for name, value in named.items():
             sums[name] = sums.get(name, 0.0) + value.detach() * share
     means = {name: accelerator.reduce(value, reduction="sum").item() for name, value in sums.items()}
-    return {"step": step, "loss": sum(means.values()), **means, "weight": total.item()}
+    return {"step": step, "loss": sum(means.values()), **means, **shares, "weight": total.item()}
 
 
 def _save(path: Path, trainable, optimizer, schedule, run, history) -> None:

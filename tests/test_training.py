@@ -116,6 +116,58 @@ def test_named_losses_add_up():
     assert all(entry["b"] == pytest.approx(3 * entry["a"], rel=1e-5) for entry in history)
 
 
+def two_terms(model, batch):
+    return {"mse": mse(model, batch)["mse"], "size": sum(p.square().sum() for p in model.parameters())}
+
+
+def test_factors_are_of_their_loss_and_step():
+    one, two, seen = net(), net(), []
+
+    def factors(step):
+        seen.append(step)
+        return {"size": 0.0 if step < 3 else 0.5}
+
+    history = fit(one, loader(), two_terms, steps=4, factors=factors, **QUICK)
+    steps = iter(range(1, 5))
+
+    def by_hand(model, batch):
+        named = two_terms(model, batch)
+        return {"mse": named["mse"], "size": named["size"] * (0.0 if next(steps) < 3 else 0.5)}
+
+    other = fit(two, loader(), by_hand, steps=4, **QUICK)
+    assert seen == [1, 2, 3, 4]
+    assert same(one, two)
+    assert figures(history) == figures(other)
+    assert history[0]["size"] == 0 < history[3]["size"]
+
+
+def test_shares_are_of_the_gradients_norm():
+    model = net()
+    norms = {}
+    for name, value in two_terms(model, next(iter(loader()))).items():
+        parts = torch.autograd.grad(value, list(model.parameters()))
+        norms[name] = (3.0 if name == "size" else 1.0) * sum(part.square().sum() for part in parts).sqrt().item()
+    history = fit(model, loader(), two_terms, steps=1, factors=lambda step: {"size": 3.0}, shares_every=1, **QUICK)
+    assert history[0]["share_size"] == pytest.approx(norms["size"] / sum(norms.values()), abs=1e-6)
+    assert history[0]["share_mse"] == pytest.approx(norms["mse"] / sum(norms.values()), abs=1e-6)
+    later = fit(net(), loader(), two_terms, steps=4, shares_every=2, **QUICK)
+    assert ["share_mse" in entry for entry in later] == [False, True, False, True]
+
+
+def test_logging_shares_changes_nothing():
+    one, two = net(dropout=0.3), net(dropout=0.3)
+    fit(one, loader(), two_terms, steps=3, **QUICK)
+    fit(two, loader(), two_terms, steps=3, shares_every=1, **QUICK)
+    assert same(one, two)
+
+
+def test_a_term_without_a_gradient_has_no_share():
+    constant = {"constant": torch.tensor(5.0)}
+    history = fit(net(), loader(), lambda m, b: mse(m, b) | constant, steps=1, shares_every=1, **QUICK)
+    assert history[0]["share_mse"] == 1
+    assert "share_constant" not in history[0]
+
+
 def test_accumulated_batches_are_one_batch():
     whole, parts = net(), net()
     want = fit(whole, loader(8), mse, steps=6, weight=tokens, **QUICK)
