@@ -624,7 +624,15 @@ def _told(arms: dict[str, Accepted], draft: KnowledgeDraft, target: PreTrainedMo
 DATA = ("lab", *RECORDS)
 LONG = ("self_instruct", "p3", "long_alpaca")  # data whose answers are texts, not spans
 LARGE = {"retention": (0.001, 0.8), "batch_size": 32, "learning_rate": 5e-5}
-SMALL = {"retention": (0.03, 0.8), "batch_size": 16, "learning_rate": 1e-3, "rank": 32, "width": 512, "sinks": 1}
+SMALL = {
+    "retention": (0.03, 0.8),
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "standardize": True,
+    "rank": 32,
+    "width": 512,
+    "sinks": 1,
+}
 SHARES = ("exact_match", "f1", "accuracy", "rouge_l")
 SCORES = dict.fromkeys(SHARES, "fraction") | {"perplexity": "per token", "MB": "MB"}
 Contexts = Sequence[Sequence[Record]]  # the records of each context
@@ -639,6 +647,7 @@ def distill(
     rank: int | None = None,
     width: int | None = None,
     gate: Literal["multiply", "none"] = "multiply",
+    standardize: bool | None = None,
     routing: Literal[compress.ROUTINGS] = "conditional",
     sinks: int | None = None,
     row: int | None = None,
@@ -674,6 +683,8 @@ def distill(
         rank: of the adapters. Default: 128; 32 for the tiny scale, whose models are small.
         width: of the scorer's hidden layer. Default: 1024; 512 for the tiny scale.
         gate: multiply (kept keys times sigma of their score), or none, with which the scorer cannot learn.
+        standardize: bring the scores of a context to one mean and deviation, so that gates stay able to learn. Default:
+            false, as in the source; true for the tiny scale.
         routing: conditional (adapters of queries and outputs act on kept tokens only), all (on every token), or
             embedding (as all, and a learned vector marks kept tokens).
         sinks: so many first tokens are always kept. Default: 4; 1 for the tiny scale, whose contexts are short.
@@ -702,7 +713,7 @@ def distill(
     main = PartialState(cpu=scale.device == "cpu").is_main_process  # before loading: gives each process its own GPU
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
     torch.manual_seed(seed)
-    shape = ("layer", "rank", "width", "gate", "routing", "sinks", "row")
+    shape = ("layer", "rank", "width", "gate", "standardize", "routing", "sinks", "row")
     distiller = KVDistiller(model, **{name: settings[name] for name in shape if name in settings})
     settings |= asdict(distiller.settings)
     options = ("retention", "forward_share", "steps", "batch_size", "learning_rate", "accumulate", "precision", "seed")

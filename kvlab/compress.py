@@ -293,6 +293,8 @@ class DistillSettings:
     width : of the scorer's hidden layer, which the source does not state.
     gate : "multiply", as in the source: logits to kept entries times sigma(s), which is their keys times sigma(s);
         "log": plus log sigma(s), which no key can hold; "none": then the scorer cannot learn.
+    standardize : bring the scores of a context to mean 2 and deviation 1, as the source does not. Free scores may grow
+        until all gates of kept tokens are open; then nothing tells the scorer which of them is worth more.
     routing : "conditional", as in the source: the adapters of q and o act on kept tokens only; "all": on every token;
         "embedding": the same, and kept tokens are marked by a learned vector instead.
     sinks : so many first tokens are always kept (the source: fewer than ten).
@@ -303,6 +305,7 @@ class DistillSettings:
     rank: int = 128
     width: int = 1024
     gate: str = "multiply"
+    standardize: bool = False
     routing: str = "conditional"
     sinks: int = 4
     row: int = 1536
@@ -391,7 +394,8 @@ class KVDistiller(nn.Module):
     def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """s of each token, (B, T); gradients reach the scorer only. A mask has 0 for padding, on the left."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.scorer(_unfold(self._hidden(_Folded.of(input_ids, mask, self.settings.row)), *input_ids.shape))
+        hidden = _unfold(self._hidden(_Folded.of(input_ids, mask, self.settings.row)), *input_ids.shape)
+        return _standardized(self.scorer(hidden), mask) if self.settings.standardize else self.scorer(hidden)
 
     @torch.no_grad()
     def _hidden(self, text: "_Folded") -> Tensor:
@@ -528,6 +532,13 @@ class KVDistiller(nn.Module):
             for name, tensor in load_file(folder / SCORER).items():
                 distiller.get_parameter(name).copy_(tensor)
         return distiller
+
+
+def _standardized(scores: Tensor, mask: Tensor, mean: float = 2.0) -> Tensor:
+    """Scores (B, T) brought to a mean and a deviation of 1 over each context's tokens; equal ones to the mean."""
+    count = mask.sum(1, keepdim=True)
+    centered = scores - (scores * mask).sum(1, keepdim=True) / count
+    return mean + centered / ((centered**2 * mask).sum(1, keepdim=True) / count + 1e-6).sqrt()
 
 
 def _view(model: PreTrainedModel) -> PreTrainedModel:

@@ -518,6 +518,20 @@ def test_scores_are_of_the_frozen_models_states_after_so_many_layers(tiny_model)
         assert not model.model.layers[layer - 1]._forward_hooks
 
 
+def test_standardized_scores_have_one_mean_and_deviation_and_the_same_order(tiny_model):
+    free, distiller = (moved(tiny_model(dtype=DOUBLE), standardize=on) for on in (False, True))
+    scores = distiller.scores(IDS)
+    near(scores.mean(), torch.tensor(2.0, dtype=DOUBLE), 1e-9)
+    near(scores.std(correction=0), torch.tensor(1.0, dtype=DOUBLE), 1e-4)
+    assert scores.argsort().equal(free.scores(IDS).argsort())
+    distiller.scorer.down.weight.data *= 3
+    distiller.scorer.down.bias.data += 7
+    near(distiller.scores(IDS), scores, 1e-4)  # no scorer can open all gates
+    near(distiller.scores(IDS[:, :1]), torch.full((1, 1), 2.0, dtype=DOUBLE))
+    distiller.scorer.down.weight.data.zero_()
+    near(distiller.scores(IDS), torch.full(IDS.shape, 2.0, dtype=DOUBLE))
+
+
 @pytest.mark.parametrize(("layers", "eta"), [(3, 1), (8, 2), (1, 1)])
 def test_layers_before_the_scorer_grow_with_depth(tiny_model, layers, eta):
     assert made(tiny_model(num_hidden_layers=layers), layer=None).settings.layer == eta
@@ -696,8 +710,9 @@ def batch_of(*sizes):
 @every_family
 @pytest.mark.parametrize("gate", module.GATES)
 @pytest.mark.parametrize("row", [1536, 8], ids=["one row", "folded"])
-def test_a_batch_is_its_contexts_one_by_one(tiny_model, family, gate, row):
-    distiller = moved(tiny_model(family, dtype=DOUBLE), gate=gate, row=row)
+@pytest.mark.parametrize("standardize", [False, True], ids=["free", "standardized"])
+def test_a_batch_is_its_contexts_one_by_one(tiny_model, family, gate, row, standardize):
+    distiller = moved(tiny_model(family, dtype=DOUBLE), gate=gate, row=row, standardize=standardize)
     sizes = (21, 40, 3, 8)
     ids, mask, texts = batch_of(*sizes)
     together = distiller(ids, mask, texts, 0.3)
@@ -815,7 +830,9 @@ def on_disk(tiny_model, tmp_path):
     return AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
 
 
-@pytest.mark.parametrize("settings", [{}, {"gate": "log", "routing": "embedding"}, {"row": 8, "layer": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"gate": "log", "routing": "embedding"}, {"row": 8, "layer": 2, "standardize": True}], ids=str
+)
 def test_a_saved_distiller_is_the_same(tiny_model, tmp_path, settings):
     distiller = moved(tiny_model(), **settings)
     distiller.save_pretrained(tmp_path / "saved")
