@@ -34,7 +34,7 @@ from kvlab.lab import corpora
 from kvlab.lab.__main__ import report, train
 from kvlab.lab.report import problems
 from kvlab.losses import require_known
-from kvlab.records import RECORDS, Record, faq, read_prompts, read_records
+from kvlab.records import CONTEXTS, Record, faq, read_prompts, read_records
 from kvlab.scale import Scale
 from kvlab.speculate import (
     Generated,
@@ -621,7 +621,7 @@ def _told(arms: dict[str, Accepted], draft: KnowledgeDraft, target: PreTrainedMo
     return {"figures": [f for ways in found.values() for f in ways.values()], "parameters": sizes, **circumstances()}
 
 
-DATA = ("lab", *RECORDS)
+DATA = ("lab", *CONTEXTS)
 LONG = ("self_instruct", "p3", "long_alpaca")  # data whose answers are texts, not spans
 LARGE = {"retention": (0.001, 0.8), "batch_size": 32, "learning_rate": 5e-5}
 SMALL = {

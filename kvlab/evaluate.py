@@ -92,7 +92,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]
     >>> tokenizer.decode(encode(tokenizer, [{"role": "user", "content": "Who?"}]))
     '<|user|> Who?<|assistant|>'
     """
-    text = _rendered(tokenizer, conversation)
+    text = rendered(tokenizer, conversation)
     return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
@@ -110,7 +110,7 @@ def encode_parts(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict
     >>> [tokenizer.decode(ids) for ids in encode_parts(tokenizer, messages)]
     ['<|system|> Anna lives in Rome.', '<|user|> Where?<|assistant|>']
     """
-    texts = [_rendered(tokenizer, conversation[: i + 1]) for i in range(len(conversation))]
+    texts = [rendered(tokenizer, conversation[: i + 1]) for i in range(len(conversation))]
     for role, before, after in zip((m["role"] for m in conversation), texts, texts[1:], strict=False):
         if not after.startswith(before):
             raise ValueError(
@@ -122,7 +122,13 @@ def encode_parts(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict
     return [tokenizer(part, add_special_tokens=special and not i)["input_ids"] for i, part in enumerate(parts)]
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]) -> str:
+def rendered(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]) -> str:
+    """The text of a conversation, as `encode` encodes it.
+
+    >>> from kvlab import lab
+    >>> rendered(lab.load_tokenizer("lab-target"), [{"role": "user", "content": "Who?"}])
+    '<|user|> Who?<|assistant|>'
+    """
     if not tokenizer.chat_template:
         return "\n".join(message["content"] for message in conversation)
     options = {"add_generation_prompt": conversation[-1]["role"] == "user", "enable_thinking": False}

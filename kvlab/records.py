@@ -7,16 +7,23 @@ category is the domain.
 
 A `Record` holds a context to read, a question about it and its answers. SQuAD, QuALITY, Self-Instruct, P3 and
 LongAlpaca are read into such records, from the files that their authors published or from the Hugging Face hub's rows.
+
+So are problems that need no context or hold one: GSM8K, SVAMP, Math23K, MATH, StrategyQA, ARC, HotpotQA, BBH, GPQA,
+TruthfulQA, CMMLU and C-Eval. `extract_answer` finds what a generated text answers, `same_answer` compares two answers.
 """
 
+import csv
 import html
 import inspect
+import io
 import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +174,9 @@ READERS = {".jsonl": _pairs, ".yml": _chatterbot, ".yaml": _chatterbot}
 # -- a context to read, a question, its answers
 
 Source = str | Path | Iterable[Mapping[str, Any]]
-KINDS = {str: "a text", int: "a whole number", list: "a list"}
+KINDS = {str: "a text", int: "a whole number", list: "a list", bool: "true or false", Mapping: "a mapping"}
+KINDS |= {str | int | float: "a number"}
+Adapt = Callable[[str, Mapping[str, Any]], Iterator["Record"]]
 
 
 @dataclass(frozen=True)
@@ -176,10 +185,11 @@ class Record:
 
     Parameters
     ----------
-    context : the text to read; a method may compress it.
+    context : the text to read; a method may compress it. Most problems have none.
     question : the text that comes after it, never compressed.
     answers : one or more accepted texts, each once; of a multiple choice, the right option alone.
     choices : the options of a multiple choice, else none.
+    reasoning : what leads to the answer, where the data set says it.
 
     Examples
     --------
@@ -191,11 +201,18 @@ class Record:
     question: str
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
+    reasoning: str = ""
 
     @property
     def answer(self) -> str:
         """The first of the answers: the one to learn from."""
         return self.answers[0]
+
+    @property
+    def letter(self) -> str:
+        """The letter of the right choice: A is the first."""
+        _require(self.choices, f"{self.question[:60]!r} has no choices, so no letter: use its answer.")
+        return chr(ord("A") + self.choices.index(self.answer))
 
 
 def read_records(kind: str, source: str | Path, split: str = "train") -> list[Record]:
@@ -203,7 +220,7 @@ def read_records(kind: str, source: str | Path, split: str = "train") -> list[Re
 
     Parameters
     ----------
-    kind : one of `RECORDS`: "squad", "quality", "self_instruct", "p3", "long_alpaca".
+    kind : one of `RECORDS`, such as "squad" or "gsm8k".
     source : a file as the data set's authors published it, or a name on the hub, with the configuration behind a colon
         if there are several: "rajpurkar/squad", "emozilla/quality", "bigscience/P3:adversarial_qa_dbert_based_on".
     split : which part of the hub's data set; a file is read whole.
@@ -220,13 +237,13 @@ def read_records(kind: str, source: str | Path, split: str = "train") -> list[Re
     ...     path = Path(folder) / "rows.jsonl"
     ...     _ = path.write_text(json.dumps(row))
     ...     read_records("squad", path)
-    [Record(context='Anna lives in Rome.', question='Where?', answers=('Rome',), choices=())]
+    [Record(context='Anna lives in Rome.', question='Where?', answers=('Rome',), choices=(), reasoning='')]
     """
     _require(kind in RECORDS, f"There are no records of kind {kind!r}: expected one of {', '.join(RECORDS)}.")
     if Path(source).is_file():
         return RECORDS[kind](source)
     file = "give a file as the data set's authors published it"
-    _require(Path(source).suffix not in (".json", ".jsonl"), f"There is no file {source}: {file}.")
+    _require(Path(source).suffix not in (".json", ".jsonl", ".csv"), f"There is no file {source}: {file}.")
     import datasets  # here, because it takes seconds
 
     try:
@@ -295,8 +312,9 @@ def quality(source: Source, name: str = "the list") -> list[Record]:
     Examples
     --------
     >>> asked = {"question": "Who waits?", "options": ["Ann", "Ben", "Cy", "Di"], "gold_label": 1, "writer_label": 2}
-    >>> quality([{"article": "<p>Ann &amp; Ben</p><p>wait.</p>", "questions": [asked]}])[0]
-    Record(context='Ann & Ben\n\nwait.', question='Who waits?', answers=('Ann',), choices=('Ann', 'Ben', 'Cy', 'Di'))
+    >>> record = quality([{"article": "<p>Ann &amp; Ben</p><p>wait.</p>", "questions": [asked]}])[0]
+    >>> record.context, record.answer, record.choices
+    ('Ann & Ben\n\nwait.', 'Ann', ('Ann', 'Ben', 'Cy', 'Di'))
     """
     return _read(source, name, _quality)
 
@@ -352,7 +370,7 @@ def self_instruct(source: Source, name: str = "the list") -> list[Record]:
     Examples
     --------
     >>> self_instruct([{"instruction": "Name the color.", "instances": [{"input": "A red box.", "output": "red"}]}])
-    [Record(context='A red box.', question='Name the color.', answers=('red',), choices=())]
+    [Record(context='A red box.', question='Name the color.', answers=('red',), choices=(), reasoning='')]
     """
     return _read(source, name, _self_instruct)
 
@@ -460,10 +478,12 @@ def _long_alpaca(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     yield Record(text[:cut].strip(), text[cut:].strip(), (output,))
 
 
-def _read(source: Source, name: str, adapt: Callable[[str, Mapping[str, Any]], Iterator[Record]]) -> list[Record]:
-    """All records of a source, but for those that lack one of the three texts: a warning counts these."""
+def _read(
+    source: Source, name: str, adapt: Adapt, needs: tuple[str, ...] = ("context", "question", "answer")
+) -> list[Record]:
+    """All records of a source, but for those that lack one of the texts they need: a warning counts these."""
     given = [record for place, row in _rows(source, name) for record in adapt(place, row)]
-    lacks = [_lack(record) for record in given]
+    lacks = [_lack(record, needs) for record in given]
     if any(lacks):
         counts = Counter(filter(None, lacks))
         told = ", ".join(f"{count} without {field}" for field, count in counts.items())
@@ -473,10 +493,10 @@ def _read(source: Source, name: str, adapt: Callable[[str, Mapping[str, Any]], I
     return [record for record, lack in zip(given, lacks, strict=True) if not lack]
 
 
-def _lack(record: Record) -> str:
-    """The first of the three texts that is not there, or nothing."""
+def _lack(record: Record, needs: tuple[str, ...]) -> str:
+    """The first of the texts that is not there, or nothing."""
     texts = {"context": record.context, "question": record.question, "answer": "".join(record.answers)}
-    return next((field for field, text in texts.items() if not text.strip()), "")
+    return next((field for field in needs if not texts[field].strip()), "")
 
 
 def _rows(source: Source, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -484,14 +504,21 @@ def _rows(source: Source, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return _numbered(name, "row", source)
     path = Path(source)
     _require(path.is_file(), f"There is no file {path}: give one as the data set's authors published it.")
+    if path.suffix == ".csv":
+        return _numbered(str(path), "row", csv.DictReader(io.StringIO(_text(path), newline="")))
     if path.suffix != ".json":
         return _json_lines(path)
+    text = _text(path)
+    if "\n}\n{\n" in text:  # Math23K is published as one object behind the other
+        text = "[" + text.replace("\n}\n{\n", "\n},\n{\n") + "]"
     try:
-        given = json.loads(_text(path))
+        given = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error}): mend it or, if each line is JSON, call it .jsonl.") from error
-    word, rows = ("article", given.get("data")) if isinstance(given, dict) else ("row", given)
-    shape = "expected a list of rows, or a mapping with such a list in 'data'"
+    word, rows = "row", given
+    if isinstance(given, dict):
+        word, rows = ("example", given["examples"]) if "examples" in given else ("article", given.get("data"))
+    shape = "expected a list of rows, or a mapping with such a list in 'data' or 'examples'"
     _require(isinstance(rows, list), f"{path} holds {str(given)[:60]!r}, {shape}.")
     return _numbered(str(path), word, rows)
 
@@ -519,4 +546,374 @@ def _field(place: str, row: Mapping[str, Any], field: str, kind: type = str) -> 
     return value
 
 
-RECORDS = {"squad": squad, "quality": quality, "self_instruct": self_instruct, "p3": p3, "long_alpaca": long_alpaca}
+# -- problems: a question, often the reasoning, an answer that can be checked
+
+
+def _problems(adapt: Adapt) -> Callable[..., list[Record]]:
+    """Make a reader, with the parameters of `squad`, of a function that gives the records of one row."""
+
+    def read(source: Source, name: str = "the list") -> list[Record]:
+        return _read(source, name, adapt, needs=("question", "answer"))
+
+    read.__name__, read.__qualname__, read.__doc__ = adapt.__name__, adapt.__qualname__, adapt.__doc__
+    return read
+
+
+@_problems
+def gsm8k(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    r"""GSM8K (arXiv 2110.14168, https://github.com/openai/grade-school-math): sums in English, solved step by step.
+
+    The solution before "####" is the reasoning, without the calculator's notes in <<>>.
+
+    >>> record = gsm8k([{"question": "2 pens and 3?", "answer": "It is 2+3 = <<2+3=5>>5.\n#### 5"}])[0]
+    >>> record.reasoning, record.answer
+    ('It is 2+3 = 5.', '5')
+    """
+    reasoning, mark, answer = _field(place, row, "answer").rpartition("####")
+    _require(mark, f"{place} has 'answer' = {answer[:60]!r}, expected a solution with #### before its number.")
+    reasoning = re.sub(r"<<.*?>>", "", reasoning).strip()
+    yield Record("", _field(place, row, "question"), (_numeral(place, "answer", answer),), reasoning=reasoning)
+
+
+@_problems
+def svamp(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    """SVAMP (arXiv 2103.07191, https://github.com/arkilpatel/SVAMP): its equation is the reasoning.
+
+    >>> svamp([{"Body": "Ann has 3 pens.", "Question": "And 2 more?", "Answer": 5.0, "Equation": "( 3 + 2 )"}])
+    [Record(context='', question='Ann has 3 pens. And 2 more?', answers=('5',), choices=(), reasoning='( 3 + 2 )')]
+    """
+    question = f"{_field(place, row, 'Body').strip()} {_field(place, row, 'Question').strip()}"
+    answer = str(_field(place, row, "Answer", str | int | float)).removesuffix(".0")
+    yield Record("", question, (_numeral(place, "Answer", answer),), reasoning=_field(place, row, "Equation"))
+
+
+@_problems
+def math23k(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    """Math23K (https://aclanthology.org/D17-1088): sums in Chinese; the equation is the reasoning.
+
+    >>> row = {"original_text": "1的一半是多少？", "equation": "x=1/2", "ans": "((1)/(2))"}  # codespell:ignore ans
+    >>> math23k([row])[0].answer
+    '1/2'
+    """
+    answer = _numeral(place, "ans", _field(place, row, "ans"))  # codespell:ignore ans
+    yield Record("", _field(place, row, "original_text"), (answer,), reasoning=_field(place, row, "equation"))
+
+
+@_problems
+def math(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    r"""MATH and MATH500 (arXiv 2103.03874, 2305.20050): the whole solution is the reasoning, its last box the answer.
+
+    >>> math([{"problem": "Halve 1.", "solution": r"It is $\boxed{\frac{1}{2}}$."}])[0].answer
+    '\\frac{1}{2}'
+    """
+    solution = _field(place, row, "solution")
+    answer = _boxed(solution)
+    _require(answer, f"{place} has 'solution' = {solution[:60]!r}, expected an answer in \\boxed{{}}.")
+    yield Record("", _field(place, row, "problem"), (answer,), reasoning=solution)
+
+
+@_problems
+def strategyqa(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    """StrategyQA (arXiv 2101.02235): yes or no; the facts, a list or one text, are the reasoning.
+
+    >>> strategyqa([{"question": "Do cats purr?", "answer": True, "facts": ["Cats purr."]}])[0].answer
+    'yes'
+    """
+    facts = row.get("facts")
+    reasoning = facts if isinstance(facts, str) else " ".join(_texts(place, row, "facts"))
+    answer = "yes" if _field(place, row, "answer", bool) else "no"
+    yield Record("", _field(place, row, "question"), (answer,), reasoning=reasoning)
+
+
+@_problems
+def hotpotqa(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    r"""HotpotQA (arXiv 1809.09600, https://hotpotqa.github.io): the context is all paragraphs under their titles.
+
+    >>> row = {"context": [["Ann", ["Ann sings.", " She waits."]]], "question": "Who waits?", "answer": "Ann"}
+    >>> hotpotqa([row])[0].context
+    'Ann\nAnn sings. She waits.'
+    """
+    if isinstance(row.get("context"), list):  # the original file has pairs
+        keys = ("title", "sentences")
+        pairs = [dict(zip(keys, pair, strict=False)) if isinstance(pair, list) else pair for pair in row["context"]]
+        row = {**row, "context": pairs}
+    paragraphs = [
+        f"{_field(at, paragraph, 'title')}\n{''.join(_texts(at, paragraph, 'sentences')).strip()}"
+        for at, paragraph in _each(place, row, "context", "paragraph")
+    ]
+    yield Record("\n\n".join(paragraphs), _field(place, row, "question"), (_field(place, row, "answer"),))
+
+
+@_problems
+def bbh(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    """BIG-Bench Hard (arXiv 2210.09261, https://github.com/suzgunmirac/BIG-Bench-Hard): options stay in the question.
+
+    >>> bbh([{"input": "not True is", "target": "False"}])[0].answer
+    'False'
+    """
+    yield Record("", _field(place, row, "input"), (_field(place, row, "target"),))
+
+
+@_problems
+def arc(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    """ARC (arXiv 1803.05457): options that are labeled A, B, ... or 1, 2, ...
+
+    >>> options = {"text": ["snow", "sun"], "label": ["1", "2"]}
+    >>> arc([{"question": "What is hot?", "choices": options, "answerKey": "2"}])[0].answer
+    'sun'
+    """
+    stem = row["question"] if isinstance(row.get("question"), Mapping) else {}  # in the original file, with choices
+    question = _field(place, stem or row, "stem" if stem else "question")
+    options = list(_each(place, stem or row, "choices", "choice"))
+    choices, labels = ([_field(at, option, field) for at, option in options] for field in ("text", "label"))
+    yield _labeled(place, row, question, choices, labels, "answerKey")
+
+
+@_problems
+def gpqa(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    """GPQA (arXiv 2311.12022): the options are put in an order that their hashes give, the same each time.
+
+    >>> row = {"Question": "What is hottest?", "Correct Answer": "Sun"}
+    >>> gpqa([row | {f"Incorrect Answer {i}": text for i, text in enumerate(("Ice", "Mud", "Fog"), 1)}])[0].choices
+    ('Mud', 'Ice', 'Sun', 'Fog')
+    """
+    fields = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
+    yield _mixed(_field(place, row, "Question").strip(), [_field(place, row, field).strip() for field in fields])
+
+
+@_problems
+def truthfulqa(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    """TruthfulQA's MC1 (arXiv 2109.07958): as published the right option is always the first; ordered as for `gpqa`.
+
+    >>> truthfulqa([{"question": "What is hottest?", "mc1_targets": {"Sun": 1, "Ice": 0}}])[0].choices
+    ('Ice', 'Sun')
+    """
+    targets = _field(place, row, "mc1_targets", Mapping)
+    if "choices" not in targets:  # the original file has {text: label}
+        targets = {"choices": list(targets), "labels": list(targets.values())}
+    choices, labels = _texts(place, targets, "choices"), _field(place, targets, "labels", list)
+    fine = len(labels) == len(choices) and labels.count(1) == 1
+    _require(fine, f"{place} has 'labels' = {str(labels)[:60]!r}, expected one for each choice, and a single 1.")
+    right = labels.index(1)
+    yield _mixed(_field(place, row, "question"), [choices[right], *choices[:right], *choices[right + 1 :]])
+
+
+@_problems
+def cmmlu(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    """CMMLU (arXiv 2306.09212, https://github.com/haonan-li/CMMLU): four options, in Chinese.
+
+    >>> cmmlu([{"Question": "1+1=？", "A": "1", "B": "2", "C": "3", "D": "4", "Answer": "B"}])[0].answer
+    '2'
+    """
+    yield _four(place, row, "Question", "Answer")
+
+
+@_problems
+def ceval(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
+    """C-Eval (arXiv 2305.08322, https://github.com/hkust-nlp/ceval): four options, in Chinese. Tests have no answers.
+
+    >>> ceval([{"question": "1+1=？", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"}])[0].letter
+    'B'
+    """
+    yield _four(place, row, "question", "answer")
+
+
+def _four(place: str, row: Mapping[str, Any], question: str, answer: str) -> Record:
+    choices = [_field(place, row, letter) for letter in "ABCD"]
+    return _labeled(place, row, _field(place, row, question), choices, list("ABCD"), answer)
+
+
+def _labeled(place: str, row: Mapping, question: str, choices: list[str], labels: list[str], field: str) -> Record:
+    label = _field(place, row, field).strip()
+    _require(label in labels, f"{place} has {field!r} = {label!r}, expected one of {', '.join(labels)}.")
+    return Record("", question, (choices[labels.index(label)],), tuple(choices))
+
+
+def _mixed(question: str, choices: list[str]) -> Record:
+    """Of choices with the right one in front: else whoever says A is always right."""
+    mixed = sorted(choices, key=lambda choice: sha256(f"{question}\n{choice}".encode()).digest())
+    return Record("", question, (choices[0],), tuple(mixed))
+
+
+def _texts(place: str, row: Mapping[str, Any], field: str) -> list[str]:
+    texts = _field(place, row, field, list)
+    fine = all(isinstance(text, str) for text in texts)
+    _require(fine, f"{place} has {field!r} = {str(texts)[:60]!r}, expected a list of texts.")
+    return texts
+
+
+def _numeral(place: str, field: str, text: str) -> str:
+    number = extract_answer("number", text)
+    _require(number, f"{place} has {field!r} = {text.strip()[:60]!r}, expected a number.")
+    return number
+
+
+# -- answers in generated texts
+
+
+def extract_answer(kind: str, text: str) -> str:
+    r"""What a generated text answers, or nothing.
+
+    It is looked for in the last \boxed{}, then behind the last "answer is", "Answer:", "####" or "答案是", then in the
+    whole text.
+
+    Parameters
+    ----------
+    kind : of the answer; `ANSWER_KINDS` has that of each data set.
+        "number": in a box or behind a mark the first one after the last "=", else the last one of the text; without
+        currency and thousands commas. As the GSM8K task of the lm-evaluation-harness has it, whose strict pattern reads
+        the number behind "####" and whose flexible one the last number.
+        "math": what is in the box, else the sentence behind the mark, else the last line.
+        "choice": the letter, A to M, also where it begins the text or is the last in parentheses; an article is none.
+        "yes_no": "yes" or "no", also for true and false.
+        "text": as "math", but the whole line behind the mark, as BBH's task has it, without the final period.
+    text : what a model said.
+
+    Examples
+    --------
+    >>> extract_answer("number", "They pay 2 * 600 = $1,200. #### 1,200"), extract_answer("choice", "So it is (B).")
+    ('1200', 'B')
+    >>> extract_answer("math", r"Thus $x = \boxed{\frac{1}{\sqrt{2}}}$."), extract_answer("yes_no", "The answer is no.")
+    ('\\frac{1}{\\sqrt{2}}', 'no')
+    """
+    return _extractor(kind)(text)
+
+
+def same_answer(kind: str, one: str, two: str) -> bool:
+    r"""Whether two extracted answers are the same; where there is none, there is no sameness.
+
+    Parameters
+    ----------
+    kind : as for `extract_answer`. Numbers are compared exactly: 0.5 is 1/2, 0.33 is not 1/3. As some data sets write
+        the sign and others only ask for percent, 50% is the same as 50 and as 0.5, which are not the same.
+        Mathematics is the same if its LaTeX is, but for spaces, delimiters, \left, \dfrac, \text, units, percent signs,
+        "x =" and the like, much as in is_equiv of the MATH paper (https://github.com/hendrycks/math), or if both are
+        the same number. Of other kinds case, outer parentheses, spaces and a final period do not count.
+    one, two : what `extract_answer` gives, or the answer (of a multiple choice, the letter) of a record.
+
+    Examples
+    --------
+    >>> same_answer("number", "50%", "1/2"), same_answer("math", r"\dfrac12\text{ cm}", r"\frac{1}{2}")
+    (True, True)
+    """
+    extract = _extractor(kind)
+    if extract is _number:
+        return bool(_values(_number(one)) & _values(_number(two)))
+    plain = _latex if extract is _math else _bare
+    one, two = plain(one), plain(two)
+    equal = extract is _math and _values(_digits(one)) & _values(_digits(two))
+    return bool(one and (one == two or equal))
+
+
+def _extractor(kind: str) -> Callable[[str], str]:
+    _require(kind in EXTRACTORS, f"There are no answers of kind {kind!r}: expected one of {', '.join(EXTRACTORS)}.")
+    return EXTRACTORS[kind]
+
+
+MARK = r"(?i:####|\banswer\b(?:[\w ]{0,30}?\b(?:is|be)\b|\W{0,4}[:：=])|答案[^，。\d\n]{0,6}?[是为选:：]|答[:：])"
+SENTENCE_END = r"\.(?=\s|$)|。"
+LETTER = r"[(（][A-Ma-m][)）]|(?<![A-Za-z'’])[A-M](?![A-Za-z'’]|(?<=[AI]) (?!(?:because|since|as|is|and)\b)[A-Za-z])"
+CHOICES = (
+    rf"\\boxed\{{(?:\\text\{{)?({LETTER})",
+    rf"(?:{MARK}|(?i:\b(?:option|choice) is)|选[择项]?)\W*(?:(?i:option|choice)\W+|选项\W*)?({LETTER})",
+    rf"\A[\"'*\s]*({LETTER})(?:[.:：、．)]|\s*(?:\n|\Z))",
+    r"([(（][A-M][)）])",
+)
+NUMBER = r"(?:(?<![A-Za-z\d)}])-)?(?:\d+\(\d+/0*[1-9]\d*\)|(?:\d+ )?\d+/0*[1-9]\d*|\d+(?:\.\d+)?|\.\d+)(?: ?%)?"
+WORD = r"(?<![A-Za-z])(yes|no|true|false)(?![A-Za-z])"
+LATEX = (
+    (r"(\\\\)|\\[ !,;:()\[\]]|\\(?:left|right)(?![A-Za-z])", r"\1"),  # \\ stays: it parts the rows of a matrix
+    (r"(?<!\d)\s+|\s+(?!\d)|\\?[$%]|\^\{?\\circ\}?|\.\s*$", ""),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"(?<=[\d})])\\(?:text|textrm|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),
+    (r"\\(?:text|textrm|textbf|mbox|mathrm|mathbf)\{([^{}]*)\}", r"\1"),
+    (r"\\(frac|sqrt)(\w)", r"\\\1{\2}"),
+    (r"(\\frac\{[^{}]*\})(\w)", r"\1{\2}"),
+    (r"(?<!\d)\.(?=\d)", "0."),
+    (r"^[A-Za-z]{1,2}=", ""),
+)
+
+
+def _number(text: str) -> str:
+    text = _digits(text)
+    for part in (_boxed(text), re.split(SENTENCE_END, _told(text))[0]):
+        if found := re.search(NUMBER, part.rpartition("=")[2]):
+            return found[0]
+    return (re.findall(NUMBER, text) or [""])[-1]
+
+
+def _digits(text: str) -> str:
+    """A text whose numbers have no currency, no thousands commas, and plain signs and fractions."""
+    text = text.translate({ord("−"): "-", ord("－"): "-", ord("％"): "%"}).replace("{,}", ",").replace("\\!", "")
+    text = re.sub(r"\\?[$¥￥€£]|\\(?=%)|(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    return re.sub(r"\((\d+)\)/\((\d+)\)", r"\1/\2", text)  # ((1)/(2)), as Math23K has it
+
+
+def _values(number: str) -> set[Fraction]:
+    """What a number may stand for: one value or, with a percent sign, two."""
+    if len(number) > 999 or not re.fullmatch(NUMBER, number):  # Python refuses to read thousands of digits
+        return set()
+    value = sum(map(Fraction, re.findall(r"[\d./]+", number))) * (-1 if number.startswith("-") else 1)
+    return {value, value / 100} if "%" in number else {value}
+
+
+def _math(text: str) -> str:
+    return _boxed(text) or re.split(SENTENCE_END, _line(text))[0].strip("$")
+
+
+def _choice(text: str) -> str:
+    found = next(filter(None, (re.findall(pattern, text) for pattern in CHOICES)), [""])
+    return found[-1].strip("()（）").upper()
+
+
+def _yes_no(text: str) -> str:
+    found = re.findall(f"(?i){WORD}", _boxed(text) or _told(text))[:1]
+    found = found or re.findall(rf"(?i)\A\W*{WORD}(?=\s*(?:[.,;:!*\n]|\Z))", text)
+    found = found or re.findall(f"(?i){WORD}", text)[-1:] or [""]
+    return {"true": "yes", "false": "no"}.get(found[0].lower(), found[0].lower())
+
+
+def _line(text: str) -> str:
+    return (_boxed(text) or _told(text) or text.strip().split("\n")[-1]).strip(" *.。")
+
+
+def _boxed(text: str) -> str:
+    r"""The content of the last \boxed{}, or of a \boxed without braces, or nothing."""
+    _, *boxes = re.split(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text)
+    box, depth = boxes[-1] if boxes else "", 0
+    if not box.startswith("{"):
+        return re.match(r"[^\s$]*", box)[0].rstrip(".")
+    for token in re.finditer(r"(?s)\\.|[{}]", box):  # \{ opens no group
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if not depth:
+            return box[1 : token.start()].strip()
+    return ""
+
+
+def _told(text: str) -> str:
+    """The line behind the last mark, or nothing."""
+    parts = re.split(MARK, text)
+    return parts[-1].lstrip("*:： \t\r\n").split("\n")[0] if len(parts) > 1 else ""
+
+
+def _latex(text: str) -> str:
+    text = text.replace("{,}", ",")
+    for pattern, new in LATEX:
+        text = re.sub(pattern, new, text)
+    return text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"^\((\w+)\)$", r"\1", " ".join(text.casefold().split()).strip(" .。"))
+
+
+EXTRACTORS = {"number": _number, "math": _math, "choice": _choice, "yes_no": _yes_no, "text": _line}
+CONTEXTS = {"squad": squad, "quality": quality, "self_instruct": self_instruct, "p3": p3, "long_alpaca": long_alpaca}
+RECORDS = CONTEXTS | {"gsm8k": gsm8k, "svamp": svamp, "math23k": math23k, "math": math, "math500": math}
+RECORDS |= {"strategyqa": strategyqa, "hotpotqa": hotpotqa, "bbh": bbh, "arc": arc, "gpqa": gpqa}
+RECORDS |= {"truthfulqa": truthfulqa, "cmmlu": cmmlu, "ceval": ceval}
+ANSWER_KINDS = dict.fromkeys(("gsm8k", "svamp", "math23k"), "number") | dict.fromkeys(("math", "math500"), "math")
+ANSWER_KINDS |= dict.fromkeys(("arc", "gpqa", "truthfulqa", "cmmlu", "ceval", "quality"), "choice")
+ANSWER_KINDS |= {"strategyqa": "yes_no", "hotpotqa": "text", "bbh": "text"}

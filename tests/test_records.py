@@ -1,6 +1,7 @@
 """Records from files: all formats say the same, values stay as written, and what does not fit is named."""
 
 import json
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlab import records
-from kvlab.records import RECORDS, Record, faq, read_prompts, read_records
+from kvlab.records import ANSWER_KINDS, RECORDS, Record, extract_answer, faq, read_prompts, read_records, same_answer
 
 DATA = Path(__file__).parent / "data"
 PUBLISHED = Path(__file__).parents[2] / "shared/data"
@@ -351,6 +352,85 @@ HUB = {
     "p3": {"inputs": [1], "inputs_pretokenized": "Text: C one.\n\nQ", "targets": [2], "targets_pretokenized": "one"},
     "long_alpaca": {"instruction": "C one.\n\nQ", "input": None, "output": "one", "file": "f"},
 }
+READ = dict.fromkeys(HUB, Record("C one.", "Q", ("one",)))
+FOUR = {"A": "a", "B": "b", "C": "one", "D": "d"}
+# Of each kind a row of the hub, what it says, and the same row in the form of the original file.
+PROBLEMS = {
+    "gsm8k": (
+        {"question": "Q", "answer": "It is 3-2 = <<3-2=1>>1.\nSo 0+1 = $<<0+1=1>>1 or <<1=1>>1.\n#### 1"},
+        Record("", "Q", ("1",), reasoning="It is 3-2 = 1.\nSo 0+1 = $1 or 1."),
+        (
+            "a.jsonl",
+            '{"question": "Q", "answer": "It is 3-2 = <<3-2=1>>1.\\nSo 0+1 = $<<0+1=1>>1 or <<1=1>>1.\\n#### 1"}\n',
+        ),
+    ),
+    "svamp": (
+        {"ID": "1", "Body": "B. ", "Question": "Q", "Answer": "1.0", "Equation": "( 3.0 - 2.0 )", "Type": "S"},
+        Record("", "B. Q", ("1",), reasoning="( 3.0 - 2.0 )"),
+        ("a.json", '[{"Body": "B.", "Question": "Q", "Answer": 1.0, "Equation": "( 3.0 - 2.0 )"}]'),
+    ),
+    "math23k": (
+        {"id": "1", "original_text": "Q", "equation": "x=25%", "ans": "25%"},  # codespell:ignore ans
+        Record("", "Q", ("25%",), reasoning="x=25%"),
+        ("a.json", '{\n "original_text":"Q",\n "equation":"x=25%",\n "ans":"25%"\n}\n' * 3),  # codespell:ignore ans
+    ),
+    "math": (
+        {"problem": "Q", "solution": r"$\boxed{2}$ or $\boxed{\sqrt{\frac{1}{2}}}$."},
+        Record("", "Q", (r"\sqrt{\frac{1}{2}}",), reasoning=r"$\boxed{2}$ or $\boxed{\sqrt{\frac{1}{2}}}$."),
+        ("a.jsonl", r'{"problem": "Q", "solution": "$\\boxed{2}$ or $\\boxed{\\sqrt{\\frac{1}{2}}}$."}'),
+    ),
+    "strategyqa": (
+        {"question": "Q", "answer": False, "facts": "F. G."},
+        Record("", "Q", ("no",), reasoning="F. G."),
+        ("a.json", '[{"question": "Q", "answer": false, "facts": ["F.", "G."], "evidence": []}]'),
+    ),
+    "hotpotqa": (
+        {"context": {"title": ["T", "U"], "sentences": [["C.", " D."], ["E."]]}, "question": "Q", "answer": "1"},
+        Record("T\nC. D.\n\nU\nE.", "Q", ("1",)),
+        ("a.json", '[{"context": [["T", ["C.", " D."]], ["U", ["E."]]], "question": "Q", "answer": "1"}]'),
+    ),
+    "bbh": (
+        {"input": "Q", "target": "(A)"},
+        Record("", "Q", ("(A)",)),
+        ("a.json", '{"canary": "c", "examples": [{"input": "Q", "target": "(A)"}]}'),
+    ),
+    "arc": (
+        {"question": "Q", "choices": {"text": ["a", "one", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        Record("", "Q", ("one",), ("a", "one", "c")),
+        (
+            "a.jsonl",
+            '{"question": {"stem": "Q", "choices": [{"text": "a", "label": "A"}, {"text": "one", "label": "B"}, '
+            '{"text": "c", "label": "C"}]}, "answerKey": "B"}',
+        ),
+    ),
+    "gpqa": (
+        {f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)} | {"Question": "Q\n", "Correct Answer": "one\n"},
+        Record("", "Q", ("one",), ("2", "3", "1", "one")),
+        (
+            "a.csv",
+            "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Explanation\n"
+            'Q,"one\n",1,2,3,"E, ""F"""\n',
+        ),
+    ),
+    "truthfulqa": (
+        {"question": "Q", "mc1_targets": {"choices": ["one", "a", "b"], "labels": [1, 0, 0]}},
+        Record("", "Q", ("one",), ("a", "one", "b")),
+        ("a.json", '[{"question": "Q", "mc1_targets": {"a": 0, "one": 1, "b": 0}, "mc2_targets": {}}]'),
+    ),
+    "cmmlu": (
+        {"Question": "Q", "Answer": "C"} | FOUR,
+        Record("", "Q", ("one",), ("a", "b", "one", "d")),
+        ("a.csv", ",Question,A,B,C,D,Answer\n0,Q,a,b,one,d,C\n"),
+    ),
+    "ceval": (
+        {"id": 0, "question": "Q", "answer": "C", "explanation": ""} | FOUR,
+        Record("", "Q", ("one",), ("a", "b", "one", "d")),
+        ("a.csv", "id,question,A,B,C,D,answer\n0,Q,a,b,one,d,C\n"),
+    ),
+}
+PROBLEMS["math500"] = PROBLEMS["math"]
+HUB |= {kind: row for kind, (row, _, _) in PROBLEMS.items()}
+READ |= {kind: record for kind, (_, record, _) in PROBLEMS.items()}
 
 
 @pytest.mark.parametrize("kind", RECORDS)
@@ -364,7 +444,8 @@ def test_what_is_no_file_comes_from_the_hub(kind, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (record,) = read_records(kind, "some/set:part", split="validation[:1]")
     assert asked == [(("some/set", "part"), {"split": "validation[:1]"})]
-    assert (record.answer, record.question, record.context.removeprefix("Text: ")) == ("one", "Q", "C one.")
+    assert (record.answer, record.question) == (READ[kind].answer, READ[kind].question)
+    assert record.context.removeprefix("Text: ") == READ[kind].context
     assert read_records(kind, Path("some/set")) == [record]
     assert asked[1] == (("some/set",), {"split": "train"})
 
@@ -402,7 +483,7 @@ def test_neither_file_nor_hub_is_a_sentence(error, monkeypatch):
 
 def test_a_missing_json_file_is_not_looked_for_on_the_hub(monkeypatch, tmp_path):
     monkeypatch.delattr(datasets, "load_dataset")
-    for name in ("squad/dev.json", "rows.jsonl"):
+    for name in ("squad/dev.json", "rows.jsonl", "gpqa_main.csv"):
         with pytest.raises(ValueError, match=f"There is no file {name}: give a file"):
             read_records("squad", name)
     with pytest.raises(ValueError, match=r"There is no file .*QuALITY"):
@@ -494,3 +575,328 @@ def test_a_row_that_does_not_fit_is_named(kind, row, named):
 def test_lines_in_a_json_file_are_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"a\.json is no JSON \(Extra data.*line 2.*call it \.jsonl"):
         records.long_alpaca(write(tmp_path, "a.json", '{"instruction": "a"}\n{"instruction": "b"}'))
+
+
+# -- problems: the rows above, in the forms that the data sets are published in
+
+
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_a_problem_says_the_same_on_the_hub_and_in_the_original_file(kind, tmp_path):
+    row, record, (name, text) = PROBLEMS[kind]
+    assert RECORDS[kind]([row]) == [record]
+    assert read_records(kind, write(tmp_path, name, text)) == [record] * (text.count("original_text") or 1)
+    assert ANSWER_KINDS[kind] in EXTRACTED
+    assert RECORDS[kind].__name__ in kind
+
+
+@pytest.mark.parametrize("kind", ["gsm8k", "cmmlu"])
+def test_a_problem_without_a_question_is_left_out_and_none_needs_a_context(kind):
+    row = HUB[kind]
+    with pytest.warns(UserWarning, match="the list: 1 of 2 records are left out: 1 without question") as told:
+        assert RECORDS[kind]([row, row | {"question": " ", "Question": " "}]) == [READ[kind]]
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [("((13)/(120))", "13/120"), ("(1/3)", "1/3"), ("1(1/2)", "1(1/2)"), ("2((3)/(4))", "2(3/4)"), ("7.50", "7.50")],
+)
+def test_fractions_of_math23k(given, answer):
+    row = {"original_text": "Q", "equation": "x=1", "ans": given}  # codespell:ignore ans
+    assert records.math23k([row])[0].answer == answer
+
+
+@pytest.mark.parametrize("letter", "ABCD")
+def test_the_letter_is_that_of_the_right_choice(letter):
+    for kind, field in (("cmmlu", "Answer"), ("ceval", "answer")):
+        (record,) = RECORDS[kind]([HUB[kind] | {field: letter}])
+        assert (record.letter, record.answer) == (letter, FOUR[letter])
+    with pytest.raises(ValueError, match="'Q' has no choices, so no letter"):
+        _ = READ["gsm8k"].letter
+
+
+def test_the_right_option_stands_anywhere_but_always_in_the_same_place():
+    row = HUB["gpqa"]
+    rows = [row | {"Question": f"Q {i}"} for i in range(400)]
+    found = records.gpqa(rows)
+    assert found == records.gpqa(rows)
+    counts = Counter(record.letter for record in found)
+    assert all(60 < counts[letter] < 140 for letter in "ABCD")  # 100 each, five standard deviations
+    swapped = {"Incorrect Answer 1": "3", "Incorrect Answer 3": "1"}
+    assert records.gpqa([other | swapped for other in rows]) == found  # nor does the order of the wrong ones count
+    asked = [{"question": f"Q {i}", "mc1_targets": {"one": 1, "1": 0, "2": 0, "3": 0}} for i in range(400)]
+    assert records.truthfulqa(asked) == found
+
+
+SPOILED_PROBLEMS = [
+    ("gsm8k", "answer", "It is 1.", "has 'answer' = 'It is 1.', expected a solution with ####"),
+    ("gsm8k", "answer", "So 1.\n#### one", "has 'answer' = 'one', expected a number"),
+    ("gsm8k", "question", ..., "has no 'question', expected a text"),
+    ("svamp", "Answer", [1], r"has 'Answer' = '\[1\]', expected a number"),
+    ("svamp", "Answer", True, "has 'Answer' = 'True', expected a number"),
+    ("svamp", "Body", ..., "has no 'Body', expected a text"),
+    ("svamp", "Equation", None, "has 'Equation' = 'None', expected a text"),
+    ("math23k", "equation", ..., "has no 'equation', expected a text"),
+    ("math23k", "ans", "?", r"has 'ans' = '\?', expected a number"),  # codespell:ignore ans
+    ("math", "solution", "It is 1.", r"has 'solution' = 'It is 1.', expected an answer in \\boxed\{\}"),
+    ("math", "solution", r"\boxed{1", r"has 'solution' = .*, expected an answer in \\boxed\{\}"),
+    ("math", "problem", ..., "has no 'problem', expected a text"),
+    ("strategyqa", "answer", "yes", "has 'answer' = 'yes', expected true or false"),
+    ("strategyqa", "facts", ..., "has no 'facts', expected a list"),
+    ("strategyqa", "facts", ["F.", 1], "has 'facts' = .*, expected a list of texts"),
+    ("hotpotqa", "context", [["T", ["C."]], "U"], "paragraph 2 is 'U', expected a mapping"),
+    ("hotpotqa", "context", [["T"]], "paragraph 1 has no 'sentences', expected a list"),
+    ("hotpotqa", "context", ..., "has no 'context', expected a list"),
+    ("hotpotqa", "answer", ..., "has no 'answer', expected a text"),
+    ("bbh", "target", True, "has 'target' = 'True', expected a text"),
+    ("arc", "answerKey", "4", "has 'answerKey' = '4', expected one of 1, 2, 3"),
+    ("arc", "question", {"stem": 3}, "has 'stem' = '3', expected a text"),
+    ("arc", "question", {"stem": "Q"}, "has no 'choices', expected a list"),
+    ("arc", "choices", [{"text": "a"}], "choice 1 has no 'label', expected a text"),
+    ("gpqa", "Incorrect Answer 3", None, "has 'Incorrect Answer 3' = 'None', expected a text"),
+    ("truthfulqa", "mc1_targets", ["a"], "has 'mc1_targets' = .*, expected a mapping"),
+    ("truthfulqa", "mc1_targets", {"choices": ["a", "b"], "labels": [1, 1]}, r"has 'labels' = '\[1, 1\]'"),
+    ("truthfulqa", "mc1_targets", {"choices": ["a", "b"], "labels": [1]}, r"has 'labels' = '\[1\]', expected one"),
+    ("truthfulqa", "mc1_targets", {"choices": ["a", 2], "labels": [1, 0]}, "has 'choices' = .* a list of texts"),
+    ("cmmlu", "B", ..., "has no 'B', expected a text"),
+    ("cmmlu", "Answer", "E", "has 'Answer' = 'E', expected one of A, B, C, D"),
+    ("ceval", "answer", "", "has 'answer' = '', expected one of A, B, C, D"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "field", "new", "named"), SPOILED_PROBLEMS)
+def test_a_problem_that_does_not_fit_is_named(kind, field, new, named):
+    with pytest.raises(ValueError, match=f"the list, row 2,? {named}"):
+        RECORDS[kind]([HUB[kind], spoil(HUB[kind], [field], new)])
+
+
+def test_a_broken_row_of_a_file_is_named(tmp_path):
+    header = "Question,A,B,C,D,Answer\nQ,a,b,c,d,A\n"
+    for kind, name, text, named in (
+        ("cmmlu", "a.csv", f"{header}Q,a,b\n", r"a\.csv, row 2 has 'C' = 'None', expected a text"),
+        ("bbh", "a.json", '{"examples": [{"input": "Q"}]}', r"a\.json, example 1 has no 'target'"),
+        ("bbh", "b.json", '{"examples": "Q"}', r"b\.json holds .*, expected a list of rows, .* or 'examples'"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            RECORDS[kind](write(tmp_path, name, text))
+
+
+GSM8K = pytest.mark.skipif(not (PUBLISHED / "gsm8k").is_dir(), reason="the published files are not here")
+
+
+@GSM8K
+@pytest.mark.parametrize(("name", "count"), [("train", 1500), ("dev", 500)])
+def test_of_gsm8k_every_solution_says_its_answer(name, count):
+    path = PUBLISHED / f"gsm8k/{name}.jsonl"
+    found = records.gsm8k(path)
+    assert len(found) == count
+    for record, row in zip(found, raw(path), strict=True):
+        assert record.question == row["question"]
+        assert record.answer == row["answer"].split()[-1].replace(",", "")
+        assert not re.search("<<|>>|####", record.reasoning)
+        said = f"{record.reasoning}\nThe answer is ${record.answer}. That is all 2 asked."
+        for solution in (row["answer"], said, said.replace("The answer is", "####")):
+            assert extract_answer("number", solution) == record.answer
+
+
+# -- answers in generated texts
+
+EXTRACTED = {
+    "number": [
+        ("She has 5 cats.\n#### 1,234", "1234"),
+        ("#### $-3.50 ", "-3.50"),
+        ("#### 18\nQuestion: 7 dogs", "18"),
+        ("The answer is 18. She sold 3.", "18"),
+        ("The answer is 5? No, the answer is 6, not 7.", "6"),
+        ("The answer is 18. To check: 3 * 6 = 19.", "18"),
+        ("The answer is 3 + 4 = 7 dollars for 2 days.", "7"),
+        ("So 2 + 2 = 4. The final answer is:\n\n**4**", "4"),
+        ("**Answer:** 5 of 7", "5"),
+        ("The answer to the question is 12 apples", "12"),
+        ("First 3, so the answer is clear: he pays 20", "20"),
+        ("The answer is obvious. He pays $20.", "20"),
+        (r"Adding, \boxed{18\text{ of } 20} and 7", "18"),
+        (r"$\boxed{1\frac{1}{2}}$ hours", "1 1/2"),
+        (r"It is $\$1{,}234$", "1234"),
+        (r"\boxed{1,\!234,\!567}", "1234567"),
+        (r"\boxed{25\%}", "25%"),
+        ("a 10-5", "5"),
+        ("共-5度", "-5"),
+        ("at −5", "-5"),
+        ("答案是5元，不是6元。", "5"),
+        ("所以答案应该是：(3/8)", "3/8"),
+        ("答：一共5元，3人。", "5"),
+        ("25％", "25%"),
+        ("half, .5.", ".5"),
+        ("1, 2, 3", "3"),
+        ("11,12", "12"),
+        ("none", ""),
+        ("1/0", "0"),
+    ],
+    "math": [
+        (r"so $\boxed{1}$, no, $\boxed{\frac{1}{\sqrt{2}}}$ or 3", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\left\{1, 2\right\}}", r"\left\{1, 2\right\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"is $\boxed 5$.", "5"),
+        (r"is \fbox{5}.", "5"),
+        (r"The final answer is $\frac{1}{2}$. I hope it is correct.", r"\frac{1}{2}"),
+        ("The answer is 0.5.", "0.5"),
+        ("所以答案是$x^2$。谢谢", "x^2"),
+        (r"Cut off: the answer is 7, \boxed{7", "7, \\boxed{7"),
+        ("5", "5"),
+        ("", ""),
+    ],
+    "choice": [
+        ("The answer is (B).", "B"),
+        ("Answer: C.", "C"),
+        ("**Answer:** D", "D"),
+        ("The correct answer is: **B. Paris**", "B"),
+        ("The correct option is (c)", "C"),
+        ("The answer is option D", "D"),
+        ("I think A or B; the answer is B because A is cold.", "B"),
+        ("The answer is A because dogs bark.", "A"),
+        ("The answer is A.", "A"),
+        ("The answer is A dog.", ""),
+        ("A dog barks.", ""),
+        ("Answer: I guess so", ""),
+        ("Answer: Ann", ""),
+        ("B", "B"),
+        ("B. The heart of A", "B"),
+        ("C) Paris\n(A) is wrong", "C"),
+        ("D\nExplanation: (A) is wrong.", "D"),
+        ("(A) is cold. (B) is hot.", "B"),
+        (r"Thus $\boxed{\text{(D)}}$, not (A)", "D"),
+        ("答案是B", "B"),
+        ("因此正确答案为：（C）。", "C"),
+        ("故选：D。", "D"),
+        ("所以选择A项，A正确", "A"),
+        ("答案选项是C", "C"),
+        ("I do not know.", ""),
+    ],
+    "yes_no": [
+        ("There is no doubt that cats purr. So the answer is yes.", "yes"),
+        ("Yes, there is no doubt.", "yes"),
+        ("No\n", "no"),
+        ("No one knows all. Still, yes.", "yes"),
+        ("Answer: True", "yes"),
+        ("it is **False**", "no"),
+        ("Nobody knows yesterday.", ""),
+    ],
+    "text": [
+        ("Let us think. So the answer is (B).", "(B)"),
+        ("the answer is apple banana.\n\nQ: next", "apple banana"),
+        ("Reasons.\nvalid.", "valid"),
+        ("The answer is St. Ives.", "St. Ives"),
+        (r"\boxed{24}", "24"),
+        ("Answer: ] ) >", "] ) >"),
+        ("", ""),
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "text", "answer"), [(k, *pair) for k, pairs in EXTRACTED.items() for pair in pairs])
+def test_the_answer_of_a_text(kind, text, answer):
+    assert extract_answer(kind, text) == answer
+    assert same_answer(kind, answer, extract_answer(kind, answer)) == bool(answer)  # an answer answers itself
+    assert not same_answer(kind, answer, "")
+
+
+PIECES = r"answer is: 答案是 #### \boxed{ \boxed } { ( ) (B) A 选 yes no x \ \frac{1}{2} 1 0 - . , / % $ = \!".split()
+PIECES += [" ", "\n"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.lists(st.sampled_from(PIECES)).map("".join))
+def test_no_text_is_too_strange_and_sameness_has_no_sides(one, two):
+    for kind in EXTRACTED:
+        a, b = extract_answer(kind, one), extract_answer(kind, two)
+        assert same_answer(kind, a, b) == same_answer(kind, b, a)
+        if kind in ("number", "choice", "yes_no"):
+            assert extract_answer(kind, a) == a
+            assert same_answer(kind, a, a) == bool(a)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(-(10**9), 10**9), st.integers(1, 400))
+def test_a_number_is_the_same_however_it_is_written(whole, parts):
+    number = f"{whole}/{parts}"
+    assert extract_answer("number", f"It is {whole:,} by 7.\n#### {whole:,}") == str(whole)
+    for kind in ("number", "math"):
+        assert same_answer(kind, number, f"{3 * whole}/{3 * parts}")
+        assert not same_answer(kind, number, f"{whole + 1}/{parts}")
+        assert same_answer(kind, str(whole), f"{whole:,}.00")
+        assert same_answer(kind, f"{whole / 8}", f"{whole}/8")
+    latex = rf"{'-' * (whole < 0)}\frac{{{abs(whole)}}}{{{parts}}}"
+    assert same_answer("math", number, latex)
+    assert same_answer("number", number, extract_answer("number", rf"is $\boxed{{{latex}}}$"))
+
+
+NESTED = st.recursive(
+    st.sampled_from(["x", "1", r"\{", r"\\", " ", r"\pi"]),
+    lambda inner: st.one_of(inner.map("{{{}}}".format), st.tuples(inner, inner).map("".join)),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(NESTED, NESTED)
+def test_a_box_holds_whatever_is_balanced(first, last):
+    text = rf"So $\boxed{{{first}}}$ and $\boxed{{{last}}}$, where {{x}} is 1."
+    if last.strip():
+        assert extract_answer("math", text) == last.strip()
+
+
+SAME = [
+    ("number", "50%", "50", True),
+    ("number", "50%", "0.5", True),
+    ("number", "50%", "1/2", True),
+    ("number", "50", "0.5", False),
+    ("number", "150%", "1(1/2)", True),
+    ("number", "-1 1/2", "-1.5", True),
+    ("number", "0.33", "1/3", False),
+    ("number", "$1,000.00", "1000", True),
+    ("number", "1000", "100", False),
+    ("number", "9" * 9999, "9", False),
+    ("math", r"\dfrac12", r"\frac{1}{2}", True),
+    ("math", r"\tfrac{3}4", "0.75", True),
+    ("math", r"\frac{\sqrt3}{2}", r"\frac{\sqrt{3}}{2}", True),
+    ("math", r"\left( 1, \frac12 \right]", r"(1,\frac{1}{2}]", True),
+    ("math", "(1,234)", "1234", False),
+    ("math", "(1,2)", "(2,1)", False),
+    ("math", "12{,}345", r"12,\!345", True),
+    ("math", r"$5\text{ cm}^2$", "5", True),
+    ("math", r"5\ \mathrm{cm}", "5.", True),
+    ("math", r"\text{east}", "east", True),
+    ("math", r"\text{even}", r"\text{odd}", False),
+    ("math", r"90^\circ", "90", True),
+    ("math", r"x = \sqrt 2", r"\sqrt{2}", True),
+    ("math", "y=x+1", "x+1", True),
+    ("math", ".5", "0.5", True),
+    ("math", r"50\%", "50", True),
+    ("math", r"\$50", "50", True),
+    ("math", "3 1/2", "31/2", False),
+    ("math", r"3\frac{1}{2}", "3.5", True),
+    ("math", r"\leftarrow", "arrow", False),
+    ("math", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
+    ("math", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}12\end{pmatrix}", False),
+    ("math", "-2", "2", False),
+    ("choice", "(b)", "B", True),
+    ("choice", "A", "B", False),
+    ("yes_no", "Yes", "yes", True),
+    ("text", "(A)", "a", True),
+    ("text", "Apple  banana.", "apple banana", True),
+    ("text", "The Cat", "cat", False),
+    ("text", "( )", "( ) )", False),
+    ("text", ") ]", "] )", False),
+]
+
+
+@pytest.mark.parametrize(("kind", "one", "two", "same"), SAME)
+def test_what_is_the_same_answer(kind, one, two, same):
+    assert same_answer(kind, one, two) is same
+    assert same_answer(kind, two, one) is same
+
+
+@pytest.mark.parametrize("function", [extract_answer, lambda kind, text: same_answer(kind, text, text)])
+def test_an_unknown_kind_of_answer_is_named(function):
+    with pytest.raises(ValueError, match="kind 'letter': expected one of number, math, choice, yes_no, text"):
+        function("letter", "A")
