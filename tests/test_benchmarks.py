@@ -86,7 +86,8 @@ PROMISED = {
         *(
             f"ablation_{arm}_{percent}"
             for arm in (
-                "source",
+                "base",
+                "free_scores",
                 "forward_kl",
                 "reverse_kl",
                 "routing_all",
@@ -97,6 +98,8 @@ PROMISED = {
             )
             for percent in (25, 10)
         ),
+        "gate_slope_base",
+        "gate_slope_free_scores",
         *(f"ablation_layer_{layer}_{percent}" for layer in (1, 6, 12) for percent in (25, 10)),
         *(f"{what}_{p}" for what in ("decode_ms", "decode_speedup", "cache_mb") for p in (100, 50, 25, 10, 5, 2)),
     },

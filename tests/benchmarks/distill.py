@@ -28,14 +28,15 @@ from kvlab.lab.corpora import Readings
 from kvlab.scale import config_of
 from kvlab.speculate import generate
 
-THREADS, STEPS = 2, 900
+THREADS, STEPS = 2, 400
 BATCH, RATE, RETENTION = (SMALL[name] for name in ("batch_size", "learning_rate", "retention"))
-SETTINGS = {name: SMALL[name] for name in ("rank", "width", "sinks")}
-PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 150
+SETTINGS = {name: SMALL[name] for name in ("standardize", "rank", "width", "sinks")}
+PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 100
 COMPARED = ("distill", "snapkv", "key_norm_reversed", "random")
 RUNS = Path("lab-runs/distill")  # checkpoints: a run that was stopped goes on, one that is done is read
 ABLATIONS = {
-    "source": {},
+    "base": {},
+    "free_scores": {"standardize": False},
     "forward_kl": {"forward_share": 1.0},
     "reverse_kl": {"forward_share": 0.0},
     "routing_all": {"routing": "all"},
@@ -103,7 +104,7 @@ def exact(s: Lab, texts: Sequence[Passage], compress: Compress, aware: bool = Fa
 
 
 def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistiller:
-    """A distiller for the target: the source's way, but for what an ablation changes. One that is there is read."""
+    """A distiller for the target, with what an ablation changes. One that is there is read."""
     changes = dict(ABLATIONS[name])
     losses = {key: changes.pop(key) for key in ("forward_share",) if key in changes}
     adapters = changes.pop("adapters", True)
@@ -271,26 +272,36 @@ def needles(s: Lab, facts: int, seed: int) -> Passage:
     return passages(s, [(passage.text, [(fact.question(rng), fact.value) for fact in asked])])[0]
 
 
-def ablation_figures(s: Lab, folder: Path, seed: int, more: Sequence[int]) -> list[dict]:
-    """What each part of the method is worth: short runs that differ in one thing, or only in their seed."""
-    steps, figures, base = (1 if s.quick else ABLATION_STEPS), [], {}
+def ablation_figures(s: Lab, folder: Path, seeds: Sequence[int]) -> list[dict]:
+    """What each part of the method is worth: short runs that differ in one thing, each with several seeds."""
+    steps, found, figures = (1 if s.quick else ABLATION_STEPS), {}, []
     texts = passages(s, held_out(s, 48, 5, 3000))
-    arms = [(name, name, seed) for name in ABLATIONS]
-    arms += [(f"source_seed_{again}", "source", again) for again in more]
-    for arm, name, start in arms:
-        distiller = trained(s, name, start, steps, folder)
+    for name in ABLATIONS:
+        distillers = [trained(s, name, seed, steps, folder) for seed in seeds]
         for percent in (25, 10):
-            right = matches(s, distiller, texts, percent / 100)
-            told = (
-                f"{steps} steps, seed {start}, at {percent} %, every token of the answer the likeliest, n is passages: "
+            means = [matches(s, distiller, texts, percent / 100).mean() for distiller in distillers]
+            found[name, percent] = np.array(means)
+        if name in ("base", "free_scores"):
+            slopes = [slope(distiller, texts, 0.25) for distiller in distillers]
+            told = f"mean of sigma(s) (1 - sigma(s)) over tokens kept at 25 %, after {steps} steps, n is seeds"
+            figures.append(figure(f"gate_slope_{name}", slopes, "per unit of score", told))
+    told = f"{steps} steps, every token of the answer the likeliest, same 48 passages, n is seeds: "
+    told += "the interval has the chance of training in it"
+    for (name, percent), means in found.items():
+        figures.append(figure(f"ablation_{name}_{percent}", means, "fraction", f"at {percent} %; {told}"))
+        if name != "base":
+            change = f"{name} minus base, seed by seed, at {percent} %; {told}"
+            figures.append(
+                figure(f"ablation_change_{name}_{percent}", means - found["base", percent], "difference", change)
             )
-            told += "what another seed would give is not in the interval"
-            figures.append(figure(f"ablation_{arm}_{percent}", right, "fraction", told))
-            base.setdefault(percent, right)  # the source's way comes first
-            if arm != "source":
-                change = f"{arm} minus source, passage by passage; {told}"
-                figures.append(figure(f"ablation_change_{arm}_{percent}", right - base[percent], "difference", change))
     return figures
+
+
+def slope(distiller: KVDistiller, texts: Sequence[Passage], share: float) -> float:
+    """How much the gates of kept tokens still change with their scores: 0.25 at most, 0 where they are open."""
+    kept = [distiller.compress(p.context, retention=share) for p in texts]
+    gates = torch.cat([part.scores.gather(1, part.positions)[0].sigmoid() for part in kept])
+    return (gates * (1 - gates)).mean().item()
 
 
 @torch.no_grad()
@@ -358,10 +369,10 @@ def measure(quick: bool, seed: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if quick else RUNS
         seeds = range(seed, seed + (1 if quick else 3))
-        distillers = {i: trained(s, "source", i, 1 if quick else STEPS, folder) for i in seeds}
+        distillers = {i: trained(s, "base", i, 1 if quick else STEPS, folder) for i in seeds}
         figures = match_figures(s, distillers)
         figures += size_figures(s, distillers[seed]) + choice_figures(s, distillers[seed])
-        figures += needle_figures(s, distillers[seed]) + ablation_figures(s, folder, seed, [] if quick else [1, 2])
+        figures += needle_figures(s, distillers[seed]) + ablation_figures(s, folder, seeds[:2])
     return figures + speed_figures(quick)
 
 
