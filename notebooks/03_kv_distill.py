@@ -502,7 +502,7 @@ if results:
         print(f"mean slope of the gates, scores {told}: {figures[f'gate_slope_{name}']['value']:.1e}")
 
 # %% [markdown]
-# Adding $\log \sigma(s)$ teaches worse than multiplying. Without adapters the scorer learns to choose less well, though what they write is hardly needed once it has. Nothing else makes a difference that two seeds can show: neither of the divergences, nor routing, nor the layer. The paper's order of $\lambda$, and what routing gained it, are not to be seen here. That contradicts nothing: in passages of plain facts, an entry a fact is nearly all there is to find; in SQuAD's there is more to write.
+# Adding $\log \sigma(s)$ teaches worse than multiplying. Without adapters the scorer learns to choose less well, though what they write is hardly needed once it has. To score after later layers costs a little at a tenth. Neither the divergences nor routing make a difference that two seeds can show: the paper's order of $\lambda$, and what routing gained it, are not to be seen here. That contradicts nothing: in passages of plain facts, an entry a fact is nearly all there is to find; in SQuAD's there is more to write.
 #
 # ## Options, and needles
 #
