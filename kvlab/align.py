@@ -130,9 +130,11 @@ def segment(
 class TimePlan(NamedTuple):
     """What each student token is made of, for left-padded batches: a sparse (B, T_s, T_t) with N entries.
 
-    tokens : (N,), b * T_s + i, ascending: the student token. columns : (N,), the teacher's column in row b.
-    shares : (N,), float64; those of a token add up to 1. mask : (B, T_s), False for the student's padding, which has
-    no entry. teacher_length : T_t.
+    tokens : (N,), b * T_s + i, ascending: the student token.
+    columns : (N,), the teacher's column in row b.
+    shares : (N,), float64; those of a token add up to 1.
+    mask : (B, T_s), False for the student's padding, which has no entry.
+    teacher_length : T_t.
     """
 
     tokens: Tensor
@@ -437,7 +439,7 @@ class Ridge:
         self.xx, self.xy = new
 
     def solve(self, strength: float) -> Tensor:
-        """Return W, (q, p), with the least |XW' - Y|^2 + strength * mean(diag X'X) |W|^2."""
+        """Return W, (q, p): least squares of XW' - Y, with a ridge of strength times the mean diagonal of X'X."""
         require(self.xx is not None, "Step hidden: there is no calibration pair yet: call update first.")
         require(strength >= 0, f"Step hidden: strength is {strength}, expected 0 or more.")
         ridge = strength * self.xx.diagonal().mean() * torch.eye(len(self.xx)).to(self.xx)
@@ -779,8 +781,11 @@ def train(
     def factors(step: int) -> dict[str, float]:
         risen = min(1.0, step / kv_warmup) if kv_warmup else 1.0
         left = max(0.0, 1 - (step - 1) / (kv_end * steps)) if kv_end else 1.0
-        return {"kv": kv_weight * risen * left, "codi": codi_weight * risen * left}
+        return {name: weight * risen * left for name, weight in weights.items()}
 
+    weights = {"kv": kv_weight, "codi": codi_weight} if alignment else {}
+    if alignment and not alignment.states:
+        del weights["codi"]
     pupil = Pupil(student, alignment)
     loader = DataLoader(lessons, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     options = {"weight": lambda batch: batch["weights"][:, 1:].sum(), "label": "4D alignment"} | options

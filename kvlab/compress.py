@@ -294,7 +294,8 @@ class DistillSettings:
     gate : "multiply", as in the source: logits to kept entries times sigma(s), which is their keys times sigma(s);
         "log": plus log sigma(s), which no key can hold; "none": then the scorer cannot learn.
     standardize : bring the scores of a context to mean 2 and deviation 1, as the source does not. Free scores may grow
-        until all gates of kept tokens are open; then nothing tells the scorer which of them is worth more.
+        until all gates of kept tokens are open; then nothing tells the scorer which of them is worth more. The price:
+        gates are never all open, so that even with retention 1 the cache is not quite the plain one.
     routing : "conditional", as in the source: the adapters of q and o act on kept tokens only; "all": on every token;
         "embedding": the same, and kept tokens are marked by a learned vector instead.
     sinks : so many first tokens are always kept (the source: fewer than ten).
@@ -319,7 +320,7 @@ class DistillSettings:
 
 
 class Scorer(nn.Module):
-    """s = FFN(h): one number a token, from hidden states (..., d). Starts at 3 or so: almost open gates."""
+    """s = FFN(h): one number a token, from hidden states (..., d). Starts at 3 or so (if left free): open gates."""
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
@@ -392,7 +393,10 @@ class KVDistiller(nn.Module):
     # -- what is kept
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """s of each token, (B, T); gradients reach the scorer only. A mask has 0 for padding, on the left."""
+        """s of each token, (B, T), standardized over the context if the settings say so.
+
+        Gradients reach the scorer only. A mask has 0 for padding, on the left.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = _unfold(self._hidden(_Folded.of(input_ids, mask, self.settings.row)), *input_ids.shape)
         return _standardized(self.scorer(hidden), mask) if self.settings.standardize else self.scorer(hidden)
@@ -535,10 +539,11 @@ class KVDistiller(nn.Module):
 
 
 def _standardized(scores: Tensor, mask: Tensor, mean: float = 2.0) -> Tensor:
-    """Scores (B, T) brought to a mean and a deviation of 1 over each context's tokens; equal ones to the mean."""
+    """Scores (B, T) brought to a mean, and to deviation 1, over each context's tokens; equal ones to the mean."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(mask == 0, 0)
     count = mask.sum(1, keepdim=True)
-    centered = scores - (scores * mask).sum(1, keepdim=True) / count
-    return mean + centered / ((centered**2 * mask).sum(1, keepdim=True) / count + 1e-6).sqrt()
+    centered = (scores - scores.sum(1, keepdim=True) / count).masked_fill(mask == 0, 0)
+    return mean + centered / (centered.square().sum(1, keepdim=True) / count + 1e-6).sqrt()
 
 
 def _view(model: PreTrainedModel) -> PreTrainedModel:

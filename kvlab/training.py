@@ -63,9 +63,10 @@ def fit(
     precision : "no", "fp16" or "bf16", as Accelerate names them.
     weight : a batch's weight (its number of answer tokens, say). A loss that is a mean over tokens then stays an exact
         mean over all tokens of the step, across batches and processes. By default batches weigh the same.
-    factors : of named losses at a step (1, 2, ...), where they are not 1: for terms that come late or fade.
+    factors : of named losses at a step (1, 2, ...), where they are not 1: for terms that come late or fade. The history
+        has losses times their factors. A run that is resumed does not check that they are the same.
     shares_every : each so many steps, log the share that each loss has in the gradient, as "share_NAME": its norm over
-        the sum of norms, on the first batch and the first process. A term whose share is 0 teaches nothing.
+        the sum of norms, for the step's first batch in this process. A term whose share is 0 teaches nothing.
     evaluate : called with the bare model every `every` steps and at the end; its figures join the history.
     checkpoint : a safetensors file, written every `every` steps and at the end. If it exists, training goes on from it.
     seed : with the step's number, of torch's, NumPy's and Python's generators, set anew before each step.
@@ -181,7 +182,14 @@ def _batches(loader: DataLoader, skip: int) -> Iterator[Mapping[str, Tensor]]:
 
 
 def _scaled(losses: Losses, factors: Mapping[str, float]) -> Losses:
-    return lambda model, batch: {name: value * factors.get(name, 1.0) for name, value in losses(model, batch).items()}
+    def scaled(model, batch):
+        named = losses(model, batch)
+        unknown = sorted(factors.keys() - named.keys())
+        if unknown:
+            raise ValueError(f"factors has {', '.join(unknown)}, expected names of losses: {', '.join(named)}.")
+        return {name: value * factors.get(name, 1.0) for name, value in named.items()}
+
+    return scaled
 
 
 def _shares(named: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
@@ -213,7 +221,8 @@ def _gradients(accelerator, model, losses, group, weight, step, logged) -> dict[
                     "weights are those of the step before; lower the rate, check the batch, or use float32."
                 )
             if logged and not i:
-                shares = _shares({name: value for name, value in named.items() if value.requires_grad}, logged)
+                scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0  # fp16 gradients underflow
+                shares = _shares({name: scale * value for name, value in named.items() if value.requires_grad}, logged)
             share = weights[i] / total
             # DistributedDataParallel takes the mean over processes; the factor makes it a sum.
             accelerator.backward(sum(named.values()) * share * accelerator.num_processes)

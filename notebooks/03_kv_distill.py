@@ -59,9 +59,9 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The question
 #
-# A cache has one entry a token, in every layer and every head, and none is ever thrown away. At eight thousand tokens the cache of Qwen3-0.6B is almost as large as its weights (chapter 00 has the formula), and whoever keeps many texts, as chapter 01 does, pays for each.
+# A cache has one entry a token, in every layer and every head, and none is ever thrown away. At eight thousand tokens the cache of Qwen3-0.6B is four fifths as large as its weights (chapter 00 has the formula), and whoever keeps many texts, as chapter 01 does, pays for each.
 #
-# But a text says less than its tokens take. *The favorite color of Stefan is black*: seven tokens, and three that matter. So: **which entries can go, and can those that stay be made to say what the others said?** The second half of the question is what this chapter is about. What is forgotten must be chosen before anybody asks. We do not know the question when we compress.
+# But a text says less than its tokens take. *The favorite color of Stefan is black*: seven words, and three that matter. So: **which entries can go, and can those that stay be made to say what the others said?** The second half of the question is what this chapter is about. What is forgotten must be chosen before anybody asks. We do not know the question when we compress.
 #
 # ## A passage, and what to ask
 #
@@ -125,6 +125,8 @@ print("answered with the whole cache:", shown(full))
 # | SnapKV {cite}`li2024snapkv` | $\sum_{i \in \text{window}} a_{ij}$, smoothed over neighbors | what the last tokens look at |
 # | key norm {cite}`devoto2024l2` | $-\lVert k_j \rVert$ | small keys get much attention |
 #
+# All are asked here in one way: once, after the whole context, for the same share in every layer. Their sources differ: H2O evicts while it writes, SnapKV's window is the end of a question (here, without one, the end of the context), and key norm spares the first two layers. `random` keeps any entries.
+#
 # Here is H2O, for one layer, beside the library's. `observing` lets a function see what each attention layer computes.
 
 # %%
@@ -159,7 +161,7 @@ views = {
 plots.score_view(ids[0].tolist(), views, tokenizer)
 
 # %% [markdown]
-# The scores were made for other texts, and it shows: they keep full stops and articles, the beginning or the end. One of them, the last, was not made at all; it will be explained.
+# The scores were made for other texts, and it shows: they keep full stops and articles, the beginning or the end. The last, `key_norm_reversed`, is from no paper: it is key norm with its sign turned round, and will be explained.
 #
 # ## Evict, and watch it forget
 #
@@ -184,9 +186,9 @@ for name, score in compress.METHODS.items():
 pd.DataFrame(table).T.fillna("")
 
 # %% [markdown]
-# With half of the entries about half of the answers are left, and no score from the literature does clearly better than chance; H2O does worse. They were made for long prompts that end in a question; here every token of the text counts, and there is no question yet. (Intervals are over passages. Where all ten give 0, no interval can be had this way, and [0, 0] is not one.)
+# With half of the entries about half of the answers are left, and in ten passages no score from the literature can be told from a random choice, but those that are worse. They were made for other uses: SnapKV for long prompts that end in a question, H2O and StreamingLLM for going on writing. Here every token of the text counts, and there is no question yet. (Intervals are over passages. Where all ten give 0, no interval can be had this way, and [0, 0] is not one.)
 #
-# The key norm is worse than chance: it says something, with the wrong sign. In the models it was found on, small keys draw attention. This target, as all of the Qwen3 family, normalizes keys and weights their channels; and here it is the *large* keys that matter. The last row has the sign turned round, and is the best of all by far. So signs of such rules must be measured on the model at hand, and `key_norm_reversed` is the score to beat.
+# The key norm is worse than random: it says something, with the wrong sign. In the models it was found on, small keys draw attention. This target, as all of the Qwen3 family, normalizes keys and weights their channels; and here it is the *large* keys that matter (whether that is why, and whether it holds for Qwen3 itself, is not measured). The last row has the sign turned round, and is the best of all by far. So signs of such rules must be measured on the model at hand, and `key_norm_reversed` is the score to beat.
 
 # %% [markdown]
 # ### Positions after eviction
@@ -229,7 +231,7 @@ print("mixed up - as it was:", shown(answered["mixed up"] - answered["as it was"
 #
 # and the right side says how it is kept: in the key. The *original* model reads the cache, and needs no change. (Where the logit is negative, the factor raises it, and with it the attention. Adding $\log \sigma(s_j)$ instead would always lower it, but no key can hold that; the ablations below have it.)
 #
-# One step is ours, not the source's. What a scorer learns by is the slope of its gates, $\sigma(s_j)\,(1-\sigma(s_j))$. Left free, the scores of whatever helps grow until those gates are open, and nothing says any longer which of two kept tokens is worth more: a value and the full stop behind it then come out with open gates alike, both are kept for some facts, and neither for others. So the lab's distiller brings the scores of each context to mean 2 and deviation 1 (`standardize`). Their order stays what it was, but no scorer can open all gates any more. The ablations show what that is worth.
+# One step is ours, not the source's, and used at the tiny scale only. What a scorer learns by is the slope of its gates, $\sigma(s_j)\,(1-\sigma(s_j))$. Left free, the scores of whatever helps grow until those gates are open, and little says any longer which of two kept tokens is worth more. So the lab's distiller brings the scores of each context to mean 2 and deviation 1 (`standardize`). Their order stays what it was, but no scorer can open all gates any more: at a mean of 2 they stand at 0.88. The ablations show what that is worth.
 #
 # Here is all of it, for one text:
 
@@ -276,7 +278,7 @@ for (hand_keys, hand_values), e in zip(by_hand, small_cache.layers):
 # %% [markdown]
 # ### A check you can break
 #
-# An untrained adapter adds nothing. With all tokens kept and gates wide open, the distilled cache must be the cache. Open the gates less, or keep one token less, and it is not:
+# An untrained adapter adds nothing. With all tokens kept and gates wide open (which takes free scores), the distilled cache must be the cache. Open the gates less, or keep one token less, and it is not:
 
 # %%
 opened = KVDistiller(target, **small | {"standardize": False})
@@ -324,7 +326,7 @@ ax.plot([h["loss"] for h in history], "o-", ms=3, color=plots.BLUE)
 ax.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None));
 
 # %% [markdown]
-# That is how it begins. The lab ships a distiller that went on, for 400 steps with 16 passages each, about ten minutes on one core, as `kvlab distill --steps 400` makes it. (At the larger scales, this chapter goes on with the one it has just trained.)
+# That is how it begins. The lab ships one that was trained longer, from the start: 400 steps with 16 passages each, about ten minutes on one core, as `kvlab distill --steps 400` makes it. (At the larger scales, this chapter goes on with the one it has just trained.)
 
 # %%
 shipped = lab.models.MODELS / "lab-distiller"
@@ -359,7 +361,7 @@ pd.DataFrame(rows).T
 # %% [markdown]
 # ## The figure
 #
-# Ten passages are few. The benchmark asks about many more, with three distillers from three seeds, each method on the same passages, and intervals over passages. The dashed line has what the distiller chose, with the entries that the plain model made of it:
+# Ten passages are few. The benchmark asks about many more, with three distillers from three seeds (each asked about passages of its own), each method on the same passages, and intervals over passages. The dashed line has what the distiller chose, with the entries that the plain model made of it:
 
 # %%
 book = Path("../book/results/distill.json")
@@ -399,14 +401,23 @@ if results:
     print("gained at 10 %, minus the best score:      ", span.format(**figures["gain_10"]))
 
 # %% [markdown]
-# A quarter of the entries answers what the whole cache answers. A tenth has fewer entries than the passage has facts, and each of them answers for about one. Writing two facts into one entry would go further, but that is not what the adapters have learned here: nearly all of the gain is in the choice.
+# A quarter of the entries answers what the whole cache answers. A tenth has fewer entries than the passage has facts, and each of them answers for about one. Writing two facts into one entry would go further, but that is not what the adapters have learned here: at a quarter and a tenth nearly all of the gain is in the choice. With still fewer entries, writing has a share in it.
 #
-# The scores let each head keep entries of its own, and that is worth much to them: with the same tokens in all heads, as KV-Distill has them, the reversed key norm falls below the level of chance. And at 2 % fewer entries are kept than ever in training.
+# The scores let each head keep entries of its own. What if all heads must keep the same, as KV-Distill has it? And 2 % is a smaller share than any in training (3 % and more): of the two or three entries it leaves, one is the first token, which always stays.
+
+# %%
+if results:
+    for name in ("key_norm_reversed", "snapkv", "random"):
+        own, shared = (figures[f"em_{name}{part}_25"]["value"] for part in ("", "_shared"))
+        print(f"{names[name]}, at 25 %: {own:.2f} with entries of each head's own, {shared:.2f} shared")
+
+# %% [markdown]
+# To the reversed key norm that is worth almost everything, to the others little.
 
 # %% [markdown]
 # ### If the question is known
 #
-# Some methods may look at the question before they choose. Then a good score finds the one fact that is asked for, and needs hardly anything else. That is another task: such a cache answers *this* question. So these figures stand in a table of their own, and none of them belongs beside the curves above.
+# Some methods may look at the question before they choose. Then a good score finds the one fact that is asked for, and needs little else; without the other facts there is even less to confuse than in the whole cache. (H2O, which sums over all tokens, hardly notices the question.) That is another task: such a cache answers *this* question. So these figures stand in a table of their own, and none of them belongs beside the curves above.
 
 # %%
 known = {"h2o_aware": "H2O, question known", "snapkv_aware": "SnapKV, question known"}
@@ -433,12 +444,12 @@ for context, questions, answers in passages:
     one = [(context, [q], [a]) for q, a in zip(questions, answers)]
     good = right(lambda c: prefix, one)
     first.append(good[0])
-    others.append(good[1:].mean())
+    others += [g for g, a in zip(good, answers) if a != answers[0]]  # some ask for the same
 print("the question it was chosen for:", shown(first))
 print("the others:                    ", shown(others))
 
 # %% [markdown]
-# The others fare no better than if nothing had been known.
+# The others fare as they do with SnapKV and no question at all (in the table above).
 
 # %% [markdown]
 # ## Bytes and milliseconds
@@ -465,7 +476,7 @@ if results:
 # %% [markdown]
 # ## What is it made of?
 #
-# The paper {cite}`chari2025kvdistill` takes the method apart on SQuAD, with Llama-3-8B; percent of exact matches at 20 % of the entries: $\lambda = 0.6$ 86.0, forward KL alone 83.4, reverse KL alone 82.7; and with a learned embedding in place of routing 67.4. The benchmark does it in the lab, in short runs that differ in one thing each. Each is trained twice, and bars reach from one seed to the other:
+# The paper {cite}`chari2025kvdistill` takes the method apart on SQuAD, with Llama-3-8B; percent of exact matches at 20 % of the entries: $\lambda = 0.6$ 86.0, forward KL alone 83.4, reverse KL alone 82.7; and with a learned embedding in place of routing 67.4. The benchmark does it in the lab, in short runs that differ in one thing each from the lab's distiller, standardized scores included. Each is trained twice, and bars reach from one seed to the other. (Here every token of the answer must be the likeliest after the right ones before it, which is not the measure above.)
 
 # %% mystnb={"image": {"alt": "Dots with intervals: share of questions answered after short trainings that differ in one thing, at 25 and at 10 percent of the entries."}}
 arms = {
@@ -473,8 +484,8 @@ arms = {
     "free_scores": "scores left free",
     "forward_kl": "forward KL only",
     "reverse_kl": "reverse KL only",
-    "routing_all": "no routing",
-    "routing_embedding": "a marker, no routing",
+    "routing_all": "adapters on all tokens",
+    "routing_embedding": "the same, kept ones marked",
     "gate_log": "gate adds log sigma(s)",
     "gate_none": "no gate",
     "no_adapters": "a scorer, no adapters",
@@ -491,10 +502,11 @@ if results:
         for p in (25, 10)
     }
     plots.splice_panels(panels)
-    print(textwrap.fill(figures["ablation_base_25"]["conditions"].partition("; ")[2], 78))
+    told = figures["ablation_base_25"]["conditions"].partition("; ")[2].partition(":")[0]
+    print(textwrap.fill(told, 78))
 
 # %% [markdown]
-# What matters here is that a gate can teach. Without one, what stays is what a random network happens to like. With scores left free it is a matter of luck, and the slope of the gates of kept tokens says why:
+# What matters here is that a gate can teach. Without one, what stays is what a random network happens to like. With scores left free, as the source has them, so few steps at so high a rate are a matter of luck. Compare the slopes of the gates of kept tokens (standardized scores cannot have one near 0):
 
 # %%
 if results:
@@ -502,11 +514,13 @@ if results:
         print(f"mean slope of the gates, scores {told}: {figures[f'gate_slope_{name}']['value']:.1e}")
 
 # %% [markdown]
-# Adding $\log \sigma(s)$ teaches worse than multiplying. Without adapters the scorer learns to choose less well, though what they write is hardly needed once it has. To score after later layers costs a little at a tenth. Neither the divergences nor routing make a difference that two seeds can show: the paper's order of $\lambda$, and what routing gained it, are not to be seen here. That contradicts nothing: in passages of plain facts, an entry a fact is nearly all there is to find; in SQuAD's there is more to write.
+# Free scores that are almost all open teach little more. Trained longer they may yet learn; that they can learn well in larger models, the paper shows.
+#
+# Adding $\log \sigma(s)$ teaches worse than multiplying, and without adapters much is lost at a tenth. To score after layer 6 or 12 costs something at a tenth, too. Neither the divergences nor routing make a difference that two seeds can show: the paper's order of $\lambda$, and what routing gained it, are not to be seen here. In passages of plain facts, an entry a fact may be nearly all there is to find. Whether text that says more needs them is not tested.
 #
 # ## Options, and needles
 #
-# Is the answer lost, or just outranked? With four options of a kind, three of them from the same passage if it has so many, chance is 0.25:
+# Is an answer that is not said lost, or just outranked? With four options of a kind, three of them from the same passage if it has so many, chance is 0.25:
 
 # %%
 if results:
@@ -519,7 +533,7 @@ if results:
     display(pd.DataFrame({"picked": rows}))
 
 # %% [markdown]
-# And does it depend on where a fact stands? A needle test asks for the fact at a certain depth of a passage of a certain length. Passages of 32 facts are longer than any the distiller was trained on:
+# And does it depend on where a fact stands? A needle test asks for the fact at a certain depth of a passage of a certain length. Passages of 32 facts are longer than any the distiller was trained on. At a quarter it stays near the whole cache at all depths and lengths; at a tenth facts in the middle and behind it are lost first:
 
 # %% mystnb={"image": {"alt": "Maps of the share answered by number of facts in the passage, 8, 16, 32, and depth of the fact asked for: everything kept, KV-Distill at 25 and 10 percent, reversed key norm at 25 percent."}}
 lengths, depths = (8, 16, 32), (0, 25, 50, 75, 100)
@@ -589,7 +603,7 @@ for name, store in {"nothing": None, **stores}.items():
 pd.DataFrame({"stays": rows})
 
 # %% [markdown]
-# Outside its kind of text the distiller helps no more than nothing at all would, while SnapKV, which has learned nothing, keeps most. For a store of answers one would have to train one on answers. The mechanism is the same, and so are the bytes.
+# Outside its kind of text the distiller helps no more than nothing at all would, while SnapKV, which has learned nothing, keeps more than half of what the item changes. (All heads share their entries here, which the reversed key norm does not stand.) For a store of answers one would have to train one on answers. The mechanism is the same, and so are the bytes.
 #
 # ## Exercises
 #
@@ -669,7 +683,7 @@ rows = {
 pd.DataFrame(rows).T
 
 # %% [markdown]
-# The learned choice does nearly all of it. It keeps the values, and whoever keeps these has most of what such a passage says. What the adapters write adds a little (the benchmark has the choice alone at all sizes); into entries that the scorer did not choose they write in vain. But a scorer that was trained without any adapters chooses less well: see the ablations.
+# The learned choice does nearly all of it. It keeps the values, and whoever keeps these has most of what such a passage says. What the adapters write adds a little (the benchmark has the choice alone at all sizes); into entries that the scorer did not choose they write in vain. But to train a scorer without any adapters costs much at a tenth: see the ablations.
 # ````{solution-end}
 # ````
 
@@ -697,14 +711,14 @@ for row in (1536, 50, 25):
 distiller.settings = settings
 
 # %% [markdown]
-# Facts stand in a sentence each, and still some answers are lost, more with shorter rows: sentences are cut, and the first tokens of later rows have no {term}`attention sink` before them. Where sentences lean on others, what an early row says about a name would not reach the row that uses it.
+# Facts stand in a sentence each, and still some answers are lost, more with shorter rows, perhaps because sentences are cut, and the first tokens of later rows have no {term}`attention sink` before them. Where sentences lean on others, what an early row says about a name would not reach the row that uses it.
 # ````{solution-end}
 # ````
 
 # %% [markdown]
 # ## Takeaways
 #
-# - Eviction by a score is free, and in dense text it forgets about as much as it throws away. How good a score is, and even its sign, depends on the model: measure, and compare with the best of them.
+# - Eviction by a score needs no training. In dense text most scores forget as much as they throw away, or more. How good a score is, and even its sign, depends on the model: measure, and compare with the best of them.
 # - KV-Distill learns what to keep and writes into it what goes. Here a quarter of the entries answers as well as all of them, a tenth more than half as well. Nearly all of that is the learned choice; in text that says more than a fact a sentence, writing should matter more.
 # - The gate is a way for the choice to be learned. It folds into the keys, so the reader of the cache is the unchanged model.
 # - A cache chosen for a question answers that question. Never compare it with one that was chosen for all.

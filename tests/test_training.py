@@ -141,6 +141,11 @@ def test_factors_are_of_their_loss_and_step():
     assert history[0]["size"] == 0 < history[3]["size"]
 
 
+def test_a_factor_of_no_loss_is_refused():
+    with pytest.raises(ValueError, match="factors has other, expected names of losses: mse, size"):
+        fit(net(), loader(), two_terms, steps=1, factors=lambda step: {"other": 1.0}, **QUICK)
+
+
 def test_shares_are_of_the_gradients_norm():
     model = net()
     norms = {}
