@@ -221,7 +221,7 @@ print("mixed up - as it was:", shown(answered["mixed up"] - answered["as it was"
 #
 # A {term}`scorer` looks at the frozen model's hidden states after some layers, $h_j$, and gives each token a number, $s_j = \operatorname{FFN}(h_j)$. The source scores after layer 6 of 32; in the lab's target that is layer 2 of 12. The $k$ best tokens stay, the same in all layers and heads. Then the whole passage goes through the model once more, this time with low-rank adapters:
 #
-# $$K_j = (W_K + \Delta_K)\,x_j,\quad V_j = (W_V + \Delta_V)\,x_j,\quad Q_j = (W_Q + m_j \Delta_Q)\,x_j,\quad O_j = (W_O + m_j \Delta_O)\,y_j,$$
+# $$\begin{aligned} K_j &= (W_K + \Delta_K)\,x_j, & V_j &= (W_V + \Delta_V)\,x_j,\\ Q_j &= (W_Q + m_j \Delta_Q)\,x_j, & O_j &= (W_O + m_j \Delta_O)\,y_j, \end{aligned}$$
 #
 # where $x_j$ is what attention reads at token $j$ and $y_j$ what its heads found, with $m_j = 1$ for tokens that stay and $0$ for the others. That is conditional {term}`routing`: a token that stays learns to look around differently, one that goes only learns to be looked at.
 #
