@@ -564,13 +564,11 @@ def seen_by(
     for start in tqdm(range(0, len(texts), batch_size), desc="teacher reads"):
         own = [segment(tokenizer, c) for c in conversations[start : start + batch_size]]
         borders, theirs = (torch.stack([t.borders for t in part]) for part in (texts[start:][: len(own)], own))
-        ids, mask = (pad_left(xs).to(teacher.device) for xs in _ids_and_masks(own))
-        at = positions_of(theirs).to(teacher.device)
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": at}
+        inputs = _inputs(own, teacher.device)
         out = teacher(**inputs, use_cache=True, output_hidden_states=True, logits_to_keep=1)
-        kv = features(out.past_key_values, at, rotary)
+        kv = features(out.past_key_values, inputs["position_ids"], rotary)
         kv = [mix_layers(resample(x, plan(borders, theirs)), layer_map) for x in kv]
-        before = ids.shape[1] - (theirs[:, 3] - theirs[:, 2]) - 1
+        before = inputs["input_ids"].shape[1] - (theirs[:, 3] - theirs[:, 2]) - 1
         states = torch.stack(out.hidden_states[1:], 1)[torch.arange(len(own)), :, before][:, :, None]  # (B, L_t, 1, d)
         states = mix_layers(states, layer_map)[:, :, 0]
         sizes = borders[:, 3].tolist()
@@ -578,14 +576,20 @@ def seen_by(
     return seen
 
 
-def _ids_and_masks(texts: Sequence[Segmented]) -> tuple[list[Tensor], list[Tensor]]:
-    return [t.input_ids for t in texts], [torch.ones_like(t.input_ids) for t in texts]
+def _inputs(texts: Sequence[Segmented], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What a model takes of a batch of texts."""
+    inputs = {
+        "input_ids": pad_left([t.input_ids for t in texts]),
+        "attention_mask": pad_left([torch.ones_like(t.input_ids) for t in texts]),
+        "position_ids": positions_of(torch.stack([t.borders for t in texts])),
+    }
+    return {name: x.to(device) for name, x in inputs.items()}
 
 
 def pad_left(xs: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Stack tensors that differ in one dimension, zeros first."""
-    most = max(x.shape[dim] for x in xs)
-    return torch.stack([F.pad(x, (*[0, 0] * (x.ndim - 1 - dim), most - x.shape[dim], 0)) for x in xs])
+    rows = [x.transpose(0, dim) for x in xs]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left").transpose(1, dim + 1)
 
 
 def save_seen(path: str | Path, seen: Sequence[Seen]) -> Path:
@@ -654,9 +658,14 @@ def kv_loss(student: KV, target: KV, mask: Tensor, kind: str = "smooth_l1") -> T
 def _distance(student: Tensor, target: Tensor, mask: Tensor, kind: str) -> Tensor:
     _expect("loss", target, dict(zip("BLTD", student.shape, strict=True)), "align the teacher to this student")
     chosen = mask.bool()
-    student, target = (x.float().transpose(1, 2)[chosen] for x in (student, target))  # (N, L, D)
-    scale = student.detach().std((0, 2), correction=0).clamp(min=1e-6)[:, None]
-    return KINDS[kind](student / scale, target / scale)
+    student, target = (x.transpose(1, 2)[chosen] for x in (student, target))  # (N, L, D)
+    return _in_deviations(student, target, student, kind)
+
+
+def _in_deviations(student: Tensor, target: Tensor, measure: Tensor, kind: str) -> Tensor:
+    """The mean difference of (N, L, D) features, in the deviations that one of them has in each layer."""
+    scale = measure.detach().float().std((0, 2), correction=0).clamp(min=1e-6)[:, None]
+    return KINDS[kind](student.float() / scale, target.float() / scale)
 
 
 def codi_loss(student: Tensor, target: Tensor) -> Tensor:
@@ -671,9 +680,7 @@ def codi_loss(student: Tensor, target: Tensor) -> Tensor:
     0.5
     """
     _expect("loss", target, dict(zip("BLd", student.shape, strict=True)), "align the teacher to this student")
-    student, target = student.float(), target.float()
-    scale = target.detach().std((0, 2), correction=0).clamp(min=1e-6)[:, None]
-    return F.smooth_l1_loss(student / scale, target / scale)
+    return _in_deviations(student, target, target, "smooth_l1")
 
 
 class KVAlignmentLoss(nn.Module):
@@ -741,9 +748,8 @@ class Pupil(nn.Module):
 
 def collate(lessons: Sequence[Lesson]) -> dict[str, Tensor]:
     """A batch, padded on the left: token ids, what counts in cross-entropy (the solution), and what teachers made."""
-    ids, masks = _ids_and_masks([lesson.text for lesson in lessons])
+    batch = _inputs([lesson.text for lesson in lessons])
     borders = torch.stack([lesson.text.borders for lesson in lessons])
-    batch = {"input_ids": pad_left(ids), "attention_mask": pad_left(masks), "position_ids": positions_of(borders)}
     place, pad = batch["position_ids"], batch["input_ids"].shape[1] - borders[:, 3]
     batch["weights"] = ((place >= borders[:, 1:2]) & (batch["attention_mask"] > 0)).float()
     batch["before"] = pad + borders[:, 2] - 1  # the column of the token before the answer
@@ -828,10 +834,9 @@ def similar_layers(
 
 def _layers_of(model: PreTrainedModel, texts: Sequence[Segmented], what: str) -> Tensor:
     """What each layer made of texts, (B, L, T, width), padded on the left."""
-    ids, mask = (pad_left(xs).to(model.device) for xs in _ids_and_masks(texts))
-    at = positions_of(torch.stack([t.borders for t in texts])).to(model.device)
+    inputs = _inputs(texts, model.device)
     if what != "hidden":
-        kv = features(prefill(model, ids, attention_mask=mask).cache, at, rotary_of(model))
+        cache = prefill(model, inputs["input_ids"], attention_mask=inputs["attention_mask"]).cache
+        kv = features(cache, inputs["position_ids"], rotary_of(model))
         return kv.keys if what == "keys" else kv.values
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": at}
     return torch.stack(model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[1:], 1)

@@ -24,16 +24,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlab.cache import prefill, rotary_of, to_tensor, unrotate
+from kvlab.cache import prefill, require, rotary_of, to_tensor, unrotate
 from kvlab.files import write_text
 
 FORMAT_VERSION = 1
 STATES = ("hidden", "keys", "values")
-
-
-def _require(condition: object, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
 
 
 # -- HSIC and CKA
@@ -52,7 +47,7 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, gram: bool, device: torch.device) -> "_Layer":
         x = x.to(device).double()
-        _require(torch.isfinite(x).all(), "Features are not all finite: run the model in bfloat16 or float32.")
+        require(torch.isfinite(x).all(), "Features are not all finite: run the model in bfloat16 or float32.")
         x = x - x[:1]  # a layer that is the same for all tokens is exactly 0, where the mean alone leaves rounding
         x = x - x.mean(0)
         return cls(x, x.square().sum(1), x @ x.T if gram else None)
@@ -68,10 +63,10 @@ def _layers(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[list[_Layer], l
     """Prepare the layers of both sides, all for the same form."""
     shapes = [[tuple(x.shape) for x in side] for side in (xs, ys)]
     fits = all(len(shape) == 2 and shape[1] for side in shapes for shape in side)
-    _require(xs and ys and fits, f"Layers are {shapes[0]} and {shapes[1]}, expected (n, p) each, and one or more.")
+    require(xs and ys and fits, f"Layers are {shapes[0]} and {shapes[1]}, expected (n, p) each, and one or more.")
     counts = sorted({n for side in shapes for n, _ in side})
-    _require(len(counts) == 1, f"Layers have {counts} tokens, expected as many in all: align the texts first.")
-    _require(counts[0] > 3, f"There are {counts[0]} tokens, expected 4 or more: give larger minibatches.")
+    require(len(counts) == 1, f"Layers have {counts} tokens, expected as many in all: align the texts first.")
+    require(counts[0] > 3, f"There are {counts[0]} tokens, expected 4 or more: give larger minibatches.")
     gram = _gram_is_cheaper(counts[0], *([p for _, p in side] for side in shapes))
     device = torch.device("cpu") if xs[0].device.type == "mps" else xs[0].device  # mps has no float64
     one, two = ([_Layer.of(x, gram, device) for x in side] for side in (xs, ys))
@@ -134,7 +129,7 @@ def biased_cka(x: Tensor, y: Tensor) -> Tensor:
     """
     (one,), (two,) = _layers([x], [y])
     own = _inner(one, one), _inner(two, two)
-    _require(min(own) > 0, "A layer is the same for all tokens, so CKA is not defined: leave it out.")
+    require(min(own) > 0, "A layer is the same for all tokens, so CKA is not defined: leave it out.")
     return _inner(one, two) / (own[0] * own[1]).sqrt()
 
 
@@ -172,7 +167,7 @@ class CKA:
     def _add(self, batches: int, sums: tuple) -> None:
         if self.batches and batches:
             have, new = tuple(self.sums[0].shape), tuple(sums[0].shape)
-            _require(have == new, f"There are {new} layers, {have} before: give the same layers each time.")
+            require(have == new, f"There are {new} layers, {have} before: give the same layers each time.")
         self.batches += batches
         self.sums = tuple(a + b for a, b in zip(self.sums, sums, strict=True))
 
@@ -184,11 +179,11 @@ class CKA:
 
     def matrix(self) -> Tensor:
         """Return CKA of every pair so far, (K, L), float64."""
-        _require(self.batches, "There is no minibatch yet: call update first.")
+        require(self.batches, "There is no minibatch yet: call update first.")
         pairs, *own = self.sums
         for name, each in zip(("xs", "ys"), own, strict=True):
             flat = (each <= 0).nonzero().flatten().tolist()
-            _require(
+            require(
                 not flat, f"Layers {flat} of {name} do not vary over tokens, so CKA is not defined: leave them out."
             )
         return pairs / (own[0][:, None] * own[1]).sqrt()  # sums do for means: their number cancels
@@ -227,13 +222,13 @@ def states(
     >>> [layer.shape for layer in states(model, ids, torch.ones_like(ids), ids != 2, "keys")]
     [torch.Size([4, 32]), torch.Size([4, 32])]
     """
-    _require(what in STATES, f"what is {what!r}, expected one of {', '.join(STATES)}.")
+    require(what in STATES, f"what is {what!r}, expected one of {', '.join(STATES)}.")
     shapes = [tuple(x.shape) for x in (input_ids, attention_mask, mask)]
     seen = f"input_ids, attention_mask and mask are {', '.join(map(str, shapes))}"
-    _require(len(set(shapes)) == 1 and input_ids.ndim == 2, f"{seen}, expected the same (B, T).")
-    _require(attention_mask[:, -1:].all(), "attention_mask ends in 0: pad on the left.")
+    require(len(set(shapes)) == 1 and input_ids.ndim == 2, f"{seen}, expected the same (B, T).")
+    require(attention_mask[:, -1:].all(), "attention_mask ends in 0: pad on the left.")
     counted = (mask != 0) & (attention_mask != 0)
-    _require(counted.any(), "mask has no token that counts: mark one or more that are no padding.")
+    require(counted.any(), "mask has no token that counts: mark one or more that are no padding.")
     positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     if what == "hidden":
         text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
@@ -279,8 +274,8 @@ def layer_map(matrix: Tensor, k: int) -> LayerMap:
     """
     shape = tuple(matrix.shape)
     good = matrix.ndim == 2 and matrix.numel() and torch.isfinite(matrix).all()
-    _require(good, f"The matrix is {shape}, expected (student layers, teacher layers) of finite numbers.")
-    _require(0 < k <= shape[1], f"k is {k}, expected 1 to {shape[1]}, the number of teacher layers.")
+    require(good, f"The matrix is {shape}, expected (student layers, teacher layers) of finite numbers.")
+    require(0 < k <= shape[1], f"k is {k}, expected 1 to {shape[1]}, the number of teacher layers.")
     values, indices = matrix.double().sort(dim=1, descending=True, stable=True)
     return LayerMap(indices[:, :k], values[:, :k].softmax(1), shape[1])
 
@@ -300,7 +295,7 @@ def save_layer_map(
     'large'
     """
     path = Path(path)
-    _require(path.parent.is_dir(), f"There is no folder {path.parent}: make it first.")
+    require(path.parent.is_dir(), f"There is no folder {path.parent}: make it first.")
     layers, k = chosen.indices.shape
     about = {"version": FORMAT_VERSION, "student": student, "teacher": teacher, "samples": samples, "what": what}
     about |= {"student_layers": layers, "teacher_layers": chosen.teacher_layers, "k": k}
@@ -311,7 +306,7 @@ def save_layer_map(
 def load_layer_map(path: str | Path, student_layers: int, teacher_layers: int) -> SavedLayerMap:
     """Read what `save_layer_map` wrote, for models of so many layers. ValueError if the file is not that."""
     path = Path(path)
-    _require(path.is_file(), f"There is no file {path}: save a layer map there first.")
+    require(path.is_file(), f"There is no file {path}: save a layer map there first.")
     wrong = f"{path} is no layer map of format version {FORMAT_VERSION}"
     try:
         about = json.loads(path.read_text("utf-8"))
@@ -322,12 +317,12 @@ def load_layer_map(path: str | Path, student_layers: int, teacher_layers: int) -
         raise ValueError(f"{wrong} ({type(error).__name__}: {error}): make it again.") from error
     shapes = tuple(indices.shape), tuple(weights.shape)
     form = version == FORMAT_VERSION and indices.dtype == torch.long and shapes == ((have[0], k),) * 2
-    _require(form, f"{wrong}, with indices and weights {shapes}: make it again.")
+    require(form, f"{wrong}, with indices and weights {shapes}: make it again.")
     want = (student_layers, teacher_layers)
     seen = f"{path} maps {have[0]} layers of {saved.student} to {have[1]} of {saved.teacher}"
-    _require(have == want, f"{seen}, the models have {want[0]} and {want[1]}: make one for these models.")
+    require(have == want, f"{seen}, the models have {want[0]} and {want[1]}: make one for these models.")
     inside = ((indices >= 0) & (indices < have[1])).all() and (indices.sort().values.diff() > 0).all()
-    _require(inside, f"{path} has teacher layers outside 0 to {have[1] - 1}, or one twice: make it again.")
+    require(inside, f"{path} has teacher layers outside 0 to {have[1] - 1}, or one twice: make it again.")
     whole = (weights >= 0).all() and ((weights.sum(1) - 1).abs() < 1e-6).all()
-    _require(whole, f"{path} has weights that are negative or do not add up to 1 in each row: make it again.")
+    require(whole, f"{path} has weights that are negative or do not add up to 1 in each row: make it again.")
     return saved

@@ -355,7 +355,7 @@ for share in (0.5, 0.25, 0.1, 0.05):
         ).prefix,
     }
     rows[f"{100 * share:g} %"] = {n: shown(right(w)) for n, w in ways.items()}
-print(f"at 10 %: {compress.count_kept(ids.shape[1], 0.1)} entries for 16 facts")
+print(f"at 10 %: {compress.count_kept(ids.shape[1], 0.1)} entries for {test.facts[0]} facts")
 pd.DataFrame(rows).T
 
 # %% [markdown]
