@@ -748,6 +748,26 @@ def _numeral(place: str, field: str, text: str) -> str:
     return number
 
 
+def messages(record: Record) -> list[dict[str, str]]:
+    r"""A problem as a conversation: context, question and lettered options, then the reasoning and the answer.
+
+    >>> messages(Record("", "What is hot?", ("sun",), ("snow", "sun"), reasoning="Snow is cold."))[0]["content"]
+    'What is hot?\nA) snow\nB) sun'
+    >>> messages(Record("", "2 pens and 3?", ("5",), reasoning="2+3=5."))[1]["content"]
+    '2+3=5. The answer is 5.'
+    """
+    options = [f"{chr(ord('A') + number)}) {choice}" for number, choice in enumerate(record.choices)]
+    question = "\n".join([record.question, *options])
+    asked = f"{record.context}\n\n{question}" if record.context else question
+    solution = f"{record.reasoning} The answer is {accepted(record)[0]}."
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": solution.strip()}]
+
+
+def accepted(record: Record) -> tuple[str, ...]:
+    """What a solution may answer: of a multiple choice the letter, else the answers."""
+    return (record.letter,) if record.choices else record.answers
+
+
 # -- answers in generated texts
 
 
@@ -911,9 +931,10 @@ def _bare(text: str) -> str:
 
 EXTRACTORS = {"number": _number, "math": _math, "choice": _choice, "yes_no": _yes_no, "text": _line}
 CONTEXTS = {"squad": squad, "quality": quality, "self_instruct": self_instruct, "p3": p3, "long_alpaca": long_alpaca}
-RECORDS = CONTEXTS | {"gsm8k": gsm8k, "svamp": svamp, "math23k": math23k, "math": math, "math500": math}
-RECORDS |= {"strategyqa": strategyqa, "hotpotqa": hotpotqa, "bbh": bbh, "arc": arc, "gpqa": gpqa}
-RECORDS |= {"truthfulqa": truthfulqa, "cmmlu": cmmlu, "ceval": ceval}
+PROBLEMS = {"gsm8k": gsm8k, "svamp": svamp, "math23k": math23k, "math": math, "math500": math, "bbh": bbh}
+PROBLEMS |= {"strategyqa": strategyqa, "hotpotqa": hotpotqa, "arc": arc, "gpqa": gpqa, "truthfulqa": truthfulqa}
+PROBLEMS |= {"cmmlu": cmmlu, "ceval": ceval}
+RECORDS = CONTEXTS | PROBLEMS
 ANSWER_KINDS = dict.fromkeys(("gsm8k", "svamp", "math23k"), "number") | dict.fromkeys(("math", "math500"), "math")
 ANSWER_KINDS |= dict.fromkeys(("arc", "gpqa", "truthfulqa", "cmmlu", "ceval", "quality"), "choice")
 ANSWER_KINDS |= {"strategyqa": "yes_no", "hotpotqa": "text", "bbh": "text"}

@@ -146,6 +146,31 @@ class Readings(Dataset):
         return passage.text, [worlds.ask_free(rng, passage) for _ in range(self.questions)]
 
 
+class Solutions(Dataset):
+    """`n` word problems, each solved twice, in the short and in the long style; made from seed and index alone.
+
+    Examples
+    --------
+    >>> short, long = Solutions(1, steps=(2, 2), test=True)[0]
+    >>> short[1]["content"].split("Answer:")[1] == long[1]["content"].split("Answer:")[1]
+    True
+    """
+
+    def __init__(self, n: int, steps: tuple[int, int] = (1, 3), seed: int = 0, test: bool = False):
+        self.n, self.steps, self.seed, self.test = n, steps, seed, test
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        if not 0 <= index < self.n:
+            raise IndexError(f"There is no problem {index} among {self.n}.")
+        of = f"solution:{self.seed}:{index}"
+        steps = random.Random(of).randint(*self.steps)
+        short, long = (worlds.arithmetic_document(random.Random(of), steps, x, self.test) for x in worlds.STYLES)
+        return short, long
+
+
 class Wordings(Dataset):
     """Rows {"question", "wording", "other"} for `steps` batches, each with every FAQ item once, in order.
 
