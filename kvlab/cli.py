@@ -1152,6 +1152,9 @@ def map_layers(
     own, theirs = zip(*_solutions(settings)[0], strict=True)
     student, tokenizer = scale.load("student"), scale.load_tokenizer("student")
     texts, teacher = [segment(tokenizer, c) for c in own], (scale.load("teacher"), scale.load_tokenizer("teacher"))
+    layers = teacher[0].config.num_hidden_layers
+    if k > layers:
+        raise ValueError(f"k is {k}, but {scale.teacher} has {layers} layers: give a smaller one.")
     matrix = _likeness(student, texts, *teacher, theirs, what)
     chosen = layer_map(matrix, k)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -1347,9 +1350,8 @@ def compare_alignments(
     for seed, arm in product(range(seeds), arms):
         tasks, student = _tasks(settings | {"seed": seed}), _learner(scale, gradient_checkpointing)
         torch.cuda.reset_peak_memory_stats() if scale.device == "cuda" else None
-        started = time.perf_counter()
-        teach(ALIGNMENTS[arm], student, tokenizer, tasks, teachers, settings | {"seed": seed}, output_dir)
-        row = {"arm": arm, "seed": seed, "seconds": time.perf_counter() - started}
+        history, _ = teach(ALIGNMENTS[arm], student, tokenizer, tasks, teachers, settings | {"seed": seed}, output_dir)
+        row = {"arm": arm, "seed": seed, "seconds": sum(entry["seconds"] for entry in history)}  # a stopped run's too
         if scale.device == "cuda":
             row["GB"] = torch.cuda.max_memory_allocated() / 1e9
         rows.append(row | {"accuracy": float(solved(student, tokenizer, tasks, max_new_tokens).mean())})
@@ -1365,8 +1367,15 @@ def compare_alignments(
 def _pair(settings: dict, student: str | None, teachers: list[str] | None) -> tuple[Scale, dict]:
     """The scale with the student that is asked for, and settings with the scale's own where none are."""
     names = ("heldout", "epochs", "batch_size", "accumulate", "max_new_tokens")
-    _require_counts(**{name: settings[name] for name in names}, problems=settings["problems"] or 1)
+    _require_counts(**{name: settings[name] for name in (*names, "problems") if settings[name] is not None})
+    for name in ("kv_weight", "codi_weight", "kv_warmup", "learning_rate"):
+        if not (settings[name] or 0) >= 0:
+            raise ValueError(f"{name} is {settings[name]}, expected 0 or more.")
+    if not 0 <= settings["kv_end"] <= 1:
+        raise ValueError(f"kv_end is {settings['kv_end']}, expected a share from 0 to 1.")
     scale = Scale.current()
+    if settings["fp16"] and scale.device == "cpu":
+        raise ValueError(f"fp16 needs a GPU, but the scale {scale.name} computes on the CPU: leave --fp16 out.")
     scale = replace(scale, student=student or scale.student)
     own = SMALL_ALIGNED if scale.name == "tiny" else LARGE_ALIGNED
     settings = own | {name: value for name, value in settings.items() if value is not None}
@@ -1378,6 +1387,9 @@ def _require_maps(maps: list[str] | None, teachers: list[str], by_likeness: bool
         raise ValueError("layer_mapping_path is given without --use_cka_layer_mapping: give both, or none.")
     if maps and len(maps) != len(teachers):
         raise ValueError(f"There are {len(teachers)} teachers and {len(maps)} layer maps: give one for each teacher.")
+    for path in maps or ():
+        if not Path(path).is_file():
+            raise ValueError(f"There is no layer map {path}: make one by `kvlab layer-map --output {path}`.")
 
 
 def _learner(scale: Scale, checkpointing: bool) -> PreTrainedModel:
@@ -1395,15 +1407,23 @@ def _teachers(scale: Scale, names: Sequence[str]) -> list[Callable[[], Loaded]]:
 
 def _tasks(settings: Mapping) -> Problems:
     """Problems to learn from, which the seed chooses, and others to be asked, the same for every seed."""
-    learned, spare, data = *_solutions(settings), settings["dataset_name"]
-    if about := settings.get("eval_dataset_name"):
-        data, source, split = about, settings.get("eval_source"), settings["eval_split"]
-        spare = [] if about == "lab" else _solvable(about, source, split)[: settings["heldout"]]
+    about, source = settings.get("eval_dataset_name"), settings.get("eval_source")
+    if source is not None and about in (None, "lab"):
+        held = "the lab makes its problems up" if about else "problems to be asked are held out of the others"
+        raise ValueError(f"eval_source is {source!r}, but {held}: leave it out, or give another --eval_dataset_name.")
+    learned, spare, data = *_solutions(settings), about or settings["dataset_name"]
+    if about and about != "lab":
+        spare = _solvable(about, source, settings["eval_split"])[: settings["heldout"]]
+        if not spare:
+            raise ValueError(f"There is no problem to be asked in {source}: give another source.")
     if data == "lab":
         test = corpora.Solutions(settings["heldout"], test=True)
         to_ask = [(own[:1], (extract_answer("number", own[1]["content"]),)) for own, _ in test]
     else:
         to_ask = [(messages(record)[:1], accepted(record)) for record in spare]
+    known = {question["content"] for (question,), _ in to_ask}
+    learned = [pair for pair in learned if pair[0][0]["content"] not in known]
+    _steps(len(learned), settings)
     (own, theirs), (asked, right) = (map(list, zip(*pairs, strict=True)) for pairs in (learned, to_ask))
     return Problems(own, theirs, asked, right, "number" if data == "lab" else ANSWER_KINDS[data])
 
@@ -1416,20 +1436,30 @@ def _solutions(settings: Mapping) -> tuple[list[tuple[Conversation, Conversation
         _require_no_source(source)
         return [*corpora.Solutions(most or 600, seed=seed)], []
     records = _solvable(data, source, settings["split"])
-    if not all(record.reasoning for record in records):
-        raise ValueError(f"{data} records have no reasoning, and none can be aligned: learn from another data set.")
+    bare = sum(not record.reasoning.strip() for record in records)
+    if bare:
+        seen = f"{bare} of {len(records)} {data} records have no reasoning, so that they cannot be aligned"
+        raise ValueError(f"{seen}: leave them out, or learn from another data set.")
     held = 0 if settings.get("eval_dataset_name") else held
     if len(records) <= held:
         raise ValueError(f"There are {len(records)} problems, {held} to hold out: give more, or a smaller heldout.")
-    records = random.Random(0).sample(records, len(records))
     chosen = random.Random(seed).sample(records[held:], min(most or len(records), len(records) - held))
     return [(messages(record),) * 2 for record in chosen], records[:held]
 
 
 def _solvable(data: str, source: str | None, split: str) -> list[Record]:
+    """Records, each once, in an order that is always the same: many sources go by subject."""
     if source is None:
         raise ValueError(f"There is no source of {data} records: give a file or a name on the hub.")
-    return list(dict.fromkeys(read_records(data, source, split)))
+    records = dict.fromkeys(read_records(data, source, split))
+    return random.Random(0).sample([*records], len(records))
+
+
+def _steps(problems: int, settings: Mapping) -> int:
+    batch = settings["batch_size"] * settings["accumulate"]
+    if problems < batch:
+        raise ValueError(f"{problems} problems are less than a batch of {batch}: give more, or smaller batches.")
+    return settings["epochs"] * (problems // batch)
 
 
 def teach(
@@ -1441,6 +1471,7 @@ def teach(
     settings: Mapping,
     folder: Path,
     maps: Sequence[str] | None = None,
+    **fit_options,
 ) -> tuple[list[dict[str, float]], KVAlignmentLoss | None]:
     """Train a student by one arm; a run that was stopped goes on. Its history, and the alignment that learned along.
 
@@ -1451,22 +1482,22 @@ def teach(
     settings : kv_weight, codi_weight, kv_warmup, kv_end, start, freeze_projectors, epochs, batch_size, accumulate,
         learning_rate, fp16, seed and teacher_model, as for `train_aligned`.
     maps : of each teacher, the file of its layer map.
+    fit_options : of `kvlab.training.fit`: evaluate, every, ...
     """
-    batch = settings["batch_size"] * settings["accumulate"]
-    steps = settings["epochs"] * (len(tasks.own) // batch)
-    if not steps:
-        raise ValueError(f"{len(tasks.own)} problems are less than a batch of {batch}: give more, or smaller batches.")
+    steps = _steps(len(tasks.own), settings)
     names = ("batch_size", "accumulate", "learning_rate", "seed", "kv_weight", "codi_weight", "kv_warmup", "kv_end")
     options = {name: settings[name] for name in names}
     options |= {"steps": steps, "precision": "fp16" if settings["fp16"] else "no", "shares_every": max(1, steps // 20)}
     texts = [segment(tokenizer, conversation) for conversation in tasks.own]
     shape = [settings[name] for name in ("start", "freeze_projectors", "teacher_model")]
-    run = folder / _run_name(student, arm, options, shape, maps, tasks.own, tasks.theirs)
+    told, mapped = [list(map(Tensor.tolist, text)) for text in texts], [Path(path).read_text() for path in maps or ()]
+    run = folder / _run_name(student, arm, options, shape, mapped, told, tasks.theirs)
     if arm is None:
         lessons, alignment = [Lesson(text) for text in texts], None
     else:
         lessons, alignment = _listened(arm, student, texts, tasks.theirs, teachers, settings, run, maps)
-    return train_pupil(student, lessons, alignment, checkpoint=run / "checkpoint.safetensors", **options), alignment
+    options |= {"checkpoint": run / "checkpoint.safetensors"} | fit_options
+    return train_pupil(student, lessons, alignment, **options), alignment
 
 
 def _listened(
@@ -1480,7 +1511,9 @@ def _listened(
     maps: Sequence[str] | None,
 ) -> tuple[list[Lesson], KVAlignmentLoss]:
     """What teachers made of the problems, kept on disk, and projectors for it."""
+    run.mkdir(parents=True, exist_ok=True)
     seen, files = [], [run / f"teacher_{number}.safetensors" for number in range(len(teachers))]
+    run.mkdir(parents=True, exist_ok=True)
     for file, load, path in zip_longest(files, teachers, maps or ()):
         with PartialState().main_process_first():
             if not file.is_file():
@@ -1492,7 +1525,7 @@ def _listened(
     projectors = [Projector(part[0].keys.shape[-1], width, settings["start"]) for part in seen]
     states = [nn.Linear(len(part[0].state.T), student.config.hidden_size, bias=False) for part in seen]
     alignment = KVAlignmentLoss(projectors, states if settings["codi_weight"] else ())
-    alignment.projectors.requires_grad_(not settings["freeze_projectors"])
+    alignment.requires_grad_(not settings["freeze_projectors"])
     return [Lesson(text, parts) for text, *parts in zip(texts, *seen, strict=True)], alignment
 
 
@@ -1517,7 +1550,6 @@ def _read_by(
         matrix = _likeness(student, texts[:SAMPLES], teacher, tokenizer, theirs[:SAMPLES])
         chosen, names = layer_map(matrix, min(2, layers[1])), [m.config.name_or_path for m in (student, teacher)]
         about = dict(zip(("student", "teacher"), names, strict=True), samples=min(SAMPLES, len(texts)))
-        file.parent.mkdir(parents=True, exist_ok=True)
         save_layer_map(file.with_suffix(".layer_map.json"), chosen, **about)
     else:
         chosen = proportional(*layers)
@@ -1594,9 +1626,10 @@ class _Parser(ArgumentParser):
     def add_argument(self, *names, **options):
         if options.get("type") is bool:
             options |= {"nargs": "?", "const": True}
-        if options.get("type") in _LISTS:
+        hint = getattr(options.get("action"), "_typehint", None)  # jsonargparse leaves no other trace of it
+        if hint in _LISTS:
             told = {name: options[name] for name in ("default", "help") if name in options}
-            names, options = names[:1], told | {"type": _LISTS[options["type"]], "nargs": "+"}
+            names, options = names[:1], told | {"type": _LISTS[hint], "nargs": "+"}
         return super().add_argument(*names, **options)
 
 

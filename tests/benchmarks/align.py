@@ -1,0 +1,298 @@
+"""4D alignment: what students learn by each arm and by controls, what it costs, and what each setting does."""
+
+import json
+import resource
+import shutil
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kvlab import lab
+from kvlab.align import (
+    KVAlignmentLoss,
+    Lesson,
+    Projector,
+    Pupil,
+    collate,
+    plan_time,
+    proportional,
+    resample,
+    seen_by,
+    segment,
+    similar_layers,
+)
+from kvlab.cli import ALIGNMENTS, Problems, solved, teach
+from kvlab.evaluate import benchmark, figure
+from kvlab.lab import models
+from kvlab.lab.corpora import Solutions
+from kvlab.records import extract_answer
+from kvlab.scale import config_of
+from kvlab.similarity import layer_map, save_layer_map
+
+RUNS, SEEDS, HARD, CHECKS = Path("lab-runs/align"), 3, (1, 3), 4
+SETTINGS = {
+    "problems": 600,
+    "epochs": 56,
+    "batch_size": 32,
+    "accumulate": 1,
+    "learning_rate": 2e-3,
+    "kv_weight": 10.0,
+    "codi_weight": 0.0,
+    "kv_warmup": 0,
+    "kv_end": 0.6,
+    "start": "orthogonal",
+    "freeze_projectors": True,
+    "teacher_model": ["lab-teacher"],
+    "fp16": False,
+}
+SOURCE = {"kv_weight": 1.0, "codi_weight": 0.5, "kv_warmup": 1000, "kv_end": 0.0}
+SOURCE |= {"start": "xavier", "freeze_projectors": False}
+TRIED = {  # what changes, in the arm that this is about
+    "source": ("full", SOURCE),
+    "weight_1": ("segment", {"kv_weight": 1.0}),
+    "weight_30": ("segment", {"kv_weight": 30.0}),
+    "no_fading": ("segment", {"kv_end": 0.0}),
+    "learned_projectors": ("segment", {"start": "xavier", "freeze_projectors": False}),
+    "codi": ("segment", {"codi_weight": 1.0}),
+    "untrained_map": ("full", {"untrained_map": True}),
+    "same_text": ("segment", {"same_text": True}),
+    "two_teachers": ("segment", {"teacher_model": ["lab-teacher", "lab-target"]}),
+    "ce_slower": ("ce_only", {"learning_rate": 1e-3}),
+    "ce_faster": ("ce_only", {"learning_rate": 4e-3}),
+    "many_ce_only": ("ce_only", {"problems": 3000, "epochs": 11}),
+    "many_segment": ("segment", {"problems": 3000, "epochs": 11}),
+}
+
+
+def problems(seed: int, settings: dict, quick: bool) -> Problems:
+    """Problems to learn from, by seed, and test problems, the same for all."""
+    own, theirs = zip(*Solutions(settings["problems"], HARD, seed), strict=True)
+    theirs = own if settings.get("same_text") else theirs
+    asked = [own for own, _ in Solutions(8 if quick else 300, HARD, test=True)]
+    right = [(extract_answer("number", problem[1]["content"]),) for problem in asked]
+    return Problems([*own], [*theirs], [problem[:1] for problem in asked], right, "number")
+
+
+def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
+    """Train one student, alone in its process, and say what it solves. One that is done is read."""
+    settings = SETTINGS | changes | ({"problems": 16, "epochs": 2, "batch_size": 4} if quick else {}) | {"seed": seed}
+    name = f"{arm}-{seed}-{'-'.join(f'{k}={v}' for k, v in sorted(changes.items()) if not isinstance(v, list))}"
+    name += f"-{len(settings['teacher_model'])}"
+    done = folder / f"{name}.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    student, tokenizer = models.make("lab-draft", seed, num_hidden_layers=3), lab.load_tokenizer("lab-draft")
+    tasks = problems(seed, settings, quick)
+    teachers = [lambda n=n: (lab.load(n), lab.load_tokenizer(n)) for n in settings["teacher_model"]]
+    steps = settings["epochs"] * (settings["problems"] // settings["batch_size"])
+    right: list[np.ndarray] = []
+
+    def evaluate(pupil) -> dict[str, float]:
+        right.append(solved(pupil.student, tokenizer, tasks, 8 if quick else 64))
+        return {"accuracy": float(right[-1].mean())}
+
+    work = folder / name
+    options = {"evaluate": evaluate, "every": max(1, steps // CHECKS)}
+    started = time.perf_counter()
+    likeness = folder / f"layer-map-{seed}.json"
+    maps = [str(likeness)] if likeness.exists() and len(teachers) == 1 and not settings.get("untrained_map") else None
+    history, _ = teach(ALIGNMENTS[arm], student, tokenizer, tasks, teachers, settings, work, maps, **options)
+    if arm == "ce_only" and not changes:
+        map_of_learned(student, tokenizer, tasks, teachers[0], likeness)
+    hard = np.array([text[0]["content"].count(".") - 2 for text in tasks.asked])
+    found = {
+        "accuracy": [entry["accuracy"] for entry in history if "accuracy" in entry],
+        "by_steps": {int(k): float(right[-1][hard == k].mean()) for k in np.unique(hard)},
+        "seconds": sum(entry["seconds"] for entry in history),
+        "all_seconds": time.perf_counter() - started,
+        "processor_seconds": time.process_time(),
+        "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "shares": [[entry["step"], entry["share_kv"]] for entry in history if "share_kv" in entry],
+        "ce": history[-1]["ce"],
+    }
+    done.write_text(json.dumps(found))
+    shutil.rmtree(work)
+    return found
+
+
+def map_of_learned(student, tokenizer, tasks: Problems, load, path: Path) -> None:
+    """Which teacher layers are like those of a student that has learned: random weights are like nothing."""
+    teacher, words = load()
+    texts, others = ([segment(t, c) for c in cs[:100]] for t, cs in ((tokenizer, tasks.own), (words, tasks.theirs)))
+    chosen = layer_map(similar_layers(student, texts, teacher, others), 2)
+    save_layer_map(path, chosen, student="ce_only", teacher="lab-teacher", samples=len(texts))
+
+
+def train_all(quick: bool, seed: int, folder: Path) -> dict[tuple[str, int], dict]:
+    """Each arm with each seed, and what else was tried with one; two students at a time, each on a core."""
+    seeds = range(seed, seed + (1 if quick else SEEDS))
+    jobs = {(arm, i): (arm, i, {}) for i in seeds for arm in ALIGNMENTS}
+    jobs |= {(name, seed): (arm, seed, changes) for name, (arm, changes) in TRIED.items()}
+    first = {key: job for key, job in jobs.items() if key[0] == "ce_only"}  # layer maps are made of these
+    done = train_some(first, quick, folder)
+    return done | train_some({key: job for key, job in jobs.items() if key not in first}, quick, folder)
+
+
+def train_some(jobs: dict[tuple[str, int], tuple], quick: bool, folder: Path) -> dict[tuple[str, int], dict]:
+    if quick:
+        return {key: run(*job, quick, folder) for key, job in jobs.items()}
+    options = {"max_workers": 2, "mp_context": get_context("spawn"), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(**options) as pool:
+        waiting = {key: pool.submit(run, *job, quick, folder) for key, job in jobs.items()}
+        return {key: future.result() for key, future in tqdm(waiting.items(), desc="students")}
+
+
+def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
+    """Accuracy of each arm, on the way and in the end, its gain over no teacher, and what it costs; n is seeds."""
+    figures, told = [], "a student of 3 layers from random weights, 600 problems; test problems of 1 to 3 steps, greedy"
+    told += "; n is seeds; the interval is that of chance in training"
+    alone = np.array([r["accuracy"][-1] for (arm, _), r in runs.items() if arm == "ce_only"])
+    for arm in ALIGNMENTS:
+        rows = [r for (name, _), r in runs.items() if name == arm]
+        last = np.array([r["accuracy"][-1] for r in rows])
+        figures.append(figure(f"accuracy_{arm}", last, "fraction", told))
+        for part in range(len(rows[0]["accuracy"])):
+            on_the_way = f"after {part + 1} of {len(rows[0]['accuracy'])} parts of the training; {told}"
+            values = [r["accuracy"][part] for r in rows]
+            figures.append(figure(f"accuracy_{arm}_part_{part + 1}", values, "fraction", on_the_way))
+        for steps in rows[0]["by_steps"]:
+            values = [r["by_steps"][steps] for r in rows]
+            figures.append(
+                figure(f"accuracy_{arm}_steps_{steps}", values, "fraction", f"problems of {steps} steps; {told}")
+            )
+        if arm != "ce_only":
+            against = f"accuracy of {arm} minus that of ce_only, seed by seed; {told}"
+            figures.append(figure(f"gain_{arm}", last - alone, "difference", against))
+        cost = "two students at a time, one thread each; training steps alone; n is seeds"
+        figures.append(figure(f"seconds_{arm}", [r["seconds"] for r in rows], "seconds", cost))
+        cost = "peak resident memory of its process, teacher and evaluation included; n is seeds"
+        figures.append(figure(f"mb_{arm}", [r["MB"] for r in rows], "MB", cost))
+    return figures
+
+
+def tried_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
+    """What other settings do, with one seed."""
+    figures = []
+    for name, (arm, changes) in TRIED.items():
+        (found,) = (r for (key, _), r in runs.items() if key == name)
+        told = f"as {arm}, but {', '.join(f'{k} {v}' for k, v in changes.items())}; one seed, n is 1"
+        figures.append(figure(f"accuracy_tried_{name}", found["accuracy"][-1:], "fraction", told))
+    for name in ("segment", "source"):
+        found = next(r for (key, _), r in runs.items() if key == name)
+        for step, share in found["shares"]:
+            told = f"share of the KV loss in the norm of the gradient at step {step}, one seed"
+            figures.append(figure(f"share_{name}_{step}", [share], "fraction", told))
+    return figures
+
+
+def loop_over_tokens(x: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """What `resample` does, token by token: (B, L, T_t, D) to (B, L, T_s, D), both padded on the left."""
+    longest = int(student[:, 3].max())
+    out = x.new_zeros(*x.shape[:2], longest, x.shape[3])
+    for b, (own, theirs) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True)):
+        to, of = longest - own[3], x.shape[2] - theirs[3]
+        for part in range(3):
+            (s, e), (s_t, e_t) = own[part : part + 2], theirs[part : part + 2]
+            for i in range(e - s):
+                u = i * (e_t - s_t - 1) / (e - s - 1) if e - s > 1 else 0.0
+                low = int(u)
+                rows = x[b, :, of + s_t : of + e_t]
+                mixed = rows[:, low] + (u - low) * (rows[:, min(low + 1, e_t - s_t - 1)] - rows[:, low])
+                out[b, :, to + s + i] = mixed if e - s > 1 else rows.mean(1)
+    return out
+
+
+@torch.inference_mode()
+def resampling_figures(quick: bool) -> list[dict]:
+    """Time resampling beside a plain loop, in turn."""
+    rows, layers, width, scale = (2, 2, 8, 8) if quick else (8, 28, 512, 1)
+    rng = np.random.default_rng(0)
+    student, teacher = (
+        torch.from_numpy(np.cumsum(np.c_[np.zeros(rows), rng.integers(*span, (rows, 3)) // scale], 1)).long()
+        for span in ((80, 170), (80, 240))
+    )
+    x = torch.randn(rows, layers, int(teacher[:, 3].max()), width)
+    seconds: dict[str, list[float]] = {"loop": [], "vectorized": []}
+    for _ in range(2 if quick else 12):
+        for name, way in (
+            ("loop", lambda: loop_over_tokens(x, student, teacher)),
+            ("vectorized", lambda: resample(x, plan_time(student, teacher))),
+        ):
+            started = time.perf_counter()
+            made = way()
+            seconds[name].append(time.perf_counter() - started)
+            seconds.setdefault(f"{name}_made", []).append(made)
+    assert torch.allclose(seconds["loop_made"][0], seconds["vectorized_made"][0], atol=1e-4)
+    ratios = [a / b for a, b in zip(seconds["loop"][1:], seconds["vectorized"][1:], strict=True)]
+    told = f"{rows} texts, {layers} layers, width {width}, up to {x.shape[2]} tokens, float32, plan included; "
+    told += "over a loop that takes all layers at once; one thread, in turn"
+    return [figure("resampling_over_loop", ratios, "ratio", told)]
+
+
+def overhead_figures(quick: bool) -> list[dict]:
+    """A training step with alignment over one without, on the same batch, in turn; and what the reading takes."""
+    torch.manual_seed(0)
+    student, tokenizer = models.make("lab-draft", 0, num_hidden_layers=3), lab.load_tokenizer("lab-draft")
+    teacher, words = lab.load("lab-teacher"), lab.load_tokenizer("lab-teacher")
+    own, theirs = zip(*Solutions(8 if quick else 32, HARD), strict=True)
+    texts = [segment(tokenizer, text) for text in own]
+    started = time.perf_counter()
+    seen = seen_by(teacher, words, theirs, texts, proportional(3, 6), batch_size=32)
+    reading = time.perf_counter() - started
+    loss = KVAlignmentLoss([Projector(160, 64, "orthogonal")])
+    lessons = [Lesson(text, (part,)) for text, part in zip(texts, seen, strict=True)]
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    for _ in range(2 if quick else 12):
+        for name, pupil, batch in (
+            ("without", Pupil(student), [Lesson(text) for text in texts]),
+            ("with", Pupil(student, loss), lessons),
+        ):
+            started = time.perf_counter()
+            sum(pupil(collate(batch)).values()).backward()
+            seconds[name].append(time.perf_counter() - started)
+    told = f"a batch of {len(texts)} problems; forward and backward of a 3-layer student, batch made anew, one thread"
+    ratios = [a / b for a, b in zip(seconds["with"][1:], seconds["without"][1:], strict=True)]
+    steps = [reading / b for b in seconds["without"][1:]]
+    return [
+        figure("alignment_overhead", ratios, "ratio", f"with the KV loss over without; {told}"),
+        figure(
+            "reading_over_step", steps, "ratio", f"what the teacher takes to read it, once, over a step without; {told}"
+        ),
+    ]
+
+
+def projector_figures() -> list[dict]:
+    """Parameters of projectors for the source's models: what teachers of 7B and 1.5B need for a student of 1.5B."""
+    student, figures, total = config_of("Qwen/Qwen2-1.5B-Instruct"), [], 0
+    for name in ("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2-1.5B-Instruct"):
+        widths = [c.num_key_value_heads * c.hidden_size // c.num_attention_heads for c in (config_of(name), student)]
+        count = Projector(*widths).num_parameters()
+        total += count
+        told = f"W_K and W_V from {widths[0]} to {widths[1]}"
+        figures.append(figure(f"projector_parameters_{name.split('-')[1].lower()}", [count], "parameters", told))
+    told = "both teachers; the source says about 21 million"
+    return [*figures, figure("projector_parameters", [total], "parameters", told)]
+
+
+def measure(quick: bool, seed: int) -> list[dict]:
+    """Accuracy of students that learn by each arm and by controls, cost of each, and the parts of it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if quick else RUNS
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = train_all(quick, seed, folder)
+    torch.set_num_threads(1)
+    figures = arm_figures(runs) + tried_figures(runs)
+    return figures + resampling_figures(quick) + overhead_figures(quick) + projector_figures()
+
+
+if __name__ == "__main__":
+    benchmark(measure)
