@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -600,18 +600,54 @@ def save_seen(path: str | Path, seen: Sequence[Seen]) -> Path:
     return write_tensors(Path(path), tensors, {"kvlab": SEEN})
 
 
-def load_seen(path: str | Path) -> list[Seen]:
-    """Read what `save_seen` wrote. ValueError if the file is not that."""
+def load_seen(path: str | Path) -> "Kept":
+    """Open what `save_seen` wrote. ValueError if the file is not that."""
     path = Path(path)
     require(path.is_file(), f"There is no file {path}: have a teacher read the problems first.")
     try:
-        with safe_open(path, "pt") as file:
-            require((file.metadata() or {}).get("kvlab") == SEEN, "it has another kind of content")
-            keys, values, states, sizes = (file.get_tensor(x) for x in ("keys", "values", "states", "sizes"))
+        return Kept(path)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} does not hold what a teacher made of problems ({error}): make it again.") from error
-    parts = (x.split(sizes.tolist(), 1) for x in (keys, values))
-    return [Seen(*each) for each in zip(*parts, states, strict=True)]
+
+
+class Kept(Dataset):
+    """What a teacher made of problems, read from its file problem by problem: it may be larger than memory."""
+
+    def __init__(self, path: Path):
+        self.file = safe_open(path, "pt")
+        require((self.file.metadata() or {}).get("kvlab") == SEEN, "it has another kind of content")
+        sizes, self.states = (self.file.get_tensor(name) for name in ("sizes", "states"))
+        self.ends = sizes.cumsum(0).tolist()
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Seen:
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no problem {index} among {len(self)}.")
+        start = self.ends[index - 1] if index else 0
+        keys, values = (self.file.get_slice(name)[:, start : self.ends[index]] for name in ("keys", "values"))
+        return Seen(keys, values, self.states[index])
+
+
+class Lessons(Dataset):
+    """Problems as the student reads them, with what each teacher made of them.
+
+    Parameters
+    ----------
+    texts : as `segment` makes them. seen : for each teacher a list or data set of as many `Seen`.
+    """
+
+    def __init__(self, texts: Sequence[Segmented], *seen: Sequence[Seen] | Dataset):
+        counts = [len(texts), *map(len, seen)]
+        require(len(set(counts)) == 1, f"There are {counts} texts and readings of teachers, expected as many of each.")
+        self.texts, self.seen = texts, seen
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> Lesson:
+        return Lesson(self.texts[index], tuple(part[index] for part in self.seen))
 
 
 # -- losses
@@ -761,7 +797,7 @@ def collate(lessons: Sequence[Lesson]) -> dict[str, Tensor]:
 
 def train(
     student: PreTrainedModel,
-    lessons: Sequence[Lesson],
+    lessons: Sequence[Lesson] | Lessons,
     alignment: KVAlignmentLoss | None = None,
     *,
     steps: int,

@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 from jsonargparse import ArgumentParser, auto_cli
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,8 +30,8 @@ from kvlab.align import (
     STARTS,
     KVAlignmentLoss,
     Lesson,
+    Lessons,
     Projector,
-    Seen,
     Segmented,
     by_index,
     load_seen,
@@ -1101,6 +1102,7 @@ ALIGNMENTS = {  # whether layers go by likeness, time by segments, and what is w
     "random_teacher": (True, True, "nothing learned"),
 }
 SAMPLES = 100  # problems by which layers are compared
+TOGETHER = 256  # problems in a file of what a teacher made of them
 SMALL_ALIGNED = {"kv_warmup": 50, "learning_rate": 1e-3}
 LARGE_ALIGNED = {"kv_warmup": 1000, "learning_rate": 2e-5}
 Conversation = list[dict[str, str]]
@@ -1509,24 +1511,24 @@ def _listened(
     settings: Mapping,
     run: Path,
     maps: Sequence[str] | None,
-) -> tuple[list[Lesson], KVAlignmentLoss]:
+) -> tuple[Lessons, KVAlignmentLoss]:
     """What teachers made of the problems, kept on disk, and projectors for it."""
-    run.mkdir(parents=True, exist_ok=True)
-    seen, files = [], [run / f"teacher_{number}.safetensors" for number in range(len(teachers))]
-    run.mkdir(parents=True, exist_ok=True)
-    for file, load, path in zip_longest(files, teachers, maps or ()):
+    seen = []
+    for number, (load, path) in enumerate(zip_longest(teachers, maps or ())):
+        home = run / f"teacher_{number}"
         with PartialState().main_process_first():
-            if not file.is_file():
+            files = [home / f"{start:06}.safetensors" for start in range(0, len(texts), TOGETHER)]
+            if not all(file.is_file() for file in files):
                 torch.manual_seed(settings["seed"])
-                save_seen(file, _read_by(arm, student, texts, theirs, *load(), path and Path(path), file))
-        seen.append(load_seen(file))
+                _read_by(arm, student, texts, theirs, *load(), path and Path(path), files)
+        seen.append(ConcatDataset([load_seen(file) for file in files]))
     width = student.base_model.layers[0].self_attn.k_proj.out_features
     torch.manual_seed(settings["seed"])
     projectors = [Projector(part[0].keys.shape[-1], width, settings["start"]) for part in seen]
     states = [nn.Linear(len(part[0].state.T), student.config.hidden_size, bias=False) for part in seen]
     alignment = KVAlignmentLoss(projectors, states if settings["codi_weight"] else ())
     alignment.requires_grad_(not settings["freeze_projectors"])
-    return [Lesson(text, parts) for text, *parts in zip(texts, *seen, strict=True)], alignment
+    return Lessons(texts, *seen), alignment
 
 
 def _read_by(
@@ -1537,25 +1539,31 @@ def _read_by(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: Path | None,
-    file: Path,
-) -> list[Seen]:
-    """What a teacher makes of problems, for a student; a layer map that is made on the way stays beside the file."""
+    files: Sequence[Path],
+) -> None:
+    """Keep what a teacher makes of problems for a student, some in each file, and the layer map if it had to be made."""
     by_likeness, by_segments, wrong = arm
     if wrong == "nothing learned":
         teacher = type(teacher)(teacher.config).to(teacher.device, teacher.dtype).eval()
     layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    if path:
+    path = path or files[0].with_name("layer_map.json")
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    if by_likeness and path.is_file():
         chosen = load_layer_map(path, *layers).layer_map
     elif by_likeness:
         matrix = _likeness(student, texts[:SAMPLES], teacher, tokenizer, theirs[:SAMPLES])
         chosen, names = layer_map(matrix, min(2, layers[1])), [m.config.name_or_path for m in (student, teacher)]
         about = dict(zip(("student", "teacher"), names, strict=True), samples=min(SAMPLES, len(texts)))
-        save_layer_map(file.with_suffix(".layer_map.json"), chosen, **about)
+        save_layer_map(path, chosen, **about)
     else:
         chosen = proportional(*layers)
     if wrong == "another problem":
         theirs = [*theirs[len(theirs) // 2 :], *theirs[: len(theirs) // 2]]
-    return seen_by(teacher, tokenizer, theirs, texts, chosen, plan_time if by_segments else by_index)
+    plan = plan_time if by_segments else by_index
+    for number, file in enumerate(files):
+        part = slice(number * TOGETHER, (number + 1) * TOGETHER)
+        if not file.is_file():
+            save_seen(file, seen_by(teacher, tokenizer, theirs[part], texts[part], chosen, plan))
 
 
 def solved(

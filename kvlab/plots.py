@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -76,14 +77,14 @@ def cache_picture(matrices: Mapping[str, Tensor], tokens: Sequence[str]) -> np.n
 
 
 def key_differences(keys: Mapping[str, Tensor], tokens: Sequence[str]) -> np.ndarray:
-    """Keys of one head, (T, D) each, on one scale of colors, with the tokens beside their rows."""
+    """Keys or values, (T, D) each, on one scale of colors, with the tokens beside their rows."""
     places = axes(len(keys), width=8.2, height=0.7 + 0.17 * len(tokens), sharey=True)
     limit = max(matrix.abs().max().item() for matrix in keys.values())
     for ax, (name, matrix) in zip(places, keys.items(), strict=True):
         image = _heat(ax, name, matrix, limit)
         ax.title.set_fontsize(9)
     places[0].set_yticks(range(len(tokens)), tokens, fontsize=7)
-    places[0].figure.supxlabel("dimension of the head", fontsize=10)
+    places[0].figure.supxlabel("dimension", fontsize=10)
     places[0].figure.colorbar(image, ax=places, shrink=0.8, pad=0.02)
     return places
 
@@ -430,6 +431,91 @@ def with_and_without(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]
         ax.set(xlabel=ways[0], xlim=(0, 1), ylim=(0, 1), aspect="equal")
     panels[0].set_ylabel(ways[1])
     return panels
+
+
+SEGMENT_COLORS = (SKY, ORANGE, GREEN)  # prompt, reasoning, answer
+
+
+def cache_shapes(caches: Mapping[str, tuple[int, Sequence[int], str]]) -> np.ndarray:
+    """Two caches of one problem, (layers, borders, told): a column a token, a row a layer, colors by segment."""
+    width = max(borders[-1] for _, borders, _ in caches.values())
+    places = axes(len(caches), width=7.6, height=2.6, sharex=True, sharey=True)
+    deepest = max(layers for layers, *_ in caches.values())
+    for ax, (name, (layers, borders, told)) in zip(places, caches.items(), strict=True):
+        for part, (start, end) in enumerate(pairwise(borders)):
+            for layer in range(layers):
+                for token in range(start, end):
+                    box = plt.Rectangle((token, layer), 0.85, 0.85, color=SEGMENT_COLORS[part], lw=0)
+                    ax.add_patch(box)
+            label = ("prompt", "reasoning", "answer")[part]
+            ax.text(start, layers + 0.1 + 0.5 * (part == 2), label, va="bottom", fontsize=8)
+        ax.set_title(f"{name}: {told}", fontsize=9, loc="left")
+        ax.set(xlim=(-1, width + 3), ylim=(-0.3, deepest + 1.3), xlabel="token", yticks=np.arange(deepest) + 0.4)
+        ax.set_yticklabels(range(deepest))
+    places[0].set_ylabel("layer")
+    return places
+
+
+def token_links(
+    teacher: Sequence[str], student: Sequence[str], borders: Sequence[int], ways: Mapping[str, Iterable[tuple]]
+) -> np.ndarray:
+    """Which teacher tokens (top) each student token (bottom) is made of, one panel a way.
+
+    Parameters
+    ----------
+    borders : of the student's prompt, reasoning and answer, which give the colors.
+    ways : names with entries (student token, teacher token, share).
+    """
+    plt.draw_if_interactive()  # as in `axes`
+    with plt.rc_context(STYLE):
+        places = plt.subplots(len(ways), 1, figsize=(8.2, 2.5 * len(ways)), sharex=True, squeeze=False)[1]
+    across = np.linspace(0, 1, len(teacher)), np.linspace(0, 1, len(student))
+    for ax, (name, entries) in zip(places[:, 0], ways.items(), strict=True):
+        for own, their, share in entries:
+            color = SEGMENT_COLORS[np.searchsorted(borders[1:], own, side="right")]
+            ax.plot([across[1][own], across[0][their]], [0, 1], color=color, lw=1.6, alpha=max(0.15, share))
+        for y, texts, spots in ((1.04, teacher, across[0]), (-0.04, student, across[1])):
+            for text, x in zip(texts, spots, strict=True):
+                options = {"rotation": 90, "fontsize": 5.5, "ha": "center", "va": "bottom" if y > 1 else "top"}
+                ax.text(x, y, text, **options)
+        ax.set(ylim=(-0.5, 1.5), xlim=(-0.01, 1.01), xticks=[], yticks=[0, 1])
+        ax.set_yticklabels(["student", "teacher"])
+        ax.set_title(name, fontsize=9, loc="left")
+        ax.spines[:].set_visible(False)
+        ax.tick_params(left=False)
+    return places[:, 0]
+
+
+def similarity_maps(maps: Mapping[str, Tensor], ylabel: str, xlabel: str) -> np.ndarray:
+    """CKA of each pair of layers, (K, L) each, side by side on one scale."""
+    places = axes(len(maps), width=7.8, height=0.9 + 0.24 * max(len(m) for m in maps.values()))
+    for ax, (name, matrix) in zip(places, maps.items(), strict=True):
+        ax.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
+        for (y, x), value in np.ndenumerate(matrix.numpy()):
+            ax.text(x, y, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7)
+        ax.set_xticks(range(matrix.shape[1]))
+        ax.set_yticks(range(matrix.shape[0]))
+        ax.set_title(name, fontsize=9, loc="left")
+        ax.set_xlabel(xlabel)
+    places[0].set_ylabel(ylabel)
+    return places
+
+
+def lines(
+    x: Sequence[float], curves: Mapping[str, Sequence], xlabel: str, ylabel: str, bands: bool = False, height: float = 3
+) -> Axes:
+    """Labeled lines over one x; with bands, each point is (value, low, high)."""
+    ax, ends = axes(width=7.0, height=height)[0], []
+    styles = [(BLUE, "o"), (GRAY, "x"), (GREEN, "D"), (ORANGE, "v"), (SKY, "P"), (RED, "s"), (PURPLE, "^")]
+    for (name, points), (color, marker) in zip(curves.items(), styles, strict=False):
+        value, *band = np.array(points).T if bands else (np.asarray(points),)
+        ax.plot(x, value, "-", color=color, marker=marker, ms=4)
+        if bands:
+            ax.fill_between(x, *band, color=color, alpha=0.15, lw=0)
+        ends.append((name, x[-1], value[-1], color))
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    _label_ends(ax, ends)
+    return ax
 
 
 TOKEN_STYLE = """<style>

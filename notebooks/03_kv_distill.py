@@ -743,4 +743,4 @@ made = speculate.generate(target, [question], prefix=kept.prefix, max_new_tokens
 print(tokenizer.decode(made.tokens[0], skip_special_tokens=True))
 
 # %% [markdown]
-# **Further reading**: the paper {cite}`chari2025kvdistill`; scores and a library of them {cite}`li2024snapkv,zhang2023h2o,xiao2023streamingllm,devoto2024l2`; learned tokens that stand for a context {cite}`ge2024icae`. Next (coming): models that learn from caches of other shapes.
+# **Further reading**: the paper {cite}`chari2025kvdistill`; scores and a library of them {cite}`li2024snapkv,zhang2023h2o,xiao2023streamingllm,devoto2024l2`; learned tokens that stand for a context {cite}`ge2024icae`. Next: models that learn from caches of other shapes.

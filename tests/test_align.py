@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import GPT2TokenizerFast, Qwen2TokenizerFast
 
 from kvlab import align as module
@@ -24,6 +24,7 @@ from kvlab.align import (
     MARKER,
     KVAlignmentLoss,
     Lesson,
+    Lessons,
     Projector,
     Pupil,
     Ridge,
@@ -1044,6 +1045,23 @@ def test_what_was_seen_is_kept_on_disk(tmp_path):
     again = load_seen(save_seen(tmp_path / "seen.safetensors", seen))
     assert len(again) == len(seen)
     assert all(a.equal(b) for one, two in zip(again, seen, strict=True) for a, b in zip(one, two, strict=True))
+
+
+def test_lessons_are_read_one_by_one_from_files_of_any_number(tmp_path):
+    texts = own_texts()
+    seen = seen_by(model_like(), tokenizer_of("lab-draft"), problems(len(texts)), texts, map_to_itself())
+    files = [save_seen(tmp_path / name, part) for name, part in (("a", seen[:2]), ("b", seen[2:]))]
+    lessons = Lessons(texts, ConcatDataset([load_seen(file) for file in files]), seen)
+    assert len(lessons) == len(texts)
+    for number in (2, 0, len(texts) - 1):
+        text, (kept, held) = lessons[number]
+        assert text is texts[number]
+        assert all(a.equal(b) for a, b in zip(kept, held, strict=True))
+    assert collate([lessons[i] for i in range(3)])["keys_0"].equal(collate([lessons[i] for i in range(3)])["keys_1"])
+    with pytest.raises(IndexError):
+        load_seen(files[0])[2]
+    with pytest.raises(ValueError, match="as many of each"):
+        Lessons(texts, seen[:1])
 
 
 def test_another_file_is_refused(tmp_path):

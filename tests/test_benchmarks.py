@@ -103,6 +103,36 @@ PROMISED = {
         *(f"ablation_layer_{layer}_{percent}" for layer in (1, 6, 12) for percent in (25, 10)),
         *(f"{what}_{p}" for what in ("decode_ms", "decode_speedup", "cache_mb") for p in (100, 50, 25, 10, 5, 2)),
     },
+    "align": {
+        *(
+            f"{what}_{arm}"
+            for arm in ("ce_only", "baseline", "cka", "segment", "full", "shuffled", "random_teacher")
+            for what in ("accuracy", "seconds", "mb")
+        ),
+        *(f"gain_{arm}" for arm in ("baseline", "cka", "segment", "full", "shuffled", "random_teacher")),
+        *(f"accuracy_{arm}_{at}" for arm in ("ce_only", "full") for at in ("part_1", "part_4", "steps_1", "steps_3")),
+        *(
+            f"accuracy_tried_{name}"
+            for name in (
+                "source",
+                "no_fading",
+                "weight_1",
+                "learned_projectors",
+                "same_text",
+                "ce_slower",
+                "ce_faster",
+                "codi",
+                "many_ce_only",
+                "many_segment",
+            )
+        ),
+        "resampling_over_loop",
+        "alignment_overhead",
+        "reading_over_step",
+        "projector_parameters",
+        "projector_parameters_7b",
+        "projector_parameters_1.5b",
+    },
     "speculate": {
         *(
             name + suffix

@@ -313,6 +313,38 @@ def test_a_reading_that_is_not_there_is_refused(index):
         corpora.Readings(5)[index]
 
 
+def test_a_solution_depends_on_its_seed_and_index_alone():
+    one, two, other = (corpora.Solutions(40, seed=seed) for seed in (3, 3, 4))
+    forward = [one[i] for i in range(40)]
+    random.seed(0)
+    for i in random.sample(range(40), 40):
+        assert two[i] == forward[i] != other[i]
+    assert list(one) == forward  # a loop ends by the IndexError
+    assert len({short[0]["content"] for short, _ in forward}) > 30
+    assert corpora.Solutions(3, seed=3)[2] == forward[2]  # whatever their number
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_a_problem_is_solved_in_both_styles_and_held_out_or_not(test):
+    sizes = set()
+    for short, long in corpora.Solutions(60, steps=(2, 4), seed=1, test=test):
+        *story, wanted, chain = solve(short[0]["content"])
+        *again, other, same = solve(long[0]["content"])
+        assert (story, chain) == (again, same)
+        assert (wanted, other) == (worlds.STYLES["short"], worlds.STYLES["long"])
+        assert report.result(short[1]["content"]) == report.result(long[1]["content"]) == str(values_of(chain)[-1])
+        assert len(short[1]["content"]) < len(long[1]["content"])
+        assert worlds.is_held_out(chain[0][1], *chain[1:]) is test
+        sizes.add(len(chain) - 1)
+    assert sizes == {2, 3, 4}
+
+
+@pytest.mark.parametrize("index", [-1, 5, 6])
+def test_a_solution_that_is_not_there_is_refused(index):
+    with pytest.raises(IndexError, match=f"There is no problem {index} among 5"):
+        corpora.Solutions(5)[index]
+
+
 # the FAQ
 
 

@@ -424,3 +424,45 @@ def test_score_view_underlines_what_is_kept_and_shades_by_rank():
     assert "one</b> (1 of 3 kept)" in page
     assert "3 tokens" in page
     assert "<script" not in page
+
+
+# 4D alignment
+
+
+def test_cache_shapes_draw_a_cell_for_each_token_and_layer_in_its_segments_color():
+    one, two = plots.cache_shapes({"teacher": (3, [0, 2, 3, 5], "wide"), "student": (2, [0, 1, 2, 3], "narrow")})
+    assert [len(ax.patches) for ax in (one, two)] == [15, 6]
+    colors = [to_rgb(box.get_facecolor()[:3]) for box in two.patches]
+    assert colors == [to_rgb(color) for color in plots.SEGMENT_COLORS for _ in range(2)]
+    assert [ax.get_title(loc="left") for ax in (one, two)] == ["teacher: wide", "student: narrow"]
+    assert texts(one) == ["prompt", "reasoning", "answer"]
+
+
+def test_token_links_join_a_student_token_to_what_it_is_made_of():
+    ways = {"by index": [(0, 0, 1.0), (1, 1, 1.0)], "mixed": [(1, 0, 0.25), (1, 2, 0.75)]}
+    one, two = plots.token_links(["a", "b", "c"], ["x", "y"], [0, 1, 2, 3], ways)
+    assert [list(line.get_xdata()) for line in one.lines] == [[0.0, 0.0], [1.0, 0.5]]
+    assert [list(line.get_xdata()) for line in two.lines] == [[1.0, 0.0], [1.0, 1.0]]
+    assert [line.get_alpha() for line in two.lines] == [0.25, 0.75]
+    assert [line.get_color() for line in one.lines] == [*plots.SEGMENT_COLORS[:2]]
+    assert texts(one) == ["a", "b", "c", "x", "y"]
+
+
+def test_similarity_maps_write_each_number_and_share_their_colors():
+    one, two = plots.similarity_maps(
+        {"keys": torch.tensor([[1.0, 0.25]]), "values": torch.tensor([[0.5, -0.1]])}, "student", "teacher"
+    )
+    assert texts(one) == ["1.00", ".25"]
+    assert texts(two) == [".50", "-.10"]
+    assert one.images[0].get_clim() == two.images[0].get_clim()
+    assert (one.get_ylabel(), two.get_xlabel()) == ("student", "teacher")
+
+
+def test_lines_have_labels_and_bands_that_hold_their_values():
+    ax = plots.lines([1, 2], {"one": [(0.2, 0.1, 0.3), (0.5, 0.4, 0.6)], "two": [(0.1, 0, 0.2)] * 2}, "x", "y", True)
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0.2, 0.5], [0.1, 0.1]]
+    assert texts(ax) == ["two", "one"]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in band} >= {(1, 0.1), (1, 0.3), (2, 0.4), (2, 0.6)}
+    assert list(plots.lines([1, 2], {"one": [3, 4]}, "x", "y").lines[0].get_ydata()) == [3, 4]
+    assert on_card(ax)

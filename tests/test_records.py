@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlab import records
-from kvlab.records import ANSWER_KINDS, RECORDS, Record, extract_answer, faq, read_prompts, read_records, same_answer
+from kvlab.records import (
+    ANSWER_KINDS,
+    RECORDS,
+    Record,
+    accepted,
+    extract_answer,
+    faq,
+    messages,
+    read_prompts,
+    read_records,
+    same_answer,
+)
 
 DATA = Path(__file__).parent / "data"
 PUBLISHED = Path(__file__).parents[2] / "shared/data"
@@ -900,3 +911,40 @@ def test_what_is_the_same_answer(kind, one, two, same):
 def test_an_unknown_kind_of_answer_is_named(function):
     with pytest.raises(ValueError, match="kind 'letter': expected one of number, math, choice, yes_no, text"):
         function("letter", "A")
+
+
+# -- problems as conversations
+
+
+@pytest.mark.parametrize("kind", records.PROBLEMS)
+def test_a_solution_ends_with_an_accepted_answer(kind):
+    record, answers = READ[kind], ANSWER_KINDS[kind]
+    asked, solved = messages(record)
+    assert (asked["role"], solved["role"]) == ("user", "assistant")
+    assert all(part in asked["content"] for part in (record.context, record.question, *record.choices))
+    assert solved["content"].startswith(record.reasoning)
+    assert not solved["content"].startswith(" ")
+    found = extract_answer(answers, solved["content"])
+    assert any(same_answer(answers, found, one) for one in accepted(record))
+
+
+def test_every_right_choice_is_told_by_its_letter():
+    for number, letter in enumerate("ABCDEFGH"):
+        record = Record("A text.", "Which?", (f"option {number}",), tuple(f"option {n}" for n in range(8)))
+        asked, solved = messages(record)
+        assert asked["content"].startswith("A text.\n\nWhich?\nA) option 0\nB) option 1\n")
+        assert f"\n{letter}) option {number}" in asked["content"]
+        assert extract_answer("choice", solved["content"]) == letter
+        assert accepted(record) == (letter,)
+
+
+def test_all_answers_to_a_question_are_accepted_and_the_first_is_told():
+    record = Record("", "Where?", ("in Rome", "Rome"), reasoning="She lives there.")
+    assert accepted(record) == ("in Rome", "Rome")
+    assert messages(record)[1]["content"] == "She lives there. The answer is in Rome."
+
+
+@pytest.mark.parametrize("path", sorted((PUBLISHED / "gsm8k").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_solutions_of_published_problems_are_right(path):
+    for record in read_records("gsm8k", path):
+        assert extract_answer("number", messages(record)[1]["content"]) == record.answer
