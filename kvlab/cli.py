@@ -1099,6 +1099,7 @@ ALIGNMENTS = {  # whether layers go by likeness, time by segments, and what is w
     "segment": (False, True, ""),
     "full": (True, True, ""),
     "shuffled": (True, True, "another problem"),
+    "shuffled_segment": (False, True, "another problem"),
     "random_teacher": (True, True, "nothing learned"),
 }
 SAMPLES = 100  # problems by which layers are compared
@@ -1308,8 +1309,9 @@ def compare_alignments(
     """Train one student after another, by each arm of 4D alignment and by controls, and compare what they solve.
 
     Arms are ce_only (no teacher), baseline (by index, proportional layers), cka (layers by likeness), segment (time by
-    segments), full (both), and two that should be no better than ce_only: shuffled (full, but the teacher read another
-    problem) and random_teacher (full, but the teacher has random weights). All have the same problems, order and steps.
+    segments), full (both), and controls that should be no better than ce_only: shuffled and shuffled_segment (as full
+    and segment, but the teacher read another problem), and random_teacher (as full, with random weights). All have the
+    same problems, order and steps.
     OUTPUT_DIR holds what was found (comparison.json), and what a run that was stopped needs to go on.
 
     Args:
@@ -1541,7 +1543,7 @@ def _read_by(
     path: Path | None,
     files: Sequence[Path],
 ) -> None:
-    """Keep what a teacher makes of problems for a student, some in each file, and the layer map if it had to be made."""
+    """Keep what a teacher makes of problems for a student, some in each file, and a layer map that had to be made."""
     by_likeness, by_segments, wrong = arm
     if wrong == "nothing learned":
         teacher = type(teacher)(teacher.config).to(teacher.device, teacher.dtype).eval()

@@ -327,7 +327,7 @@ def splice_strips(lengths: Sequence[int], question: int, share: float = 0.15) ->
 def splice_panels(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> np.ndarray:
     """One panel a quantity and one row an arm, each (value, low, high)."""
     rows = max(map(len, panels.values()))
-    places = axes(len(panels), width=2.4 * len(panels), height=max(2.6, 0.34 * rows), sharey=True)
+    places = axes(len(panels), width=max(6.4, 2.4 * len(panels)), height=max(2.6, 0.34 * rows), sharey=True)
     for ax, (name, arms) in zip(places, panels.items(), strict=True):
         top = max(high for _, _, high in arms.values())
         for y, (value, low, high) in enumerate(arms.values()):
@@ -506,7 +506,7 @@ def lines(
 ) -> Axes:
     """Labeled lines over one x; with bands, each point is (value, low, high)."""
     ax, ends = axes(width=7.0, height=height)[0], []
-    styles = [(BLUE, "o"), (GRAY, "x"), (GREEN, "D"), (ORANGE, "v"), (SKY, "P"), (RED, "s"), (PURPLE, "^")]
+    styles = [(BLUE, "o"), (GRAY, "x"), (GREEN, "D"), (ORANGE, "v"), (SKY, "P"), (RED, "s"), (PURPLE, "^"), (INK, "*")]
     for (name, points), (color, marker) in zip(curves.items(), styles, strict=False):
         value, *band = np.array(points).T if bands else (np.asarray(points),)
         ax.plot(x, value, "-", color=color, marker=marker, ms=4)

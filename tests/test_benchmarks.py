@@ -106,7 +106,16 @@ PROMISED = {
     "align": {
         *(
             f"{what}_{arm}"
-            for arm in ("ce_only", "baseline", "cka", "segment", "full", "shuffled", "random_teacher")
+            for arm in (
+                "ce_only",
+                "baseline",
+                "cka",
+                "segment",
+                "full",
+                "shuffled",
+                "shuffled_segment",
+                "random_teacher",
+            )
             for what in ("accuracy", "seconds", "mb")
         ),
         *(f"gain_{arm}" for arm in ("baseline", "cka", "segment", "full", "shuffled", "random_teacher")),
@@ -115,20 +124,16 @@ PROMISED = {
             f"accuracy_tried_{name}"
             for name in (
                 "source",
-                "no_fading",
                 "weight_1",
                 "learned_projectors",
-                "same_text",
-                "ce_slower",
-                "ce_faster",
-                "codi",
-                "many_ce_only",
-                "many_segment",
             )
         ),
         "resampling_over_loop",
+        "resampling_over_loop_all_layers",
         "alignment_overhead",
         "reading_over_step",
+        "segment_over_shuffled",
+        *(f"cka_layer_{layer}" for layer in range(3)),
         "projector_parameters",
         "projector_parameters_7b",
         "projector_parameters_1.5b",

@@ -36,7 +36,8 @@ from kvlab.records import extract_answer
 from kvlab.scale import config_of
 from kvlab.similarity import layer_map, save_layer_map
 
-RUNS, SEEDS, HARD, CHECKS = Path("lab-runs/align"), 3, (1, 3), 4
+RUNS, HARD, CHECKS = Path("lab-runs/align"), (1, 3), 4
+SEEDS = dict.fromkeys(ALIGNMENTS, 3) | {"segment": 5, "shuffled_segment": 4}
 SETTINGS = {
     "problems": 600,
     "epochs": 56,
@@ -56,22 +57,14 @@ SOURCE = {"kv_weight": 1.0, "codi_weight": 0.5, "kv_warmup": 1000, "kv_end": 0.0
 SOURCE |= {"start": "xavier", "freeze_projectors": False}
 TRIED = {  # what changes, in the arm that this is about
     "source": ("full", SOURCE),
-    "no_fading": ("segment", {"kv_end": 0.0}),
     "weight_1": ("segment", {"kv_weight": 1.0}),
     "learned_projectors": ("segment", {"start": "xavier", "freeze_projectors": False}),
-    "same_text": ("segment", {"same_text": True}),
-    "ce_slower": ("ce_only", {"learning_rate": 1e-3}),
-    "ce_faster": ("ce_only", {"learning_rate": 4e-3}),
-    "codi": ("segment", {"codi_weight": 1.0}),
-    "many_ce_only": ("ce_only", {"problems": 3000, "epochs": 11}),
-    "many_segment": ("segment", {"problems": 3000, "epochs": 11}),
 }
 
 
 def problems(seed: int, settings: dict, quick: bool) -> Problems:
     """Problems to learn from, by seed, and test problems, the same for all."""
     own, theirs = zip(*Solutions(settings["problems"], HARD, seed), strict=True)
-    theirs = own if settings.get("same_text") else theirs
     asked = [own for own, _ in Solutions(8 if quick else 300, HARD, test=True)]
     right = [(extract_answer("number", problem[1]["content"]),) for problem in asked]
     return Problems([*own], [*theirs], [problem[:1] for problem in asked], right, "number")
@@ -131,8 +124,7 @@ def map_of_learned(student, tokenizer, tasks: Problems, load, path: Path) -> Non
 
 def train_all(quick: bool, seed: int, folder: Path) -> dict[tuple[str, int], dict]:
     """Each arm with each seed, and what else was tried with one; two students at a time, each on a core."""
-    seeds = range(seed, seed + (1 if quick else SEEDS))
-    jobs = {(arm, i): (arm, i, {}) for i in seeds for arm in ALIGNMENTS}
+    jobs = {(arm, i): (arm, i, {}) for arm, n in SEEDS.items() for i in range(seed, seed + (1 if quick else n))}
     jobs |= {(name, seed): (arm, seed, changes) for name, (arm, changes) in TRIED.items()}
     first = {key: job for key, job in jobs.items() if key[0] == "ce_only"}  # layer maps are made of these
     done = train_some(first, quick, folder)
@@ -152,11 +144,12 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
     """Accuracy of each arm, on the way and in the end, its gain over no teacher, and what it costs; n is seeds."""
     figures, told = [], "a student of 3 layers from random weights, 600 problems; test problems of 1 to 3 steps, greedy"
     told += "; n is seeds; the interval is that of chance in training"
-    alone = np.array([r["accuracy"][-1] for (arm, _), r in runs.items() if arm == "ce_only"])
+    final = {arm: {i: r["accuracy"][-1] for (name, i), r in runs.items() if name == arm} for arm in ALIGNMENTS}
     for arm in ALIGNMENTS:
         rows = [r for (name, _), r in runs.items() if name == arm]
-        last = np.array([r["accuracy"][-1] for r in rows])
-        figures.append(figure(f"accuracy_{arm}", last, "fraction", told))
+        figures.append(figure(f"accuracy_{arm}", [*final[arm].values()], "fraction", told))
+        for i, value in final[arm].items():
+            figures.append(figure(f"accuracy_{arm}_seed_{i}", [value], "fraction", f"seed {i} alone; {told}"))
         for part in range(len(rows[0]["accuracy"])):
             on_the_way = f"after {part + 1} of {len(rows[0]['accuracy'])} parts of the training; {told}"
             values = [r["accuracy"][part] for r in rows]
@@ -167,13 +160,28 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
                 figure(f"accuracy_{arm}_steps_{steps}", values, "fraction", f"problems of {steps} steps; {told}")
             )
         if arm != "ce_only":
-            against = f"accuracy of {arm} minus that of ce_only, seed by seed; {told}"
-            figures.append(figure(f"gain_{arm}", last - alone, "difference", against))
+            figures.append(_minus(final, arm, "ce_only", f"gain_{arm}", told))
         cost = "two students at a time, one thread each; training steps alone; n is seeds"
         figures.append(figure(f"seconds_{arm}", [r["seconds"] for r in rows], "seconds", cost))
         cost = "peak resident memory of its process, teacher and evaluation included; n is seeds"
         figures.append(figure(f"mb_{arm}", [r["MB"] for r in rows], "MB", cost))
-    return figures
+    return [*figures, _minus(final, "segment", "shuffled_segment", "segment_over_shuffled", told)]
+
+
+def _minus(final: dict[str, dict[int, float]], one: str, other: str, name: str, told: str) -> dict:
+    """How much more of the problems one arm solves than another, on the seeds that both have."""
+    gains = [value - final[other][i] for i, value in final[one].items() if i in final[other]]
+    return figure(name, gains, "difference", f"accuracy of {one} minus that of {other}, seed by seed; {told}")
+
+
+def map_figures(folder: Path, seeds: range) -> list[dict]:
+    """Where in the teacher the map by CKA sends each student layer."""
+    maps = [json.loads((folder / f"layer-map-{seed}.json").read_text()) for seed in seeds]
+    told = "weighted mean of the teacher layers (0 to 5) that are most like it; n is seeds"
+    return [
+        figure(f"cka_layer_{layer}", [np.dot(m["indices"][layer], m["weights"][layer]) for m in maps], "layer", told)
+        for layer in range(maps[0]["student_layers"])
+    ]
 
 
 def tried_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
@@ -218,21 +226,26 @@ def resampling_figures(quick: bool) -> list[dict]:
         for span in ((80, 170), (80, 240))
     )
     x = torch.randn(rows, layers, int(teacher[:, 3].max()), width)
-    seconds: dict[str, list[float]] = {"loop": [], "vectorized": []}
-    for _ in range(2 if quick else 12):
-        for name, way in (
-            ("loop", lambda: loop_over_tokens(x, student, teacher)),
-            ("vectorized", lambda: resample(x, plan_time(student, teacher))),
-        ):
+    ways = {
+        "vectorized": lambda: resample(x, plan_time(student, teacher)),
+        "loop": lambda: torch.cat([loop_over_tokens(part, student, teacher) for part in x.split(1, 1)], 1),
+        "loop_all_layers": lambda: loop_over_tokens(x, student, teacher),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(2 if quick else 7):
+        made = {}
+        for name, way in ways.items():
             started = time.perf_counter()
-            made = way()
+            made[name] = way()
             seconds[name].append(time.perf_counter() - started)
-            seconds.setdefault(f"{name}_made", []).append(made)
-    assert torch.allclose(seconds["loop_made"][0], seconds["vectorized_made"][0], atol=1e-4)
-    ratios = [a / b for a, b in zip(seconds["loop"][1:], seconds["vectorized"][1:], strict=True)]
+        assert all(torch.allclose(each, made["loop"], atol=1e-4) for each in made.values())
     told = f"{rows} texts, {layers} layers, width {width}, up to {x.shape[2]} tokens, float32, plan included; "
-    told += "over a loop that takes all layers at once; one thread, in turn"
-    return [figure("resampling_over_loop", ratios, "ratio", told)]
+    told += "one thread, in turn; time of a loop over tokens"
+    figures = []
+    for name, which in (("loop", " and layers"), ("loop_all_layers", " that takes all layers at once")):
+        ratios = [a / b for a, b in zip(seconds[name][1:], seconds["vectorized"][1:], strict=True)]
+        figures.append(figure(f"resampling_over_{name}", ratios, "ratio", f"{told}{which}, over ours"))
+    return figures
 
 
 def overhead_figures(quick: bool) -> list[dict]:
@@ -286,8 +299,9 @@ def measure(quick: bool, seed: int) -> list[dict]:
         folder = Path(temporary) if quick else RUNS
         folder.mkdir(parents=True, exist_ok=True)
         runs = train_all(quick, seed, folder)
+        figures = map_figures(folder, range(seed, seed + (1 if quick else SEEDS["cka"])))
     torch.set_num_threads(1)
-    figures = arm_figures(runs) + tried_figures(runs)
+    figures += arm_figures(runs) + tried_figures(runs)
     return figures + resampling_figures(quick) + overhead_figures(quick) + projector_figures()
 
 

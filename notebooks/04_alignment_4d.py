@@ -1,0 +1,758 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04. 4D alignment
+#
+# ```{admonition} In this chapter
+# :class: tip
+# - see in which four ways the caches of two models differ: {term}`time, layer, width and heads <4D alignment>`;
+# - carry a teacher's keys and values over to a student, a step for each, and check every step;
+# - compare layers by {term}`CKA`, and see what a biased estimate of it would have told;
+# - train students to make keys and values like their teacher's, by four arms, with controls that should fail;
+# - find out where that helps and where it does harm.
+#
+# **Time and memory**: about two minutes and 1.5 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
+#
+# **Code**: `kvlab/align.py` and `kvlab/similarity.py`; what is written out here is checked against them.
+# ```
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("kvlab") is None:  # on Colab
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+    subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
+
+# %%
+import copy
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import display
+
+from kvlab import Scale, align, cache, lab, plots, similarity
+from kvlab.align import Lesson, Projector, plan_time, resample, segment
+from kvlab.lab.corpora import Solutions
+
+scale = Scale.current()
+print(scale.describe("04_alignment_4d"))
+student, tokenizer = scale.load("student"), scale.load_tokenizer("student")
+teacher, words = scale.load("teacher"), scale.load_tokenizer("teacher")
+
+# %% [markdown]
+# ## The question
+#
+# A large model reads a problem and its solution. In its cache there are keys and values for every token, and somewhere in them is what it takes to solve such problems. A small model is to learn that. The usual ways hand it the teacher's text, or the teacher's probabilities of the next token. Could it learn from the teacher's **cache** instead: from what the teacher made of every token, in every layer?
+#
+# If both were of one shape, that would be a loss in one line. They are not. Here is one problem, as each model reads it, with the solution in its own style:
+
+# %%
+short, long = Solutions(1, steps=(2, 2), seed=3)[0]
+for name, text in (("student", short), ("teacher", long)):
+    print(f"{name}: {textwrap.fill(text[0]['content'], 76)}")
+    print(textwrap.indent(textwrap.fill(text[1]["content"], 72), "    "), "\n")
+
+# %% [markdown]
+# `segment` finds {term}`prompt, reasoning and answer <segment>` by the character at which each token begins. That works for any tokenizer with offsets and for any chat template, in English and Chinese.
+
+# %%
+own, theirs = segment(tokenizer, short), segment(words, long)
+for name, one, vocabulary in (("student", own, tokenizer), ("teacher", theirs, words)):
+    for part, start, end in zip(align.SEGMENTS, one.borders, one.borders[1:]):
+        text = vocabulary.decode(one.input_ids[start:end])
+        print(f"{name} {part:9} {end - start:3} tokens  {textwrap.shorten(text, 48)}")
+
+
+# %% mystnb={"image": {"alt": "Two grids of cells, a column a token and a row a layer. The teacher has more of both than the student."}}
+def width_of(model):
+    """H_kv * d: what a layer keeps of a token, as keys and again as values."""
+    return model.base_model.layers[0].self_attn.k_proj.out_features
+
+
+def told(model):
+    heads = model.config.num_key_value_heads
+    return f"{heads} KV heads of {width_of(model) // heads} a cell"
+
+
+shapes = {
+    "teacher": (teacher.config.num_hidden_layers, theirs.borders.tolist(), told(teacher)),
+    "student": (student.config.num_hidden_layers, own.borders.tolist(), told(student)),
+}
+plots.cache_shapes(shapes);
+
+# %% [markdown]
+# Four things differ: how many tokens (**time**), how many layers (**layer**), how many heads of what size in each cell (**head**), and what the numbers in a cell mean (**hidden**). The recipe of this chapter aligns the four, one after another, so that keys and values of the teacher become targets for those of the student. It comes from a public project (called *the source* below) that had Qwen2-7B and Qwen2-1.5B teach a Qwen2-1.5B. It describes the steps, with more than one of them wrong in its code, and measured nothing. Here each step is checked, and the whole is measured.
+#
+# ## Time
+#
+# Inside a segment of $T_s$ student tokens and $T_t$ teacher tokens, student token $i$ stands at
+#
+# $$u_i = i\,\frac{T_t - 1}{T_s - 1},\qquad x_i = (1 - f)\,y_{\lfloor u_i \rfloor} + f\,y_{\lfloor u_i \rfloor + 1},\quad f = u_i - \lfloor u_i \rfloor .$$
+#
+# A segment of one token takes the mean. In plain lines:
+
+# %%
+def stretch(y, length):
+    """Rows (T_t, D) to (length, D), first to first and last to last."""
+    if length == 1:
+        return y.mean(0, keepdim=True)
+    u = torch.arange(length) * (len(y) - 1) / (length - 1)
+    low = u.floor().long()
+    f = (u - low)[:, None]
+    return (1 - f) * y[low] + f * y[(low + 1).clamp(max=len(y) - 1)]
+
+
+features = torch.randn(len(theirs.input_ids), 8)
+by_hand = torch.cat(
+    [
+        stretch(features[start:end], int(own.borders[i + 1] - own.borders[i]))
+        for i, (start, end) in enumerate(zip(theirs.borders, theirs.borders[1:]))
+    ]
+)
+plan = plan_time(own.borders[None], theirs.borders[None])
+assert torch.allclose(resample(features[None, None], plan)[0, 0], by_hand, atol=1e-4)
+
+# %% [markdown]
+# `plan_time` does it for a batch at once, and `resample` applies a plan to all layers in one pass. What would one get without segments? Token $i$ of the student would get token $i$ of the teacher, or the teacher's last (`by_index`):
+
+# %% mystnb={"image": {"alt": "Lines from each student token to the teacher tokens it is made of. By index they run straight across segments; by segments none crosses a border."}}
+simple, wordy = Solutions(1, steps=(1, 1), seed=4)[0]
+a, b = segment(tokenizer, simple), segment(words, wordy)
+
+
+def links(plan):
+    return zip(plan.tokens.tolist(), plan.columns.tolist(), plan.shares.tolist())
+
+
+borders = a.borders[None], b.borders[None]
+plots.token_links(
+    [words.decode(i) for i in b.input_ids],
+    [tokenizer.decode(i) for i in a.input_ids],
+    a.borders.tolist(),
+    {"by index": links(align.by_index(*borders)), "by segments": links(plan_time(*borders))},
+);
+
+# %% [markdown]
+# By index, the student's answer would learn from the middle of the teacher's prompt. By segments, prompt learns from prompt and answer from answer. Inside the reasoning it is still only proportion: nothing says that the student's "=" falls on the teacher's.
+#
+# ### A check you can break
+#
+# Interpolation is exact on a straight line, so the teacher's positions, stretched, must run evenly inside each segment and start and end on its borders. Nearest rounding, which public code calls interpolation, fails:
+
+# %%
+positions = torch.arange(len(theirs.input_ids), dtype=torch.float64)[None, None, :, None]
+stretched = resample(positions, plan)[0, 0, :, 0]
+for i, (start, end) in enumerate(zip(own.borders, own.borders[1:])):
+    part = stretched[start:end]
+    assert part[0] == theirs.borders[i]
+    assert part[-1] == theirs.borders[i + 1] - 1
+    assert torch.allclose(part.diff(), part.diff().mean().expand(len(part) - 1))
+
+start, end = own.borders[1:3]
+nearest = stretched[start:end].round().diff()
+assert not torch.allclose(nearest, nearest.mean().expand(len(nearest)))
+
+# %% [markdown]
+# ## Heads and rotation
+#
+# Cached keys have been rotated by their positions ({term}`RoPE`), with the teacher's own angles. A mean of keys from two positions is no key at any position. So keys are un-rotated first, aligned, and rotated again for the student's positions with the student's angles. Then the {term}`GQA` heads of a token (KV heads, not attention heads) are laid side by side: $(B, L, H_{kv}, T, d) \to (B, L, T, H_{kv} d)$.
+
+# %%
+rotary = cache.rotary_of(teacher)
+
+
+def read(model, text, start=0):
+    """The cache of a text whose positions begin at `start`, and these positions."""
+    ids = text.input_ids[None].to(model.device)
+    positions = start + torch.arange(ids.shape[1], device=ids.device)[None]
+    return cache.prefill(model, ids, position=start).cache, positions
+
+
+here, there = read(teacher, theirs), read(teacher, theirs, start=500)
+flat, moved = (align.features(*one, rotary) for one in (here, there))
+print("keys:", tuple(flat.keys.shape), " (B, L, T, H_kv d)")
+spread = flat.keys[:, 0].std()
+assert (flat.keys[:, 0] - moved.keys[:, 0]).abs().max() < 0.05 * spread
+stored = [one[0].layers[0].keys for one in (here, there)]  # as they lie in the cache
+assert (stored[0] - stored[1]).abs().max() > spread
+
+# %% [markdown]
+# The same text at another place: as they lie in the cache its keys differ, as features they are the same.
+#
+# ## Layer
+#
+# Which teacher layer should a student layer learn from? The simple answer is the one at the same share of the depth. The other is to measure. {term}`CKA` {cite}`kornblith2019cka` compares two layers by which *tokens* they find alike, so widths may differ, and neither rotation nor scale matters. With $K = XX^\top$ and $L = YY^\top$ the tokens' inner products in two layers,
+#
+# $$\mathrm{CKA} = \frac{\mathrm{HSIC}(K, L)}{\sqrt{\mathrm{HSIC}(K, K)\,\mathrm{HSIC}(L, L)}} .$$
+#
+# The usual estimate is biased: it finds likeness where there is none, the more the fewer tokens there are for the width. The unbiased one {cite}`nguyen2021cka` leaves out the diagonals, on which each token is compared with itself:
+#
+# $$\mathrm{HSIC}_1 = \frac{1}{n(n-3)}\left[\operatorname{tr}(KL) + \frac{\mathbf 1^\top K \mathbf 1\; \mathbf 1^\top L \mathbf 1}{(n-1)(n-2)} - \frac{2}{n-2}\,\mathbf 1^\top K L \mathbf 1\right].$$
+
+# %%
+def hsic(x, y):
+    k, other = (m @ m.T for m in (x.double(), y.double()))
+    k.fill_diagonal_(0), other.fill_diagonal_(0)
+    n = len(x)
+    sums = k.sum() * other.sum() / ((n - 1) * (n - 2))
+    return ((k * other).sum() + sums - 2 / (n - 2) * (k @ other).sum()) / (n * (n - 3))
+
+
+x, y = torch.randn(2, 60, 24)
+y = x @ torch.randn(24, 24) + y
+assert torch.allclose(hsic(x, y), similarity.hsic(x, y))
+turn = torch.linalg.qr(torch.randn(24, 24)).Q
+once = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
+turned = hsic(5 * x @ turn, y) / (hsic(5 * x @ turn, 5 * x @ turn) * hsic(y, y)).sqrt()
+assert torch.allclose(once, turned)
+
+# %% [markdown]
+# Two layers of random numbers have nothing in common. What do the two estimates say, with tokens as many as they come, of a width of 128?
+
+# %% mystnb={"image": {"alt": "CKA of independent layers against the number of tokens. The biased estimate begins near 1 and falls slowly; the unbiased one stays at 0."}}
+counts = (16, 32, 64, 128, 256, 512, 1024)
+rows = {"biased": [], "unbiased": []}
+for n in counts:
+    x, y = torch.randn(2, n, 128)
+    rows["biased"].append(similarity.biased_cka(x, y).item())
+    unbiased = similarity.CKA()
+    unbiased.update([x], [y])
+    rows["unbiased"].append(unbiased.matrix().item())
+ax = plots.lines(counts, rows, "tokens", "CKA of independent layers")
+ax.set(xscale="log", xticks=counts, xticklabels=counts, ylim=(-0.1, 1.05));
+
+# %% [markdown]
+# Minibatches add up: means of HSIC over batches first, then the ratio. So hundreds of texts take no more memory than one batch. A few dozen problems, tokens of prompt and reasoning only, and the teacher's features brought to the student's tokens first:
+
+# %%
+pairs = [*Solutions(48, seed=5)]
+texts = [segment(tokenizer, s) for s, _ in pairs]
+others = [segment(words, t) for _, t in pairs]
+what = ("hidden", "keys", "values")
+maps = {w: align.similar_layers(student, texts, teacher, others, w) for w in what}
+
+# %% mystnb={"image": {"alt": "Three tables of CKA between student layers and teacher layers, for hidden states, keys and values."}}
+plots.similarity_maps(maps, "student layer", "teacher layer")
+chosen = similarity.layer_map(maps["hidden"], k=2)
+for layer, (layers, weights) in enumerate(zip(chosen.indices.tolist(), chosen.weights.tolist())):
+    print(f"student layer {layer}: teacher layers {layers}, weights {np.round(weights, 2)}")
+print("proportional:", align.proportional(len(chosen.indices), chosen.teacher_layers).indices.flatten().tolist())
+
+# %% [markdown]
+# No layer of one is very much like any of the other: their tokens differ, and they were trained apart. The weights of the best two are a softmax over numbers that hardly differ, so they are nearly the same. For comparison, the student with itself and, at the tiny scale, with a deeper model of the same tokenizer, on the very same texts:
+
+# %% mystnb={"image": {"alt": "Two tables of CKA, a model with itself and with a deeper model of the same tokenizer."}}
+likeness = {"with itself": align.similar_layers(student, texts, student, texts)}
+if scale.name == "tiny":
+    deeper = align.similar_layers(student, texts, scale.load("target"), texts)
+    likeness["with the deeper one"] = deeper
+plots.similarity_maps(likeness, "student layer", "layer")
+assert torch.allclose(likeness["with itself"].diagonal(), torch.ones(1).double())
+
+# %% [markdown]
+# ## Hidden
+#
+# What is left is what the numbers mean. A {term}`projector` is a linear map for keys and one for values, from the teacher's width to the student's, the same for all layers: $\hat k = W_K k$, $\hat v = W_V v$. It starts from random numbers (Xavier), from a random rotation (orthogonal) or from a copy (identity), and may learn along. Or it is fitted in closed form, by ridge regression on some problems that both have read:
+
+# %%
+def aligned(texts, others, chosen=chosen):
+    """Pairs of teacher features, on the student's tokens and layers, and the student's own."""
+    for i in range(0, len(texts), 16):
+        one, two = texts[i : i + 16], others[i : i + 16]
+        plan = plan_time(*(torch.stack([t.borders for t in part]) for part in (one, two)))
+        flats = []
+        for model, part in ((student, one), (teacher, two)):
+            ids = align.pad_left([t.input_ids for t in part]).to(model.device)
+            mask = align.pad_left([torch.ones_like(t.input_ids) for t in part]).to(model.device)
+            places = align.positions_of(torch.stack([t.borders for t in part]))
+            made = cache.prefill(model, ids, attention_mask=mask).cache
+            flats.append(align.features(made, places.to(model.device), cache.rotary_of(model)))
+        mine, given = flats
+        given = (align.mix_layers(resample(x, plan), chosen) for x in given)
+        keep = plan.mask.to(ids.device)
+        # all tokens of the batch in a row: (1, L, N, D)
+        yield tuple(align.KV(*(x.transpose(0, 1)[:, keep][None] for x in kv)) for kv in (given, mine))
+
+
+widths = [width_of(model) for model in (teacher, student)]
+projectors = {
+    "orthogonal": Projector(*widths, "orthogonal"),
+    "ridge": Projector(*widths).fit_ridge(aligned(texts[:32], others[:32])),
+}
+print(f"{projectors['ridge'].num_parameters()} parameters")
+
+# %% [markdown]
+# How near does that come to the student's own features, on problems that were not used for the fit? The share of their variance that is explained, layer by layer:
+
+# %%
+rows = {}
+given, mine = next(aligned(texts[32:], others[32:]))
+for name, projector in projectors.items():
+    made = projector.to(mine.keys.device)(given)
+    for kind in ("keys", "values"):
+        truth, guess = getattr(mine, kind), getattr(made, kind).detach()
+        error = (truth - guess).square().sum((2, 3))
+        spread = (truth - truth.mean(2, keepdim=True)).square().sum((2, 3))
+        explained = (1 - error / spread)[0].tolist()
+        rows[f"{name}, {kind}"] = {f"layer {i}": v for i, v in enumerate(explained)}
+pd.DataFrame(rows).T.round(2)
+
+# %% mystnb={"image": {"alt": "Heat maps of the values of one layer, tokens by dimensions: the student's own, the teacher's through a random rotation, and through the ridge map, which resembles the first."}}
+short_one = min(range(32, 48), key=lambda i: len(texts[i].input_ids))
+sample = next(aligned(texts[short_one : short_one + 1], others[short_one : short_one + 1]))
+layer = student.config.num_hidden_layers - 1
+views = {"the student's own": sample[1].values[0, layer]}
+views |= {f"teacher, {n}": p(sample[0]).values[0, layer].detach() for n, p in projectors.items()}
+plots.key_differences(views, [tokenizer.decode(i) for i in texts[short_one].input_ids]);
+
+# %% [markdown]
+# The ridge map finds some of the student's pattern in the teacher's numbers, and leaves out what it cannot guess, so it is paler. A linear map between models that were trained apart, with other tokens, explains a part and no more.
+#
+# For the source's models, teachers of 7B and 1.5B with a student of 1.5B, projectors are small, since their KV heads are few:
+
+# %%
+from kvlab.scale import config_of
+
+source = ("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2-1.5B-Instruct")
+configs = [config_of(name) for name in source]
+sizes = [c.num_key_value_heads * c.hidden_size // c.num_attention_heads for c in configs]
+counts = [Projector(size, sizes[1]).num_parameters() for size in sizes]
+print("widths:", sizes, "  parameters:", counts, "  together:", sum(counts))
+assert sum(counts) < 21e6 / 50
+
+# %% [markdown]
+# The source speaks of about 21 million. That is what one gets for keys and values from one hidden size to another, $2 \cdot 2 \cdot 3584 \cdot 1536$, as if all attention heads were cached (our guess; it does not say how it counts). Cached are the KV heads.
+#
+# ## All steps at once
+#
+# `align_kv` runs the steps in the source's order and checks shapes at each: rotation and head, time, layer, hidden, and then {term}`fusion`, a weighted mean over several teachers. `as_cache` rotates the result for the student and splits it into its heads: a cache that the student can read on from. A teacher that *is* the student must give back the student's own cache, bit for bit:
+
+# %%
+def as_teacher(model, text, own, chosen, projector):
+    """A teacher that has read its text, for `align_kv`."""
+    made, positions = read(model, text)
+    plan = plan_time(own.borders[None], text.borders[None])
+    return align.Teacher(made, positions, cache.rotary_of(model), plan, chosen, projector)
+
+
+layers, width = student.config.num_hidden_layers, widths[1]
+like = Projector(width, width, "identity").to(student.device)
+mirror = as_teacher(student, own, own, align.proportional(layers, layers), like)
+kept = align.align_kv([mirror])
+assert torch.equal(kept.keys, align.features(*read(student, own), cache.rotary_of(student)).keys)
+
+# %% [markdown]
+# And another teacher? What would the student say next, behind the teacher's cache in place of its own? Of the distribution of the next token, how much stays, $\sum_x \min(p(x), q(x))$, at the end of the prompt, where a solution begins, and in its middle?
+
+# %%
+def behind(kv, own, at):
+    """What the student says of token `at`, behind a cache of what stands before it."""
+    positions = torch.arange(len(own.input_ids), device=student.device)[None]
+    heads = student.config.num_key_value_heads
+    kv = align.KV(*(x.to(student.dtype) for x in kv))
+    made = align.as_cache(kv, positions, cache.rotary_of(student), heads)
+    made = cache.truncate(made, at - 1)
+    out = cache.prefill(student, own.input_ids[None, at - 1 : at].to(student.device), made)
+    return out.logits.float().softmax(-1)[0]
+
+
+rows = {}
+for i in range(32, 48):
+    one, two, wrong = texts[i], others[i], others[(i + 5) % 48]
+    truth = align.features(*read(student, one), cache.rotary_of(student))
+    empty = align.KV(*(torch.zeros_like(x) for x in truth))
+    arms = {"a cache of zeros": empty}
+    for name, text in (("teacher", two), ("teacher, another problem", wrong)):
+        taught = as_teacher(teacher, text, one, chosen, projectors["ridge"].to(student.device))
+        arms[name] = align.align_kv([taught])
+    for name, kv in arms.items():
+        for place, at in (("prompt ends", one.borders[1]), ("first digit", one.borders[2] + 3)):
+            with torch.no_grad():
+                p, q = (behind(each, one, int(at)) for each in (truth, kv))
+            rows.setdefault(name, {}).setdefault(place, []).append(torch.minimum(p, q).sum().item())
+pd.DataFrame({name: {k: np.mean(v) for k, v in r.items()} for name, r in rows.items()}).T.round(2)
+
+# %% [markdown]
+# What stands before the solution is partly there, but much of it is there with another problem's teacher, too, so it is form more than content. Of the numbers nothing has come over. Linear maps between models that were trained apart do not make a cache that can be read from. That is not what the source does with it, either: it lets the student *learn toward* it, and adapt.
+#
+# ## Learning toward a teacher
+#
+# While the student learns solutions by cross-entropy, its keys and values are drawn to their targets. In each layer the difference is measured in the student's own deviations, so that no layer weighs more for having larger numbers:
+#
+# $$\mathcal L_{\mathrm{KV}} = \frac{1}{2L}\sum_{\ell=1}^{L}\sum_{x \in \{K, V\}} \operatorname{mean}\;\operatorname{smooth\,L1}\!\left(\frac{x_\ell - \hat x_\ell}{\operatorname{std}(x_\ell)}\right),$$
+#
+# the mean over tokens that are no padding and over the width. The deviation gets no gradient, else features would grow to make the loss small. The source adds a {term}`CODI` loss {cite}`shen2025codi`: the same for hidden states of all layers, but at one token only, the last before the answer.
+
+# %%
+def kv_loss(student, target, mask):
+    total = 0.0
+    for x, goal in zip(student, target):  # keys, then values
+        for layer in range(x.shape[1]):
+            a, b = x[:, layer][mask], goal[:, layer][mask]  # (N, D)
+            scale = a.detach().std(correction=0)
+            total += torch.nn.functional.smooth_l1_loss(a / scale, b / scale)
+    return total / (2 * x.shape[1])
+
+
+one, two = (align.KV(*torch.randn(2, 3, 2, 5, 8)) for _ in range(2))
+mask = torch.rand(3, 5) > 0.3
+assert torch.allclose(kv_loss(one, two, mask), align.kv_loss(one, two, mask), atol=1e-5)
+
+# %% [markdown]
+# In the source, the student's keys and values were computed without gradients, and so its loss, a fine-looking curve, taught nothing. The check is simple: does the loss reach the weights that make keys and values? And does none of it reach the teacher, which was read once and put away (`seen_by`)?
+
+# %%
+def learner():
+    """A student that has learned nothing yet; at larger scales, the pretrained one."""
+    if scale.name == "tiny":
+        return lab.models.make("lab-draft", 0, num_hidden_layers=3)
+    model = scale.load("student").float().requires_grad_(True)
+    model.gradient_checkpointing_enable()
+    return model
+
+
+problems = [*Solutions(32, seed=6)]
+own_texts = [segment(tokenizer, s) for s, _ in problems]
+begun = learner()
+layers = align.proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
+seen = align.seen_by(teacher, words, [t for _, t in problems], own_texts, layers)
+lessons = [Lesson(text, (part,)) for text, part in zip(own_texts, seen)]
+
+pupil = align.Pupil(begun, align.KVAlignmentLoss([Projector(*widths)])).to(begun.device)
+batch = {name: x.to(begun.device) for name, x in align.collate(lessons[:4]).items()}
+pupil(batch)["kv"].backward()
+attention = begun.base_model.layers[0].self_attn
+for name in ("k_proj", "v_proj", "q_proj"):
+    gradient = getattr(attention, name).weight.grad
+    print(f"{name}: {0.0 if gradient is None else gradient.norm().item():.4f}")
+assert attention.k_proj.weight.grad.norm() > 0
+assert attention.v_proj.weight.grad.norm() > 0
+assert all(p.grad is None for p in teacher.parameters())
+
+# %% [markdown]
+# ### How much does each loss say?
+#
+# A term can look fine and have no part in what is learned. `fit` logs the share of each loss in the norm of the gradient. Here are the first steps of two ways: the source's (weight 1, rising over the first 1000 steps, with CODI, projectors that learn along), and the one that the results below found better: projectors that stay as they are, orthogonal, and a large weight that fades to nothing at 60 % of the steps.
+
+# %%
+steps = 24 if scale.name == "tiny" else 12
+ways = {
+    "as the source": {"kv_weight": 1.0, "codi_weight": 0.5, "kv_warmup": 1000},
+    "large and fading": {"kv_weight": 10.0, "kv_warmup": 0, "kv_end": 0.6},
+}
+shares, histories = {}, {}
+for name, way in ways.items():
+    torch.manual_seed(scale.seed)
+    model, fixed = learner(), name == "large and fading"
+    projector = Projector(*widths, "orthogonal" if fixed else "xavier").requires_grad_(not fixed)
+    states = [torch.nn.Linear(teacher.config.hidden_size, model.config.hidden_size, bias=False)]
+    loss = align.KVAlignmentLoss([projector], () if fixed else states)
+    histories[name] = align.train(
+        model, lessons, loss, steps=steps, learning_rate=2e-3, shares_every=2, **way
+    )
+    shares[name] = [h["share_kv"] for h in histories[name] if "share_kv" in h]
+    del model, loss
+
+# %% mystnb={"image": {"alt": "Share of the KV loss in the gradient over the first steps. As the source has it, it stays near 0; large and fading, it begins high and falls to 0."}}
+at = [h["step"] for h in histories["as the source"] if "share_kv" in h]
+ax = plots.lines(at, shares, "step", "share of the KV loss in the gradient")
+ax.set_ylim(0, 1);
+
+# %% [markdown]
+# ## The four arms, and controls that should fail
+#
+# The source's plan has four arms: time by index or by segments, layers in proportion or by CKA. It expects 1 to 2 % from time, 2 to 3 % from layers, 3 to 5 % from both. To know whether anything helps, four more questions must be asked. What does the student learn with **no teacher** at all, from cross-entropy alone? What if the teacher's keys and values belong to **another problem**? What if the teacher has **random weights**? And is it the same with other seeds? If a control helps as much as the method, it was not the teacher.
+#
+# The benchmark trains them all, from random weights, with the same problems in the same order and as many steps; three seeds each, five for the three that everything hangs on, and each seed with problems of its own. (A layer map by CKA needs a student that has learned something; it is made with the one that learned without a teacher.)
+
+# %%
+book = Path("../book/results/align.json")
+results = json.loads(book.read_text()) if book.exists() else {}
+figures = {f["name"]: f for f in results.get("figures", [])}
+if not results:
+    print("The figures below are in the repository, in book/results/align.json.")
+ARMS = {
+    "segment": "segments",
+    "ce_only": "no teacher",
+    "full": "full: segments and CKA",
+    "baseline": "baseline: neither",
+    "cka": "CKA",
+    "shuffled_segment": "segments, another problem",
+    "shuffled": "full, another problem",
+    "random_teacher": "full, random teacher",
+}
+
+
+def interval(name):
+    return tuple(figures[name][k] for k in ("value", "low", "high"))
+
+
+# %% mystnb={"image": {"alt": "Share of test problems solved at four points of the training, for no teacher, four arms and two controls, with intervals over seeds."}}
+if results:
+    parts = sorted(int(n.rsplit("_", 1)[1]) for n in figures if n.startswith("accuracy_full_part"))
+    curves = {
+        told: [interval(f"accuracy_{arm}_part_{part}") for part in parts] for arm, told in ARMS.items()
+    }
+    percent = [100 * part // len(parts) for part in parts]
+    ax = plots.lines(percent, curves, "training done (%)", "problems solved", bands=True, height=4.2)
+    ax.set(ylim=(0, None), xticks=percent)
+    print(textwrap.fill(figures["accuracy_full"]["conditions"], 78))
+
+# %%
+span = "{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+if results:
+    table = {
+        told: {
+            "solved": "{:.3f} [{:.3f}, {:.3f}]".format(*interval(f"accuracy_{arm}")),
+            "minus no teacher": span.format(**figures[f"gain_{arm}"]) if arm != "ce_only" else "",
+            "by seed": "  ".join(
+                f"{f['value']:.2f}" for n, f in figures.items() if n.startswith(f"accuracy_{arm}_seed")
+            ),
+            "training (s)": f"{figures[f'seconds_{arm}']['value']:.0f}",
+            "peak memory (MB)": f"{figures[f'mb_{arm}']['value']:.0f}",
+        }
+        for arm, told in ARMS.items()
+    }
+    display(pd.DataFrame(table).T)
+
+# %% [markdown]
+# **Time is what counts.** With targets stretched segment by segment, and layers in proportion, students solve more than twice as many problems as without a teacher, after the same steps on the same problems, with every seed. By index, the same teacher with the same weight is no help and rather does harm: most targets then belong to another token.
+#
+# **The controls say whose doing it is.** With a teacher that read another problem, students of the `segments` arm are far behind those with the right one, so it is what the teacher made of *this* problem that counts. But they are not all worse off than without a teacher: at a token of a segment, another problem has much the same form, and form is something to learn. A teacher with random weights ruins its student. Look at single seeds, too. Chance in training is large: one student of the other control did well with another problem's teacher, better than the `full` arm itself with that seed. With one seed each, this chapter could have told almost any story.
+#
+# **Layers by CKA take much of the gain away**, where the source expected most of it to come from there. Look where the map sends the student's layers:
+
+# %%
+if results:
+    layers_there = lab.models.make_config("lab-teacher").num_hidden_layers
+    even = align.proportional(3, layers_there).indices.flatten().tolist()
+    for layer, proportional in enumerate(even):
+        found = interval(f"cka_layer_{layer}")
+        told = "by CKA {:.1f} [{:.1f}, {:.1f}]".format(*found)
+        print(f"student layer {layer}: in proportion teacher layer {proportional}, {told}")
+
+# %% [markdown]
+# All of them go to the middle of the teacher. So the first is asked for what took the teacher several layers to work out, and the last never hears of the teacher's end. What is most alike is not what is best learned from.
+#
+# The gap opens late: the KV loss fades to nothing at 60 % of the steps, and what it has laid down shows when the student is left alone with the problems. By how many steps a problem takes:
+
+# %% mystnb={"image": {"alt": "Share solved by the number of steps of the problem, one panel each, for all arms."}}
+if results:
+    panels = {
+        f"{n} step{'s' * (n > 1)}": {told: interval(f"accuracy_{arm}_steps_{n}") for arm, told in ARMS.items()}
+        for n in (1, 2, 3)
+    }
+    plots.splice_panels(panels)
+
+# %% [markdown]
+# ### What else was tried
+#
+# Each with one seed, so that small differences mean nothing; the first three rows are arms from above with the same seed.
+
+# %% mystnb={"image": {"alt": "Share solved with other settings, one row each."}}
+tried = {
+    "source": "as the source: weight 1, warm-up, CODI, Xavier",
+    "weight_1": "segments, weight 1",
+    "learned_projectors": "segments, projectors that learn along",
+}
+if results:
+    rows = {ARMS[arm]: interval(f"accuracy_{arm}_seed_0") for arm in ("ce_only", "segment", "full")}
+    rows |= {told: interval(f"accuracy_tried_{name}") for name, told in tried.items()}
+    plots.splice_panels({"problems solved": rows})
+
+# %% [markdown]
+# As the source has it, the loss changes little: its share of the gradient is small for most of the training, as seen above. A weight of 1 in place of 10 does nearly as well, if projectors stay as they are and the weight fades. Projectors that learn along lose most of the gain. They give the loss an easier way to fall than through the student.
+#
+# All of this is one small student, one teacher and one kind of problem, with settings that were chosen on other problems of the same kind (some twenty short trials). That the arms differ so clearly here does not say that they would for Qwen2-7B and a pretrained student of 1.5B. `kvlab compare-alignments` runs the same comparison, controls included, for any two models and any of the source's data sets.
+
+# %% [markdown]
+# ## What it costs
+#
+# The teacher reads each problem once. What it made of it is kept on disk, in half precision, with the student's tokens and layers, so that no teacher is in memory while the student trains, and several teachers need never be there together.
+
+# %%
+per_problem = sum(x.numel() * x.element_size() for x in seen[0])
+print(f"{per_problem / 1e6:.2f} MB a problem here")
+layers_there = configs[1].num_hidden_layers
+kept = 2 * 2 * 512 * layers_there * sizes[0] / 1e6  # keys and values, two bytes each
+print(f"{kept:.0f} MB a problem of 512 tokens for Qwen2-7B and Qwen2-1.5B")
+if results:
+    for name in (
+        "resampling_over_loop",
+        "resampling_over_loop_all_layers",
+        "alignment_overhead",
+        "reading_over_step",
+    ):
+        print("{name}: {value:.2f} [{low:.2f}, {high:.2f}]".format(**figures[name]))
+        print(textwrap.indent(textwrap.fill(figures[name]["conditions"], 74), "    "))
+
+# %% [markdown]
+# ## Exercises
+#
+# ```{exercise-start} A marker of your own
+# :label: ex-marker
+# ```
+# *Easy, 5 minutes.* A data set ends its solutions with "So we get 7 eggs." and nothing that `segment` knows. What does it say to such a text? Give it a `marker`, and print the three segments.
+# ```{exercise-end}
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex-marker
+# :class: dropdown
+# ````
+
+# %%
+odd = [
+    {"role": "user", "content": "Anna has 3 eggs and buys 4. How many?"},
+    {"role": "assistant", "content": "3+4=7. So we get 7 eggs."},
+]
+try:
+    segment(tokenizer, odd)
+except ValueError as error:
+    print(textwrap.fill(str(error), 78))
+ids, borders = segment(tokenizer, odd, marker=r"\bSo we get\b")
+for name, start, end in zip(align.SEGMENTS, borders, borders[1:]):
+    print(f"{name:9} {tokenizer.decode(ids[start:end])}")
+
+# %% [markdown]
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise-start} Forget to un-rotate
+# :label: ex-rotated
+# ```
+# *Medium, 10 minutes.* Fit ridge maps from the teacher's keys to the student's as they lie in the cache, rotated, and compare the share of variance that they explain on other problems with that of un-rotated keys.
+# ```{exercise-end}
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex-rotated
+# :class: dropdown
+# ````
+
+# %%
+def as_stored(texts, others):
+    """As `aligned`, one problem at a time, but with keys as they lie in the cache."""
+    for one, two in zip(texts, others):
+        plan = plan_time(one.borders[None], two.borders[None])
+        given, mine = (
+            align.KV(*(align.merge_heads(x) for x in cache.to_tensor(read(model, t)[0]).transpose(0, 1).transpose(1, 2)))
+            for model, t in ((teacher, two), (student, one))
+        )
+        yield align.KV(*(align.mix_layers(resample(x, plan), chosen) for x in given)), mine
+
+
+def explained(projector, pairs):
+    error = spread = 0.0
+    for given, mine in pairs:
+        truth, guess = mine.keys, projector.to(mine.keys.device)(given).keys.detach()
+        error += (truth - guess).square().sum().item()
+        spread += (truth - truth.mean(2, keepdim=True)).square().sum().item()
+    return 1 - error / spread
+
+
+rotated = Projector(*widths).fit_ridge(as_stored(texts[:32], others[:32]))
+print(f"rotated:    {explained(rotated, as_stored(texts[32:], others[32:])):.2f}")
+unrotated = explained(projectors["ridge"], aligned(texts[32:], others[32:]))
+print(f"un-rotated: {unrotated:.2f}")
+
+# %% [markdown]
+# A rotated key is the un-rotated one turned by an angle that depends on its position, and by other angles in the two models. One linear map cannot undo that for all positions at once, so it explains less.
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise-start} Two teachers
+# :label: ex-two-teachers
+# ```
+# *Medium, 10 minutes.* At the tiny scale there is a second teacher, `lab-target`, with the student's own tokenizer. Fit a ridge map for it on the same problems (it reads the long solutions, too), fuse both with weights from 0 to 1, and find the weight that explains most of the student's keys. Is the mean of two better than the better one alone?
+# ```{exercise-end}
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex-two-teachers
+# :class: dropdown
+# ````
+
+# %%
+if scale.name == "tiny":
+    deep = lab.load("lab-target")
+    their = [segment(tokenizer, t) for _, t in pairs]
+    likeness = align.similar_layers(student, texts[:32], deep, their[:32])
+    second = similarity.layer_map(likeness, k=2)
+
+    def of_both(span):
+        for one, two, other in zip(texts[span], others[span], their[span]):
+            mine = align.features(*read(student, one), cache.rotary_of(student))
+            parts = []
+            for model, text, chosen_for in ((teacher, two, chosen), (deep, other, second)):
+                flat = align.features(*read(model, text), cache.rotary_of(model))
+                plan = plan_time(one.borders[None], text.borders[None])
+                parts.append(align.KV(*(align.mix_layers(resample(x, plan), chosen_for) for x in flat)))
+            yield *parts, mine
+
+    learned = [*of_both(slice(0, 32))]
+    fitted = [
+        Projector(learned[0][i].keys.shape[-1], widths[1]).fit_ridge((r[i], r[2]) for r in learned)
+        for i in (0, 1)
+    ]
+    for weight in (0.0, 0.25, 0.5, 0.75, 1.0):
+        error = spread = 0.0
+        for first, other, mine in of_both(slice(32, 48)):
+            keys = [p(kv).keys.detach() for p, kv in zip(fitted, (first, other))]
+            made = align.fuse(keys, torch.tensor([1 - weight, weight]))
+            error += (mine.keys - made).square().sum().item()
+            spread += (mine.keys - mine.keys.mean(2, keepdim=True)).square().sum().item()
+        print(f"weight of the second {weight:.2f}: {1 - error / spread:.3f} of the variance explained")
+
+# %% [markdown]
+# The mean of both explains more than either teacher alone: where one is wrong, the other often is not. Whether a student *learns* more from two is another question, for `kvlab train-aligned --teacher_model A B`.
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ## Takeaways
+#
+# - Four things differ between two caches: time, layer, head, and what the numbers mean. Each step can be checked alone, and should be.
+# - Align time by segments or not at all. Here that was the difference between a great gain and harm.
+# - Likeness is not a guide to what can be learned: layers in proportion taught more than layers by CKA.
+# - A KV loss is strong medicine. Look at its share of the gradient, let it fade, and run the controls: no teacher, another problem, random weights.
+# - A cache carried over by linear maps cannot be read from, but it can be learned toward.
+#
+# The cell below runs alone, after the imports.
+
+# %%
+from kvlab import Scale, align, lab
+from kvlab.lab.corpora import Solutions
+
+scale = Scale.current()
+teacher, words = scale.load("teacher"), scale.load_tokenizer("teacher")
+student, tokenizer = scale.load("student").float(), scale.load_tokenizer("student")
+student.requires_grad_(True)
+
+problems = [*Solutions(16, seed=1)]
+texts = [align.segment(tokenizer, mine) for mine, _ in problems]
+layers = align.proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+seen = align.seen_by(teacher, words, [theirs for _, theirs in problems], texts, layers)
+lessons = [align.Lesson(text, (part,)) for text, part in zip(texts, seen)]
+
+width = seen[0].keys.shape[-1], student.base_model.layers[0].self_attn.k_proj.out_features
+loss = align.KVAlignmentLoss([align.Projector(*width, "orthogonal").requires_grad_(False)])
+history = align.train(student, lessons, loss, steps=4, kv_weight=10, kv_warmup=0, kv_end=0.6)
+print([round(h["kv"], 2) for h in history])
+
+# %% [markdown]
+# **Further reading**: CKA {cite}`kornblith2019cka,nguyen2021cka`; CODI, which distills reasoning into hidden states {cite}`shen2025codi`. The next chapter spends a cache on speed.
