@@ -448,34 +448,40 @@ def cache_shapes(caches: Mapping[str, tuple[int, Sequence[int], str]]) -> np.nda
                     box = plt.Rectangle((token, layer), 0.85, 0.85, color=SEGMENT_COLORS[part], lw=0)
                     ax.add_patch(box)
             label = ("prompt", "reasoning", "answer")[part]
-            ax.text(start, layers + 0.1 + 0.5 * (part == 2), label, va="bottom", fontsize=8)
+            ax.text(start, layers + 0.02 * deepest + 0.09 * deepest * (part == 2), label, va="bottom", fontsize=8)
         ax.set_title(f"{name}: {told}", fontsize=9, loc="left")
-        ax.set(xlim=(-1, width + 3), ylim=(-0.3, deepest + 1.3), xlabel="token", yticks=np.arange(deepest) + 0.4)
-        ax.set_yticklabels(range(deepest))
+        ax.set(xlim=(-1, width + 3), ylim=(-0.3, 1.22 * deepest), xlabel="token")
+        shown = range(0, deepest, max(1, deepest // 6))
+        ax.set_yticks([layer + 0.4 for layer in shown], shown)
     places[0].set_ylabel("layer")
     return places
 
 
 def token_links(
-    teacher: Sequence[str], student: Sequence[str], borders: Sequence[int], ways: Mapping[str, Iterable[tuple]]
+    teacher: Sequence[str],
+    student: Sequence[str],
+    borders: tuple[Sequence[int], Sequence[int]],
+    ways: Mapping[str, Iterable[tuple]],
 ) -> np.ndarray:
     """Which teacher tokens (top) each student token (bottom) is made of, one panel a way.
 
     Parameters
     ----------
-    borders : of the student's prompt, reasoning and answer, which give the colors.
+    borders : of the teacher's and the student's prompt, reasoning and answer, which give the colors.
     ways : names with entries (student token, teacher token, share).
     """
     plt.draw_if_interactive()  # as in `axes`
     with plt.rc_context(STYLE):
         places = plt.subplots(len(ways), 1, figsize=(8.2, 2.5 * len(ways)), sharex=True, squeeze=False)[1]
     across = np.linspace(0, 1, len(teacher)), np.linspace(0, 1, len(student))
+    colors = [[SEGMENT_COLORS[i] for i, n in enumerate(np.diff(side)) for _ in range(n)] for side in borders]
     for ax, (name, entries) in zip(places[:, 0], ways.items(), strict=True):
         for own, their, share in entries:
-            color = SEGMENT_COLORS[np.searchsorted(borders[1:], own, side="right")]
-            ax.plot([across[1][own], across[0][their]], [0, 1], color=color, lw=1.6, alpha=max(0.15, share))
-        for y, texts, spots in ((1.04, teacher, across[0]), (-0.04, student, across[1])):
-            for text, x in zip(texts, spots, strict=True):
+            line = {"color": colors[1][own], "lw": 1.6, "alpha": max(0.15, share)}
+            ax.plot([across[1][own], across[0][their]], [0, 1], **line)
+        for side, (y, texts) in enumerate(((1.06, teacher), (-0.06, student))):
+            ax.scatter(across[side], np.full(len(texts), 1 - side), c=colors[side], marker="s", s=14, zorder=3)
+            for text, x in zip(texts, across[side], strict=True):
                 options = {"rotation": 90, "fontsize": 5.5, "ha": "center", "va": "bottom" if y > 1 else "top"}
                 ax.text(x, y, text, **options)
         ax.set(ylim=(-0.5, 1.5), xlim=(-0.01, 1.01), xticks=[], yticks=[0, 1])
@@ -491,10 +497,11 @@ def similarity_maps(maps: Mapping[str, Tensor], ylabel: str, xlabel: str) -> np.
     places = axes(len(maps), width=7.8, height=0.9 + 0.24 * max(len(m) for m in maps.values()))
     for ax, (name, matrix) in zip(places, maps.items(), strict=True):
         ax.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
-        for (y, x), value in np.ndenumerate(matrix.numpy()):
-            ax.text(x, y, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7)
-        ax.set_xticks(range(matrix.shape[1]))
-        ax.set_yticks(range(matrix.shape[0]))
+        if matrix.shape[1] <= 12:  # else numbers would not fit
+            for (y, x), value in np.ndenumerate(matrix.numpy()):
+                ax.text(x, y, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7)
+        ax.set_xticks(range(0, matrix.shape[1], 1 + matrix.shape[1] // 13))
+        ax.set_yticks(range(0, matrix.shape[0], 1 + matrix.shape[0] // 13))
         ax.set_title(name, fontsize=9, loc="left")
         ax.set_xlabel(xlabel)
     places[0].set_ylabel(ylabel)

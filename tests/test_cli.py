@@ -1094,7 +1094,7 @@ def test_choices_and_long_answers_have_scores_of_their_own(measured, tiny):
         (TAUGHT, ["--data", "squad", "--source", "no.json"], "There is no file no.json"),
         (TAUGHT, ["--data", "p3", "--source", "squad.json"], "squad.json, article 1 has no 'prompt'"),
         (TAUGHT, ["--data", "squad"], "There is no source of squad records: give --source"),
-        (TAUGHT, ["--source", "squad.json"], "source is 'squad.json', but the lab makes its passages up"),
+        (TAUGHT, ["--source", "squad.json"], "source is 'squad.json', but the lab makes its texts up"),
         ([*TAUGHT, *SQUAD], ["--heldout", "1"], "heldout is 1.0, expected a share between 0 and 1"),
         ([*TAUGHT, *SQUAD], ["--heldout", "0.95"], "There are 6 contexts, 6 to hold out: give a source that has more"),
         ([*TAUGHT, *SQUAD], ["--batch_size", "16"], r"\d examples are less than a batch of 16"),
@@ -1362,7 +1362,7 @@ def test_each_arm_learns_from_what_its_name_says(listened):
         for part in lessons.values()
         for a, b in zip(part, texts, strict=True)
     )
-    assert [run[1] is None for run in runs] == [True] + [False] * 6
+    assert [run[1] is None for run in runs] == [True] + [False] * 7
     assert all(lesson.seen == () for lesson in lessons["ce_only"])
     by_depth, by_likeness = align_module.proportional(2, 6), similarity.layer_map(alike(), 2)
     segments, index = align_module.plan_time, align_module.by_index
@@ -1371,6 +1371,7 @@ def test_each_arm_learns_from_what_its_name_says(listened):
     assert same(lessons["segment"], heard(by_depth, segments))
     assert same(lessons["full"], heard(by_likeness, segments))
     assert same(lessons["shuffled"], heard(by_likeness, segments, shift=8))
+    assert same(lessons["shuffled_segment"], heard(by_depth, segments, shift=8))
     for arm, lessons_of in lessons.items():
         own = [
             torch.equal(a.seen[0].keys, b.seen[0].keys)

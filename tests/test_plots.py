@@ -440,7 +440,7 @@ def test_cache_shapes_draw_a_cell_for_each_token_and_layer_in_its_segments_color
 
 def test_token_links_join_a_student_token_to_what_it_is_made_of():
     ways = {"by index": [(0, 0, 1.0), (1, 1, 1.0)], "mixed": [(1, 0, 0.25), (1, 2, 0.75)]}
-    one, two = plots.token_links(["a", "b", "c"], ["x", "y"], [0, 1, 2, 3], ways)
+    one, two = plots.token_links(["a", "b", "c"], ["x", "y"], ([0, 1, 2, 3], [0, 1, 2, 2]), ways)
     assert [list(line.get_xdata()) for line in one.lines] == [[0.0, 0.0], [1.0, 0.5]]
     assert [list(line.get_xdata()) for line in two.lines] == [[1.0, 0.0], [1.0, 1.0]]
     assert [line.get_alpha() for line in two.lines] == [0.25, 0.75]

@@ -1,5 +1,6 @@
 """4D alignment: what students learn by each arm and by controls, what it costs, and what each setting does."""
 
+import hashlib
 import json
 import resource
 import shutil
@@ -37,7 +38,7 @@ from kvlab.scale import config_of
 from kvlab.similarity import layer_map, save_layer_map
 
 RUNS, HARD, CHECKS = Path("lab-runs/align"), (1, 3), 4
-SEEDS = dict.fromkeys(ALIGNMENTS, 3) | {"segment": 5, "shuffled_segment": 4}
+SEEDS = dict.fromkeys(ALIGNMENTS, 3) | {"ce_only": 4, "segment": 5, "shuffled_segment": 4}
 SETTINGS = {
     "problems": 600,
     "epochs": 56,
@@ -70,12 +71,16 @@ def problems(seed: int, settings: dict, quick: bool) -> Problems:
     return Problems([*own], [*theirs], [problem[:1] for problem in asked], right, "number")
 
 
+def file_of(arm: str, seed: int, changes: dict, folder: Path) -> Path:
+    """Where a result is kept: another setting is another file."""
+    told = json.dumps([SETTINGS | changes, HARD, CHECKS], sort_keys=True)
+    return folder / f"{arm}-{seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
+
+
 def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
     """Train one student, alone in its process, and say what it solves. One that is done is read."""
     settings = SETTINGS | changes | ({"problems": 16, "epochs": 2, "batch_size": 4} if quick else {}) | {"seed": seed}
-    name = f"{arm}-{seed}-{'-'.join(f'{k}={v}' for k, v in sorted(changes.items()) if not isinstance(v, list))}"
-    name += f"-{len(settings['teacher_model'])}"
-    done = folder / f"{name}.json"
+    done = file_of(arm, seed, changes, folder)
     if done.exists():
         return json.loads(done.read_text())
     torch.set_num_threads(1)
@@ -90,7 +95,7 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
         right.append(solved(pupil.student, tokenizer, tasks, 8 if quick else 64))
         return {"accuracy": float(right[-1].mean())}
 
-    work = folder / name
+    work = done.with_suffix("")
     options = {"evaluate": evaluate, "every": max(1, steps // CHECKS)}
     started = time.perf_counter()
     likeness = folder / f"layer-map-{seed}.json"
@@ -132,7 +137,7 @@ def train_all(quick: bool, seed: int, folder: Path) -> dict[tuple[str, int], dic
 
 
 def train_some(jobs: dict[tuple[str, int], tuple], quick: bool, folder: Path) -> dict[tuple[str, int], dict]:
-    if quick:
+    if quick or all(file_of(*job, folder).exists() for job in jobs.values()):
         return {key: run(*job, quick, folder) for key, job in jobs.items()}
     options = {"max_workers": 2, "mp_context": get_context("spawn"), "max_tasks_per_child": 1}
     with ProcessPoolExecutor(**options) as pool:
@@ -255,13 +260,14 @@ def overhead_figures(quick: bool) -> list[dict]:
     teacher, words = lab.load("lab-teacher"), lab.load_tokenizer("lab-teacher")
     own, theirs = zip(*Solutions(8 if quick else 32, HARD), strict=True)
     texts = [segment(tokenizer, text) for text in own]
-    started = time.perf_counter()
     seen = seen_by(teacher, words, theirs, texts, proportional(3, 6), batch_size=32)
-    reading = time.perf_counter() - started
-    loss = KVAlignmentLoss([Projector(160, 64, "orthogonal")])
+    loss = KVAlignmentLoss([Projector(160, 64, "orthogonal").requires_grad_(False)])
     lessons = [Lesson(text, (part,)) for text, part in zip(texts, seen, strict=True)]
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    seconds: dict[str, list[float]] = {"with": [], "without": [], "reading": []}
     for _ in range(2 if quick else 12):
+        started = time.perf_counter()
+        seen_by(teacher, words, theirs, texts, proportional(3, 6), batch_size=32)
+        seconds["reading"].append(time.perf_counter() - started)
         for name, pupil, batch in (
             ("without", Pupil(student), [Lesson(text) for text in texts]),
             ("with", Pupil(student, loss), lessons),
@@ -271,7 +277,7 @@ def overhead_figures(quick: bool) -> list[dict]:
             seconds[name].append(time.perf_counter() - started)
     told = f"a batch of {len(texts)} problems; forward and backward of a 3-layer student, batch made anew, one thread"
     ratios = [a / b for a, b in zip(seconds["with"][1:], seconds["without"][1:], strict=True)]
-    steps = [reading / b for b in seconds["without"][1:]]
+    steps = [a / b for a, b in zip(seconds["reading"][1:], seconds["without"][1:], strict=True)]
     return [
         figure("alignment_overhead", ratios, "ratio", f"with the KV loss over without; {told}"),
         figure(
