@@ -522,14 +522,23 @@ if results:
             "by seed": "  ".join(
                 f"{f['value']:.2f}" for n, f in figures.items() if n.startswith(f"accuracy_{arm}_seed")
             ),
-            "training (s)": f"{figures[f'seconds_{arm}']['value']:.0f}",
-            "peak memory (MB)": f"{figures[f'mb_{arm}']['value']:.0f}",
         }
         for arm, told in ARMS.items()
     }
     display(pd.DataFrame(table).T)
     over = figures["segment_over_shuffled"]
     print("segments minus segments with another problem:", span.format(**over), f"({over['n']} seeds)")
+
+# %%
+if results:
+    cost = {
+        told: {
+            "training (s)": round(figures[f"seconds_{arm}"]["value"]),
+            "peak memory (MB)": round(figures[f"mb_{arm}"]["value"]),
+        }
+        for arm, told in ARMS.items()
+    }
+    display(pd.DataFrame(cost).T)
 
 # %% [markdown]
 # (With so few seeds, an interval is little more than the range from the worst to the best of them. A difference from no teacher is taken on the seeds that both have. Times are by the clock, with other work beside; the paired overhead further down is the one to trust.)
