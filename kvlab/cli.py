@@ -29,7 +29,6 @@ from kvlab import draft as drafts
 from kvlab.align import (
     STARTS,
     KVAlignmentLoss,
-    Lesson,
     Lessons,
     Projector,
     Segmented,
@@ -1351,8 +1350,9 @@ def compare_alignments(
     scale, settings = _pair(settings | {"arms": arms}, model_name, teacher_model)
     main, rows = PartialState(cpu=scale.device == "cpu").is_main_process, []
     tokenizer, teachers = scale.load_tokenizer("student"), _teachers(scale, settings["teacher_model"])
-    for seed, arm in product(range(seeds), arms):
-        tasks, student = _tasks(settings | {"seed": seed}), _learner(scale, gradient_checkpointing)
+    every_task = [_tasks(settings | {"seed": seed}) for seed in range(seeds)]
+    for (seed, tasks), arm in product(enumerate(every_task), arms):
+        student = _learner(scale, gradient_checkpointing)
         torch.cuda.reset_peak_memory_stats() if scale.device == "cuda" else None
         history, _ = teach(ALIGNMENTS[arm], student, tokenizer, tasks, teachers, settings | {"seed": seed}, output_dir)
         row = {"arm": arm, "seed": seed, "seconds": sum(entry["seconds"] for entry in history)}  # a stopped run's too
@@ -1497,7 +1497,7 @@ def teach(
     told, mapped = [list(map(Tensor.tolist, text)) for text in texts], [Path(path).read_text() for path in maps or ()]
     run = folder / _run_name(student, arm, options, shape, mapped, told, tasks.theirs)
     if arm is None:
-        lessons, alignment = [Lesson(text) for text in texts], None
+        lessons, alignment = Lessons(texts), None
     else:
         lessons, alignment = _listened(arm, student, texts, tasks.theirs, teachers, settings, run, maps)
     options |= {"checkpoint": run / "checkpoint.safetensors"} | fit_options

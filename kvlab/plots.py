@@ -46,11 +46,11 @@ STYLE = {
 }
 
 
-def axes(columns: int = 1, width: float = 6.4, height: float = 3.2, **options) -> np.ndarray:
-    """An array of Axes in the book's style, side by side on one card."""
+def axes(columns: int = 1, width: float = 6.4, height: float = 3.2, rows: int = 1, **options) -> np.ndarray:
+    """An array of Axes in the book's style on one card, row after row."""
     plt.draw_if_interactive()  # chooses the backend now: inside the context, a notebook would forget to show figures
     with plt.rc_context(STYLE):
-        return plt.subplots(1, columns, figsize=(width, height), squeeze=False, **options)[1][0]
+        return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)[1].flatten()
 
 
 def decode_cost(seconds: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> Axes:
@@ -470,12 +470,10 @@ def token_links(
     borders : of the teacher's and the student's prompt, reasoning and answer, which give the colors.
     ways : names with entries (student token, teacher token, share).
     """
-    plt.draw_if_interactive()  # as in `axes`
-    with plt.rc_context(STYLE):
-        places = plt.subplots(len(ways), 1, figsize=(8.2, 2.5 * len(ways)), sharex=True, squeeze=False)[1]
+    places = axes(width=8.2, height=2.5 * len(ways), rows=len(ways), sharex=True)
     across = np.linspace(0, 1, len(teacher)), np.linspace(0, 1, len(student))
     colors = [[SEGMENT_COLORS[i] for i, n in enumerate(np.diff(side)) for _ in range(n)] for side in borders]
-    for ax, (name, entries) in zip(places[:, 0], ways.items(), strict=True):
+    for ax, (name, entries) in zip(places, ways.items(), strict=True):
         for own, their, share in entries:
             line = {"color": colors[1][own], "lw": 1.6, "alpha": max(0.15, share)}
             ax.plot([across[1][own], across[0][their]], [0, 1], **line)
@@ -489,7 +487,7 @@ def token_links(
         ax.set_title(name, fontsize=9, loc="left")
         ax.spines[:].set_visible(False)
         ax.tick_params(left=False)
-    return places[:, 0]
+    return places
 
 
 def similarity_maps(maps: Mapping[str, Tensor], ylabel: str, xlabel: str) -> np.ndarray:
@@ -515,11 +513,8 @@ def lines(
     ax, ends = axes(width=7.0, height=height)[0], []
     styles = [(BLUE, "o"), (GRAY, "x"), (GREEN, "D"), (ORANGE, "v"), (SKY, "P"), (RED, "s"), (PURPLE, "^"), (INK, "*")]
     for (name, points), (color, marker) in zip(curves.items(), styles, strict=False):
-        value, *band = np.array(points).T if bands else (np.asarray(points),)
-        ax.plot(x, value, "-", color=color, marker=marker, ms=4)
-        if bands:
-            ax.fill_between(x, *band, color=color, alpha=0.15, lw=0)
-        ends.append((name, x[-1], value[-1], color))
+        points = points if bands else [(value,) for value in points]
+        ends.append((name, *_banded(ax, x, points, color=color, marker=marker, ms=4), color))
     ax.set(xlabel=xlabel, ylabel=ylabel)
     _label_ends(ax, ends)
     return ax
@@ -546,10 +541,8 @@ def retention_curves(
     styles = [(BLUE, "o"), (RED, "s"), (GREEN, "D"), (PURPLE, "^"), (ORANGE, "v"), (SKY, "P"), (GRAY, "x"), (INK, "*")]
     for (name, points), (color, marker) in zip(curves.items(), styles, strict=False):
         percents = sorted(points)
-        value, low, high = np.array([points[p] for p in percents]).T
-        ax.plot(percents, value, "--" if name in dashed else "-", color=color, marker=marker, ms=5)
-        ax.fill_between(percents, low, high, color=color, alpha=0.15, lw=0)
-        ends.append((name, percents[-1], value[-1], color))
+        style = {"ls": "--" if name in dashed else "-", "color": color, "marker": marker, "ms": 5}
+        ends.append((name, *_banded(ax, percents, [points[p] for p in percents], **style), color))
     ax.axhline(full, color=INK, lw=1, ls=":")
     ax.annotate("the whole cache", (min(percents), full), (0, 4), textcoords="offset points", fontsize=9)
     ax.set_xscale("log")
@@ -559,6 +552,15 @@ def retention_curves(
     ax.set_xlim(min(percents) * 0.9, max(percents) * 1.1)
     _label_ends(ax, ends)
     return ax
+
+
+def _banded(ax: Axes, x: Sequence[float], points: Sequence[tuple[float, ...]], **style) -> tuple[float, float]:
+    """A line through values, and a band from low to high if points have both; where it ends."""
+    value, *band = np.array(points).T
+    ax.plot(x, value, **style)
+    if band:
+        ax.fill_between(x, *band, color=style["color"], alpha=0.15, lw=0)
+    return x[-1], value[-1]
 
 
 def needle_maps(maps: Mapping[str, np.ndarray], lengths: Sequence[int], depths: Sequence[int]) -> np.ndarray:

@@ -212,7 +212,11 @@ class Record:
     def letter(self) -> str:
         """The letter of the right choice: A is the first."""
         _require(self.choices, f"{self.question[:60]!r} has no choices, so no letter: use its answer.")
-        return chr(ord("A") + self.choices.index(self.answer))
+        return _letter(self.choices.index(self.answer))
+
+
+def _letter(number: int) -> str:
+    return chr(ord("A") + number)
 
 
 def read_records(kind: str, source: str | Path, split: str = "train") -> list[Record]:
@@ -756,7 +760,7 @@ def messages(record: Record) -> list[dict[str, str]]:
     >>> messages(Record("", "2 pens and 3?", ("5",), reasoning="2+3=5."))[1]["content"]
     '2+3=5. The answer is 5.'
     """
-    options = [f"{chr(ord('A') + number)}) {choice}" for number, choice in enumerate(record.choices)]
+    options = [f"{_letter(number)}) {choice}" for number, choice in enumerate(record.choices)]
     question = "\n".join([record.question, *options])
     asked = f"{record.context}\n\n{question}" if record.context else question
     solution = f"{record.reasoning} The answer is {accepted(record)[0]}."

@@ -17,7 +17,7 @@
 # - train students to make keys and values like their teacher's, by four arms, with controls that should fail;
 # - find out where that helps and where it does harm.
 #
-# **Time and memory**: about two minutes and 1.5 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
+# **Time and memory**: less than a minute and 1.2 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
 # **Code**: `kvlab/align.py` and `kvlab/similarity.py`; the code written out here is checked against it.
 # ```
@@ -32,7 +32,6 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
     subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
-import copy
 import json
 import textwrap
 from pathlib import Path
@@ -274,11 +273,11 @@ def aligned(texts, others, chosen=chosen):
         plan = plan_time(*(torch.stack([t.borders for t in part]) for part in (one, two)))
         flats = []
         for model, part in ((student, one), (teacher, two)):
-            ids = align.pad_left([t.input_ids for t in part]).to(model.device)
-            mask = align.pad_left([torch.ones_like(t.input_ids) for t in part]).to(model.device)
-            places = align.positions_of(torch.stack([t.borders for t in part]))
+            batch = align.collate([Lesson(t) for t in part])
+            names = ("input_ids", "attention_mask", "position_ids")
+            ids, mask, places = (batch[name].to(model.device) for name in names)
             made = cache.prefill(model, ids, attention_mask=mask).cache
-            flats.append(align.features(made, places.to(model.device), cache.rotary_of(model)))
+            flats.append(align.features(made, places, cache.rotary_of(model)))
         mine, given = flats
         given = (align.mix_layers(resample(x, plan), chosen) for x in given)
         keep = plan.mask.to(ids.device)
@@ -551,8 +550,8 @@ if results:
 
 # %%
 if results:
-    layers_there = lab.models.make_config("lab-teacher").num_hidden_layers
-    even = align.proportional(3, layers_there).indices.flatten().tolist()
+    depth = lab.models.make_config("lab-teacher").num_hidden_layers
+    even = align.proportional(3, depth).indices.flatten().tolist()
     for layer, proportional in enumerate(even):
         found = interval(f"cka_layer_{layer}")
         told = "by CKA {:.1f} [{:.1f}, {:.1f}]".format(*found)
@@ -607,8 +606,7 @@ if results:
 # %%
 per_problem = sum(x.numel() * x.element_size() for x in seen[0])
 print(f"{per_problem / 1e6:.2f} MB a problem here")
-layers_there = configs[1].num_hidden_layers
-megabytes = 2 * 2 * 512 * layers_there * sizes[0] / 1e6  # keys and values, two bytes each
+megabytes = 2 * 2 * 512 * configs[1].num_hidden_layers * sizes[0] / 1e6  # keys and values, two bytes each
 print(f"{megabytes:.0f} MB a problem of 512 tokens for Qwen2-7B and Qwen2-1.5B,")
 print(f"so {10_000 * megabytes / 1000:.0f} GB of disk for ten thousand problems")
 if results:

@@ -97,7 +97,6 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
 
     work = done.with_suffix("")
     options = {"evaluate": evaluate, "every": max(1, steps // CHECKS)}
-    started = time.perf_counter()
     likeness = folder / f"layer-map-{seed}.json"
     maps = [str(likeness)] if ALIGNMENTS[arm] and ALIGNMENTS[arm][0] else None
     history, _ = teach(ALIGNMENTS[arm], student, tokenizer, tasks, teachers, settings, work, maps, **options)
@@ -108,11 +107,8 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
         "accuracy": [entry["accuracy"] for entry in history if "accuracy" in entry],
         "by_steps": {int(k): float(right[-1][hard == k].mean()) for k in np.unique(hard)},
         "seconds": sum(entry["seconds"] for entry in history),
-        "all_seconds": time.perf_counter() - started,
-        "processor_seconds": time.process_time(),
         "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         "shares": [[entry["step"], entry["share_kv"]] for entry in history if "share_kv" in entry],
-        "ce": history[-1]["ce"],
     }
     done.write_text(json.dumps(found))
     shutil.rmtree(work)
