@@ -10,6 +10,7 @@ Batches are padded on the left, as wherever kvlab reads contexts: row b of a bat
 and the longest row has no padding. Every step carries gradients, and none reads padding.
 
 >>> from kvlab import cache, lab
+>>> from kvlab.similarity import proportional
 >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
 >>> problem = {"role": "user", "content": "Anna has 3 eggs. Anna buys 4. How many eggs does Anna have?"}
 >>> text = segment(tokenizer, [problem, {"role": "assistant", "content": "3+4=7. Answer: 7"}])
@@ -251,6 +252,7 @@ def resample(x: Tensor, plan: TimePlan) -> Tensor:
 def mix_layers(x: Tensor, layer_map: LayerMap) -> Tensor:
     """Make each student layer of the teacher layers it is mapped to: (B, L_t, T, D) -> (B, L_s, T, D).
 
+    >>> from kvlab.similarity import proportional
     >>> mix_layers(torch.arange(3.0).view(1, 3, 1, 1), proportional(2, 3)).flatten()
     tensor([0., 2.])
     """
@@ -258,18 +260,6 @@ def mix_layers(x: Tensor, layer_map: LayerMap) -> Tensor:
     _expect("layer", x, {"B": None, "L": layers, "T": None, "D": None}, "use the map made for this teacher")
     matrix = x.new_zeros(len(indices), layers).scatter_add(1, indices.to(x.device), weights.to(x))
     return (matrix @ x.flatten(2)).unflatten(2, x.shape[2:])
-
-
-def proportional(student_layers: int, teacher_layers: int) -> LayerMap:
-    """Map each student layer to the one teacher layer at the same share of the depth, ends to ends: the baseline.
-
-    >>> proportional(3, 7).indices.flatten()
-    tensor([0, 3, 6])
-    """
-    seen = f"There are {student_layers} student layers and {teacher_layers} teacher layers"
-    require(min(student_layers, teacher_layers) > 0, f"Step layer: {seen}, expected one or more of each.")
-    chosen = np.linspace(0, teacher_layers - 1, student_layers).round()  # as draft.py chooses layers
-    return LayerMap(torch.from_numpy(chosen).long()[:, None], torch.ones(student_layers, 1).double(), teacher_layers)
 
 
 # -- head and rotation

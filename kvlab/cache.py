@@ -76,6 +76,18 @@ class Prefix(NamedTuple):
     input_ids: Sequence[int] = ()
 
 
+class Read(NamedTuple):
+    """What a model made of texts: its cache, the positions (B, T) of its entries, its rope, and a mask (B, T).
+
+    The mask is 0 for padding. It may be a part of each text only, such as what came last while decoding.
+    """
+
+    cache: DynamicCache
+    positions: Tensor
+    rotary: nn.Module
+    mask: Tensor
+
+
 def require(condition: object, sentence: str) -> None:
     """Raise CacheError with this sentence unless the condition holds."""
     if not condition:
@@ -218,6 +230,29 @@ def prefill(
     out = model(**text, past_key_values=_build(pairs), use_cache=True, logits_to_keep=1)
     alike = isinstance(position, int) and attention_mask is None
     return Prefill(out.past_key_values, out.logits[:, -1], position + count if alike else position_ids[:, -1] + 1)
+
+
+def read(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, position: int = 0) -> Read:
+    """Read texts (B, T), padded on the left if at all, the first token of each at `position`, as `prefill` does.
+
+    >>> model, ids = _example()
+    >>> read(model, ids, position=3).positions
+    tensor([[3, 4, 5, 6, 7]])
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    cache = prefill(model, input_ids, position=position, attention_mask=attention_mask).cache
+    return Read(cache, (position + mask.cumsum(1) - 1).clamp(min=0), rotary_of(model), mask)
+
+
+def part(read: Read, start: int, stop: int) -> Read:
+    """Return the columns from `start` to `stop` of what a model read.
+
+    >>> model, ids = _example()
+    >>> part(read(model, ids), 1, 3).positions
+    tensor([[1, 2]])
+    """
+    cache = select(read.cache, torch.arange(start, stop, device=read.mask.device))
+    return Read(cache, read.positions[:, start:stop], read.rotary, read.mask[:, start:stop])
 
 
 def prefix_of(model: PreTrainedModel, input_ids: Tensor) -> Prefix:
@@ -438,6 +473,17 @@ class Slots(Cache):
         rows, columns = slice(row, row + 1), slice(start, self.lengths[row] if stop is None else stop)
         return _build((layer.keys[rows, :, columns], layer.values[rows, :, columns]) for layer in self.layers)
 
+    def read(self, row: int, start: int, stop: int, rotary: nn.Module) -> Read:
+        """Return a part of a row's entries with their positions."""
+        positions = torch.arange(start, stop, device=self.offsets.device) + self.offsets[row]
+        return Read(self.entries(row, start, stop), positions[None], rotary, torch.ones_like(positions)[None])
+
+    def replace(self, row: int, start: int, cache: DynamicCache) -> None:
+        """Overwrite a row's entries, from column `start` on, with those of a cache of one row."""
+        columns = slice(start, start + length(cache))
+        for layer, (keys, values) in zip(self.layers, _pairs(cache), strict=True):
+            layer.keys[row, :, columns], layer.values[row, :, columns] = keys[0], values[0]
+
     def first(self, layers: int) -> "Slots":
         """Return the first layers, in the same memory, to be aimed on their own."""
         part = copy.copy(self)
@@ -500,6 +546,22 @@ def scale_keys(cache: DynamicCache, factors: Tensor) -> DynamicCache:
     pairs = _pairs(cache)
     factors = _per_entry(factors, cache).expand(len(pairs), -1, -1, -1)[..., None]
     return _build(((keys * f).to(keys.dtype), values) for (keys, values), f in zip(pairs, factors, strict=True))
+
+
+def shape_of(cache: DynamicCache) -> tuple[int, ...]:
+    """Return (L, B, H_kv, T, D).
+
+    >>> model, ids = _example()
+    >>> shape_of(prefill(model, ids).cache)
+    (2, 1, 2, 5, 16)
+    """
+    return _shape(_pairs(cache))
+
+
+def pick_layers(cache: DynamicCache, layers: Sequence[int]) -> DynamicCache:
+    """Return a cache of some layers, in the order given, that shares their memory."""
+    pairs = _pairs(cache)
+    return _build(pairs[layer] for layer in layers)
 
 
 def to_tensor(cache: DynamicCache) -> Tensor:

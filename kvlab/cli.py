@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from itertools import product, zip_longest
 from pathlib import Path
 from statistics import median
@@ -35,7 +36,6 @@ from kvlab.align import (
     by_index,
     load_seen,
     plan_time,
-    proportional,
     save_seen,
     seen_by,
     segment,
@@ -47,6 +47,10 @@ from kvlab.compress import AWARE, KVDistiller
 from kvlab.draft import Accepted, Example, KnowledgeDraft
 from kvlab.evaluate import answers, circumstances, encode, exact_match, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import write_text
+from kvlab.fuse import KEYS, Aligned, Fuser, Size
+from kvlab.fuse import Lesson as FuserLesson
+from kvlab.fuse import Settings as FuserSettings
+from kvlab.fuse import train as train_on
 from kvlab.knowledge import ARMS, Item, KnowledgeCache, loaded
 from kvlab.lab import corpora
 from kvlab.lab.__main__ import report, train
@@ -66,8 +70,9 @@ from kvlab.records import (
     same_answer,
 )
 from kvlab.scale import Scale
-from kvlab.similarity import STATES, layer_map, load_layer_map, save_layer_map
+from kvlab.similarity import STATES, last_aligned, layer_map, load_layer_map, proportional, save_layer_map
 from kvlab.speculate import (
+    FusedProposer,
     Generated,
     ModelProposer,
     Runner,
@@ -122,10 +127,11 @@ def speculate(
         base_model: the small model, which drafts; a lab model, a hub name or a folder, such as `kvlab train-draft`
             makes. Default: the scale's draft.
         teacher_model: the large model, whose text it is. Default: the scale's target.
-        fuser_checkpoint: of a cache fuser; kvlab has none yet, so leave it out.
+        fuser_checkpoint: folder that `kvlab train-fuser` made for these two models: the draft's cache is fused from the
+            target's. Default: the draft is alone.
         skip_standard: leave plain decoding out, and with it every comparison.
-        no_prefill_fusion: without a fuser this changes nothing.
-        no_decode_fusion: without a fuser this changes nothing.
+        no_prefill_fusion: do not fuse the prompt.
+        no_decode_fusion: do not fuse what was accepted.
         save_results: write a JSON file with settings, texts and numbers.
         output_dir: folder of that file.
         prompt_file: more prompts, one a line, or JSON lines with "turns", of which the first is used.
@@ -140,10 +146,9 @@ def speculate(
         threshold: least similarity of an item that counts as found.
     """
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
-    if fuser_checkpoint:
-        raise ValueError(
-            f"fuser_checkpoint is {settings['fuser_checkpoint']!r}, but kvlab has no cache fuser yet: leave it out."
-        )
+    if (no_prefill_fusion or no_decode_fusion) and not fuser_checkpoint:
+        raise ValueError("Without a fuser nothing is fused: give --fuser_checkpoint, or leave --no_..._fusion out.")
+    fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
     if store:
         _require_store(store)
         if compiled:
@@ -159,6 +164,11 @@ def speculate(
     reads = _reads(draft.model, scale.draft) if store else None
     target = Runner(scale.load("target"), room)
     known = _opened(store, target.model, tokenizer, scale, reads) if store else None
+    drafter = ModelProposer
+    if fuser:
+        fuser = _fitting(fuser, draft.model, target.model)
+        switches = {"prefill": not no_prefill_fusion, "decode": not no_decode_fusion}
+        drafter = partial(FusedProposer, target=target, fuser=fuser, **switches)
     arms = ["speculative"] if skip_standard else ["plain", "speculative"]
 
     def run(ids: list[int], arm: str, proposer: ModelProposer, tokens: int = max_new_tokens) -> Generated:
@@ -170,10 +180,10 @@ def speculate(
     done, results = [], []
     for text, ids in zip(tqdm(asked, desc="prompts"), rows, strict=True):
         if not done:
-            proposer, _ = _proposer(draft, known, threshold, text, ids)
+            proposer, _ = _proposer(drafter, draft, known, threshold, text, ids)
             for arm in arms:
                 run(ids, arm, proposer, tokens=4)  # warms up, and compiles
-        proposer, found = _proposer(draft, known, threshold, text, ids)
+        proposer, found = _proposer(drafter, draft, known, threshold, text, ids)
         done.append({arm: run(ids, arm, proposer) for arm in arms})
         results.append({"prompt": text} | found | {arm: _result(made, tokenizer) for arm, made in done[-1].items()})
     summary = compare(
@@ -202,16 +212,31 @@ def _reads(draft: torch.nn.Module, name: str) -> str:
     return reads
 
 
+def _fitting(fuser: Fuser, draft: PreTrainedModel, target: PreTrainedModel) -> Fuser:
+    """The fuser, beside the draft, if it is for these two."""
+    have, want = (fuser.receiver, fuser.sharer), (Size.of(draft.config), Size.of(target.config))
+    if have != want:
+        seen = f"The fuser is from {have[1]} to {have[0]}, the models are {want[1]} and {want[0]}"
+        raise ValueError(f"{seen}: train one for them (`kvlab train-fuser`).")
+    return fuser.to(draft.device, draft.dtype)
+
+
 def _proposer(
-    draft: Runner, store: KnowledgeCache | None, threshold: float, text: str, ids: list[int]
+    drafter: Callable[..., ModelProposer],
+    draft: Runner,
+    store: KnowledgeCache | None,
+    threshold: float,
+    text: str,
+    ids: list[int],
 ) -> tuple[ModelProposer, dict]:
     """What drafts for a prompt, with what the store has on it, and what was found in how many seconds."""
     if store is None:
-        return ModelProposer(draft), {}
+        return drafter(draft), {}
     started = time.perf_counter()
     item = _found(store, text, threshold)
-    proposer = ModelProposer(*draft.model.knowing(store, [item], [len(ids)]))
-    return proposer, {"found": item and item.question, "finding_seconds": time.perf_counter() - started}
+    knowing, prefix = draft.model.knowing(store, [item], [len(ids)])
+    proposer, seconds = drafter(knowing, prefix=prefix), time.perf_counter() - started
+    return proposer, {"found": item and item.question, "finding_seconds": seconds}
 
 
 def _shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
@@ -1109,6 +1134,176 @@ Conversation = list[dict[str, str]]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+CONTROLS = ("none", "self", "matched")
+FUSIONS = {"none": None, "prefill": (True, False), "decode": (False, True), "both": (True, True)}
+
+
+def train_fuser(
+    output_dir: Path = Path("fuser"),
+    data: Literal[DATA] = "lab",
+    source: str | None = None,
+    split: str = "train",
+    prompts: int | None = None,
+    heldout: int = 40,
+    max_new_tokens: int = 128,
+    hidden: int | None = None,
+    keys: Literal[KEYS] = "unrotated",
+    noise: Literal["logistic", "gumbel"] = "logistic",
+    layer_map: Literal["last", "proportional"] = "last",
+    control: Literal[CONTROLS] = "none",
+    no_decode_fusion: bool = False,
+    gamma: int = 4,
+    steps: int = 1000,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    accumulate: int = 1,
+    precision: Literal["no", "fp16", "bf16"] = "no",
+    seed: int = 0,
+    base_model: str | None = None,
+    teacher_model: str | None = None,
+) -> None:
+    """Teach a fuser to add to a small model's cache what a large one made of the same text (Cache-to-Cache).
+
+    The large model answers prompts, and the fuser learns to make these answers likely for the small one, which reads
+    the prompt for itself; both models stay as they are. Then, on prompts that were held out, the share of the small
+    model's guesses is measured that the large one accepts in speculative decoding. OUTPUT_DIR holds the fuser and all
+    that was found (training.json). The same command goes on where a run was stopped, from the checkpoint in
+    OUTPUT_DIR/run-NAME, which can be deleted when it is done; with other settings it starts anew.
+
+    Args:
+        output_dir: folder of the fuser.
+        data: what to ask about: lab (made-up passages, of which somebody is to be told about) or records of squad,
+            quality, self_instruct, p3 or long_alpaca, with their contexts.
+        source: of records; a file as their authors published it, or a name on the Hugging Face hub.
+        split: part of the hub's data set; a file is read whole.
+        prompts: most prompts to learn from. Default: all; the lab makes 4000.
+        heldout: prompts that are not learned from but measured on.
+        max_new_tokens: of each answer.
+        hidden: width of the fuser. Default: 1024; 128 for the tiny scale, whose models are small.
+        keys: are fused unrotated, or rotated as published.
+        noise: of the gates in training, logistic, or gumbel as published.
+        layer_map: the large model's last layers for the small one's, or those at the same shares of the depth.
+        control: self (the small model in place of the large one), or matched (as many parameters, and no large model).
+        no_decode_fusion: learn to fuse prompts only, as published, and not what was said since.
+        gamma: tokens drafted a round, in the measurement.
+        steps: of the optimizer.
+        batch_size: of training, in prompts. Default: 8; 16 for the tiny scale.
+        learning_rate: by default 1e-4; 2e-3 for the tiny scale.
+        accumulate: batches of an optimizer step.
+        precision: of the arithmetic in training; the fuser is in float32.
+        seed: of what is learned from, of the start, and of the order.
+        base_model: the small model, which receives; a lab model, a hub name or a folder. Default: the scale's draft.
+        teacher_model: the large model, which shares, with the same tokenizer. Default: the scale's target.
+    """
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
+    scale = Scale.current()
+    scale = replace(scale, draft=base_model or scale.draft, target=teacher_model or scale.target)
+    tiny = {"hidden": 128, "batch_size": 16, "learning_rate": 2e-3}
+    default = tiny if scale.name == "tiny" else {"hidden": 1024, "batch_size": 8, "learning_rate": 1e-4}
+    settings = default | {k: v for k, v in settings.items() if v is not None}
+    settings |= {"base_model": scale.draft, "teacher_model": scale.target}
+    _require_counts(heldout=heldout, steps=steps, gamma=gamma, batch_size=settings["batch_size"])
+    tokenizer, texts, checks = _shared_tokenizer(scale), *_requests(settings)
+    main = PartialState(cpu=scale.device == "cpu").is_main_process  # before loading: gives each process its own GPU
+    draft, target = scale.load("draft"), scale.load("target")
+    asked, checked = ([encode(tokenizer, text) for text in part] for part in (texts, checks))
+    said = drafts.listen(target, tokenizer, asked, output_dir, max_new_tokens)
+    if main:
+        print(f"To learn from: {len(said)} answers of {scale.target}. Held out: {len(checks)} prompts.")
+    options = {
+        name: settings[name] for name in ("steps", "batch_size", "learning_rate", "accumulate", "precision", "seed")
+    }
+    fuser, history = tuned(draft, target, said, settings, options, output_dir)
+    if not main:
+        return
+    fuser.save_pretrained(output_dir)
+    found = speculated(target, checked, drafters(draft, target, fuser, control), gamma, max_new_tokens)
+    told = f"{len(checks)} prompts that were not learned from, greedy, gamma {gamma}"
+    figures = [figure(f"acceptance_{arm}", rows["acceptance"], "fraction", told) for arm, rows in found.groupby("arm")]
+    print(_table(figures))
+    result = {"settings": settings, "gates": fuser.gate_logits().tolist(), "parameters": fuser.num_parameters()}
+    result |= {"figures": figures, **circumstances(), "history": history}
+    print(_write_json(output_dir / "training.json", result))
+
+
+def _requests(settings: Mapping) -> tuple[list[Conversation], list[Conversation]]:
+    """Prompts to learn from, which the seed chooses, and prompts to measure on, the same for every seed."""
+    data, source, most, seed = settings["data"], settings.get("source"), settings.get("prompts"), settings["seed"]
+    if data == "lab":
+        _require_no_source(source)
+        held = corpora.Requests(settings["heldout"], test=True)
+        return [*corpora.Requests(most or 4000, seed=seed)], [*held]
+    records = _records(data, source, settings["split"])
+    contexts = random.Random(0).sample([*records], len(records))
+    held = contexts[: settings["heldout"]]
+    texts = [messages(record)[:1] for context in contexts[len(held) :] for record in records[context]]
+    if len(texts) < settings["batch_size"]:
+        seen = f"There are {len(records)} contexts, {len(held)} to hold out"
+        raise ValueError(f"{seen}: give a source that has more, or a smaller heldout or batch_size.")
+    chosen = random.Random(seed).sample(texts, min(most or len(texts), len(texts)))
+    return chosen, [messages(records[context][0])[:1] for context in held]
+
+
+def tuned(
+    draft: PreTrainedModel,
+    target: PreTrainedModel,
+    said: Sequence[Example],
+    settings: Mapping,
+    options: Mapping,
+    folder: Path,
+) -> tuple[Fuser, list[dict[str, float]]]:
+    """A fuser from the target to the draft, or a control, trained on the target's answers, and its history."""
+    control = settings["control"]
+    sharer = draft if control == "self" else target
+    made = {"hidden": settings["hidden"], "keys": settings["keys"], "noise": settings["noise"]}
+    receiving, sharing = Size.of(draft.config), Size.of(sharer.config)
+    layers = {"last": last_aligned, "proportional": proportional}[settings["layer_map"]]
+    torch.manual_seed(options["seed"])
+    chosen = layers(receiving.layers, sharing.layers)
+    fuser = Fuser(receiving, sharing, chosen, FuserSettings(**made, sharer_seen=control != "matched"))
+    fuser.to(draft.device)
+    texts = [(e.input_ids[: e.start], e.input_ids[e.start :]) for e in said]
+    lessons = [FuserLesson(Aligned(prompt, prompt), answer) for prompt, answer in texts]
+    decode = not settings["no_decode_fusion"]
+    told = [fingerprint(draft)["weights"], made, settings["layer_map"], control, decode, dict(options)]
+    run = folder / _run_name(target, *told, [e.input_ids.tolist() for e in said])
+    checkpoint = run / "checkpoint.safetensors"
+    return fuser, train_on(fuser, draft, sharer, lessons, decode=decode, checkpoint=checkpoint, **options)
+
+
+def drafters(
+    draft: PreTrainedModel, target: PreTrainedModel, fuser: Fuser, control: str = "none"
+) -> dict[str, Callable[[], ModelProposer]]:
+    """The draft alone, and fused where the prompt stands, where answers do, and at both."""
+    fuse = (lambda own, theirs: fuser(own, own)) if control == "self" else fuser
+
+    def make(ways: tuple[bool, bool] | None) -> ModelProposer:
+        return FusedProposer(draft, target, fuse, None, *ways) if ways else ModelProposer(draft)
+
+    return {arm: partial(make, ways) for arm, ways in FUSIONS.items()}
+
+
+def speculated(
+    target: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    makers: Mapping[str, Callable[[], ModelProposer | None]],
+    gamma: int,
+    max_new_tokens: int,
+) -> pd.DataFrame:
+    """Each prompt decoded by each arm, one after another: acceptance, tokens a call, seconds, and the tokens."""
+    rows = []
+    for number, ids in enumerate(tqdm(prompts, desc="prompts")):
+        for arm, make in makers.items():
+            started = time.perf_counter()
+            made = generate(target, [ids], make(), gamma=gamma, max_new_tokens=max_new_tokens)
+            row = {"prompt": number, "arm": arm, "seconds": time.perf_counter() - started}
+            summary = summarize(made.rounds)
+            row |= {"decoding": summary.seconds, "drafting": summary.draft_seconds, "calls": summary.target_calls}
+            row |= {"acceptance": summary.acceptance, "tokens_per_call": summary.tokens_per_call}
+            rows.append(row | {"tokens": made.tokens[0].tolist()})
+    return pd.DataFrame(rows)
+
+
 class Problems(NamedTuple):
     """Problems as a student and its teachers solve them, to learn from, and others to be asked.
 
@@ -1655,7 +1850,7 @@ def main(args: list[str] | None = None) -> None:
     commands = {"scale": scale, "speculate": speculate, "build-cache": build_cache, "ask": ask}
     commands |= {"train-draft": train_draft, "distill": distill, "eval-compression": eval_compression}
     commands |= {"layer-map": map_layers, "train-aligned": train_aligned, "compare-alignments": compare_alignments}
-    commands["lab"] = models
+    commands |= {"train-fuser": train_fuser, "lab": models}
     args = sys.argv[1:] if args is None else args
     args = [_OPTION.sub(lambda name: name[0].replace("-", "_"), arg) for arg in args]
     try:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -278,6 +279,32 @@ def layer_map(matrix: Tensor, k: int) -> LayerMap:
     require(0 < k <= shape[1], f"k is {k}, expected 1 to {shape[1]}, the number of teacher layers.")
     values, indices = matrix.double().sort(dim=1, descending=True, stable=True)
     return LayerMap(indices[:, :k], values[:, :k].softmax(1), shape[1])
+
+
+def proportional(student_layers: int, teacher_layers: int) -> LayerMap:
+    """Map each student layer to the one at the same share of the teacher's depth, ends to ends.
+
+    >>> proportional(3, 7).indices.flatten()
+    tensor([0, 3, 6])
+    """
+    return _single(np.linspace(0, teacher_layers - 1, max(student_layers, 0)).round(), teacher_layers)
+
+
+def last_aligned(student_layers: int, teacher_layers: int) -> LayerMap:
+    """Map last layer to last layer, and so on to the front, where the teacher's first layer serves all that are left.
+
+    >>> last_aligned(4, 3).indices.flatten(), last_aligned(2, 12).indices.flatten()
+    (tensor([0, 0, 1, 2]), tensor([10, 11]))
+    """
+    return _single(np.arange(teacher_layers - student_layers, teacher_layers).clip(min=0), teacher_layers)
+
+
+def _single(chosen: np.ndarray, teacher_layers: int) -> LayerMap:
+    seen = f"There are {len(chosen)} student layers and {teacher_layers} teacher layers"
+    require(len(chosen) and teacher_layers > 0, f"{seen}, expected one or more of each: give the models' numbers.")
+    # By way of NumPy, for what uses a map may be built on the meta device, where tensors have no numbers.
+    indices, weights = chosen.astype(np.int64)[:, None], np.ones((len(chosen), 1))
+    return LayerMap(torch.from_numpy(indices), torch.from_numpy(weights), teacher_layers)
 
 
 def save_layer_map(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -27,7 +27,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kvlab.cache import Prefix, Slots, first_layers, length, prefill, require_supported, step
+from kvlab.cache import Prefix, Read, Slots, first_layers, length, prefill, require_supported, rotary_of, step
 
 Texts = list[list[int]]  # token ids of each row
 
@@ -304,6 +304,8 @@ class ModelProposer:
     whose ids must begin the text and leave at least one token to read. It serves one stream of rounds at a time.
     """
 
+    leaves = 1  # tokens that `start` leaves unread
+
     def __init__(self, model: PreTrainedModel | Runner, prefix: Prefix | Sequence[Prefix] | None = None):
         self.runner, self.prefix = model if isinstance(model, Runner) else Runner(model), prefix
 
@@ -317,7 +319,8 @@ class ModelProposer:
             known = list(prefix.input_ids) if prefix else []
             fits = text[: len(known)] == known and len(known) < len(text) - 1
             _require(fits, "The draft's prefix must stand for the first ids of the text, and leave one to read.")
-            parts.append(text[len(known) : -1])
+            self.unread[len(parts)] = min(self.leaves, len(text) - len(known) - 1)
+            parts.append(text[len(known) : -self.unread[len(parts)]])
         self.runner.start(parts, prefixes, room)
 
     def _begin(self, texts: Texts, sampling: Sampling) -> None:
@@ -380,6 +383,63 @@ class EarlyExitProposer(ModelProposer):
         """Keep what was accepted; the target has read it."""
         super().accept(accepted, next_tokens, target_cache)
         self.runner.slots.lengths, self.unread = list(target_cache.lengths), [1] * len(accepted)
+
+
+class FusedProposer(ModelProposer):
+    """A draft whose cache is fused from the target's: what the target made of the text helps to guess what follows.
+
+    As it starts, and after each verification, the entries of the tokens that both have read are fused, in the draft's
+    own memory; only the newest tokens are the draft's alone (Fu et al. 2025, arXiv 2510.03215, used in speculation). A
+    text that the target did not read token by token (a compressed prefix) is fused from the first guess on.
+
+    Parameters
+    ----------
+    model, prefix : as for `ModelProposer`. The draft's own prefix is not fused.
+    target : the model that verifies, or its Runner.
+    fuser : from the target to the draft, as `fuse.Fuser`: called with a `Read` of each, it returns the draft's cache.
+    prefill, decode : whether to fuse what stands before the first guess, and what is accepted later.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Runner,
+        target: PreTrainedModel | Runner,
+        fuser: Callable[[Read, Read], DynamicCache],
+        prefix: Prefix | Sequence[Prefix] | None = None,
+        prefill: bool = True,
+        decode: bool = True,
+    ):
+        super().__init__(model, prefix)
+        models = (self.runner.model, target.model if isinstance(target, Runner) else target)
+        self.fuser, self.prefill, self.decode, self.leaves = fuser, prefill, decode, 2
+        self.rotary, self.sharer_rotary = map(rotary_of, models)
+
+    def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        """Read the texts, but for their last two tokens, and fuse them; the next to last is read on what is fused."""
+        super().start(texts, target_cache, sampling, room)
+        self.settled = [len(text) - n for text, n in zip(texts, self.unread, strict=True)]  # fused, or not to be
+        for row, prefix in enumerate(_per_row(self.prefix, len(texts)) if self.prefill else []):
+            if target_cache.lengths[row] == len(texts[row]) - 1:
+                self.settled[row] = len(prefix.input_ids) if prefix else 0
+                self._fuse(row, target_cache)
+
+    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
+        """Keep what was accepted, and fuse it."""
+        super().accept(accepted, next_tokens, target_cache)
+        for row, n in enumerate(accepted if self.decode else []):
+            if n >= 0:
+                self._fuse(row, target_cache)
+
+    def _fuse(self, row: int, target_cache: Slots) -> None:
+        """Fuse the entries of a row's tokens that both have read and that are not settled."""
+        own, text = self.runner.slots, self.texts[row]
+        read = len(text) - self.unread[row]  # by the draft; the target has read all but the last
+        count, self.settled[row] = read - self.settled[row], read
+        if count > 0:
+            ends = own.lengths[row], target_cache.lengths[row] - (len(text) - 1 - read)
+            reads = [slots.read(row, end - count, end, rotary) for slots, end, rotary in zip(
+                (own, target_cache), ends, (self.rotary, self.sharer_rotary), strict=True)]  # fmt: skip
+            own.replace(row, ends[0] - count, self.fuser(*reads))
 
 
 class LookupProposer:

@@ -247,7 +247,8 @@ plots.similarity_maps(maps, "student layer", "teacher layer")
 chosen = similarity.layer_map(maps["hidden"], k=2)
 for layer, (layers, weights) in enumerate(zip(chosen.indices.tolist(), chosen.weights.tolist())):
     print(f"student layer {layer}: teacher layers {layers}, weights {np.round(weights, 2)}")
-print("proportional:", align.proportional(len(chosen.indices), chosen.teacher_layers).indices.flatten().tolist())
+even = similarity.proportional(len(chosen.indices), chosen.teacher_layers)
+print("proportional:", even.indices.flatten().tolist())
 
 # %% [markdown]
 # At the tiny scale, no layer of one is very much like any of the other: their tokens differ, and they were trained apart. The rows are nearly flat, so that which two layers are best hardly means anything. And the weights, a softmax over numbers from 0 to 1, are nearly even for any two layers. For comparison, the student with itself and, at the tiny scale, with a deeper model of the same tokenizer, on the very same texts:
@@ -348,7 +349,7 @@ def as_teacher(model, text, own, chosen, projector):
 
 layers, width = student.config.num_hidden_layers, widths[1]
 like = Projector(width, width, "identity").to(student.device)
-mirror = as_teacher(student, own, own, align.proportional(layers, layers), like)
+mirror = as_teacher(student, own, own, similarity.proportional(layers, layers), like)
 kept = align.align_kv([mirror])
 assert torch.equal(kept.keys, align.features(*read(student, own), cache.rotary_of(student)).keys)
 
@@ -425,7 +426,7 @@ def learner():
 problems = [*Solutions(32, seed=6)]
 own_texts = [segment(tokenizer, s) for s, _ in problems]
 begun = learner()
-layers = align.proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = similarity.proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
 seen = align.seen_by(teacher, words, [t for _, t in problems], own_texts, layers)
 lessons = [Lesson(text, (part,)) for text, part in zip(own_texts, seen)]
 
@@ -551,7 +552,7 @@ if results:
 # %%
 if results:
     depth = lab.models.make_config("lab-teacher").num_hidden_layers
-    even = align.proportional(3, depth).indices.flatten().tolist()
+    even = similarity.proportional(3, depth).indices.flatten().tolist()
     for layer, proportional in enumerate(even):
         found = interval(f"cka_layer_{layer}")
         told = "by CKA {:.1f} [{:.1f}, {:.1f}]".format(*found)
@@ -767,7 +768,7 @@ student.requires_grad_(True)
 
 problems = [*Solutions(16, seed=1)]
 texts = [align.segment(tokenizer, mine) for mine, _ in problems]
-layers = align.proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = similarity.proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
 seen = align.seen_by(teacher, words, [theirs for _, theirs in problems], texts, layers)
 lessons = [align.Lesson(text, (part,)) for text, part in zip(texts, seen)]
 

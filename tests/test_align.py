@@ -43,7 +43,6 @@ from kvlab.align import (
     own_features,
     plan_time,
     positions_of,
-    proportional,
     resample,
     save_seen,
     seen_by,
@@ -54,7 +53,7 @@ from kvlab.align import (
 from kvlab.evaluate import encode
 from kvlab.lab.worlds import arithmetic_document
 from kvlab.losses import cross_entropy
-from kvlab.similarity import LayerMap, layer_map
+from kvlab.similarity import LayerMap, layer_map, proportional
 from kvlab.training import fit
 
 DOUBLE = torch.float64
@@ -455,17 +454,6 @@ def test_layers_are_mixed_by_the_maps_weights():
         (i, j), (a, b) = chosen.indices[k], chosen.weights[k]
         near(got[:, k], a * x[:, i] + b * x[:, j])
     near(mix_layers(torch.ones(1, 5, 2, 2).double(), chosen), torch.ones(1, 3, 2, 2).double())
-
-
-def test_the_proportional_map_goes_from_end_to_end():
-    cases = {(4, 4): [0, 1, 2, 3], (3, 7): [0, 3, 6], (2, 12): [0, 11], (1, 5): [0], (5, 3): [0, 0, 1, 2, 2]}
-    for (own, theirs), want in cases.items():
-        indices, weights, layers = proportional(own, theirs)
-        assert (indices.flatten().tolist(), layers) == (want, theirs)
-        assert weights.tolist() == [[1.0]] * own
-    for bad in ((0, 3), (3, 0)):
-        with pytest.raises(ValueError, match=r"Step layer: There are .* expected one or more of each"):
-            proportional(*bad)
 
 
 def test_a_map_for_another_teacher_is_refused():

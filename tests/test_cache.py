@@ -744,3 +744,89 @@ def test_scaling_keys_commutes_with_rotation_and_selection(tiny_model, dtype):
 def test_factors_that_do_not_fit_are_refused(shape):
     with pytest.raises(CacheError, match="does not fit a cache of"):
         kv.scale_keys(random_cache(), torch.ones(shape))
+
+
+# what a model read, and parts of it
+
+
+@every_family
+@pytest.mark.parametrize("rope", ["default", "yarn"])
+def test_positions_of_what_was_read_undo_its_rotation(tiny_model, family, rope):
+    model, exact = tiny_model(family, rope, torch.float64), {"rtol": 0, "atol": 1e-4}  # angles are float32
+    mask = torch.tensor([[0] * 4 + [1] * 9, [1] * 13])
+    here, padded, there = kv.read(model, IDS), kv.read(model, IDS, mask), kv.read(model, IDS, mask, 31)
+    assert equal(here.cache, kv.prefill(model, IDS).cache)
+    assert equal(there.cache, kv.prefill(model, IDS, position=31, attention_mask=mask).cache)
+    assert (here.mask == 1).all()
+    assert torch.equal(there.mask, mask)
+    assert here.positions.tolist() == [[*range(13)]] * 2
+    assert there.positions[0, 4:].tolist() == [*range(31, 40)]
+    assert all(read.positions.shape == (2, 13) and read.positions.min() >= 0 for read in (here, padded, there))
+    stored = [keys_of(kv.unrotate(x.cache, x.positions, x.rotary)) for x in (here, padded, there)]
+    text = mask.bool()[:, None, :, None].expand_as(stored[0])
+    torch.testing.assert_close(stored[1][text], stored[2][text], **exact)
+    torch.testing.assert_close(stored[0][:, 1], stored[2][:, 1], **exact)
+    alone = kv.read(model, IDS[:1, 4:], position=5)
+    plain = keys_of(kv.unrotate(alone.cache, alone.positions, alone.rotary))
+    torch.testing.assert_close(plain, stored[2][:, :1, :, 4:], **exact)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 12), st.data())
+def test_parts_of_what_was_read_make_up_the_whole(tiny_model, at, data):
+    mask = torch.tensor([[0] * 4 + [1] * 9, [1] * 13])
+    whole = kv.read(tiny_model(), IDS, mask, 7)
+    one, two = kv.part(whole, 0, at), kv.part(whole, at, 13)
+    assert equal(kv.join(one.cache, two.cache), whole.cache)
+    assert torch.equal(torch.cat((one.positions, two.positions), 1), whole.positions)
+    assert torch.equal(torch.cat((one.mask, two.mask), 1), mask)
+    assert one.rotary is two.rotary is whole.rotary
+    stop = data.draw(st.integers(at, 13))
+    inner, direct = kv.part(two, 0, stop - at), kv.part(whole, at, stop)
+    assert equal(inner.cache, direct.cache)
+    assert torch.equal(inner.positions, direct.positions)
+    assert torch.equal(inner.mask, direct.mask)
+    assert kv.length(direct.cache) == direct.positions.shape[1] == direct.mask.shape[1] == stop - at
+
+
+def test_what_slots_hold_is_read_at_its_positions(tiny_model):
+    model = tiny_model(dtype=torch.float64)
+    whole = kv.read(model, IDS[:1], position=20)
+    evicted = kv.select(whole.cache, torch.tensor([0, 1, 2, 9, 10, 11, 12]))  # what was kept last is where it was
+    slots = filled(model, [(whole.cache, 33), (evicted, 33), (random_cache(1, 3, torch.float64), 3)], 16)
+    for row, first in ((0, 9), (1, 3)):
+        for start, stop in ((0, 4), (1, 2), (2, 4)):
+            got, want = slots.read(row, first + start, first + stop, whole.rotary), kv.part(whole, 9 + start, 9 + stop)
+            assert equal(got.cache, want.cache)
+            assert torch.equal(got.positions, want.positions)
+            assert torch.equal(got.mask, want.mask)
+            assert got.rotary is whole.rotary
+    assert slots.read(2, 0, 3, whole.rotary).positions.tolist() == [[0, 1, 2]]
+    assert got.cache.layers[0].keys.data_ptr() == slots.layers[0].keys[1, :, 5:].data_ptr()  # no copy
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2), st.integers(1, 6), st.data())
+def test_what_is_replaced_is_there_and_nothing_else_has_changed(tiny_model, row, count, data):
+    slots = filled(tiny_model(), [(random_cache(1, 9, seed=seed), 9 + seed) for seed in range(3)], 12)
+    start, new = data.draw(st.integers(0, 9 - count)), random_cache(1, count, seed=7)
+    before, kept = [x.clone() for x in tensors(slots)], kv.clone(new)
+    places, state = [x.data_ptr() for x in tensors(slots)], (list(slots.lengths), slots.offsets.tolist())
+    slots.replace(row, start, new)
+    assert equal(slots.entries(row, start, start + count), kept)
+    assert equal(new, kept)
+    for old, now in zip(before, tensors(slots), strict=True):
+        changed = (old != now).any(-1)  # (B, H_kv, T)
+        assert changed[row, :, start : start + count].all()
+        assert changed.sum() == 2 * count
+    assert [x.data_ptr() for x in tensors(slots)] == places
+    assert (slots.lengths, slots.offsets.tolist()) == state
+    new.layers[0].keys.zero_()
+    assert equal(slots.entries(row, start, start + count), kept)
+
+
+def test_replacing_entries_by_themselves_changes_no_bit(tiny_model):
+    slots = filled(tiny_model(), [(random_cache(1, 9), 9)], 12)
+    before = [x.clone() for x in tensors(slots)]
+    slots.replace(0, 2, slots.entries(0, 2, 7))
+    assert all(map(torch.equal, before, tensors(slots)))

@@ -1364,7 +1364,7 @@ def test_each_arm_learns_from_what_its_name_says(listened):
     )
     assert [run[1] is None for run in runs] == [True] + [False] * 7
     assert all(lesson.seen == () for lesson in lessons["ce_only"])
-    by_depth, by_likeness = align_module.proportional(2, 6), similarity.layer_map(alike(), 2)
+    by_depth, by_likeness = similarity.proportional(2, 6), similarity.layer_map(alike(), 2)
     segments, index = align_module.plan_time, align_module.by_index
     assert same(lessons["baseline"], heard(by_depth, index))
     assert same(lessons["cka"], heard(by_likeness, index))
@@ -1389,7 +1389,7 @@ def test_flags_of_training_choose_the_arm_and_the_seed_the_problems(listened):
     ((lessons, *_),) = listened(ALIGNED, BOTH[0], "--seed", "3")
     assert same(lessons, heard(likeness, align_module.by_index, seed=3))
     ((lessons, *_),) = listened(ALIGNED, BOTH[1], "--seed", "3")
-    assert same(lessons, heard(align_module.proportional(2, 6), align_module.plan_time, seed=3))
+    assert same(lessons, heard(similarity.proportional(2, 6), align_module.plan_time, seed=3))
 
 
 def test_a_layer_map_is_written_and_obeyed(listened, tiny, capsys):
@@ -1438,8 +1438,8 @@ def test_two_teachers_are_heard_one_after_another_each_in_its_own_tokens(listene
         patch.setattr(Scale, "load", watched)
         ((lessons, alignment, _),) = listened(ALIGNED, *two)
     assert len(loaded) == 2
-    assert same(lessons, heard(align_module.proportional(2, 6), align_module.plan_time), 0)
-    assert same(lessons, heard(align_module.proportional(2, 12), align_module.plan_time, "lab-target"), 1)
+    assert same(lessons, heard(similarity.proportional(2, 6), align_module.plan_time), 0)
+    assert same(lessons, heard(similarity.proportional(2, 12), align_module.plan_time, "lab-target"), 1)
     assert [p.keys.in_features for p in alignment.projectors] == [160, 64]
     maps = ["a.json", "b.json"]
     for path, layers, layer in zip(maps, (6, 12), (3, 7), strict=True):

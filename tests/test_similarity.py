@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from kvlab import similarity as module
 from kvlab.cache import CacheError, prefill, rotary_of, unrotate
-from kvlab.similarity import CKA, LayerMap, biased_cka, hsic, layer_map, load_layer_map, save_layer_map, states
+from kvlab.similarity import (
+    CKA,
+    LayerMap,
+    biased_cka,
+    hsic,
+    last_aligned,
+    layer_map,
+    load_layer_map,
+    proportional,
+    save_layer_map,
+    states,
+)
 
 DOUBLE = torch.float64
 seeds = st.integers(0, 10**6)
@@ -572,3 +583,28 @@ def test_damaged_files_are_refused(tmp_path, content):
 def test_a_map_of_one_layer_each_can_be_saved(tmp_path):
     chosen = LayerMap(torch.tensor([[0]]), torch.tensor([[1.0]]), 1)
     assert load_layer_map(saved(tmp_path, chosen), 1, 1).layer_map.indices.tolist() == [[0]]
+
+
+def test_the_proportional_map_goes_from_end_to_end():
+    cases = {
+        (4, 4): [0, 1, 2, 3],
+        (3, 7): [0, 3, 6],
+        (2, 12): [0, 11],
+        (1, 5): [0],
+        (5, 3): [0, 0, 1, 2, 2],
+        (6, 28): [0, 5, 11, 16, 22, 27],
+    }
+    for (own, theirs), want in cases.items():
+        indices, weights, layers = proportional(own, theirs)
+        assert (indices.flatten().tolist(), layers) == (want, theirs)
+        assert weights.tolist() == [[1.0]] * own
+    for bad in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match=r"There are .* expected one or more of each"):
+            proportional(*bad)
+
+
+def test_last_layers_are_aligned_whichever_model_is_deeper():
+    assert last_aligned(28, 24).indices.flatten().tolist() == [0] * 4 + list(range(24))
+    assert last_aligned(24, 28).indices.flatten().tolist() == list(range(4, 28))
+    for made in (last_aligned(5, 5), proportional(5, 5)):
+        assert made.indices.flatten().tolist() == list(range(5))

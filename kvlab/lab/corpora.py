@@ -146,6 +146,28 @@ class Readings(Dataset):
         return passage.text, [worlds.ask_free(rng, passage) for _ in range(self.questions)]
 
 
+class Requests(Dataset):
+    """`n` passages, each with a request to tell about somebody or something in it; made from seed and index alone.
+
+    Examples
+    --------
+    >>> [message["role"] for message in Requests(1, test=True)[0]]
+    ['system', 'user']
+    """
+
+    def __init__(self, n: int, facts: tuple[int, int] = (8, 16), seed: int = 0, test: bool = False):
+        self.n, self.facts, self.seed, self.test = n, facts, seed, test
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> list[dict[str, str]]:
+        if not 0 <= index < self.n:
+            raise IndexError(f"There is no passage {index} among {self.n}.")
+        rng = random.Random(f"request:{self.seed}:{index}")
+        return worlds.reading_document(rng, rng.randint(*self.facts), ["about"], self.test)[:-1]
+
+
 class Solutions(Dataset):
     """`n` word problems, each solved twice, in the short and in the long style; made from seed and index alone.
 

@@ -23,7 +23,6 @@ from kvlab.align import (
     Pupil,
     collate,
     plan_time,
-    proportional,
     resample,
     seen_by,
     segment,
@@ -35,7 +34,7 @@ from kvlab.lab import models
 from kvlab.lab.corpora import Solutions
 from kvlab.records import extract_answer
 from kvlab.scale import config_of
-from kvlab.similarity import layer_map, save_layer_map
+from kvlab.similarity import layer_map, proportional, save_layer_map
 
 RUNS, HARD, CHECKS = Path("lab-runs/align"), (1, 3), 4
 SEEDS = dict.fromkeys(ALIGNMENTS, 3) | {"ce_only": 4, "segment": 5, "shuffled_segment": 4}
