@@ -17,7 +17,7 @@
 # - tell what it knows by heart from what it reads, with controls that must fail;
 # - put it into the loop of chapter 05, and give it away as a model that other programs load.
 #
-# **Time and memory**: about three minutes and 1.5 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
+# **Time and memory**: about a minute and 1 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
 # **Code**: `kvlab/draft.py` and `kvlab/losses.py`; what is written out here is checked against them.
 # ```
@@ -32,6 +32,7 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
     subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
+import copy
 import hashlib
 import json
 import tempfile
@@ -177,11 +178,11 @@ def some_ways_to_ask(record, more):
 
 
 questions = {
-    "train": [q for r in seen for q in some_ways_to_ask(r, 16)],
+    "train": [q for r in seen for q in some_ways_to_ask(r, 6)],
     "choose": [q for r in checked for q in some_ways_to_ask(r, 2)],
     "seen": [r["paraphrases"][2] for r in seen],  # held out from all training
     "new": [r["paraphrases"][2] for r in new],
-    "outside": list(corpora.outside("test")),  # no item answers these
+    "outside": list(corpora.outside("test"))[::2],  # no item answers these
 }
 said = {name: listen(group) for name, group in questions.items()}
 
@@ -201,7 +202,7 @@ for r in (*checked, *new):
 kept = [ending(e.input_ids.tolist()) not in secret for e in said["train"]]
 texts = [e for e, keep in zip(said["train"], kept) if keep]
 asked = [q for q, keep in zip(questions["train"], kept) if keep]
-stories = [p for n in (1, 2, 3) for p in problems(n, "long", 40, seed=7)]
+stories = [p for n in (1, 2) for p in problems(n, "long", 40, seed=7)]
 stories = [story[0]["content"] for story in stories]
 others = listen(stories, 160)
 print(len(texts), "answers to questions,", len(others), "to word problems;")
@@ -242,12 +243,12 @@ print("              sampled:", shown(scores.sampled))
 
 # %%
 def fit(model, examples, choose, **options):
-    rate = 1.5e-3 if scale.name == "tiny" else 3e-5
-    options = {"epochs": 4, "learning_rate": rate} | options
-    options["batch_size"] = scale.needs["02_draft_training"].batch
-    shares = {"kl": 1.0, "ce": 1.0}
-    options["shares"] = shares
-    return draft.train(model, target, examples, choose, **options)
+    settings = {"epochs": 4, "learning_rate": 3e-5}
+    settings["batch_size"] = scale.needs["02_draft_training"].batch
+    if scale.name == "tiny":
+        settings = {"epochs": 2, "learning_rate": 1.5e-3, "batch_size": 8}
+    settings |= {"shares": {"kl": 1.0, "ce": 1.0}} | options
+    return draft.train(model, target, examples, choose, **settings)
 
 
 trained = KnowledgeDraft.cut(target, "uniform:3").float()  # to be trained
@@ -428,12 +429,12 @@ assert torch.allclose(0.5 * read, theirs, atol=1e-4)
 # ### Reading has to be learned
 #
 # One might train on the 25 items, each with its own knowledge, and be disappointed: in our trials the draft learned these answers by heart, faster than it learned to read, and then had no reason to. It needs answers that nobody can know. So the
-# training texts get company: eight hundred made-up items, whose answers are sentences that have nothing to do with the question. They look like the FAQ's otherwise: with random words under questions of their own kind, the draft learned to read those and to recite the others.
+# training texts get company: five hundred made-up items, whose answers are sentences that have nothing to do with the question. They look like the FAQ's otherwise: with random words under questions of their own kind, the draft learned to read those and to recite the others.
 #
 # It should also learn to doubt. In a share of the examples the knowledge is taken away, in another it is exchanged for that of another question (`unsettle`), so that the draft does not forget how to do without, nor believe whatever a false hit says.
 
 # %%
-made_up = corpora.made_up(800)
+made_up = corpora.made_up(500)
 print(textwrap.fill(f"{made_up[0]['question']} {made_up[0]['answer']}", 76))
 practice = KnowledgeCache.build(
     folder / "made up", made_up, target, tokenizer, **everything, batch_size=32
@@ -450,7 +451,7 @@ def attach(model, examples, questions):
 
 
 drill = draft.attach(reader, practice, draft.given(practice), list(practice))
-lessons = draft.unsettle(attach(reader, texts, asked), hide=0.15, mislead=0.3)
+lessons = draft.unsettle(attach(reader, texts, asked), hide=0.2, mislead=0.4)
 checks = attach(reader, said["choose"], questions["choose"])
 
 # %%
@@ -536,7 +537,7 @@ if scale.name == "tiny":
 # %% [markdown]
 # ### Three ways, several seeds
 #
-# The benchmark trains all three on the same texts, with three divisions of the FAQ into seen and new. (The settings, such as the learning rate and how often knowledge is exchanged, were tried out on the new questions of the first of them.)
+# The benchmark trains all three on the same texts, for longer than here, with three divisions of the FAQ into seen and new. (The settings, such as the learning rate and how often knowledge is exchanged, were tried out on the new questions of the first of them.)
 
 # %% mystnb={"image": {"alt": "Two panels, acceptance on new items of the store and on outside questions, for the truncated draft, the trained one, and three ways of reading, with intervals."}}
 arms = {
@@ -561,7 +562,7 @@ if results:
 # %% [markdown]
 # ## In the loop
 #
-# `draft.knowing` looks up what a draft is to know, projects it once, and returns what a proposer needs: a draft that shares all weights with the first, and (for "prefix") a prefix for its cache. The text is the target's, as always, which is checked again here.
+# `draft.knowing` looks up what a draft is to know, projects it once, and returns what a proposer needs: a draft that shares all weights with the first, and (for "prefix") a prefix for its cache. The text is the target's, as always, which is checked again here, on a few of the new questions.
 
 # %%
 def decode(example, proposer=None):
@@ -576,7 +577,7 @@ def knows(example, item):
 
 
 rounds = {"plain": [], "trained": [], "reads": []}
-for example, item in zip(said["new"], new_items):
+for example, item in zip(said["new"][:6], new_items):
     proposers = {"plain": None, "trained": ModelProposer(trained)}
     proposers["reads"] = knows(example, item)
     made = {arm: decode(example, p) for arm, p in proposers.items()}
@@ -659,9 +660,9 @@ if target.dtype == torch.float32:
 # ````
 
 # %%
-rest = listen([q for r in (*checked, *new) for q in some_ways_to_ask(r, 8)])
-by_heart = KnowledgeDraft.cut(target, "uniform:3").float()
-fit(by_heart, [*said["train"], *rest], said["choose"], epochs=2)
+rest = listen([q for r in (*checked, *new) for q in some_ways_to_ask(r, 2)])
+by_heart = copy.deepcopy(trained)  # it goes on from what it knows
+fit(by_heart, [*said["train"], *rest], said["choose"], epochs=1)
 scored = draft.acceptance(by_heart, target, said["new"]).greedy
 print("greedy acceptance on what was new:", shown(scored))
 
