@@ -438,16 +438,9 @@ class Slots(Cache):
 
     def put(self, row: int, cache: DynamicCache, next_position: Position) -> None:
         """Make a row a copy of a cache of one row."""
-        pairs, count = _pairs(cache), length(cache)
-        keys = self.layers[0].keys
-        have = (len(pairs), pairs[0][0].shape[0], pairs[0][0].shape[1], pairs[0][0].shape[3], pairs[0][0].dtype)
-        want = (len(self.layers), 1, keys.shape[1], keys.shape[3], keys.dtype)
-        require(have == want, f"The cache has (L, B, H_kv, D, dtype) = {have}, expected {want}: prefill one row.")
-        require(count <= self.room, f"The cache has {count} entries, a row has room for {self.room}: give more room.")
-        for layer, (keys, values) in zip(self.layers, pairs, strict=True):
-            layer.keys[row, :, :count], layer.values[row, :, :count] = keys[0], values[0]
-        self.lengths[row] = count
-        self.offsets[row] = next_position - count
+        self.replace(row, 0, cache)
+        self.lengths[row] = length(cache)
+        self.offsets[row] = next_position - self.lengths[row]
 
     def aim(self, starts: list[int], count: int, fixed: bool = False) -> Tensor:
         """Let the next call write `count` columns of each row, from `starts[b]` on, and return them, (B, count).
@@ -479,10 +472,15 @@ class Slots(Cache):
         return Read(self.entries(row, start, stop), positions[None], rotary, torch.ones_like(positions)[None])
 
     def replace(self, row: int, start: int, cache: DynamicCache) -> None:
-        """Overwrite a row's entries, from column `start` on, with those of a cache of one row."""
-        columns = slice(start, start + length(cache))
-        for layer, (keys, values) in zip(self.layers, _pairs(cache), strict=True):
-            layer.keys[row, :, columns], layer.values[row, :, columns] = keys[0], values[0]
+        """Write the entries of a cache of one row into a row's columns, from `start` on."""
+        pairs, stop = _pairs(cache), start + length(cache)
+        keys = self.layers[0].keys
+        have = (len(pairs), pairs[0][0].shape[0], pairs[0][0].shape[1], pairs[0][0].shape[3], pairs[0][0].dtype)
+        want = (len(self.layers), 1, keys.shape[1], keys.shape[3], keys.dtype)
+        require(have == want, f"The cache has (L, B, H_kv, D, dtype) = {have}, expected {want}: prefill one row.")
+        require(stop <= self.room, f"The cache has {stop} entries, a row has room for {self.room}: give more room.")
+        for layer, (keys, values) in zip(self.layers, pairs, strict=True):
+            layer.keys[row, :, start:stop], layer.values[row, :, start:stop] = keys[0], values[0]
 
     def first(self, layers: int) -> "Slots":
         """Return the first layers, in the same memory, to be aimed on their own."""

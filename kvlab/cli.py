@@ -1135,6 +1135,8 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 CONTROLS = ("none", "self", "matched")
+FUSER_LARGE = {"hidden": 1024, "dropout": 0.1, "gate": 0.0, "batch_size": 8, "learning_rate": 1e-4}
+FUSER_SMALL = {"hidden": 128, "dropout": 0.0, "gate": 4.0, "batch_size": 16, "learning_rate": 2e-3}
 FUSIONS = {"none": None, "prefill": (True, False), "decode": (False, True), "both": (True, True)}
 
 
@@ -1147,6 +1149,8 @@ def train_fuser(
     heldout: int = 40,
     max_new_tokens: int = 128,
     hidden: int | None = None,
+    dropout: float | None = None,
+    gate: float | None = None,
     keys: Literal[KEYS] = "unrotated",
     noise: Literal["logistic", "gumbel"] = "logistic",
     layer_map: Literal["last", "proportional"] = "last",
@@ -1180,6 +1184,9 @@ def train_fuser(
         heldout: prompts that are not learned from but measured on.
         max_new_tokens: of each answer.
         hidden: width of the fuser. Default: 1024; 128 for the tiny scale, whose models are small.
+        dropout: in the fuser, in training. Default: 0.1; 0 for the tiny scale.
+        gate: the logit that gates start with. Default: 0, at which they are closed about half of the time in training;
+            4 for the tiny scale, with which they are open from the start.
         keys: are fused unrotated, or rotated as published.
         noise: of the gates in training, logistic, or gumbel as published.
         layer_map: the large model's last layers for the small one's, or those at the same shares of the depth.
@@ -1198,9 +1205,9 @@ def train_fuser(
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     scale = Scale.current()
     scale = replace(scale, draft=base_model or scale.draft, target=teacher_model or scale.target)
-    tiny = {"hidden": 128, "batch_size": 16, "learning_rate": 2e-3}
-    default = tiny if scale.name == "tiny" else {"hidden": 1024, "batch_size": 8, "learning_rate": 1e-4}
-    settings = default | {k: v for k, v in settings.items() if v is not None}
+    settings = (FUSER_SMALL if scale.name == "tiny" else FUSER_LARGE) | {
+        k: v for k, v in settings.items() if v is not None
+    }
     settings |= {"base_model": scale.draft, "teacher_model": scale.target}
     _require_counts(heldout=heldout, steps=steps, gamma=gamma, batch_size=settings["batch_size"])
     tokenizer, texts, checks = _shared_tokenizer(scale), *_requests(settings)
@@ -1255,7 +1262,7 @@ def tuned(
     """A fuser from the target to the draft, or a control, trained on the target's answers, and its history."""
     control = settings["control"]
     sharer = draft if control == "self" else target
-    made = {"hidden": settings["hidden"], "keys": settings["keys"], "noise": settings["noise"]}
+    made = {name: settings[name] for name in ("hidden", "dropout", "gate", "keys", "noise")}
     receiving, sharing = Size.of(draft.config), Size.of(sharer.config)
     layers = {"last": last_aligned, "proportional": proportional}[settings["layer_map"]]
     torch.manual_seed(options["seed"])

@@ -557,6 +557,10 @@ def train(
     The history of `fit`, with "ce", and "open", the share of open gates, each `every` steps and at the end.
     """
     require(end_temperature > 0, f"end_temperature is {end_temperature}, expected more than 0.")
+    alike = not decode or all(lesson.prompt.shares is None for lesson in lessons)
+    require(
+        alike, "Some prompts have other tokens for the sharer, and what was said cannot be fused: leave decode out."
+    )
     for model in (receiver, sharer):
         model.requires_grad_(False).eval()
 

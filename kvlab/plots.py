@@ -236,16 +236,25 @@ def _label_segments(ax: Axes, y: float, segments: Mapping[str, float]) -> None:
 
 def speed_ratios(figures: Mapping[str, Mapping], names: Mapping[str, str]) -> Axes:
     """Measured ratios of speeds with 95 % intervals, one row a figure; `names` gives each figure's words."""
+    ax = intervals(figures, names, "times as many tokens a second", (1, "same speed"))
+    ax.set_xlim(0)
+    return ax
+
+
+def intervals(figures: Mapping[str, Mapping], names: Mapping[str, str], xlabel: str, mark: tuple[float, str]) -> Axes:
+    """Measured figures with 95 % intervals, one row a figure, beside a value to compare with, (where, what it is)."""
     ax = axes(height=0.7 + 0.38 * len(names))[0]
     for y, name in enumerate(names):
         f = figures[name]
         ax.plot([f["low"], f["high"]], [y, y], color=BLUE, lw=2, alpha=0.5)
         ax.plot(f["value"], y, "o", color=BLUE, ms=6)
         ax.annotate(f"{f['value']:.2f}", (f["high"], y), (8, 0), textcoords="offset points", va="center", fontsize=9)
-    ax.axvline(1, color=FAINT, zorder=0)
-    ax.text(1, -0.75, "same speed", color=GRAY, ha="center", fontsize=9)
+    ax.axvline(mark[0], color=FAINT, zorder=0)
+    ax.text(mark[0], -0.75, mark[1], color=GRAY, ha="center", fontsize=9)
     ax.set_yticks(range(len(names)), names.values())
-    ax.set(xlabel="times as many tokens a second", xlim=(0, 1.15 * max(figures[name]["high"] for name in names)))
+    low, high = (pick(figures[name][end] for name in names) for pick, end in ((min, "low"), (max, "high")))
+    low, high = min(low, mark[0]), max(high, mark[0])
+    ax.set(xlabel=xlabel, xlim=(low - 0.05 * (high - low), high + 0.15 * (high - low)))
     ax.invert_yaxis()
     return ax
 

@@ -334,13 +334,15 @@ class ModelProposer:
         self.drafted = torch.empty(len(self.texts), 0, dtype=torch.long)
         if gamma == 0:
             return Proposal(self.drafted.to(device))
-        # Rows that lack less read a token again (only rows that have ended can be too short for that: any will do).
+        # Rows that lack less read zeros behind, in columns that are written again (rows that have ended: any will do).
         width = max(2 if self.runner.compiled_room else 1, *self.unread)
-        tokens = torch.tensor([([0] * width + text)[-width:] for text in self.texts], device=device)
-        starts = [max(0, have + new - width) for have, new in zip(lengths, self.unread, strict=True)]
+        unread = [text[len(text) - n :] + [0] * (width - n) for text, n in zip(self.texts, self.unread, strict=True)]
+        tokens, starts = torch.tensor(unread, device=device), [min(n, self.runner.slots.room - width) for n in lengths]
+        last = torch.tensor(self.unread, device=device).clamp(min=1)[:, None, None] - 1
         drafted, q = [], []
         for i in range(gamma):
-            logits = self.runner(tokens, starts)[:, -1:]
+            logits = self.runner(tokens, starts)
+            logits = logits[:, -1:] if i else logits.take_along_dim(last, 1)
             token, probabilities = self.sampling.choose(logits, self.sampling.contexts(self.texts, drafted))
             drafted.append(token)
             q.append(probabilities)

@@ -1015,6 +1015,27 @@ def check_read(model, prefix, text, got, start):
     torch.testing.assert_close(kv.to_tensor(got.cache), kv.to_tensor(want), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_rows_with_prefixes_of_their_own_are_fused_each_by_itself(tiny_model, order):
+    target, prompts, spy = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 6, 5), Fusions()
+    draft, kinds = noisy(target), PREFIX_KINDS[::order]
+    prefixes = [make_prefix(target, kind, seed) for seed, kind in enumerate(kinds)]
+    texts = [[*(p.input_ids if p else ()), *ids.tolist()] for p, ids in zip(prefixes, prompts, strict=True)]
+    hint = read(draft, random_prompts(6, seed=9)[0])._replace(input_ids=())
+    own = [None, read(draft, texts[1][:4]), compressed(draft, texts[2][:3], [0, 2]), hint]
+    proposer = FusedProposer(draft, target, spy, own)
+    new = new_tokens(target, prompts, proposer, gamma=3, max_new_tokens=16, prefix=prefixes)
+    begins = [len(p.input_ids) if p else 0 for p in own]
+    fused = [len(text) - 1 if kind == "compressed" else n for text, kind, n in zip(texts, kinds, begins, strict=True)]
+    for row, start, mine, other, _ in spy.calls:
+        stop = fused[row] + kv.length(other.cache)
+        check_read(draft, own[row], [*texts[row], *new[row]][:stop], mine, fused[row])
+        check_read(target, prefixes[row], [*texts[row], *new[row]][:stop], other, fused[row])
+        assert start == fused[row] - begins[row] + (kv.length(own[row].cache) if own[row] else 0)
+        fused[row] = stop
+    assert all(stop - len(text) >= 10 for stop, text in zip(fused, texts, strict=True))
+
+
 def test_positions_of_both_agree_in_texts_that_both_have_read(tiny_model):
     (target, draft), prompts = unequal(tiny_model), random_prompts(5, 2, 8)
     spy, known = Fusions(open_fuser(draft, target)), random_prompts(6, seed=8)[0]
@@ -1074,10 +1095,6 @@ def test_what_is_fused_is_in_the_drafts_memory_and_the_targets_is_unchanged(tiny
     assert len(spy.calls) == rounds  # at the start and after all but the last
 
 
-REREAD = "rows that lack less than others, and compiled drafts, read a fused token again, and lose what was fused there"
-
-
-@pytest.mark.xfail(strict=True, reason=REREAD)
 @pytest.mark.parametrize("room", [None, 48])
 def test_what_is_fused_stays_in_the_drafts_memory(tiny_model, compiled, room):
     target, prompts, spy = tiny_model(dtype=DOUBLE), random_prompts(7, 1, 9)[: 1 if room else 3], Fusions(rounded)
@@ -1087,7 +1104,6 @@ def test_what_is_fused_stays_in_the_drafts_memory(tiny_model, compiled, room):
             check_marks(proposer, spy)
 
 
-@pytest.mark.xfail(strict=True, reason=REREAD)
 def test_a_fused_row_is_the_row_alone(tiny_model):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(9, 4, 7, 1, 6, 12)
     draft = noisy(target)
@@ -1099,7 +1115,6 @@ def test_a_fused_row_is_the_row_alone(tiny_model):
         assert [r.drafted[row] for r in together if r.drafted[row]] == [r.drafted[0] for r in alone]
 
 
-@pytest.mark.xfail(strict=True, reason=REREAD)
 def test_a_compiled_fused_draft_guesses_what_an_uncompiled_one_does(tiny_model, compiled):
     target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(9)
     draft = noisy(target)
