@@ -29,7 +29,7 @@ True
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -528,6 +528,28 @@ def _prompt_columns(batch: Mapping[str, Tensor]) -> int:
     return int(batch["weights"].any(0).long().argmax()) - 1
 
 
+def rehearsal_loss(
+    fuser: nn.Module, receiver: PreTrainedModel, sharer: PreTrainedModel, batch: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """How far the fused cache is from what the receiver would have made, had it read what the sharer read.
+
+    For prompts that the receiver reads with blanks, `Aligned(ids with blanks, ids, eye)`: every entry teaches what the
+    sharer's say, where a response tells of a few, and in one token each. "unexplained" is the squared error of keys
+    (un-rotated) and values over their variance, the mean over layers: 0 is all there is, 1 no more than the mean.
+    """
+    ids, mask, shares = batch["input_ids"], batch["attention_mask"], batch["shares"]
+    fused, others, there = shares.shape[1], batch["sharer_ids"], batch["sharer_mask"]
+    alike = shares.shape[2] == fused + 1 and torch.equal(mask[:, : fused + 1], there)
+    require(alike, "The receiver and the sharer read prompts of other lengths: give each token's blank its place.")
+    with torch.no_grad():
+        own, theirs = read(receiver, ids[:, :fused], mask[:, :fused]), read(sharer, others, there)
+        wanted = _features(read(receiver, others[:, :fused], there[:, :fused]), "unrotated")
+    made = _features(own._replace(cache=fuser(own, theirs, shares)), "unrotated")
+    made, wanted = (x[:, :, mask[:, :fused] > 0] for x in (made, wanted))  # (L, 2, tokens, H d)
+    error = (made - wanted).square().mean((2, 3)) / wanted.var(2).mean(2)
+    return {"unexplained": error.mean()}
+
+
 def train(
     fuser: Fuser,
     receiver: PreTrainedModel,
@@ -538,6 +560,7 @@ def train(
     batch_size: int = 8,
     end_temperature: float = 0.001,
     decode: bool = False,
+    loss: Callable[..., dict[str, Tensor]] = response_loss,
     **options,
 ) -> list[dict[str, float]]:
     """Train a fuser on responses, with what is published as defaults. The two models are frozen, and stay so.
@@ -550,11 +573,12 @@ def train(
     receiver, sharer : on the device that `fit` trains on.
     decode : also fuse the first part of each response, drawn anew for each batch, for use in speculative decoding; both
         models must have the same tokens.
+    loss : `response_loss`, or `rehearsal_loss` for prompts with blanks.
     options : of `kvlab.training.fit`: learning_rate, checkpoint, precision, seed, ...
 
     Returns
     -------
-    The history of `fit`, with "ce", and "open", the share of open gates, each `every` steps and at the end.
+    The history of `fit`, with the loss, and "open", the share of open gates, each `every` steps and at the end.
     """
     require(end_temperature > 0, f"end_temperature is {end_temperature}, expected more than 0.")
     alike = not decode or all(lesson.prompt.shares is None for lesson in lessons)
@@ -570,8 +594,8 @@ def train(
 
     def losses(fuser: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rest = batch["input_ids"].shape[1] - _prompt_columns(batch)
-        said = int(torch.randint(rest - 1, ())) if decode else 0
-        return response_loss(fuser, receiver, sharer, batch, said)
+        more = {"said": int(torch.randint(rest - 1, ()))} if decode else {}
+        return loss(fuser, receiver, sharer, batch, **more)
 
     loader = DataLoader(lessons, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     options = {

@@ -2,13 +2,16 @@
 
 import json
 import random
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
+from kvlab.evaluate import encode_parts, rendered
 from kvlab.lab import worlds
 
 DATA = Path(__file__).parent / "data"
@@ -166,6 +169,39 @@ class Requests(Dataset):
             raise IndexError(f"There is no passage {index} among {self.n}.")
         rng = random.Random(f"request:{self.seed}:{index}")
         return worlds.reading_document(rng, rng.randint(*self.facts), ["about"], self.test)[:-1]
+
+
+def blanked(tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0, test: bool = False) -> list[tuple]:
+    """`n` prompts of a passage and a question: ids (T,) with blanks for what facts say, ids (T,), and the answer's ids.
+
+    A blank is the first token of " unknown". Where the passage says "Anna drinks tea", the reader of blanks only learns
+    that Anna drinks.
+
+    Examples
+    --------
+    >>> from kvlab import lab
+    >>> tokenizer = lab.load_tokenizer("lab-draft")
+    >>> blanks, ids, answer = blanked(tokenizer, 1)[0]
+    >>> len(blanks) == len(ids), 0 < sum(blanks != ids) < len(ids) / 2
+    (True, True)
+    """
+    rng, made = random.Random(f"blanked:{seed}:{test}"), []
+    blank = tokenizer(" unknown", add_special_tokens=False).input_ids[0]
+    for _ in range(n):
+        passage = worlds.make_passage(rng, rng.randint(8, 16), test)
+        question, answer = worlds.ask_free(rng, passage)
+        turns = [("system", passage.text), ("user", question), ("assistant", answer)]
+        conversation = [{"role": role, "content": content} for role, content in turns]
+        text = rendered(tokenizer, conversation[:-1])
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        told = text[: text.rindex(question)]
+        spans = [found.span() for f in passage.facts for found in re.finditer(rf"\b{re.escape(f.value)}\b", told)]
+        hidden = [any(a < stop and b > start for start, stop in spans) for a, b in encoded["offset_mapping"]]
+        ids = torch.tensor(encoded["input_ids"])
+        made.append(
+            (ids.masked_fill(torch.tensor(hidden), blank), ids, torch.tensor(encode_parts(tokenizer, conversation)[-1]))
+        )
+    return made
 
 
 class Solutions(Dataset):

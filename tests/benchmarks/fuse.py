@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -21,13 +22,15 @@ from kvlab import lab
 from kvlab.cache import read
 from kvlab.cli import FUSER_SMALL, drafters, speculated, tuned
 from kvlab.evaluate import benchmark, encode, figure
-from kvlab.fuse import Fuser, Size
-from kvlab.lab.corpora import Requests, Solutions
-from kvlab.speculate import ModelProposer
+from kvlab.fuse import Aligned, Fuser, Lesson, Size, fuse_prompt, rehearsal_loss, response_loss, train
+from kvlab.fuse import Settings as FuserSettings
+from kvlab.lab.corpora import Requests, Solutions, blanked
+from kvlab.similarity import proportional
+from kvlab.speculate import ModelProposer, generate
 
 RUNS, GAMMA, NEW, THREADS = Path("lab-runs/fuse"), 4, 96, 2
 SETTINGS = FUSER_SMALL | {"keys": "unrotated", "noise": "logistic", "layer_map": "last", "control": "none"}
-SETTINGS |= {"no_decode_fusion": False, "prompts": 4000, "steps": 1000, "tuned": False}
+SETTINGS |= {"no_decode_fusion": False, "prompts": 2400, "steps": 600, "tuned": False}
 PUBLISHED = {"keys": "rotated", "noise": "gumbel", "gate": 0.0, "dropout": 0.1, "no_decode_fusion": True}
 ARMS = {  # what changes, and with how many seeds
     "fused": ({}, 3),
@@ -40,6 +43,7 @@ ARMS = {  # what changes, and with how many seeds
     "proportional": ({"layer_map": "proportional"}, 1),
     "prompts_only": ({"no_decode_fusion": True}, 1),
 }
+BLANKS = {"answered": 3, "rehearsed": 3, "rehearsed_even": 1, "matched": 1}  # fusers, and with how many seeds
 TOLD = "lab-target with lab-draft; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4"
 
 
@@ -100,19 +104,92 @@ def train_all(quick: bool, seed: int, folder: Path) -> dict[str, list[pd.DataFra
     """Scores of each arm, a frame a seed; two fusers at a time, each on a core."""
     jobs = [(arm, i) for i in range(seed, seed + 3) for arm, (_, n) in ARMS.items() if i < seed + (1 if quick else n)]
     left = [job for job in jobs if not (folder_of(*job, folder) / "scores.json").exists()]
+    blind = [(arm, i) for arm, n in BLANKS.items() for i in range(seed, seed + (1 if quick else n))]
     if quick:
         for job in left:
             run(*job, quick, folder)
-    elif left:
+        for job in blind:
+            run_blanks(*job, quick, folder)
+    else:
         for i in {i for _, i in left}:
             answered(i, SETTINGS["prompts"], folder)
         with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-            for future in tqdm([pool.submit(run, *job, quick, folder) for job in left], desc="fusers"):
+            waiting = [pool.submit(run, *job, quick, folder) for job in left]
+            waiting += [pool.submit(run_blanks, *job, quick, folder) for job in blind]
+            for future in tqdm(waiting, desc="fusers"):
                 future.result()
     found: dict[str, list[pd.DataFrame]] = {arm: [] for arm in ARMS}
     for arm, i in jobs:
         found[arm].append(pd.read_json(folder_of(arm, i, folder) / "scores.json"))
     return found
+
+
+def run_blanks(arm: str, seed: int, quick: bool, folder: Path) -> None:
+    """Train a fuser on passages that the draft reads with blanks, and have the draft answer from what is fused."""
+    made = folder / f"blanks-{arm}-{seed}"
+    if (made / "answers.json").exists():
+        return
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    draft, target, tokenizer = models()
+    settings = FuserSettings(128, 0.0, gate=4.0, sharer_seen=arm != "matched")
+    fuser = Fuser(
+        *(Size.of(m.config) for m in (draft, target)), proportional(2, 12) if "even" in arm else None, settings
+    )
+    lessons = [blank_lesson(*row) for row in blanked(tokenizer, 16 if quick else 3200, seed)]
+    options = {"steps": 2 if quick else 600, "batch_size": 4 if quick else 16, "learning_rate": 3e-3, "seed": seed}
+    loss = rehearsal_loss if arm.startswith("rehearsed") else response_loss
+    history = train(fuser, draft, target, lessons, loss=loss, **options)
+    fuser.save_pretrained(made)
+    rows = blanked(tokenizer, 4 if quick else 200, test=True)
+    found = {"right": [answered_from(fuser, draft, target, row) for row in rows]}
+    found["loss"] = [entry["loss"] for entry in history]
+    (made / "answers.json").write_text(json.dumps(found))
+
+
+def blank_lesson(blanks: Tensor, ids: Tensor, answer: Tensor) -> Lesson:
+    return Lesson(Aligned(blanks, ids, torch.eye(len(ids))), answer)
+
+
+def answered_from(
+    fuser: Fuser | None, draft: PreTrainedModel, target: PreTrainedModel, row: tuple, saw: int = 0
+) -> float:
+    """Whether the draft answers word for word: from a fused cache, or from what it reads itself (blanks 0, all 1)."""
+    answer, ids = row[2], row[saw]
+    prefix = fuse_prompt(fuser, draft, target, blank_lesson(*row).prompt) if fuser else None
+    made = generate(draft, [ids[-1:] if fuser else ids], prefix=prefix, max_new_tokens=len(answer))
+    return float(made.tokens[0].tolist() == answer.tolist())
+
+
+def blank_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
+    """What the draft answers about passages of which only the target has read what matters."""
+    draft, target, tokenizer = models()
+    rows = blanked(tokenizer, 4 if quick else 200, test=True)
+    told = "lab-draft on held-out passages of 8 to 16 facts in which it reads blanks, word for word; "
+    figures = [
+        figure(f"answers_{name}", [answered_from(None, draft, target, row, saw) for row in rows], "fraction",
+               f"{told}{what}; n is prompts")
+        for name, saw, what in (("blind", 0, "nothing fused"), ("sighted", 1, "it reads all, nothing fused"))
+    ]  # fmt: skip
+    for arm, n in BLANKS.items():
+        kept = [
+            json.loads((folder / f"blanks-{arm}-{seed + i}" / "answers.json").read_text())
+            for i in range(1 if quick else n)
+        ]
+        right = np.array([found["right"] for found in kept])
+        figures.append(
+            figure(f"answers_{arm}", right.mean(0), "fraction", f"{told}mean over {len(kept)} fusers; n is prompts")
+        )
+        for i, row in enumerate(right):
+            figures.append(figure(f"answers_{arm}_seed_{i}", row, "fraction", f"{told}fuser of seed {i}; n is prompts"))
+        if arm.startswith("rehearsed"):
+            ends = [np.mean(found["loss"][-20:]) for found in kept]
+            figures.append(
+                figure(
+                    f"unexplained_{arm}", ends, "fraction", "of the variance of the draft's keys and values; n is seeds"
+                )
+            )
+    return figures
 
 
 def by_prompt(frames: Sequence[pd.DataFrame], ways: str, what: str) -> np.ndarray:
@@ -245,7 +322,12 @@ def measure(quick: bool, seed: int) -> list[dict]:
     folder = Path(tempfile.mkdtemp()) if quick else RUNS
     found = train_all(quick, seed, folder)
     fuser = Fuser.from_pretrained(folder_of("fused", seed, folder))
-    figures = acceptance_figures(found) + training_figures(found, seed, folder) + size_figures(fuser)
+    figures = (
+        acceptance_figures(found)
+        + blank_figures(quick, seed, folder)
+        + training_figures(found, seed, folder)
+        + size_figures(fuser)
+    )
     figures += elsewhere_figures(fuser, quick) + speed_figures(fuser, quick)
     if quick:
         shutil.rmtree(folder)
