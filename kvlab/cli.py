@@ -70,7 +70,15 @@ from kvlab.records import (
     same_answer,
 )
 from kvlab.scale import Scale
-from kvlab.similarity import STATES, last_aligned, layer_map, load_layer_map, proportional, save_layer_map
+from kvlab.similarity import (
+    STATES,
+    first_aligned,
+    last_aligned,
+    layer_map,
+    load_layer_map,
+    proportional,
+    save_layer_map,
+)
 from kvlab.speculate import (
     FusedProposer,
     Generated,
@@ -1153,7 +1161,7 @@ def train_fuser(
     gate: float | None = None,
     keys: Literal[KEYS] = "unrotated",
     noise: Literal["logistic", "gumbel"] = "logistic",
-    layer_map: Literal["last", "proportional"] = "last",
+    layer_map: Literal["last", "proportional", "first"] = "last",
     control: Literal[CONTROLS] = "none",
     no_decode_fusion: bool = False,
     gamma: int = 4,
@@ -1189,7 +1197,8 @@ def train_fuser(
             4 for the tiny scale, with which they are open from the start.
         keys: are fused unrotated, or rotated as published.
         noise: of the gates in training, logistic, or gumbel as published.
-        layer_map: the large model's last layers for the small one's, or those at the same shares of the depth.
+        layer_map: the large model's last layers for the small one's, or those at the same shares of the depth, or its
+            first.
         control: self (the small model in place of the large one), or matched (as many parameters, and no large model).
         no_decode_fusion: learn to fuse prompts only, as published, and not what was said since.
         gamma: tokens drafted a round, in the measurement.
@@ -1264,7 +1273,7 @@ def tuned(
     sharer = draft if control == "self" else target
     made = {name: settings[name] for name in ("hidden", "dropout", "gate", "keys", "noise")}
     receiving, sharing = Size.of(draft.config), Size.of(sharer.config)
-    layers = {"last": last_aligned, "proportional": proportional}[settings["layer_map"]]
+    layers = {"last": last_aligned, "proportional": proportional, "first": first_aligned}[settings["layer_map"]]
     torch.manual_seed(options["seed"])
     chosen = layers(receiving.layers, sharing.layers)
     fuser = Fuser(receiving, sharing, chosen, FuserSettings(**made, sharer_seen=control != "matched"))

@@ -572,6 +572,22 @@ def _banded(ax: Axes, x: Sequence[float], points: Sequence[tuple[float, ...]], *
     return x[-1], value[-1]
 
 
+def gates(logits: Tensor, sizes: Tensor) -> np.ndarray:
+    """A fuser by layer, keys and values, both (L, 2): its gates' logits, and its changes over what they change."""
+    panels = axes(2, width=7.4, height=2.8)
+    for ax, values, name in zip(panels, (logits, sizes), ("logit of the gate", "change / what was there"), strict=True):
+        for i, (what, color, hatch) in enumerate((("keys", BLUE, ""), ("values", ORANGE, "///"))):
+            style = {"color": color, "hatch": hatch, "edgecolor": "white", "lw": 0}
+            ax.bar(np.arange(len(values)) + 0.4 * i - 0.2, values[:, i], 0.38, **style)
+            top = max(0.0, float(values[0, i]))
+            ax.annotate(what, (0.4 * i - 0.2, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        ax.axhline(0, color=INK, lw=0.8)
+        ax.set_title(name, loc="left", fontsize=10)
+        ax.set(xlabel="layer of the receiver", ymargin=0.15)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    return panels
+
+
 def needle_maps(maps: Mapping[str, np.ndarray], lengths: Sequence[int], depths: Sequence[int]) -> np.ndarray:
     """One map an arm: the share answered, (lengths, depths), by length of the passage and depth of the fact."""
     places = axes(len(maps), width=2.6 * len(maps), height=2.3, sharey=True)

@@ -299,6 +299,15 @@ def last_aligned(student_layers: int, teacher_layers: int) -> LayerMap:
     return _single(np.arange(teacher_layers - student_layers, teacher_layers).clip(min=0), teacher_layers)
 
 
+def first_aligned(student_layers: int, teacher_layers: int) -> LayerMap:
+    """Map first layer to first layer, and so on to the end, where the teacher's last layer teaches all that are left.
+
+    >>> first_aligned(4, 3).indices.flatten(), first_aligned(2, 12).indices.flatten()
+    (tensor([0, 1, 2, 2]), tensor([0, 1]))
+    """
+    return _single(np.arange(student_layers).clip(max=teacher_layers - 1), teacher_layers)
+
+
 def _single(chosen: np.ndarray, teacher_layers: int) -> LayerMap:
     seen = f"There are {len(chosen)} student layers and {teacher_layers} teacher layers"
     require(len(chosen) and teacher_layers > 0, f"{seen}, expected one or more of each: give the models' numbers.")

@@ -758,7 +758,7 @@ if scale.name == "tiny":
 # The cell below runs alone, after the imports.
 
 # %%
-from kvlab import Scale, align, lab
+from kvlab import Scale, align, lab, similarity
 from kvlab.lab.corpora import Solutions
 
 scale = Scale.current()

@@ -57,6 +57,19 @@ PROMISED = {
         *(f"parameters_{shape}" for shape in ("target", "first_3", "uniform_6", "uniform_6_kv_transitions")),
         *("speedup", "speedup_over_generate", "speedup_end_to_end", "speedup_kv_new", "identical"),
     },
+    "fuse": {
+        *(
+            f"{what}_{name}"
+            for what in ("acceptance", "tokens_per_call")
+            for name in ("none", "prefill", "decode", "both", "self", "matched", "published", "tuned", "tuned_fused")
+        ),
+        *(f"gain_both_over_{name}" for name in ("none", "self", "matched", "tuned")),
+        *("gain_matched_over_none", "gain_tuned_over_none", "gain_tuned_fused_over_tuned", "equal_texts"),
+        *(f"answers_{arm}" for arm in ("blind", "sighted", "answered", "matched", "rehearsed", "rehearsed_first")),
+        *(f"acceptance_{ways}_arithmetic" for ways in ("none", "both")),
+        *("net_speed", "net_speed_end_to_end", "speedup_both", "fuser_over_draft", "fuser_over_target"),
+        *("fuser_parameters", "fuser_parameters_lab", "gate_keys_0", "gate_values_1", "seconds_fused"),
+    },
     "distill": {
         "em_full",
         *(

@@ -466,3 +466,20 @@ def test_lines_have_labels_and_bands_that_hold_their_values():
     assert {tuple(point) for point in band} >= {(1, 0.1), (1, 0.3), (2, 0.4), (2, 0.6)}
     assert list(plots.lines([1, 2], {"one": [3, 4]}, "x", "y").lines[0].get_ydata()) == [3, 4]
     assert on_card(ax)
+
+
+def test_intervals_hold_what_is_compared_with_even_if_it_lies_outside():
+    figures = {"one": {"value": 0.8, "low": 0.75, "high": 0.85}}
+    ax = plots.intervals(figures, {"one": "fused"}, "accepted", (0.2, "alone"))
+    low, high = ax.get_xlim()
+    assert low < 0.2 < 0.85 < high
+    assert {text.get_text() for text in ax.texts} == {"0.80", "alone"}
+    assert ax.get_xlabel() == "accepted"
+
+
+def test_gates_have_a_bar_for_keys_and_values_of_each_layer():
+    logits, sizes = torch.tensor([[4.0, -1.0], [0.5, 2.0], [0.0, 1.0]]), torch.rand(3, 2)
+    panels = plots.gates(logits, sizes)
+    for ax, values in zip(panels, (logits, sizes), strict=True):
+        assert [bar.get_height() for bar in ax.patches] == pytest.approx(values.T.flatten().tolist())
+        assert [text.get_text() for text in ax.texts] == ["keys", "values"]

@@ -17,6 +17,7 @@ from kvlab.similarity import (
     CKA,
     LayerMap,
     biased_cka,
+    first_aligned,
     hsic,
     last_aligned,
     layer_map,
@@ -606,5 +607,6 @@ def test_the_proportional_map_goes_from_end_to_end():
 def test_last_layers_are_aligned_whichever_model_is_deeper():
     assert last_aligned(28, 24).indices.flatten().tolist() == [0] * 4 + list(range(24))
     assert last_aligned(24, 28).indices.flatten().tolist() == list(range(4, 28))
-    for made in (last_aligned(5, 5), proportional(5, 5)):
+    assert first_aligned(28, 24).indices.flatten().tolist() == [*range(24), *[23] * 4]
+    for made in (last_aligned(5, 5), proportional(5, 5), first_aligned(5, 5)):
         assert made.indices.flatten().tolist() == list(range(5))

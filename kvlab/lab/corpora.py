@@ -171,7 +171,9 @@ class Requests(Dataset):
         return worlds.reading_document(rng, rng.randint(*self.facts), ["about"], self.test)[:-1]
 
 
-def blanked(tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0, test: bool = False) -> list[tuple]:
+def blanked(
+    tokenizer: PreTrainedTokenizerBase, n: int, facts: tuple[int, int] = (8, 16), seed: int = 0, test: bool = False
+) -> list[tuple]:
     """`n` prompts of a passage and a question: ids (T,) with blanks for what facts say, ids (T,), and the answer's ids.
 
     A blank is the first token of " unknown". Where the passage says "Anna drinks tea", the reader of blanks only learns
@@ -182,13 +184,13 @@ def blanked(tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0, test: boo
     >>> from kvlab import lab
     >>> tokenizer = lab.load_tokenizer("lab-draft")
     >>> blanks, ids, answer = blanked(tokenizer, 1)[0]
-    >>> len(blanks) == len(ids), 0 < sum(blanks != ids) < len(ids) / 2
+    >>> len(blanks) == len(ids), 0 < int((blanks != ids).sum()) < len(ids) / 2
     (True, True)
     """
-    rng, made = random.Random(f"blanked:{seed}:{test}"), []
+    rng, made = random.Random(f"blanked:{facts}:{seed}:{test}"), []
     blank = tokenizer(" unknown", add_special_tokens=False).input_ids[0]
     for _ in range(n):
-        passage = worlds.make_passage(rng, rng.randint(8, 16), test)
+        passage = worlds.make_passage(rng, rng.randint(*facts), test)
         question, answer = worlds.ask_free(rng, passage)
         turns = [("system", passage.text), ("user", question), ("assistant", answer)]
         conversation = [{"role": role, "content": content} for role, content in turns]

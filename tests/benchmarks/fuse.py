@@ -25,7 +25,7 @@ from kvlab.evaluate import benchmark, encode, figure
 from kvlab.fuse import Aligned, Fuser, Lesson, Size, fuse_prompt, rehearsal_loss, response_loss, train
 from kvlab.fuse import Settings as FuserSettings
 from kvlab.lab.corpora import Requests, Solutions, blanked
-from kvlab.similarity import proportional
+from kvlab.similarity import first_aligned, last_aligned, proportional
 from kvlab.speculate import ModelProposer, generate
 
 RUNS, GAMMA, NEW, THREADS = Path("lab-runs/fuse"), 4, 96, 2
@@ -37,13 +37,14 @@ ARMS = {  # what changes, and with how many seeds
     "self": ({"control": "self"}, 3),
     "matched": ({"control": "matched"}, 3),
     "tuned": ({"tuned": True}, 3),
+    "narrow": ({"hidden": 64}, 1),  # the one that kvlab ships
     "published": (PUBLISHED, 1),
     "rotated": ({"keys": "rotated"}, 1),
     "gates_from_0": ({"gate": 0.0}, 1),
     "proportional": ({"layer_map": "proportional"}, 1),
     "prompts_only": ({"no_decode_fusion": True}, 1),
 }
-BLANKS = {"answered": 3, "rehearsed": 3, "rehearsed_even": 1, "matched": 1}  # fusers, and with how many seeds
+BLANKS = {"answered": 3, "rehearsed": 3, "rehearsed_even": 1, "rehearsed_first": 3, "matched": 1}  # and how many seeds
 TOLD = "lab-target with lab-draft; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4"
 
 
@@ -82,6 +83,7 @@ def run(arm: str, seed: int, quick: bool, folder: Path) -> None:
     options = {name: settings[name] for name in ("steps", "batch_size", "learning_rate")} | {"seed": seed}
     if settings["tuned"]:
         draft = taught(draft, target, said, options)
+        draft.save_pretrained(made / "draft")
     fuser, history = tuned(draft, target, said, settings, options, made)
     fuser.save_pretrained(made)
     (made / "history.json").write_text(json.dumps([[h["step"], h["ce"], h["seconds"]] for h in history]))
@@ -133,10 +135,10 @@ def run_blanks(arm: str, seed: int, quick: bool, folder: Path) -> None:
     torch.manual_seed(seed)
     draft, target, tokenizer = models()
     settings = FuserSettings(128, 0.0, gate=4.0, sharer_seen=arm != "matched")
-    fuser = Fuser(
-        *(Size.of(m.config) for m in (draft, target)), proportional(2, 12) if "even" in arm else None, settings
-    )
-    lessons = [blank_lesson(*row) for row in blanked(tokenizer, 16 if quick else 3200, seed)]
+    sizes = [Size.of(model.config) for model in (draft, target)]
+    layers = {"even": proportional, "first": first_aligned}.get(arm.partition("_")[2], last_aligned)
+    fuser = Fuser(*sizes, layers(*(size.layers for size in sizes)), settings)
+    lessons = [blank_lesson(*row) for row in blanked(tokenizer, 16 if quick else 3200, seed=seed)]
     options = {"steps": 2 if quick else 600, "batch_size": 4 if quick else 16, "learning_rate": 3e-3, "seed": seed}
     loss = rehearsal_loss if arm.startswith("rehearsed") else response_loss
     history = train(fuser, draft, target, lessons, loss=loss, **options)
@@ -200,7 +202,7 @@ def by_prompt(frames: Sequence[pd.DataFrame], ways: str, what: str) -> np.ndarra
 def acceptance_figures(found: dict[str, list[pd.DataFrame]]) -> list[dict]:
     """Acceptance and tokens a target call, of each way to fuse and of each control, and what fusing adds to each."""
     figures, arms = [], {ways: ("fused", ways) for ways in ("none", "prefill", "decode", "both")}
-    arms |= {arm: (arm, "both") for arm in ("self", "matched", "rotated", "gates_from_0", "proportional")}
+    arms |= {arm: (arm, "both") for arm in ("self", "matched", "narrow", "rotated", "gates_from_0", "proportional")}
     arms |= {arm: (arm, "prefill") for arm in ("published", "prompts_only")}
     arms |= {"tuned": ("tuned", "none"), "tuned_fused": ("tuned", "both")}
     values = {}

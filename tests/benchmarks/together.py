@@ -1,0 +1,182 @@
+"""Everything together: a request about a passage, answered in steps that each add one part of the book."""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kvlab import lab
+from kvlab.cache import Prefix, fingerprint, load, nbytes, read, save, select
+from kvlab.compress import KVDistiller
+from kvlab.evaluate import benchmark, encode_parts, figure
+from kvlab.fuse import Fuser, Size
+from kvlab.fuse import Settings as FuserSettings
+from kvlab.lab.corpora import Requests
+from kvlab.lab.models import MODELS
+from kvlab.speculate import FusedProposer, ModelProposer, Proposer, generate, summarize
+
+RUNS, GAMMA, NEW, THREADS, RETENTION, SEEDS, REPEATS = Path("lab-runs/fuse"), 4, 96, 2, 0.25, 3, 3
+STEPS = ("plain", "knowledge", "draft", "trained", "reads", "fused", "distilled")
+TOLD = (
+    "lab-target; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4, from files to the last token"
+)
+
+
+class Models(NamedTuple):
+    """The target, the draft as shipped and as trained on the target's answers, and a fuser to the trained one."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    trained: PreTrainedModel
+    fuser: Fuser
+
+
+class Asked(NamedTuple):
+    """A request: ids of passage (n,) and of what follows, and a folder with caches of the passage."""
+
+    passage: Tensor
+    request: Tensor
+    folder: Path
+
+
+def models(seed: int, quick: bool) -> Models:
+    """What `tests/benchmarks/fuse.py` has trained; a quick run has a draft that is not trained, and a random fuser."""
+    target, draft = lab.load("lab-target"), lab.load("lab-draft")
+    if quick:
+        torch.manual_seed(seed)
+        sizes = [Size.of(model.config) for model in (draft, target)]
+        return Models(target, draft, draft, Fuser(*sizes, settings=FuserSettings(64, gate=4.0)))
+    made = sorted(RUNS.glob(f"tuned-{seed}-*"))
+    if not made:
+        raise FileNotFoundError(f"There is no trained draft in {RUNS}: run tests/benchmarks/fuse.py first.")
+    return Models(
+        target, draft, AutoModelForCausalLM.from_pretrained(made[0] / "draft"), Fuser.from_pretrained(made[0])
+    )
+
+
+def store(m: Models, n: int, folder: Path) -> list[Asked]:
+    """Read each passage once with each model, and keep the caches: the target's, and the draft's in three forms."""
+    tokenizer, distiller = (
+        lab.load_tokenizer("lab-target"),
+        KVDistiller.from_pretrained(MODELS / "lab-distiller", m.target),
+    )
+    owners, rows = {"target": fingerprint(m.target), "draft": fingerprint(m.trained)}, []
+    for number, conversation in enumerate(Requests(n, test=True)):
+        passage, request = map(torch.tensor, encode_parts(tokenizer, conversation))
+        place, ids = folder / str(number), passage[None]
+        place.mkdir()
+        with torch.no_grad():
+            own, theirs = read(m.trained, ids), read(m.target, ids)
+            fused = m.fuser(own, theirs)
+            kept = distiller.compress(ids, retention=RETENTION).positions[0]
+        caches = {"target": theirs.cache, "reads": own.cache, "fused": fused, "distilled": select(fused, kept)}
+        for name, cache in caches.items():
+            save(cache, place / f"{name}.safetensors", owners["target" if name == "target" else "draft"], len(passage))
+        rows.append(Asked(passage, request, place))
+    return rows
+
+
+def known(asked: Asked, name: str, owner: dict) -> Prefix:
+    """What was read before, from its file."""
+    kept = load(asked.folder / f"{name}.safetensors", owner)
+    return Prefix(kept.cache, kept.next_position, asked.passage.tolist())
+
+
+def proposer_of(step: str, m: Models, asked: Asked, owner: dict) -> Proposer | None:
+    """What drafts at a step."""
+    if step in ("plain", "knowledge"):
+        return None
+    if step in ("draft", "trained"):
+        return ModelProposer(m.draft if step == "draft" else m.trained)
+    prefix = known(asked, step, owner)
+    if step == "reads":
+        return ModelProposer(m.trained, prefix)
+    return FusedProposer(m.trained, m.target, m.fuser, prefix, decode=False)
+
+
+def answer(step: str, m: Models, asked: Asked, owners: Mapping[str, dict]) -> dict:
+    """Answer a request with what a step has, from the files on."""
+    started = time.perf_counter()
+    prefix = None if step == "plain" else known(asked, "target", owners["target"])
+    proposer = proposer_of(step, m, asked, owners["draft"])
+    ids = asked.request if prefix else torch.cat((asked.passage, asked.request))
+    made = generate(m.target, [ids], proposer, gamma=GAMMA, max_new_tokens=NEW, prefix=prefix)
+    seconds, found = time.perf_counter() - started, summarize(made.rounds)
+    row = {"step": step, "seconds": seconds, "reading": found.reading_seconds, "tokens": tuple(made.tokens[0].tolist())}
+    return row | {"acceptance": found.acceptance, "tokens_per_call": found.tokens_per_call}
+
+
+def run(m: Models, asked: Sequence[Asked], repeats: int) -> pd.DataFrame:
+    """All steps on each request in turn; times are medians of the repeats."""
+    owners = {"target": fingerprint(m.target), "draft": fingerprint(m.trained)}
+    for step in STEPS:
+        answer(step, m, asked[0], owners)  # warms up
+    rows = [
+        {"prompt": number, "repeat": repeat} | answer(step, m, one, owners)
+        for number, one in enumerate(tqdm(asked, desc="requests"))
+        for repeat in range(repeats)
+        for step in STEPS
+    ]
+    return pd.DataFrame(rows)
+
+
+def step_figures(runs: list[pd.DataFrame]) -> list[dict]:
+    """Each step's time, what it takes off the time of the step before, what is accepted, and whether the text stays."""
+    texts = pd.concat(runs).groupby(["prompt", "step"])["tokens"].agg(set).unstack()
+    times = [r.groupby(["prompt", "step"])["seconds"].median().unstack() for r in runs]
+    seconds = 1000 * sum(times) / len(times)
+    told, figures = f"{TOLD}; {THREADS} threads, in turn; mean over {len(runs)} trained drafts; n is prompts", []
+    for before, step in zip((None, *STEPS), STEPS, strict=False):
+        figures.append(figure(f"ms_{step}", seconds[step], "ms", told))
+        if before:
+            saved = f"milliseconds of {before} minus those of {step}; {told}"
+            figures.append(figure(f"saved_{step}", seconds[before] - seconds[step], "ms", saved))
+            figures.append(
+                figure(f"speedup_{step}", seconds["plain"] / seconds[step], "ratio", f"plain over {step}; {told}")
+            )
+        equal = [float(one == plain and len(one) == 1) for one, plain in zip(texts[step], texts["plain"], strict=True)]
+        figures.append(figure(f"equal_{step}", equal, "fraction", f"the text is that of plain decoding; {told}"))
+        for what, unit in (("acceptance", "fraction"), ("tokens_per_call", "tokens")):
+            values = np.mean([r[r["step"] == step].groupby("prompt")[what].mean() for r in runs], 0)
+            if not np.isnan(values).all():
+                figures.append(figure(f"{what}_{step}", values[~np.isnan(values)], unit, told))
+    return figures
+
+
+def size_figures(m: Models, asked: Sequence[Asked]) -> list[dict]:
+    """Bytes of a passage's cache, for the target and for each form of the draft's."""
+    owners = {"target": fingerprint(m.target)} | dict.fromkeys(("reads", "fused", "distilled"), fingerprint(m.trained))
+    return [
+        figure(
+            f"kb_{name}",
+            [nbytes(known(one, name, owner).cache) / 1e3 for one in asked],
+            "kB",
+            f"cache of a passage; {TOLD}",
+        )
+        for name, owner in owners.items()
+    ]
+
+
+def measure(quick: bool, seed: int) -> list[dict]:
+    """Answer requests with more and more of the book's parts."""
+    torch.set_num_threads(THREADS)
+    runs = []
+    for i in range(seed, seed + (1 if quick else SEEDS)):
+        m = models(i, quick)
+        with tempfile.TemporaryDirectory() as folder:
+            asked = store(m, 3 if quick else 60, Path(folder))
+            runs.append(run(m, asked, 1 if quick else REPEATS))
+            sizes = size_figures(m, asked)
+    return step_figures(runs) + sizes
+
+
+if __name__ == "__main__":
+    benchmark(measure)
