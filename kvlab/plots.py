@@ -259,6 +259,35 @@ def intervals(figures: Mapping[str, Mapping], names: Mapping[str, str], xlabel: 
     return ax
 
 
+def waterfall(totals: Mapping[str, Mapping], changes: Mapping[str, Mapping], xlabel: str) -> Axes:
+    """What each step takes off a total, or adds to it: bars from the total before to the total after, with intervals.
+
+    Parameters
+    ----------
+    totals : for each step its figure, the first one whole.
+    changes : for each step but the first what it saved, a figure whose interval is drawn around the bar's end.
+    """
+    ax, before = axes(width=7.4, height=0.8 + 0.46 * len(totals))[0], 0.0
+    longest = max(figure["value"] for figure in totals.values())
+    for y, (name, figure) in enumerate(totals.items()):
+        after = figure["value"]
+        color, hatch = (SKY, "") if not y else (GREEN, "") if after < before else (RED, "///")
+        ax.barh(y, after - before, 0.6, before, color=color, hatch=hatch, edgecolor="white", lw=0)
+        told = f"{after:.0f}"
+        if name in changes:
+            saved = changes[name]
+            ax.plot([before - saved["low"], before - saved["high"]], [y, y], color=INK, lw=1.2)
+            told += f"  ({-saved['value']:+.0f} [{-saved['high']:+.0f}, {-saved['low']:+.0f}])"
+            ax.plot([before, before], [y - 1.3, y + 0.3], color=GRAY, lw=0.8, ls=":")
+        end = max(before, after, before - changes[name]["low"] if name in changes else 0)
+        ax.annotate(told, (end, y), (6, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
+        before = after
+    ax.set_yticks(range(len(totals)), totals)
+    ax.set(xlabel=xlabel, xlim=(0, 1.45 * longest))
+    ax.invert_yaxis()
+    return ax
+
+
 def joint_histogram(expected: np.ndarray, counts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Observed frequency of each of n outcomes as bars, its exact probability as a diamond, one panel a label."""
     panels = axes(len(counts), width=1 + 3.3 * len(counts), height=2.8, sharey=True, sharex=True)

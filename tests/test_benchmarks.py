@@ -70,6 +70,16 @@ PROMISED = {
         *("net_speed", "net_speed_end_to_end", "speedup_both", "fuser_over_draft", "fuser_over_target"),
         *("fuser_parameters", "fuser_parameters_lab", "gate_keys_0", "gate_values_1", "seconds_fused"),
     },
+    "together": {
+        *(
+            f"{what}_{step}"
+            for what in ("ms", "equal", "tokens_per_call")
+            for step in ("plain", "knowledge", "draft", "trained", "reads", "fused", "distilled")
+        ),
+        *(f"saved_{step}" for step in ("knowledge", "draft", "trained", "reads", "fused", "distilled")),
+        *(f"acceptance_{step}" for step in ("draft", "trained", "reads", "fused", "distilled")),
+        *(f"kb_{name}" for name in ("target", "reads", "fused", "distilled")),
+    },
     "distill": {
         "em_full",
         *(

@@ -483,3 +483,17 @@ def test_gates_have_a_bar_for_keys_and_values_of_each_layer():
     for ax, values in zip(panels, (logits, sizes), strict=True):
         assert [bar.get_height() for bar in ax.patches] == pytest.approx(values.T.flatten().tolist())
         assert [text.get_text() for text in ax.texts] == ["keys", "values"]
+
+
+def test_a_waterfall_goes_from_total_to_total():
+    totals = {name: {"value": value} for name, value in (("plain", 100.0), ("faster", 60.0), ("slower", 70.0))}
+    changes = {
+        "faster": {"value": 40.0, "low": 30.0, "high": 50.0},
+        "slower": {"value": -10.0, "low": -12.0, "high": -8.0},
+    }
+    ax = plots.waterfall(totals, changes, "ms")
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches]
+    assert bars == [(0, 100), (100, 60), (60, 70)]
+    assert [text.get_text() for text in ax.texts] == ["100", "60  (-40 [-50, -30])", "70  (+10 [+8, +12])"]
+    intervals = [sorted(line.get_xdata()) for line in ax.lines if line.get_linestyle() == "-"]
+    assert intervals == [[50, 70], [68, 72]]
