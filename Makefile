@@ -21,6 +21,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
 	$(BIN)/python book/notebooks.py --check
+	$(BIN)/python book/readme.py --check
 
 notebooks: $(INSTALLED)
 	$(BIN)/python book/notebooks.py
@@ -28,6 +29,7 @@ notebooks: $(INSTALLED)
 bench: $(INSTALLED)
 	mkdir -p book/results
 	set -e; for f in tests/benchmarks/*.py; do $(BIN)/python $$f --out book/results/$$(basename $$f .py).json; done
+	$(BIN)/python book/readme.py
 
 # .venv stays; remove it by hand to install everything again.
 clean:

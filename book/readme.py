@@ -1,0 +1,144 @@
+"""Put the measured results into README.md: the table between its marks, and the figure, both from book/results.
+
+python book/readme.py            write the table and the figure
+python book/readme.py --check    write nothing; exit 1 if the table is not what the results say
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, README, FIGURE = ROOT / "book/results", ROOT / "README.md", ROOT / "book/_static/kv_distill.png"
+TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
+# Chapter, what is measured, its figure, what it is compared with and the figures of that, conditions.
+ROWS = (
+    (
+        "01",
+        "time to the first token, reading all over loading what was read",
+        "knowledge:ttft_ratio",
+        "",
+        "items of 512 tokens, the shape of Qwen3-0.6B, random weights",
+    ),
+    (
+        "01",
+        "answers right, four pieces read alone and joined, 15 % computed again",
+        "knowledge:em_recompute",
+        "read together {knowledge:em_full}; only put together {knowledge:em_concat}",
+        "lab model, passages of 16 facts",
+    ),
+    (
+        "02",
+        "guesses accepted, a draft that reads the target's keys and values",
+        "draft:acceptance_kv",
+        "trained alike without reading {draft:acceptance_trained}",
+        "items that were not in training; 3 layers of 12",
+    ),
+    (
+        "03",
+        "answers right from a quarter of the cache (KV-Distill)",
+        "distill:em_distill_25",
+        "whole cache {distill:em_full}; SnapKV {distill:em_snapkv_25}",
+        "question unknown when the cache is made",
+    ),
+    (
+        "03",
+        "answers right from a tenth of it",
+        "distill:em_distill_10",
+        "SnapKV {distill:em_snapkv_10}; the best other score {distill:em_key_norm_reversed_10}",
+        "the same",
+    ),
+    (
+        "04",
+        "problems solved, taught with the teacher's cache, aligned by segments",
+        "align:accuracy_segment",
+        "no teacher {align:accuracy_ce_only}; by index {align:accuracy_baseline}; "
+        "another problem's teacher {align:accuracy_shuffled_segment}",
+        "a student from random weights, 600 problems; the interval is that of a few seeds",
+    ),
+    (
+        "05",
+        "speed, over assisted generation of transformers",
+        "speculate:over_assisted",
+        "compiled {speculate:over_assisted_compiled}; eight prompts at once {speculate:batch_8_over_assisted}",
+        "word problems, greedy, prompts apart",
+    ),
+    (
+        "06",
+        "guesses accepted, the draft's cache fused from the target's",
+        "fuse:acceptance_both",
+        "draft alone {fuse:acceptance_none}; as many parameters without the target {fuse:acceptance_matched}; "
+        "the draft trained instead {fuse:acceptance_tuned}",
+        "told about somebody in a passage",
+    ),
+    (
+        "06",
+        "answers right about a passage that only the target read, rehearsed fuser",
+        "fuse:answers_rehearsed_first",
+        "trained on answers {fuse:answers_answered}; if the draft reads it {fuse:answers_sighted}",
+        "the draft reads blanks",
+    ),
+    (
+        "07",
+        "speed of an answer with all parts, over plain decoding",
+        "together:speedup_distilled",
+        "with the knowledge cache alone {together:speedup_knowledge}",
+        "from the files to the last token",
+    ),
+)
+
+
+def figures() -> dict[str, dict]:
+    """Every figure of every results file, by FILE:NAME."""
+    found = {}
+    for path in RESULTS.glob("*.json"):
+        found |= {f"{path.stem}:{f['name']}": f for f in json.loads(path.read_text())["figures"]}
+    return found
+
+
+def table(found: dict[str, dict]) -> str:
+    """The rows whose results are there, as Markdown."""
+
+    def told(name: str) -> str:
+        return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**found[name])
+
+    chapters = {path.name[:2]: path.stem for path in (ROOT / "notebooks").glob("*.py")}
+    lines = ["| chapter | measured | | compared with | conditions |", "|---|---|---|---|---|"]
+    for chapter, what, name, others, conditions in ROWS:
+        if name in found:
+            beside = re.sub(r"\{([^}]+)\}", lambda named: told(named[1]), others)
+            link = f"[{chapter}](notebooks/{chapters[chapter]}.ipynb)"
+            lines.append(f"| {link} | {what} | **{told(name)}** | {beside} | {conditions} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: dict[str, dict]) -> None:
+    """The answers that are left with less and less of a cache."""
+    from kvlab import plots
+
+    names = {"distill": "KV-Distill", "key_norm_reversed": "key norm, reversed", "snapkv": "SnapKV", "random": "random"}
+    curves = {
+        told: {
+            p: [found[f"distill:em_{name}_{p}"][end] for end in ("value", "low", "high")] for p in (50, 25, 10, 5, 2)
+        }
+        for name, told in names.items()
+    }
+    ax = plots.retention_curves(curves, found["distill:em_full"]["value"])
+    ax.figure.savefig(FIGURE, dpi=120, metadata={"Software": None})
+
+
+def main(check: bool) -> None:
+    found, text = figures(), README.read_text()
+    made = TABLE.sub(lambda marks: marks[1] + table(found) + marks[2], text)
+    if check and made != text:
+        sys.exit(
+            "README.md: its table is not what book/results says; run `python book/readme.py` and commit the result."
+        )
+    if not check:
+        README.write_text(made)
+        draw(found)
+
+
+if __name__ == "__main__":
+    main(check="--check" in sys.argv[1:])
