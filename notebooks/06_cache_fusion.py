@@ -178,7 +178,7 @@ assert abs(at_zero["logistic"] - 0.5) < 0.02 < abs(at_zero["gumbel"] - (1 - np.e
 #
 # ### Tokens of two vocabularies
 #
-# Speculative decoding has one {term}`tokenizer` for both. Elsewhere the two models cut a text in different places. `align_tokens` takes for each of the receiver's tokens every token of the sharer that spells part of it, each by its share of the characters. The published code takes one of them:
+# Speculative decoding has one tokenizer for both. Elsewhere the two models cut a text in different places. `align_tokens` takes for each of the receiver's tokens every token of the sharer that spells part of it, each by its share of the characters. The published code takes one of them:
 
 # %%
 others = scale.load_tokenizer("teacher")
@@ -432,14 +432,14 @@ print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
 
 # %% [markdown]
 # ```{exercise-start} Which layers?
-# :label: ex-layers
+# :label: ex-map
 # ```
 # *Medium, 10 minutes.* As published, the last layers of the sharer are mapped to those of the receiver (`similarity.last_aligned`). Rehearse for twenty steps with each map, and compare what stays unexplained.
 # ```{exercise-end}
 # ```
 
 # %% [markdown]
-# ````{solution-start} ex-layers
+# ````{solution-start} ex-map
 # :class: dropdown
 # ````
 
