@@ -16,6 +16,7 @@ three places, each of which has a name:
 - tokens. Of the sharer's tokens that spell one of the receiver's, it takes one (`align_tokens(keep="longest")`); here
   all count, by the characters they share with it.
 
+Not published are `rehearsal_loss`, which teaches to carry over what a text says, and fusing what was said in decoding.
 `PUBLISHED` has the first two. Batches are padded on the left, as wherever kvlab reads contexts. An untrained fuser is
 closed: in evaluation mode it returns the receiver's cache, bit for bit.
 
@@ -416,7 +417,7 @@ def fuse_prompt(fuser: Fuser, receiver: PreTrainedModel, sharer: PreTrainedModel
     """
     _require_prompt(prompt)
     ids, other_ids, shares = prompt.receiver_ids[:-1], prompt.sharer_ids, prompt.shares
-    if shares is None:
+    if _alike(prompt):
         other_ids = ids
     own, theirs = (read(m, i[None].to(m.device)) for m, i in ((receiver, ids), (sharer, other_ids)))
     fused = fuser(own, theirs, None if shares is None else shares[None, :-1].to(receiver.device))
@@ -426,6 +427,13 @@ def fuse_prompt(fuser: Fuser, receiver: PreTrainedModel, sharer: PreTrainedModel
 def _require_prompt(prompt: Aligned) -> None:
     have = len(prompt.receiver_ids)
     require(have > 1, f"The prompt has {have} tokens, expected 2 or more: the last one is not fused.")
+
+
+def _alike(prompt: Aligned) -> bool:
+    """Whether both models have the same tokens."""
+    same = prompt.shares is not None or torch.equal(prompt.receiver_ids, prompt.sharer_ids)
+    require(same, "A prompt has other tokens for the sharer, and no shares: give them (`align_tokens`).")
+    return prompt.shares is None
 
 
 # -- training
@@ -469,7 +477,8 @@ def collate(lessons: Sequence[Lesson]) -> dict[str, Tensor]:
     columns = batch["input_ids"].shape[1] - max(map(len, responses))
     batch["weights"] = batch["attention_mask"].float()
     batch["weights"][:, :columns] = 0
-    if all(prompt.shares is None for prompt in prompts):
+    alike = [_alike(prompt) for prompt in prompts]
+    if all(alike):
         return batch
     batch["sharer_ids"] = _padded([p.sharer_ids for p in prompts], "left")
     batch["sharer_mask"] = _padded([torch.ones_like(p.sharer_ids) for p in prompts], "left")

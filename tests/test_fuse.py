@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kvlab import cache as kv
-from kvlab import fuse, lab
+from kvlab import lab
 from kvlab.cache import CacheError, Read, from_tensor, read, rotary_of, to_tensor, truncate
 from kvlab.evaluate import encode
 from kvlab.fuse import (
@@ -29,6 +29,7 @@ from kvlab.fuse import (
     collate,
     fuse_prompt,
     lesson,
+    rehearsal_loss,
     response_loss,
     train,
 )
@@ -596,18 +597,17 @@ def test_training_for_decoding_lowers_the_loss_whatever_was_said(pair):
     assert all(b < 0.7 * a for a, b in zip(start, end, strict=True))
 
 
-def test_each_part_of_a_response_is_drawn_and_none_without_decoding(pair, monkeypatch):
-    drawn, real = [], fuse.response_loss
+def test_each_part_of_a_response_is_drawn_and_none_without_decoding(pair):
+    drawn = []
 
-    def spy(*args):
-        drawn.append(args[4])
-        return real(*args)
+    def spy(*args, said=0):
+        drawn.append(said)
+        return response_loss(*args, said)
 
-    monkeypatch.setattr(fuse, "response_loss", spy)
-    decode_training(pair, fuser_of(), steps=50)
+    decode_training(pair, fuser_of(), steps=50, loss=spy)
     assert set(drawn) == set(range(6))  # the longest response has six tokens, the last of which is only predicted
     drawn.clear()
-    decode_training(pair, fuser_of(), steps=3, decode=False)
+    decode_training(pair, fuser_of(), steps=3, decode=False, loss=spy)
     assert drawn == [0, 0, 0]
 
 
@@ -725,3 +725,65 @@ def test_layers_tokenizers_and_lessons_that_do_not_fit_are_refused():
         fuse_prompt(lab_fuser(), *lab_pair()[:2], one_token)
     with pytest.raises(CacheError, match=r"end_temperature is 0, expected more than 0"):
         train(lab_fuser(), *lab_pair()[:2], lessons(), steps=1, end_temperature=0)
+
+
+# -- rehearsal
+
+
+def blanked_lessons(*lengths):
+    """Prompts in which the receiver reads a blank, 3, for every other token."""
+    made = []
+    for i, n in enumerate(lengths):
+        ids = tokens(1, n, seed=i)[0] + 3
+        blanks = ids.clone()
+        blanks[1::2] = 3
+        made.append(Lesson(Aligned(blanks, ids, torch.eye(n)), torch.tensor([5, 6])))
+    return made
+
+
+def test_nothing_is_unexplained_where_the_fused_cache_is_what_the_receiver_would_have_made(pair):
+    receiver, sharer = pair
+    batch = collate(blanked_lessons(8, 5))
+    others, mask = batch["sharer_ids"][:, :-1], batch["sharer_mask"][:, :-1]
+    oracle = lambda own, theirs, shares: read(receiver, others, mask).cache  # noqa: E731
+    assert rehearsal_loss(oracle, receiver, sharer, batch)["unexplained"] == 0
+    alone = rehearsal_loss(lambda own, theirs, shares: own.cache, receiver, sharer, batch)["unexplained"]
+    closed = rehearsal_loss(fuser_of(), receiver, sharer, batch)["unexplained"]
+    assert alone == closed > 0.1
+
+
+def test_what_is_unexplained_is_the_error_over_the_variance_of_each_layers_keys_and_values(pair):
+    receiver, sharer = pair
+    batch = collate(blanked_lessons(8, 5))
+    wanted, made = [], []
+    for prompt, _ in blanked_lessons(8, 5):
+        for ids, kept in ((prompt.sharer_ids, wanted), (prompt.receiver_ids, made)):
+            one = read(receiver, ids[None, :-1])
+            kept.append(
+                to_tensor(kv.unrotate(one.cache, one.positions, one.rotary))[:, :, 0].transpose(2, 3).flatten(3)
+            )
+    wanted, made = torch.cat(wanted, 2), torch.cat(made, 2)  # (L, 2, tokens, H d)
+    parts = [
+        (made[i, j] - wanted[i, j]).square().mean() / wanted[i, j].var(0).mean() for i in range(3) for j in range(2)
+    ]
+    got = rehearsal_loss(lambda own, theirs, shares: own.cache, receiver, sharer, batch)["unexplained"]
+    near(got, torch.stack(parts).mean(), 1e-4)
+
+
+def test_rehearsing_explains_more_and_needs_a_place_for_each_blank(pair):
+    lessons = blanked_lessons(8, 5, 7, 8)
+    fuser = fuser_of(made=Settings(hidden=24, dropout=0, gate=4.0))
+    history = train(fuser, *pair, lessons, steps=30, batch_size=4, learning_rate=1e-2, loss=rehearsal_loss)
+    assert history[-1]["unexplained"] < 0.7 * history[0]["unexplained"]
+    longer = Lesson(Aligned(lessons[0].prompt.receiver_ids, tokens(1, 9)[0], torch.ones(8, 9) / 9), torch.tensor([5]))
+    with pytest.raises(CacheError, match="read prompts of other lengths: give each token's blank its place"):
+        rehearsal_loss(fuser, *pair, collate([longer]))
+
+
+def test_other_tokens_without_shares_are_refused(pair):
+    ids = tokens(1, 6)[0]
+    prompt = Aligned(ids, ids + 1)
+    with pytest.raises(CacheError, match="other tokens for the sharer, and no shares"):
+        collate([Lesson(prompt, torch.tensor([5]))])
+    with pytest.raises(CacheError, match="other tokens for the sharer, and no shares"):
+        fuse_prompt(fuser_of(), *pair, prompt)
