@@ -777,7 +777,10 @@ def train(
             warmup=max(1, steps // 20),
             accumulate=accumulate,
             precision=precision,
-            weight=lambda batch: batch["weights"].sum(),
+            weight=lambda batch: {
+                name: batch["weights" if name == "ce" else "distill_weights"].sum()
+                for name in sorted(shares, key="ce".__ne__)
+            },
             evaluate=evaluate,
             checkpoint=best.checkpoint,
             every=every or max(1, steps // epochs),

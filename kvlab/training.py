@@ -40,7 +40,7 @@ def fit(
     clip: float = 1.0,
     accumulate: int = 1,
     precision: str = "no",
-    weight: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    weight: Callable[[Mapping[str, Tensor]], Tensor | Mapping[str, Tensor]] | None = None,
     factors: Callable[[int], Mapping[str, float]] | None = None,
     shares_every: int = 0,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
@@ -62,7 +62,8 @@ def fit(
     accumulate : batches for one optimizer step.
     precision : "no", "fp16" or "bf16", as Accelerate names them.
     weight : a batch's weight (its number of answer tokens, say). A loss that is a mean over tokens then stays an exact
-        mean over all tokens of the step, across batches and processes. By default batches weigh the same.
+        mean over all tokens of the step, across batches and processes. By default batches weigh the same. Where losses
+        are means over different tokens, a weight for each by name; the history has the first.
     factors : of named losses at a step (1, 2, ...), where they are not 1: for terms that come late or fade. The history
         has losses times their factors. A run that is resumed does not check that they are the same.
     shares_every : each so many steps, log the share that each loss has in the gradient, as "share_NAME": its norm over
@@ -204,10 +205,11 @@ def _shares(named: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> 
 
 def _gradients(accelerator, model, losses, group, weight, step, logged) -> dict[str, float]:
     """Backward through a group of batches; returns the step's losses, averaged by weight over batches and processes."""
-    weights = torch.stack(
-        [torch.as_tensor(weight(b) if weight else 1.0, dtype=torch.float32, device=accelerator.device) for b in group]
-    )
-    total = accelerator.reduce(weights.sum(), reduction="sum").clamp_min(1e-9)
+    given = [weight(batch) if weight else 1.0 for batch in group]
+    names = list(given[0]) if isinstance(given[0], Mapping) else []
+    rows = [[float(w[name]) for name in names] if names else [float(w)] for w in given]
+    weights = torch.tensor(rows, dtype=torch.float32, device=accelerator.device)  # (batches, 1 or losses)
+    total = accelerator.reduce(weights.sum(0), reduction="sum").clamp_min(1e-9)
     sums: dict[str, Tensor] = {}
     shares: dict[str, float] = {}
     for i, batch in enumerate(group):
@@ -223,13 +225,13 @@ def _gradients(accelerator, model, losses, group, weight, step, logged) -> dict[
             if logged and not i:
                 scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0  # fp16 gradients underflow
                 shares = _shares({name: scale * value for name, value in named.items() if value.requires_grad}, logged)
-            share = weights[i] / total
+            share = {name: (weights[i] / total)[names.index(name) if names else 0] for name in named}
             # DistributedDataParallel takes the mean over processes; the factor makes it a sum.
-            accelerator.backward(sum(named.values()) * share * accelerator.num_processes)
+            accelerator.backward(sum(value * share[name] for name, value in named.items()) * accelerator.num_processes)
         for name, value in named.items():
-            sums[name] = sums.get(name, 0.0) + value.detach() * share
+            sums[name] = sums.get(name, 0.0) + value.detach() * share[name]
     means = {name: accelerator.reduce(value, reduction="sum").item() for name, value in sums.items()}
-    return {"step": step, "loss": sum(means.values()), **means, **shares, "weight": total.item()}
+    return {"step": step, "loss": sum(means.values()), **means, **shares, "weight": total[0].item()}
 
 
 def _save(path: Path, trainable, optimizer, schedule, run, history) -> None:

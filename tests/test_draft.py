@@ -1149,6 +1149,10 @@ def test_the_losses_are_those_of_the_batch(lesson):
     assert first["kl"] == pytest.approx(0.5 * total["kl"] / sum(answers[:5]), rel=1e-4)
     assert first["ce"] == pytest.approx(2.0 * total["ce"] / sum(answers), rel=1e-4)
     assert first["weight"] == sum(answers)
+    again = cut(target, "kv").requires_grad_(True)
+    halves = train(again, target, mixed, heldout, shares=shares, epochs=1, batch_size=4, accumulate=2)[0]
+    for name in ("kl", "ce", "grad_norm"):  # given answers, which count for ce only, need not be evenly spread
+        assert halves[name] == pytest.approx(first[name], rel=1e-4)
 
 
 @pytest.fixture(scope="session")

@@ -183,6 +183,24 @@ def test_accumulated_batches_are_one_batch():
         assert [entry[key] for entry in got] == pytest.approx([entry[key] for entry in want], abs=1e-6)
 
 
+def test_losses_over_different_tokens_each_have_a_weight():
+    def both(model, batch):
+        error, few = (model(batch["x"]) - batch["y"]).pow(2).mean(-1), batch["weights"] * (batch["x"].sum(-1) > 0)
+        return mse(model, batch) | {"few": (error.sqrt() * few).sum() / few.sum().clamp_min(1e-9)}
+
+    def each(batch):
+        return {"mse": batch["weights"].sum(), "few": (batch["weights"] * (batch["x"].sum(-1) > 0)).sum()}
+
+    whole, parts, wrong = net(), net(), net()
+    want = fit(whole, loader(8), both, steps=6, weight=each, **QUICK)
+    got = fit(parts, loader(4), both, steps=6, weight=each, accumulate=2, **QUICK)
+    fit(wrong, loader(4), both, steps=6, weight=tokens, accumulate=2, **QUICK)
+    assert near(whole, parts)
+    assert not near(whole, wrong, atol=1e-4)
+    for key in ("loss", "few", "weight"):
+        assert [entry[key] for entry in got] == pytest.approx([entry[key] for entry in want], abs=1e-6)
+
+
 def test_without_weight_a_mean_of_means_is_not_the_mean():
     whole, parts = net(), net()
     fit(whole, loader(8), mse, steps=6, **QUICK)
