@@ -232,7 +232,7 @@ PRESETS: dict[str, dict] = {
         "questions": 64,
         "needs": _INFERENCE
         | {
-            "02_draft_training": Need(("target",), batch=32, tokens=256, trains="target", layers=3),
+            "02_draft_training": Need(("target",), batch=8, tokens=256, trains="target", layers=3),
             "03_kv_distill": Need(("target",), batch=16, tokens=320, added=400_000),
             "04_alignment_4d": Need(("teacher",), batch=32, tokens=256, trains="student"),
             "06_cache_fusion": Need(("target", "draft"), batch=32, tokens=256, added=1_000_000),

@@ -243,11 +243,10 @@ print("              sampled:", shown(scores.sampled))
 
 # %%
 def fit(model, examples, choose, **options):
-    settings = {"epochs": 4, "learning_rate": 3e-5}
+    settings = {"epochs": 2 if scale.name == "tiny" else 4, "shares": {"kl": 1.0, "ce": 1.0}}
+    settings["learning_rate"] = 1.5e-3 if scale.name == "tiny" else 3e-5
     settings["batch_size"] = scale.needs["02_draft_training"].batch
-    if scale.name == "tiny":
-        settings = {"epochs": 2, "learning_rate": 1.5e-3, "batch_size": 8}
-    settings |= {"shares": {"kl": 1.0, "ce": 1.0}} | options
+    settings |= options
     return draft.train(model, target, examples, choose, **settings)
 
 
