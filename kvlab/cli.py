@@ -1218,7 +1218,7 @@ def train_fuser(
         k: v for k, v in settings.items() if v is not None
     }
     settings |= {"base_model": scale.draft, "teacher_model": scale.target}
-    _require_counts(heldout=heldout, steps=steps, gamma=gamma, batch_size=settings["batch_size"])
+    _require_fusible(settings)
     tokenizer, texts, checks = _shared_tokenizer(scale), *_requests(settings)
     main = PartialState(cpu=scale.device == "cpu").is_main_process  # before loading: gives each process its own GPU
     draft, target = scale.load("draft"), scale.load("target")
@@ -1234,12 +1234,31 @@ def train_fuser(
         return
     fuser.save_pretrained(output_dir)
     found = speculated(target, checked, drafters(draft, target, fuser, control), gamma, max_new_tokens)
+    guessed = found.dropna(subset="acceptance").groupby("arm", sort=False)  # of one token nothing is guessed
     told = f"{len(checks)} prompts that were not learned from, greedy, gamma {gamma}"
-    figures = [figure(f"acceptance_{arm}", rows["acceptance"], "fraction", told) for arm, rows in found.groupby("arm")]
-    print(_table(figures))
+    figures = [figure(f"acceptance_{arm}", rows["acceptance"], "fraction", told) for arm, rows in guessed]
+    print(_table(figures) if figures else "Each held-out prompt is answered by one token, so that nothing was guessed.")
     result = {"settings": settings, "gates": fuser.gate_logits().tolist(), "parameters": fuser.num_parameters()}
     result |= {"figures": figures, **circumstances(), "history": history}
     print(_write_json(output_dir / "training.json", result))
+
+
+def _require_fusible(settings: Mapping) -> None:
+    names = ("prompts", "heldout", "gamma", "steps", "batch_size", "accumulate")
+    _require_counts(**{name: settings[name] for name in names if name in settings})
+    most, rate, folder = (settings[name] for name in ("max_new_tokens", "learning_rate", "output_dir"))
+    if most < 2:
+        raise ValueError(f"max_new_tokens is {most}, expected at least 2: the first is not guessed.")
+    if not rate >= 0:
+        raise ValueError(f"learning_rate is {rate}, expected 0 or more.")
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file: give the name of a folder as output_dir.")
+    _fuser_settings(settings)
+
+
+def _fuser_settings(settings: Mapping) -> FuserSettings:
+    made = {name: settings[name] for name in ("hidden", "dropout", "gate", "keys", "noise")}
+    return FuserSettings(**made, sharer_seen=settings["control"] != "matched")
 
 
 def _requests(settings: Mapping) -> tuple[list[Conversation], list[Conversation]]:
@@ -1247,17 +1266,22 @@ def _requests(settings: Mapping) -> tuple[list[Conversation], list[Conversation]
     data, source, most, seed = settings["data"], settings.get("source"), settings.get("prompts"), settings["seed"]
     if data == "lab":
         _require_no_source(source)
-        held = corpora.Requests(settings["heldout"], test=True)
-        return [*corpora.Requests(most or 4000, seed=seed)], [*held]
-    records = _records(data, source, settings["split"])
-    contexts = random.Random(0).sample([*records], len(records))
-    held = contexts[: settings["heldout"]]
-    texts = [messages(record)[:1] for context in contexts[len(held) :] for record in records[context]]
-    if len(texts) < settings["batch_size"]:
-        seen = f"There are {len(records)} contexts, {len(held)} to hold out"
-        raise ValueError(f"{seen}: give a source that has more, or a smaller heldout or batch_size.")
-    chosen = random.Random(seed).sample(texts, min(most or len(texts), len(texts)))
-    return chosen, [messages(records[context][0])[:1] for context in held]
+        held = [*corpora.Requests(settings["heldout"], test=True)]
+        chosen = [*corpora.Requests(most or 4000, seed=seed)]
+    else:
+        records = _records(data, source, settings["split"])
+        contexts = random.Random(0).sample([*records], len(records))
+        kept, rest = contexts[: settings["heldout"]], contexts[settings["heldout"] :]
+        if not rest:
+            seen = f"There are {len(records)} contexts, {settings['heldout']} to hold out"
+            raise ValueError(f"{seen}: give a source that has more, or a smaller heldout.")
+        held = [messages(records[context][0])[:1] for context in kept]
+        texts = [messages(record)[:1] for context in rest for record in records[context]]
+        chosen = random.Random(seed).sample(texts, min(most or len(texts), len(texts)))
+    if len(chosen) < settings["batch_size"]:
+        seen = f"{len(chosen)} prompts are less than a batch of {settings['batch_size']}"
+        raise ValueError(f"{seen}: give more, or a smaller batch_size.")
+    return chosen, held
 
 
 def tuned(
@@ -1269,19 +1293,17 @@ def tuned(
     folder: Path,
 ) -> tuple[Fuser, list[dict[str, float]]]:
     """A fuser from the target to the draft, or a control, trained on the target's answers, and its history."""
-    control = settings["control"]
+    control, made = settings["control"], _fuser_settings(settings)
     sharer = draft if control == "self" else target
-    made = {name: settings[name] for name in ("hidden", "dropout", "gate", "keys", "noise")}
     receiving, sharing = Size.of(draft.config), Size.of(sharer.config)
     layers = {"last": last_aligned, "proportional": proportional, "first": first_aligned}[settings["layer_map"]]
     torch.manual_seed(options["seed"])
     chosen = layers(receiving.layers, sharing.layers)
-    fuser = Fuser(receiving, sharing, chosen, FuserSettings(**made, sharer_seen=control != "matched"))
-    fuser.to(draft.device)
+    fuser = Fuser(receiving, sharing, chosen, made).to(draft.device)
     texts = [(e.input_ids[: e.start], e.input_ids[e.start :]) for e in said]
     lessons = [FuserLesson(Aligned(prompt, prompt), answer) for prompt, answer in texts]
     decode = not settings["no_decode_fusion"]
-    told = [fingerprint(draft)["weights"], made, settings["layer_map"], control, decode, dict(options)]
+    told = [fingerprint(draft)["weights"], asdict(made), settings["layer_map"], control, decode, dict(options)]
     run = folder / _run_name(target, *told, [e.input_ids.tolist() for e in said])
     checkpoint = run / "checkpoint.safetensors"
     return fuser, train_on(fuser, draft, sharer, lessons, decode=decode, checkpoint=checkpoint, **options)
