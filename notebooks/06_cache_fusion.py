@@ -249,7 +249,7 @@ if scale.name == "tiny":
     assert np.mean(right["rehearsed"]) > np.mean(right["reads blanks, alone"]) + 0.2
 
 # %% [markdown]
-# It does get across: the receiver says words that it has never read. The benchmark has longer passages, 600 steps, and both ways to train, with the control:
+# It does get across: the receiver says words that it has never read. The benchmark has longer passages, twice the steps, and both ways to train, with the control:
 
 # %% mystnb={"image": {"alt": "Shares of questions answered, with intervals: from blanks nothing; trained on answers and the control without a sharer hardly more; rehearsed nearly as many as when the receiver reads everything."}}
 names = {
@@ -257,7 +257,6 @@ names = {
     "answers_matched": "as many parameters, no sharer",
     "answers_answered": "trained on answers",
     "answers_rehearsed": "rehearsed, the sharer's last layers",
-    "answers_rehearsed_even": "rehearsed, layers by depth",
     "answers_rehearsed_first": "rehearsed, its first layers",
 }
 if results:
@@ -319,7 +318,7 @@ for name, rounds in runs.items():
 # %% [markdown]
 # ### What the sharer adds
 #
-# Eight requests only show that it runs. The benchmark has a hundred, three fusers of each kind, and the comparisons that matter:
+# Eight requests only show that it runs. The benchmark has a hundred, and the comparisons that matter:
 #
 # - **self**: the draft in place of the target as sharer. More parameters, no news.
 # - **matched**: exactly as many parameters, and zeros in place of what the sharer made.

@@ -170,7 +170,7 @@ plots.token_view(last.rounds, tokenizer)
 # %% [markdown]
 # ## The waterfall
 #
-# One request says little, least of all about time. The benchmark has sixty, each answered by all steps in turn, three times over, with three drafts and fusers. It has one step more: after "a draft" comes *the same draft, trained* on what the target said to other requests ({doc}`chapter 02 <02_draft_training>`), and the fuser is for that one.
+# One request says little, least of all about time. The benchmark has forty, each answered by all steps in turn, three times over. It has one step more: after "a draft" comes *the same draft, trained* on what the target said to other requests ({doc}`chapter 02 <02_draft_training>`), and the fuser is for that one.
 
 # %% mystnb={"image": {"alt": "A waterfall of milliseconds for an answer: plain decoding, then what the knowledge cache, the draft, its training, its own knowledge cache, fusion and distillation take off or add."}}
 names = {
