@@ -354,6 +354,12 @@ if results:
     ):
         found = figures[f"gain_{one}_over_{other}"]
         print(f"{one:11} minus {other:8}", span.format(**found))
+    for ways in ("none", "both"):
+        found = figures[f"acceptance_{ways}_arithmetic"]
+        print(f"on word problems, {ways:4} fused: {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+
+# %% [markdown]
+# Fusing the prompt helps, fusing what was accepted hardly does. And nearly all of the help is in the parameters: a module that sees nothing of the target has most of it. The draft that was trained instead has more, and on top of that one the fuser adds nothing that could be told from chance. So here the target's cache holds little that a draft could guess better with. (It is one fuser of each kind; the intervals are over requests.) A fuser is also made for its texts: on word problems, which it never saw, it does harm.
 
 # %% [markdown]
 # ### The gates
@@ -460,7 +466,7 @@ for name in ("last_aligned", "proportional", "first_aligned"):
 #
 # - A fuser adds a change to each entry; closed, it returns the receiver's cache bit for bit. Un-rotate keys before, use logistic noise, and let the gates start open if training is short.
 # - Cross-entropy on answers says little about a hundred entries. What the receiver would have made says all: rehearse first.
-# - Never show a fuser without its controls: the receiver as its own sharer, as many parameters without a sharer, and a draft trained on the same answers.
+# - Never show a fuser without its controls: the receiver as its own sharer, as many parameters without a sharer, and a draft trained on the same answers. Here the last one won.
 # - In speculation the text stays the target's whatever is fused. So mistakes cost acceptance and show nowhere else: test which entries are fused.
 #
 # The cell below runs alone, after the imports.
