@@ -226,6 +226,7 @@ def _fitting(fuser: Fuser, draft: PreTrainedModel, target: PreTrainedModel) -> F
     if have != want:
         seen = f"The fuser is from {have[1]} to {have[0]}, the models are {want[1]} and {want[0]}"
         raise ValueError(f"{seen}: train one for them (`kvlab train-fuser`).")
+    fuser.warn_of_others(draft, target)
     return fuser.to(draft.device, draft.dtype)
 
 

@@ -30,6 +30,7 @@ True
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTra
 from kvlab.cache import (
     Prefix,
     Read,
+    differences,
+    fingerprint,
     from_tensor,
     join,
     part,
@@ -282,6 +285,7 @@ class Fuser(nn.Module):
         self.shared, self.project, self.weigh = (Block(sides, hidden, settings.dropout) for _ in range(3))
         self.change, self.weight = Linears(sides, hidden, width), Linears(sides, hidden, receiver.heads)
         self.gate_logit, self.temperature = nn.Parameter(torch.full((sides,), settings.gate)), 1.0
+        self.trained_for: dict[str, dict] = {}  # fingerprints of "receiver" and "sharer", noted by `train`
         self.eval()
 
     def forward(self, receiver: Read, sharer: Read, shares: Tensor | None = None) -> DynamicCache:
@@ -367,6 +371,16 @@ class Fuser(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def warn_of_others(self, receiver: PreTrainedModel, sharer: PreTrainedModel) -> None:
+        """Warn if the fuser was trained for other models than these, or, as the control, for one that was both."""
+        for who, model in (("receiver", receiver), ("sharer", sharer)) if self.trained_for else ():
+            saved, own = self.trained_for[who], fingerprint(model)
+            dtypes = [told["weights"]["dtype"] for told in (saved, own)]
+            parts = [part for part in own if part != "weights" or dtypes[0] == dtypes[1]]  # rounding changes digests
+            if other := differences({part: saved[part] for part in parts}, {part: own[part] for part in parts}):
+                seen = f"The fuser was trained with another {who} ({other})"
+                warnings.warn(f"{seen}: what it adds may be of no use. Train one for these models.", stacklevel=2)
+
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write fuser.safetensors, and fuser.json with what it was made for. Returns the folder."""
         folder, (indices, weights, _) = Path(folder), self.layer_map
@@ -375,7 +389,7 @@ class Fuser(nn.Module):
         write_tensors(folder / WEIGHTS, self.state_dict(), {"format": "pt"})
         about = {"version": FORMAT_VERSION, "receiver": self.receiver._asdict(), "sharer": self.sharer._asdict()}
         about |= {"layer_map": {"indices": indices.tolist(), "weights": weights.tolist()}}
-        about["settings"] = asdict(self.settings)
+        about |= {"settings": asdict(self.settings), "trained_for": self.trained_for}
         return write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n").parent
 
     @classmethod
@@ -383,7 +397,10 @@ class Fuser(nn.Module):
         """Read what `save_pretrained` wrote, onto the CPU. ValueError for a folder that is not that."""
         folder = Path(folder)
         missing = [name for name in (ABOUT, WEIGHTS) if not (folder / name).is_file()]
-        require(not missing, f"{folder} has no {', '.join(missing)}: give a folder that `save_pretrained` wrote.")
+        require(
+            not missing,
+            f"{folder} has no {', '.join(missing)}: give a folder that `kvlab train-fuser` or `save_pretrained` wrote.",
+        )
         try:
             about = json.loads((folder / ABOUT).read_text("utf-8"))
             require(about["version"] == FORMAT_VERSION, f"its version is {about['version']}")
@@ -392,6 +409,7 @@ class Fuser(nn.Module):
             layer_map = LayerMap(indices, torch.tensor(weights, dtype=torch.float64), sharer.layers)
             fuser = cls(receiver, sharer, layer_map, Settings(**about["settings"]))
             fuser.load_state_dict(load_file(folder / WEIGHTS), assign=True)  # in the dtype of the file
+            fuser.trained_for = about["trained_for"]
         except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             wrong = f"{folder} holds no fuser of format version {FORMAT_VERSION}"
             raise ValueError(f"{wrong} ({type(error).__name__}: {error}): save it again.") from error
@@ -596,6 +614,7 @@ def train(
     )
     for model in (receiver, sharer):
         model.requires_grad_(False).eval()
+    fuser.trained_for = {"receiver": fingerprint(receiver), "sharer": fingerprint(sharer)}
 
     def cool(step: int) -> dict[str, float]:
         fuser.temperature = end_temperature ** ((step - 1) / max(1, steps - 1))

@@ -651,6 +651,23 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, texts, dtype):
     assert not again.training
 
 
+def test_a_trained_fuser_tells_other_models_from_those_it_was_trained_for(tmp_path, recwarn):
+    receiver, sharer, *_ = lab_pair()
+    other = copy.deepcopy(sharer)
+    other.model.layers[3].mlp.up_proj.weight.data.mul_(1.5)
+    fuser = lab_fuser()
+    fuser.warn_of_others(receiver, other)  # not trained: for any
+    train(fuser, receiver, sharer, lessons(), steps=1, batch_size=4)
+    fuser = Fuser.from_pretrained(fuser.save_pretrained(tmp_path))
+    fuser.warn_of_others(receiver, sharer)
+    fuser.warn_of_others(*(lab.load(name, dtype=torch.bfloat16) for name in ("lab-draft", "lab-teacher")))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"trained with another sharer \(weights sha256 is .* in the file and"):
+        fuser.warn_of_others(receiver, other)
+    with pytest.warns(UserWarning, match=r"trained with another receiver \(architecture"):
+        fuser.warn_of_others(sharer, sharer)
+
+
 def test_a_damaged_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no fuser\.json, fuser\.safetensors: give a folder"):
         Fuser.from_pretrained(tmp_path)

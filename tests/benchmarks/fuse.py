@@ -33,10 +33,10 @@ SETTINGS = FUSER_SMALL | {"keys": "unrotated", "noise": "logistic", "layer_map":
 SETTINGS |= {"no_decode_fusion": False, "prompts": 2400, "steps": 600, "tuned": False}
 PUBLISHED = {"keys": "rotated", "noise": "gumbel", "gate": 0.0, "dropout": 0.1, "no_decode_fusion": True}
 ARMS = {  # what changes, and with how many seeds
-    "fused": ({}, 1),
-    "self": ({"control": "self"}, 1),
-    "matched": ({"control": "matched"}, 1),
-    "tuned": ({"tuned": True}, 1),
+    "fused": ({}, 3),
+    "self": ({"control": "self"}, 3),
+    "matched": ({"control": "matched"}, 3),
+    "tuned": ({"tuned": True}, 3),
     "narrow": ({"hidden": 64}, 1),  # the one that kvlab ships
     "published": (PUBLISHED, 1),
     "rotated": ({"keys": "rotated"}, 1),
@@ -44,7 +44,7 @@ ARMS = {  # what changes, and with how many seeds
     "proportional": ({"layer_map": "proportional"}, 1),
     "prompts_only": ({"no_decode_fusion": True}, 1),
 }
-BLANKS = {"answered": 1, "rehearsed": 1, "rehearsed_first": 1, "matched": 1}  # and how many seeds
+BLANKS, BLANK_STEPS = {"answered": 3, "rehearsed": 1, "rehearsed_first": 3, "matched": 1}, 600  # and how many seeds
 TOLD = "lab-target with lab-draft; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4"
 
 
@@ -126,9 +126,13 @@ def train_all(quick: bool, seed: int, folder: Path) -> dict[str, list[pd.DataFra
     return found
 
 
+def blanks_of(arm: str, seed: int, folder: Path) -> Path:
+    return folder / f"blanks-{arm}-{seed}-{BLANK_STEPS}"
+
+
 def run_blanks(arm: str, seed: int, quick: bool, folder: Path) -> None:
     """Train a fuser on passages that the draft reads with blanks, and have the draft answer from what is fused."""
-    made = folder / f"blanks-{arm}-{seed}"
+    made = blanks_of(arm, seed, folder)
     if (made / "answers.json").exists():
         return
     torch.set_num_threads(1)
@@ -139,7 +143,12 @@ def run_blanks(arm: str, seed: int, quick: bool, folder: Path) -> None:
     layers = {"even": proportional, "first": first_aligned}.get(arm.partition("_")[2], last_aligned)
     fuser = Fuser(*sizes, layers(*(size.layers for size in sizes)), settings)
     lessons = [blank_lesson(*row) for row in blanked(tokenizer, 16 if quick else 3200, seed=seed)]
-    options = {"steps": 2 if quick else 300, "batch_size": 4 if quick else 16, "learning_rate": 3e-3, "seed": seed}
+    options = {
+        "steps": 2 if quick else BLANK_STEPS,
+        "batch_size": 4 if quick else 16,
+        "learning_rate": 3e-3,
+        "seed": seed,
+    }
     loss = rehearsal_loss if arm.startswith("rehearsed") else response_loss
     history = train(fuser, draft, target, lessons, loss=loss, **options)
     fuser.save_pretrained(made)
@@ -175,7 +184,7 @@ def blank_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
     ]  # fmt: skip
     for arm, n in BLANKS.items():
         kept = [
-            json.loads((folder / f"blanks-{arm}-{seed + i}" / "answers.json").read_text())
+            json.loads((blanks_of(arm, seed + i, folder) / "answers.json").read_text())
             for i in range(1 if quick else n)
         ]
         right = np.array([found["right"] for found in kept])
