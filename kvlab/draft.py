@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from kvlab.knowledge import Item, KnowledgeCache
 
 KINDS = ("vector", "kv", "prefix")
+PART = 256  # prompts whose answers are kept in one file
 REACH = 16.0  # of a gate: AdamW moves a number by its learning rate a step, which would take thousands to open one
 SHARES = {"vector": {"kl": 0.5, "ce": 1.0, "tv": 0.3}, "kv": {"kl": 0.8, "tv": 0.3}}  # as the sources have them
 
@@ -552,7 +553,8 @@ def listen(
 
     Parameters
     ----------
-    folder : where answers are kept, in a file named for target, prompts and length: the same ones are read from there.
+    folder : where answers are kept, each 256 in a file named for target, prompts and length: the same ones are read
+        from there. Under a launcher, processes that see the folder share the work.
 
     Examples
     --------
@@ -562,6 +564,25 @@ def listen(
     >>> example.start, example.hidden_states.shape[-1]
     (4, 128)
     """
+    parts = [prompts[at : at + PART] for at in range(0, len(prompts), PART)]
+    hear = partial(_heard, target, tokenizer, folder, max_new_tokens, batch_size)
+    state = PartialState(cpu=target.device.type == "cpu")
+    if folder:
+        for part in parts[state.process_index :: state.num_processes]:
+            hear(part)
+        state.wait_for_everyone()
+    return [example for part in parts for example in hear(part)]
+
+
+def _heard(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path | None,
+    max_new_tokens: int,
+    batch_size: int,
+    prompts: Sequence[list[int]],
+) -> list[Example]:
+    """The answers to some prompts, from their file if there is one."""
     asked = json.dumps([fingerprint(target)["weights"], [list(prompt) for prompt in prompts], max_new_tokens,
                         tokenizer.eos_token_id])  # fmt: skip
     name = f"answers-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.safetensors"

@@ -119,8 +119,8 @@ class Scale:
 
         Frozen weights count once in the scale's precision; trained ones 16 bytes each (float32 weight, gradient and two
         AdamW moments); the KV cache by its formula; activations for a backward pass with gradient checkpointing: one
-        hidden state a layer, one layer in full (34 hidden sizes a token, Korthikanti et al. 2022, equation 2 without
-        attention scores) and three float32 copies of the logits.
+        hidden state a layer, one layer in full (17 hidden sizes a token: 34 bytes each at 16 bits, Korthikanti et al.
+        2022, equation 2 without attention scores) and three float32 copies of the logits.
 
         Examples
         --------
@@ -145,7 +145,7 @@ class Scale:
             elif need.trains:
                 trained += parameters(config)
             layers = need.layers or config.num_hidden_layers
-            activations = places * (config.hidden_size * (layers + 34) * size + 12 * config.vocab_size)
+            activations = places * (config.hidden_size * (layers + 17) * size + 12 * config.vocab_size)
         parts = {"weights": weights, "training": 16 * trained, "cache": cache, "activations": activations}
         return {part: value / GB for part, value in parts.items()} | {"total": sum(parts.values()) / GB}
 

@@ -88,13 +88,17 @@ print(textwrap.fill(tokenizer.decode(plain.tokens[0], skip_special_tokens=True).
 # Only the draft's cache is changed. The target's stays as it is, and with it the text.
 
 # %%
-models = lab.models.MODELS  # trained for the lab's models; make your own with `kvlab train-fuser` and `kvlab distill`
-if scale.name == "tiny":
-    fuser = Fuser.from_pretrained(models / "lab-fuser").float()
-    distiller = KVDistiller.from_pretrained(models / "lab-distiller", target)
-else:
-    fuser = Fuser(Size.of(draft.config), Size.of(target.config)).to(draft.device)  # closed until it is trained
+# The lab's are shipped. For other models `kvlab train-fuser` and `kvlab distill` write these two folders.
+tiny, models = scale.name == "tiny", lab.models.MODELS
+made = [models / "lab-fuser", models / "lab-distiller"] if tiny else [Path("fuser"), Path("distiller")]
+if all(folder.exists() for folder in made):
+    fuser = Fuser.from_pretrained(made[0])
+    distiller = KVDistiller.from_pretrained(made[1], target)
+else:  # not trained: the fuser changes nothing, and the distiller chooses at random
+    print(f"There is no {made[0]} or no {made[1]}, so that the last two steps show how it runs, not what it brings.")
+    fuser = Fuser(Size.of(draft.config), Size.of(target.config))
     distiller = KVDistiller(target)
+fuser = fuser.to(draft.device, torch.float32)
 
 ids = document[None]
 with torch.no_grad():
@@ -170,7 +174,7 @@ plots.token_view(last.rounds, tokenizer)
 # %% [markdown]
 # ## The waterfall
 #
-# One request says little, least of all about time. The benchmark has forty, each answered by all steps in turn, three times over. It has one step more: after "a draft" comes *the same draft, trained* on what the target said to other requests ({doc}`chapter 02 <02_draft_training>`), and the fuser is for that one.
+# One request says little, least of all about time. The benchmark has sixty, each answered by all steps in turn, three times over. It has one step more: after "a draft" comes *the same draft, trained* on what the target said to other requests ({doc}`chapter 02 <02_draft_training>`), and the fuser is for that one.
 
 # %% mystnb={"image": {"alt": "A waterfall of milliseconds for an answer: plain decoding, then what the knowledge cache, the draft, its training, its own knowledge cache, fusion and distillation take off or add."}}
 names = {

@@ -40,7 +40,7 @@ from kvlab.draft import (
     train,
     unsettle,
 )
-from kvlab.evaluate import encode
+from kvlab.evaluate import continuations, encode
 from kvlab.files import as_bytes
 from kvlab.knowledge import KnowledgeCache
 from kvlab.speculate import ModelProposer, Runner, Sampling, generate, summarize
@@ -880,6 +880,52 @@ def test_what_was_heard_is_read_from_its_file(world, tokenizer, asked, heard, tm
     other.model.norm.weight.data *= 1.01
     listen(other, tokenizer, asked, folder, **options)
     assert len({*folder.iterdir()} - {file}) == 3
+
+
+def test_what_was_heard_before_a_kill_is_not_asked_again(world, tokenizer, asked, heard, tmp_path, monkeypatch):
+    target, calls = world()[0], []
+
+    def killed(model, tokenizer, prompts, *rest):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return continuations(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr("kvlab.draft.PART", 3)
+    monkeypatch.setattr("kvlab.draft.continuations", killed)
+    with pytest.raises(KeyboardInterrupt):
+        listen(target, tokenizer, asked, tmp_path, max_new_tokens=9, batch_size=3)
+    again = listen(target, tokenizer, asked, tmp_path, max_new_tokens=9, batch_size=3)
+    assert calls == [3, 3, 1, 1]  # seven prompts
+    for a, b in zip(again, heard, strict=True):
+        assert a.input_ids.tolist() == b.input_ids.tolist()
+        near(a.hidden_states.to(DOUBLE), b.hidden_states.to(DOUBLE))
+
+
+LISTENING = """
+import sys
+from accelerate import PartialState
+from kvlab import draft, lab
+
+if __name__ == "__main__":
+    rank, draft.PART = PartialState(cpu=True).process_index, 2
+    target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
+    prompts, calls, hear = [[5, 6, n] for n in range(10, 20)], [], draft.continuations
+    draft.continuations = lambda *given: calls.append(given[2]) or hear(*given)
+    heard = draft.listen(target, tokenizer, prompts, sys.argv[1], max_new_tokens=4)
+    assert [example.input_ids[:3].tolist() for example in heard] == prompts
+    print(f"rank {rank}: {len(calls)} parts")
+"""
+
+
+def test_processes_share_the_listening(tmp_path):
+    (tmp_path / "script.py").write_text(LISTENING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    setting = os.environ | {"OMP_NUM_THREADS": "1"}
+    told = [*launch, str(tmp_path / "script.py"), str(tmp_path / "answers")]
+    done = subprocess.run(told, env=setting, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0: 3 parts", "rank 1: 2 parts"]
 
 
 def test_given_answers_are_those_of_the_items(world):

@@ -23,7 +23,7 @@ from kvlab.lab.corpora import Requests
 from kvlab.lab.models import MODELS
 from kvlab.speculate import FusedProposer, ModelProposer, Proposer, generate, summarize
 
-RUNS, GAMMA, NEW, THREADS, RETENTION, SEEDS, REPEATS = Path("lab-runs/fuse"), 4, 96, 2, 0.25, 1, 3
+RUNS, GAMMA, NEW, THREADS, RETENTION, SEEDS, REPEATS = Path("lab-runs/fuse"), 4, 96, 2, 0.25, 3, 3
 STEPS = ("plain", "knowledge", "draft", "trained", "reads", "fused", "distilled")
 TOLD = (
     "lab-target; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4, from files to the last token"
@@ -172,7 +172,7 @@ def measure(quick: bool, seed: int) -> list[dict]:
     for i in range(seed, seed + (1 if quick else SEEDS)):
         m = models(i, quick)
         with tempfile.TemporaryDirectory() as folder:
-            asked = store(m, 3 if quick else 40, Path(folder))
+            asked = store(m, 3 if quick else 60, Path(folder))
             runs.append(run(m, asked, 1 if quick else REPEATS))
             sizes = size_figures(m, asked)
     return step_figures(runs) + sizes
