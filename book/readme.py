@@ -80,6 +80,13 @@ ROWS = (
         "the draft reads blanks",
     ),
     (
+        "06",
+        "guesses accepted, of a draft that has read blanks, rehearsed fuser",
+        "fuse:guesses_rehearsed_first",
+        "not fused {fuse:guesses_blind}; if the draft reads all {fuse:guesses_sighted}",
+        "told about somebody in a passage",
+    ),
+    (
         "07",
         "speed of an answer with all parts, over plain decoding",
         "together:speedup_distilled",

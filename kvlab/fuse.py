@@ -572,7 +572,7 @@ def rehearsal_loss(
         own, theirs = read(receiver, ids[:, :fused], mask[:, :fused]), read(sharer, others, there)
         wanted = _features(read(receiver, others[:, :fused], there[:, :fused]), "unrotated")
     made = _features(own._replace(cache=fuser(own, theirs, shares)), "unrotated")
-    made, wanted = (x[:, :, mask[:, :fused] > 0] for x in (made, wanted))  # (L, 2, tokens, H d)
+    made, wanted = (x[:, :, mask[:, :fused] > 0].float() for x in (made, wanted))  # (L, 2, tokens, H d)
     error = (made - wanted).square().mean((2, 3)) / wanted.var(2).mean(2)
     return {"unexplained": error.mean()}
 

@@ -711,4 +711,4 @@ print(tokenizer.decode(ids[0]), *pieces, sep="|")
 
 # %% [markdown]
 # **Further reading**: the two papers that found the rule {cite}`leviathan2023speculative,chen2023speculative`; prompt lookup {cite}`saxena2023lookup`; early exit
-# {cite}`elhoushi2024layerskip`. Next (coming): a draft whose cache is fused from the target's.
+# {cite}`elhoushi2024layerskip`. A draft whose cache is fused from the target's is in {doc}`chapter 06 <06_cache_fusion>`.

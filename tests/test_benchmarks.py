@@ -65,7 +65,12 @@ PROMISED = {
         ),
         *(f"gain_both_over_{name}" for name in ("none", "self", "matched", "tuned")),
         *("gain_matched_over_none", "gain_tuned_over_none", "gain_tuned_fused_over_tuned", "equal_texts"),
-        *(f"answers_{arm}" for arm in ("blind", "sighted", "answered", "matched", "rehearsed", "rehearsed_first")),
+        *(
+            f"{what}_{arm}"
+            for what in ("answers", "guesses")
+            for arm in ("blind", "sighted", "answered", "matched", "rehearsed", "rehearsed_first")
+        ),
+        *(f"gain_rehearsed_first_over_{name}" for name in ("blind", "matched", "sighted")),
         *(f"acceptance_{ways}_arithmetic" for ways in ("none", "both")),
         *("net_speed", "net_speed_end_to_end", "speedup_both", "fuser_over_draft", "fuser_over_target"),
         *("fuser_parameters", "fuser_parameters_lab", "gate_keys_0", "gate_values_1", "seconds_fused"),

@@ -1,5 +1,6 @@
 """The lab: worlds whose truth is known, a tokenizer without loss, rows with exact weights, a recipe that resumes."""
 
+import copy
 import functools
 import random
 import re
@@ -311,6 +312,47 @@ def test_readings_state_their_facts_and_ask_for_them(test):
 def test_a_reading_that_is_not_there_is_refused(index):
     with pytest.raises(IndexError, match=f"There is no passage {index} among 5"):
         corpora.Readings(5)[index]
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_a_request_asks_about_somebody_in_its_passage(test):
+    requests = corpora.Requests(20, (4, 8), seed=3, test=test)
+    assert requests[7] == corpora.Requests(8, (4, 8), seed=3, test=test)[7]
+    assert requests[7] != requests[8]
+    assert requests[7] != corpora.Requests(20, (4, 8), seed=4, test=test)[7]
+    for passage, request in requests:
+        assert (passage["role"], request["role"]) == ("system", "user")
+        name = re.fullmatch(r"Tell me about (.*)\.", request["content"])[1]
+        facts = stated(passage["content"])
+        assert name.lower() in passage["content"].lower()  # "The book" opens a sentence
+        assert all(worlds.is_held_out(*fact) == test for fact in facts)
+        assert 4 <= len(facts) <= 8
+    for index in (-1, 20):
+        with pytest.raises(IndexError, match=f"no passage {index} among 20"):
+            requests[index]
+
+
+@pytest.mark.parametrize("behind", ["", "\n"])  # what a chat template may have behind the end of an answer
+@pytest.mark.parametrize("kind", ["free", "about"])
+def test_blanks_hide_what_facts_say_and_nothing_else(kind, behind):
+    tokenizer = copy.deepcopy(models.load_tokenizer("lab-draft"))
+    tokenizer.chat_template = tokenizer.chat_template.replace(END, END + behind)
+    assert tokenizer.apply_chat_template([{"role": "assistant", "content": "a"}], tokenize=False).endswith(END + behind)
+    blank = tokenizer(" unknown", add_special_tokens=False).input_ids[0]
+    for blanks, shown, answer in corpora.blanked(tokenizer, 20, (4, 8), seed=1, test=True, kind=kind):
+        hidden = blanks != shown
+        assert hidden.any()
+        assert (blanks[hidden] == blank).all()
+        read, told, said = (tokenizer.decode(ids) for ids in (blanks, shown, answer[:-1]))
+        assert answer[-1] == tokenizer.eos_token_id
+        if kind == "free":
+            assert said.strip() in told
+            assert not re.search(rf"\b{re.escape(said.strip())}\b", read)
+        else:
+            facts = said.strip(". ").split(". ")
+            assert all(fact in told and fact not in read for fact in facts if fact in told)
+        question = told[told.rindex("<|user|>") :]
+        assert read.endswith(question)
 
 
 def test_a_solution_depends_on_its_seed_and_index_alone():

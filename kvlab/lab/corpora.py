@@ -172,12 +172,17 @@ class Requests(Dataset):
 
 
 def blanked(
-    tokenizer: PreTrainedTokenizerBase, n: int, facts: tuple[int, int] = (8, 16), seed: int = 0, test: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    n: int,
+    facts: tuple[int, int] = (8, 16),
+    seed: int = 0,
+    test: bool = False,
+    kind: str = "free",
 ) -> list[tuple]:
     """`n` prompts of a passage and a question: ids (T,) with blanks for what facts say, ids (T,), and the answer's ids.
 
     A blank is the first token of " unknown". Where the passage says "Anna drinks tea", the reader of blanks only learns
-    that Anna drinks.
+    that Anna drinks. `kind` is of `worlds.QUESTIONS`: "free" asks for one fact, "about" for all about somebody.
 
     Examples
     --------
@@ -191,7 +196,7 @@ def blanked(
     blank = tokenizer(" unknown", add_special_tokens=False).input_ids[0]
     for _ in range(n):
         passage = worlds.make_passage(rng, rng.randint(*facts), test)
-        question, answer = worlds.ask_free(rng, passage)
+        question, answer = worlds.QUESTIONS[kind](rng, passage)
         turns = [("system", passage.text), ("user", question), ("assistant", answer)]
         conversation = [{"role": role, "content": content} for role, content in turns]
         text = rendered(tokenizer, conversation[:-1])
@@ -200,9 +205,9 @@ def blanked(
         spans = [found.span() for f in passage.facts for found in re.finditer(rf"\b{re.escape(f.value)}\b", told)]
         hidden = [any(a < stop and b > start for start, stop in spans) for a, b in encoded["offset_mapping"]]
         ids = torch.tensor(encoded["input_ids"])
-        made.append(
-            (ids.masked_fill(torch.tensor(hidden), blank), ids, torch.tensor(encode_parts(tokenizer, conversation)[-1]))
-        )
+        said, end = encode_parts(tokenizer, conversation)[-1], tokenizer.eos_token_id
+        said = said[: said.index(end) + 1] if end in said else said  # what a template has behind it nobody says
+        made.append((ids.masked_fill(torch.tensor(hidden), blank), ids, torch.tensor(said)))
     return made
 
 

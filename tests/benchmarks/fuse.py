@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 
 from kvlab import draft as drafts
 from kvlab import lab
-from kvlab.cache import read
+from kvlab.cache import prefix_of, read
 from kvlab.cli import FUSER_SMALL, drafters, speculated, tuned
 from kvlab.evaluate import benchmark, encode, figure
 from kvlab.fuse import Aligned, Fuser, Lesson, Size, fuse_prompt, rehearsal_loss, response_loss, train
 from kvlab.fuse import Settings as FuserSettings
 from kvlab.lab.corpora import Requests, Solutions, blanked
 from kvlab.similarity import first_aligned, last_aligned, proportional
-from kvlab.speculate import ModelProposer, generate
+from kvlab.speculate import ModelProposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS = Path("lab-runs/fuse"), 4, 96, 2
 SETTINGS = FUSER_SMALL | {"keys": "unrotated", "noise": "logistic", "layer_map": "last", "control": "none"}
@@ -170,6 +170,43 @@ def answered_from(
     prefix = fuse_prompt(fuser, draft, target, blank_lesson(*row).prompt) if fuser else None
     made = generate(draft, [ids[-1:] if fuser else ids], prefix=prefix, max_new_tokens=len(answer))
     return float(made.tokens[0].tolist() == answer.tolist())
+
+
+def guessed_from(
+    fuser: Fuser | None, draft: PreTrainedModel, target: PreTrainedModel, row: tuple, saw: int = 0
+) -> float:
+    """The share of the draft's guesses that the target accepts, which reads all; the draft as in `answered_from`."""
+    ids = row[1]
+    known = (
+        fuse_prompt(fuser, draft, target, blank_lesson(*row).prompt) if fuser else prefix_of(draft, row[saw][None, :-1])
+    )
+    proposer = ModelProposer(draft, known._replace(input_ids=ids[:-1].tolist()))
+    return summarize(generate(target, [ids], proposer, gamma=GAMMA, max_new_tokens=NEW).rounds).acceptance
+
+
+def guess_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
+    """What is accepted of a draft that read blanks, as it is and fused by what was trained on blanks."""
+    draft, target, tokenizer = models()
+    rows = blanked(tokenizer, 4 if quick else 100, test=True, kind="about")
+    told = f"{TOLD}; the draft reads the passages with blanks, the target all; "
+    values = {name: np.array([guessed_from(None, draft, target, row, saw) for row in rows]) for name, saw in (
+        ("blind", 0), ("sighted", 1))}  # fmt: skip
+    whats = {"blind": "nothing fused", "sighted": "the draft reads all, too, nothing fused"}
+    for arm, n in BLANKS.items():
+        fusers = [Fuser.from_pretrained(blanks_of(arm, seed + i, folder)) for i in range(1 if quick else n)]
+        values[arm] = np.mean([[guessed_from(fuser, draft, target, row) for row in rows] for fuser in fusers], 0)
+        whats[arm] = f"prompts fused, mean over {len(fusers)} fusers"
+    figures = [
+        figure(
+            f"guesses_{name}", values[name][~np.isnan(values[name])], "fraction", f"{told}{whats[name]}; n is prompts"
+        )
+        for name in values
+    ]
+    for one, other in (("rehearsed_first", "blind"), ("rehearsed_first", "matched"), ("rehearsed_first", "sighted")):
+        gains = values[one] - values[other]
+        text = f"acceptance of {one} minus that of {other}, prompt by prompt; {told}n is prompts"
+        figures.append(figure(f"gain_{one}_over_{other}", gains[~np.isnan(gains)], "difference", text))
+    return figures
 
 
 def blank_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
@@ -336,6 +373,7 @@ def measure(quick: bool, seed: int) -> list[dict]:
     figures = (
         acceptance_figures(found)
         + blank_figures(quick, seed, folder)
+        + guess_figures(quick, seed, folder)
         + training_figures(found, seed, folder)
         + size_figures(fuser)
     )
