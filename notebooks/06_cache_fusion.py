@@ -14,7 +14,7 @@
 # - add to a small model's cache what a large one made of the same text, with a {term}`fuser`, and check each of its parts;
 # - see what three details of the published fuser do: rotated keys, one token for many, a gate that is open in training and closed in use;
 # - find out whether anything gets across, with a text of which the small model reads blanks;
-# - give the fuser to a draft in speculative decoding, and tell what the large model adds from what mere parameters add.
+# - give the fuser to a draft in speculative decoding, tell what the large model adds from what mere parameters add, and see when it pays.
 #
 # **Time and memory**: about half a minute and 1 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
@@ -254,7 +254,7 @@ if scale.name == "tiny":
 # %% [markdown]
 # It does get across: the receiver says words that it has never read. The benchmark has longer passages, 600 steps, and both ways to train, with the control:
 
-# %% mystnb={"image": {"alt": "Shares of questions answered, with intervals: from blanks nothing; trained on answers and the control without a sharer hardly more; rehearsed nearly as many as when the receiver reads everything."}}
+# %% mystnb={"image": {"alt": "Shares of questions answered, with intervals: from blanks nothing; trained on answers and the control without a sharer hardly more; rehearsed many more, with the sharer's first layers as many as when the receiver reads everything."}}
 readers = {
     "answers_blind": "reads blanks, alone",
     "answers_matched": "as many parameters, no sharer",
@@ -268,6 +268,8 @@ if results:
     print(textwrap.fill(figures["answers_rehearsed"]["conditions"], 78))
 
 # %% [markdown]
+# Trained on answers it does no better than the control: nothing gets across. Rehearsed, a good part gets across from the sharer's last layers, and from its first ones as much as the receiver would have made of the text itself.
+#
 # ## In speculative decoding
 #
 # `FusedProposer` is a draft that has its cache fused: the prompt as it starts (all but the last token, which the draft reads on top), and after each verification the tokens that were accepted, for which the target's entries are there anyway. Only the newest token and the guesses are the draft's alone. Both can be switched off. To be good at this, the fuser is trained for it: each batch fuses the prompt, is asked for a first part of the response (its length is drawn anew each time), fuses that, too, and is asked for the rest (`train(decode=True)`).
@@ -364,7 +366,9 @@ if results:
         print(f"on word problems, {what:4} fused: {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
 
 # %% [markdown]
-# Fusing the prompt helps, fusing what was accepted hardly does. And nearly all of the help is in the parameters: a module that sees nothing of the target has most of it. The draft that was trained instead has more, and on top of that one the fuser adds nothing that could be told from chance. So here the target's cache holds little that a draft could guess better with. (It is one fuser of each kind; the intervals are over requests.) A fuser is also made for its texts: on word problems, which it never saw, it does harm.
+# Fusing the prompt helps, fusing what was accepted does not. But the help is in the parameters: a module that sees nothing of the target has as much, but for a difference that could be chance. The draft that was trained instead has more (in the paper fine-tuning brings little), and on top of that one the fuser adds nothing that could be told from chance. Both models have read the same here, and beyond that this fuser finds little in the target's cache to guess better with.
+#
+# Of the published details, gates that start at 0 cost all of the gain in a training as short as this, and rotated keys nearly half of it (one fuser each; the noise was not measured alone). And a fuser is made for its texts: on word problems, which it never saw, it does harm.
 
 # %% [markdown]
 # ### Where the draft knows less
@@ -405,6 +409,8 @@ if results:
         print(f"rehearsed, first layers, minus {other:8}", span.format(**found))
 
 # %% [markdown]
+# Fused from the first layers, its guesses are as good as if it had read everything itself. So the target's cache does help, where it says what the draft's does not. (The fusers that were trained on answers of a word or two do harm here: these responses are of another kind.)
+#
 # ### The gates
 #
 # Where does the fuser write? Each layer's keys and values have a gate, and the mean of what it lets through can be set against what was there:
@@ -419,12 +425,13 @@ plots.gates(fuser.gate_logits(), size.cpu());
 # %% [markdown]
 # ### What it costs
 #
-# A call of the fuser on a few tokens costs about what a step of the draft costs, and there is one each round. So the tokens that it gains for each target call have to pay for it:
+# A call of the fuser on a few tokens costs a little more than a step of the draft. Fusing the prompt is one call, on many tokens; fusing what is accepted is one call more in each round. The tokens gained for each target call have to pay for them:
 
 # %% mystnb={"image": {"alt": "Ratios of speed with intervals: fused drafting over unfused, by what is fused, and both over plain decoding."}}
 if results:
     names = {
         "net_speed_prefill": "prompt fused, over none",
+        "net_speed_prefill_end_to_end": "the same, with the prompt's reading",
         "net_speed_decode": "accepted tokens fused, over none",
         "net_speed": "both fused, over none",
         "speedup_none": "none fused, over plain decoding",
@@ -435,6 +442,8 @@ if results:
         print("{value:.2f} [{low:.2f}, {high:.2f}]".format(**figures[name]), figures[name]["conditions"].partition(";")[0])
 
 # %% [markdown]
+# Decoding gets a little faster with the prompt fused, which is gone again when the fusion itself is counted, and slower with a fusion in every round. A fuser is better used where nobody waits: on a text that is stored, as the next chapter does.
+#
 # ## A check you can break
 #
 # The entries to be fused must be those of the same tokens. Shift the sharer's by one, as a loop does that forgets that the target has not read the newest token, and the fused cache is another; so is the text's acceptance, while the text stays the target's and shows nothing. Law and violation:
@@ -509,8 +518,9 @@ for name in ("last_aligned", "proportional", "first_aligned"):
 # ## Takeaways
 #
 # - A fuser adds a change to each entry; closed, it returns the receiver's cache bit for bit. Un-rotate keys before, use logistic noise, and let the gates start open if training is short.
-# - Cross-entropy on answers says little about a hundred entries. What the receiver would have made says all: rehearse first.
-# - Never show a fuser without its controls: the receiver as its own sharer, as many parameters without a sharer, and a draft trained on the same answers. Here the last one won.
+# - Cross-entropy on answers says little about a hundred entries. What the receiver would have made says all: where the sharer reads more than the receiver, rehearse.
+# - Never show a fuser without its controls: the receiver as its own sharer, as many parameters without a sharer, and a draft trained on the same answers. Where both models read the same, the last one won.
+# - Where the sharer's cache has what the receiver's lacks, a fuser carries it over, and the guesses get better.
 # - In speculation the text stays the target's whatever is fused. So mistakes cost acceptance and show nowhere else: test which entries are fused.
 #
 # The cell below runs alone.

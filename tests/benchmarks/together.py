@@ -21,7 +21,7 @@ from kvlab.fuse import Fuser, Size
 from kvlab.fuse import Settings as FuserSettings
 from kvlab.lab.corpora import Requests
 from kvlab.lab.models import MODELS
-from kvlab.speculate import FusedProposer, ModelProposer, Proposer, generate, summarize
+from kvlab.speculate import ModelProposer, Proposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS, RETENTION, SEEDS, REPEATS = Path("lab-runs/fuse"), 4, 96, 2, 0.25, 3, 3
 STEPS = ("plain", "knowledge", "draft", "trained", "reads", "fused", "distilled")
@@ -96,10 +96,7 @@ def proposer_of(step: str, m: Models, asked: Asked, owner: dict) -> Proposer | N
         return None
     if step in ("draft", "trained"):
         return ModelProposer(m.draft if step == "draft" else m.trained)
-    prefix = known(asked, step, owner)
-    if step == "reads":
-        return ModelProposer(m.trained, prefix)
-    return FusedProposer(m.trained, m.target, m.fuser, prefix, decode=False)
+    return ModelProposer(m.trained, known(asked, step, owner))
 
 
 def answer(step: str, m: Models, asked: Asked, owners: Mapping[str, dict]) -> dict:
