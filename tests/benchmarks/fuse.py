@@ -191,14 +191,14 @@ def guess_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
     told = f"{TOLD}; the draft reads the passages with blanks, the target all; "
     values = {name: np.array([guessed_from(None, draft, target, row, saw) for row in rows]) for name, saw in (
         ("blind", 0), ("sighted", 1))}  # fmt: skip
-    whats = {"blind": "nothing fused", "sighted": "the draft reads all, too, nothing fused"}
+    notes = {"blind": "nothing fused", "sighted": "the draft reads all, too, nothing fused"}
     for arm, n in BLANKS.items():
         fusers = [Fuser.from_pretrained(blanks_of(arm, seed + i, folder)) for i in range(1 if quick else n)]
         values[arm] = np.mean([[guessed_from(fuser, draft, target, row) for row in rows] for fuser in fusers], 0)
-        whats[arm] = f"prompts fused, mean over {len(fusers)} fusers"
+        notes[arm] = f"prompts fused, mean over {len(fusers)} fusers"
     figures = [
         figure(
-            f"guesses_{name}", values[name][~np.isnan(values[name])], "fraction", f"{told}{whats[name]}; n is prompts"
+            f"guesses_{name}", values[name][~np.isnan(values[name])], "fraction", f"{told}{notes[name]}; n is prompts"
         )
         for name in values
     ]
