@@ -13,10 +13,8 @@ export HF_HUB_OFFLINE ?= 1
 book: $(INSTALLED) $(BOOK)/.fresh
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -W --keep-going
 
-# Tests run two at a time, each on one thread; a notebook takes two threads itself.
 test: check book
-	$(BIN)/pytest -n 2 tests kvlab
-	$(BIN)/pytest --nbmake notebooks
+	$(BIN)/pytest --nbmake
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
