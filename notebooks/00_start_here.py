@@ -133,11 +133,11 @@ tasks = {
 }
 figures = []
 for name in lab.NAMES:
-    figures += report(name, n=30, tasks=list(tasks))
+    figures += report(name, n=20, tasks=list(tasks))
 plots.lab_report(figures, tasks, ["target", "draft", "teacher"]);
 
 # %% [markdown]
-# (An interval without width says only that all thirty questions agreed.) A gap between the draft and the target is what several chapters live on: a draft that were always right would need
+# (An interval without width says only that all twenty questions agreed.) A gap between the draft and the target is what several chapters live on: a draft that were always right would need
 # no target, and a draft that were always wrong would be no use.
 
 # %% [markdown]

@@ -616,7 +616,7 @@ def cost(share):
     return np.array([kl(full, after(s, ids)) for s, (_, ids, full) in zip(spliced, apart)])
 
 
-costs = {share: cost(share) for share in (0.0, 0.05, 0.15, 0.3, 0.6, 1.0)}
+costs = {share: cost(share) for share in (0.0, 0.05, 0.15, 0.5, 1.0)}
 for share, values in costs.items():
     print(f"{share:4.0%}: {interval(values)}")
 

@@ -178,7 +178,7 @@ def some_ways_to_ask(record, more):
 
 
 questions = {
-    "train": [q for r in seen for q in some_ways_to_ask(r, 6)],
+    "train": [q for r in seen for q in some_ways_to_ask(r, 5)],
     "choose": [q for r in checked for q in some_ways_to_ask(r, 2)],
     "seen": [r["paraphrases"][2] for r in seen],  # held out from all training
     "new": [r["paraphrases"][2] for r in new],
@@ -433,7 +433,7 @@ assert torch.allclose(0.5 * read, theirs, atol=1e-4)
 # It should also learn to doubt. In a share of the examples the knowledge is taken away, in another it is exchanged for that of another question (`unsettle`), so that the draft does not forget how to do without, nor believe whatever a false hit says.
 
 # %%
-made_up = corpora.made_up(500)
+made_up = corpora.made_up(400)
 print(textwrap.fill(f"{made_up[0]['question']} {made_up[0]['answer']}", 76))
 practice = KnowledgeCache.build(
     folder / "made up", made_up, target, tokenizer, **everything, batch_size=32
@@ -576,7 +576,7 @@ def knows(example, item):
 
 
 rounds = {"plain": [], "trained": [], "reads": []}
-for example, item in zip(said["new"][:6], new_items):
+for example, item in zip(said["new"][:5], new_items):
     proposers = {"plain": None, "trained": ModelProposer(trained)}
     proposers["reads"] = knows(example, item)
     made = {arm: decode(example, p) for arm, p in proposers.items()}
