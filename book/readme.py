@@ -83,7 +83,8 @@ ROWS = (
         "06",
         "guesses accepted, of a draft that has read blanks, rehearsed fuser",
         "fuse:guesses_rehearsed_first",
-        "not fused {fuse:guesses_blind}; if the draft reads all {fuse:guesses_sighted}",
+        "not fused {fuse:guesses_blind}; without the target {fuse:guesses_rehearsed_matched}; if the draft reads all "
+        "{fuse:guesses_sighted}",
         "told about somebody in a passage",
     ),
     (

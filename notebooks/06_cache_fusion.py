@@ -252,23 +252,24 @@ if scale.name == "tiny":
     assert np.mean(right["rehearsed"]) > np.mean(right["reads blanks, alone"]) + 0.2
 
 # %% [markdown]
-# It does get across: the receiver says words that it has never read. The benchmark has longer passages, 600 steps, and both ways to train, with the control:
+# It does get across: the receiver says words that it has never read. The benchmark has longer passages, 600 steps, and both ways to train, each with its control, a fuser of as many parameters that sees no sharer:
 
-# %% mystnb={"image": {"alt": "Shares of questions answered, with intervals: from blanks nothing; trained on answers and the control without a sharer hardly more; rehearsed many more, with the sharer's first layers as many as when the receiver reads everything."}}
+# %% mystnb={"image": {"alt": "Shares of questions answered, with intervals: from blanks nothing; trained on answers and the controls without a sharer hardly more; rehearsed many more, with the sharer's first layers as many as when the receiver reads everything."}}
 readers = {
     "answers_blind": "reads blanks, alone",
-    "answers_matched": "as many parameters, no sharer",
+    "answers_matched": "trained on answers, no sharer",
     "answers_answered": "trained on answers",
+    "answers_rehearsed_matched": "rehearsed, no sharer",
     "answers_rehearsed": "rehearsed, the sharer's last layers",
     "answers_rehearsed_first": "rehearsed, its first layers",
 }
 if results:
     mark = figures["answers_sighted"]["value"], "reads everything, alone"
     plots.intervals(figures, readers, "answered word for word (share)", mark)
-    print(textwrap.fill(figures["answers_rehearsed"]["conditions"], 78))
+    print(textwrap.fill(figures["answers_rehearsed_first"]["conditions"], 78))
 
 # %% [markdown]
-# Trained on answers it does no better than the control: nothing gets across. Rehearsed, a good part gets across from the sharer's last layers, and from its first ones as much as the receiver would have made of the text itself.
+# Trained on answers it does no better than its control: nothing gets across. Rehearsed without a sharer, nothing does either. Rehearsed with one, a good part gets across from the sharer's last layers, and from its first ones as much as the receiver would have made of the text itself.
 #
 # ## In speculative decoding
 #
@@ -399,17 +400,17 @@ for name, shares in accepted.items():
 # %% [markdown]
 # And as the benchmark has it:
 
-# %% mystnb={"image": {"alt": "Shares of guesses accepted, with intervals, of a draft that reads blanks: alone, with as many parameters and no sharer, trained on answers, and rehearsed with the sharer's last and first layers."}}
+# %% mystnb={"image": {"alt": "Shares of guesses accepted, with intervals, of a draft that reads blanks: alone, trained on answers and rehearsed, each with and without a sharer, the rehearsed one with the sharer's last and first layers."}}
 if results:
     arms = {name.replace("answers_", "guesses_"): told for name, told in readers.items()}
     mark = figures["guesses_sighted"]["value"], "reads everything, alone"
     plots.intervals(figures, arms, "guesses accepted (share)", mark)
-    for other in ("blind", "matched", "sighted"):
+    for other in ("blind", "rehearsed_matched", "sighted"):
         found = figures[f"gain_rehearsed_first_over_{other}"]
-        print(f"rehearsed, first layers, minus {other:8}", span.format(**found))
+        print(f"rehearsed, first layers, minus {other:17}", span.format(**found))
 
 # %% [markdown]
-# Fused from the first layers, its guesses are as good as if it had read everything itself. So the target's cache does help, where it says what the draft's does not. (The fusers that were trained on answers of a word or two do harm here: these responses are of another kind.)
+# Fused from the first layers, its guesses are as good as if it had read everything itself; without a sharer, rehearsal gains nothing. So the target's cache does help, where it says what the draft's does not. (The fusers that were trained on answers of a word or two do harm here: these responses are of another kind.)
 #
 # ### The gates
 #

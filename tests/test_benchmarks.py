@@ -68,9 +68,9 @@ PROMISED = {
         *(
             f"{what}_{arm}"
             for what in ("answers", "guesses")
-            for arm in ("blind", "sighted", "answered", "matched", "rehearsed", "rehearsed_first")
+            for arm in ("blind", "sighted", "answered", "matched", "rehearsed", "rehearsed_first", "rehearsed_matched")
         ),
-        *(f"gain_rehearsed_first_over_{name}" for name in ("blind", "matched", "sighted")),
+        *(f"gain_rehearsed_first_over_{name}" for name in ("blind", "rehearsed_matched", "sighted")),
         *(f"acceptance_{ways}_arithmetic" for ways in ("none", "both")),
         *("net_speed", "net_speed_end_to_end", "speedup_both", "fuser_over_draft", "fuser_over_target"),
         *("fuser_parameters", "fuser_parameters_lab", "gate_keys_0", "gate_values_1", "seconds_fused"),

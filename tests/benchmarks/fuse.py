@@ -44,7 +44,10 @@ ARMS = {  # what changes, and with how many seeds
     "proportional": ({"layer_map": "proportional"}, 1),
     "prompts_only": ({"no_decode_fusion": True}, 1),
 }
-BLANKS, BLANK_STEPS = {"answered": 3, "rehearsed": 1, "rehearsed_first": 3, "matched": 1}, 600  # and how many seeds
+BLANKS, BLANK_STEPS = (
+    {"answered": 3, "rehearsed": 1, "rehearsed_first": 3, "matched": 1, "rehearsed_matched": 1},
+    600,
+)  # and how many seeds
 TOLD = "lab-target with lab-draft; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4"
 
 
@@ -138,7 +141,7 @@ def run_blanks(arm: str, seed: int, quick: bool, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     draft, target, tokenizer = models()
-    settings = FuserSettings(128, 0.0, gate=4.0, sharer_seen=arm != "matched")
+    settings = FuserSettings(128, 0.0, gate=4.0, sharer_seen=not arm.endswith("matched"))
     sizes = [Size.of(model.config) for model in (draft, target)]
     layers = {"even": proportional, "first": first_aligned}.get(arm.partition("_")[2], last_aligned)
     fuser = Fuser(*sizes, layers(*(size.layers for size in sizes)), settings)
@@ -202,10 +205,10 @@ def guess_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
         )
         for name in values
     ]
-    for one, other in (("rehearsed_first", "blind"), ("rehearsed_first", "matched"), ("rehearsed_first", "sighted")):
-        gains = values[one] - values[other]
-        text = f"acceptance of {one} minus that of {other}, prompt by prompt; {told}n is prompts"
-        figures.append(figure(f"gain_{one}_over_{other}", gains[~np.isnan(gains)], "difference", text))
+    for other in ("blind", "rehearsed_matched", "sighted"):
+        gains = values["rehearsed_first"] - values[other]
+        text = f"acceptance of rehearsed_first minus that of {other}, prompt by prompt; {told}n is prompts"
+        figures.append(figure(f"gain_rehearsed_first_over_{other}", gains[~np.isnan(gains)], "difference", text))
     return figures
 
 
