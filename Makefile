@@ -13,8 +13,9 @@ export HF_HUB_OFFLINE ?= 1
 book: $(INSTALLED) $(BOOK)/.fresh
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -W --keep-going
 
+# Every notebook runs twice here: in the book, and as Colab opens it (tests/test_colab.py). Alone: pytest --nbmake notebooks
 test: check book
-	$(BIN)/pytest --nbmake
+	$(BIN)/pytest
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
