@@ -567,7 +567,7 @@ def listen(
     parts = [prompts[at : at + PART] for at in range(0, len(prompts), PART)]
     hear = partial(_heard, target, tokenizer, folder, max_new_tokens, batch_size)
     state = PartialState(cpu=target.device.type == "cpu")
-    if folder:
+    if folder and state.num_processes > 1:
         for part in parts[state.process_index :: state.num_processes]:
             hear(part)
         state.wait_for_everyone()

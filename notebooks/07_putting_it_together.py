@@ -104,7 +104,8 @@ ids = document[None]
 with torch.no_grad():
     own, theirs = cache.read(draft, ids.to(draft.device)), cache.read(target, ids.to(target.device))
     fused = fuser(own, theirs)
-    kept = distiller.compress(ids.to(target.device), retention=0.25).positions[0]
+    chosen = distiller.compress(ids.to(target.device), retention=0.25)
+kept = chosen.positions[0]
 forms = {
     "target": (theirs.cache, target),
     "read": (own.cache, draft),
@@ -118,7 +119,6 @@ for name, (made, model) in forms.items():
 
 
 # %%
-chosen = distiller.compress(ids.to(target.device), retention=0.25)
 plots.score_view(document.tolist(), {"kept": (chosen.scores[0].float().tolist(), kept.tolist())}, tokenizer)
 
 # %% [markdown]

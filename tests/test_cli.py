@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -794,15 +795,21 @@ def squad(tiny):
 
 
 @pytest.fixture
-def shrink(tiny, capsys):
-    """Return a function that runs distill into a folder, and returns what it wrote and printed."""
+def trained(tiny, capsys):
+    """Return a function that runs a command that trains into a folder, and returns what it wrote and printed."""
 
-    def run(name, *options):
-        main([*TAUGHT, "--output_dir", name, *options])
+    def run(command, name, *options):
+        main([*command, "--output_dir", name, *options])
         told = json.loads((tiny / name / "training.json").read_text(), parse_constant=pytest.fail)
         return told | {"printed": capsys.readouterr().out}
 
     return run
+
+
+@pytest.fixture
+def shrink(trained):
+    """Return a function that runs distill."""
+    return partial(trained, TAUGHT)
 
 
 @pytest.fixture
@@ -1174,15 +1181,9 @@ def heat(tiny):
 
 
 @pytest.fixture
-def align(tiny, capsys):
-    """Return a function that runs train-aligned into a folder, and returns what it wrote and printed."""
-
-    def run(name, *options):
-        main([*ALIGNED, "--output_dir", name, *options])
-        told = json.loads((tiny / name / "training.json").read_text(), parse_constant=pytest.fail)
-        return told | {"printed": capsys.readouterr().out}
-
-    return run
+def align(trained):
+    """Return a function that runs train-aligned."""
+    return partial(trained, ALIGNED)
 
 
 @pytest.fixture
@@ -1687,15 +1688,9 @@ WAYS = {"none": None, "prefill": (True, False), "decode": (False, True), "both":
 
 
 @pytest.fixture
-def fuse(tiny, capsys):
-    """Return a function that runs train-fuser into a folder, and returns what it wrote and printed."""
-
-    def run(name, *options):
-        main([*FUSED, "--output_dir", name, *options])
-        told = json.loads((tiny / name / "training.json").read_text(), parse_constant=pytest.fail)
-        return told | {"printed": capsys.readouterr().out}
-
-    return run
+def fuse(trained):
+    """Return a function that runs train-fuser."""
+    return partial(trained, FUSED)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from kvlab.evaluate import benchmark, encode, figure
 from kvlab.fuse import Aligned, Fuser, Lesson, Size, fuse_prompt, rehearsal_loss, response_loss, train
 from kvlab.fuse import Settings as FuserSettings
 from kvlab.lab.corpora import Requests, Solutions, blanked
-from kvlab.similarity import first_aligned, last_aligned, proportional
+from kvlab.similarity import first_aligned, last_aligned
 from kvlab.speculate import ModelProposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS = Path("lab-runs/fuse"), 4, 96, 2
@@ -44,10 +44,8 @@ ARMS = {  # what changes, and with how many seeds
     "proportional": ({"layer_map": "proportional"}, 1),
     "prompts_only": ({"no_decode_fusion": True}, 1),
 }
-BLANKS, BLANK_STEPS = (
-    {"answered": 3, "rehearsed": 1, "rehearsed_first": 3, "matched": 1, "rehearsed_matched": 1},
-    600,
-)  # and how many seeds
+BLANKS = {"answered": 3, "rehearsed": 1, "rehearsed_first": 3, "matched": 1, "rehearsed_matched": 1}  # number of seeds
+BLANK_STEPS = 600
 TOLD = "lab-target with lab-draft; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4"
 
 
@@ -143,7 +141,7 @@ def run_blanks(arm: str, seed: int, quick: bool, folder: Path) -> None:
     draft, target, tokenizer = models()
     settings = FuserSettings(128, 0.0, gate=4.0, sharer_seen=not arm.endswith("matched"))
     sizes = [Size.of(model.config) for model in (draft, target)]
-    layers = {"even": proportional, "first": first_aligned}.get(arm.partition("_")[2], last_aligned)
+    layers = first_aligned if arm.endswith("first") else last_aligned
     fuser = Fuser(*sizes, layers(*(size.layers for size in sizes)), settings)
     lessons = [blank_lesson(*row) for row in blanked(tokenizer, 16 if quick else 3200, seed=seed)]
     options = {
