@@ -3,8 +3,9 @@
     python book/notebooks.py            write each .ipynb that differs from its source
     python book/notebooks.py --check    write nothing; exit 1 and name the files that differ
 
-Colab shows MyST as raw text. Here directives become quotes, folds and pictures, and roles become words and links.
-Outputs are left out. A cell's id is made from its own text, so that editing one cell changes one id.
+Colab shows MyST as raw text. Here directives become quotes, folds and pictures, and roles become
+words and links. Outputs are left out. A cell's id is made from its own text, so that editing one
+cell changes one id.
 """
 
 import hashlib
@@ -41,12 +42,18 @@ METADATA = {
 
 def citation(key: str, textual: bool) -> str:
     if key not in PAPERS:
-        sys.exit(f"The paper {key} is cited, but book/references.bib has no such entry; it has {', '.join(PAPERS)}.")
+        sys.exit(
+            f"The paper {key} is cited, but book/references.bib has no such entry; it has {', '.join(PAPERS)}."
+        )
     people, fields = PAPERS[key].persons["author"], PAPERS[key].fields
     names = [" ".join(person.last_names).strip("{}") for person in people]
     who = f"{names[0]} et al." if len(names) > 2 else " and ".join(names)
     address = fields.get("url") or f"https://arxiv.org/abs/{fields['eprint']}"
-    return f"[{who} ({fields['year']})]({address})" if textual else f"[{who}, {fields['year']}]({address})"
+    return (
+        f"[{who} ({fields['year']})]({address})"
+        if textual
+        else f"[{who}, {fields['year']}]({address})"
+    )
 
 
 def role(name: str, text: str, titles: dict[str, str]) -> str:
@@ -58,14 +65,20 @@ def role(name: str, text: str, titles: dict[str, str]) -> str:
     if name.startswith("glue"):
         return f"`{text.split(':')[0]}`"
     if name in {"ref", "numref"} and shown == text:
-        return titles[text] if text in titles else sys.exit(f"{{ref}}`{text}` needs words: {{ref}}`words <{text}>`.")
+        return (
+            titles[text]
+            if text in titles
+            else sys.exit(f"{{ref}}`{text}` needs words: {{ref}}`words <{text}>`.")
+        )
     if name in {"term", "doc", "ref", "numref"}:
         return shown
     if name == "eq":
         return f"({text})"
     if name in {"func", "class", "meth", "mod", "data", "attr"}:
         return f"`{shown.removeprefix('~')}`"
-    return sys.exit(f"The role {{{name}}} has no plain form; use another, or give it one in book/notebooks.py.")
+    return sys.exit(
+        f"The role {{{name}}} has no plain form; use another, or give it one in book/notebooks.py."
+    )
 
 
 def directive(name: str, title: str, options: dict[str, str]) -> tuple[list[str], list[str]]:
@@ -76,16 +89,29 @@ def directive(name: str, title: str, options: dict[str, str]) -> tuple[list[str]
     if name == "exercise-start":
         return [f"**Exercise: {title}**", ""], []
     if name in {"dropdown", "solution"} or "dropdown" in options.get("class", ""):
-        return ["<details>", f"<summary>{words if name == 'solution' else title or words}</summary>", ""], [
+        return [
+            "<details>",
+            f"<summary>{words if name == 'solution' else title or words}</summary>",
             "",
-            "</details>",
-        ]
-    if name in {"note", "tip", "hint", "important", "warning", "caution", "seealso", "admonition", "exercise"}:
+        ], ["", "</details>"]
+    if name in {
+        "note",
+        "tip",
+        "hint",
+        "important",
+        "warning",
+        "caution",
+        "seealso",
+        "admonition",
+        "exercise",
+    }:
         heading = f"**{': '.join(filter(None, [words, title]))}**"
         return ["<blockquote>", "", heading, ""], ["", "</blockquote>"]
     if name == "figure":
         return [f"![{options.get('alt', '')}]({RAW}{title.removeprefix('../')})", ""], []
-    return sys.exit(f"The directive {{{name}}} has no plain form; use another, or give it one in book/notebooks.py.")
+    return sys.exit(
+        f"The directive {{{name}}} has no plain form; use another, or give it one in book/notebooks.py."
+    )
 
 
 def plain(text: str, titles: dict[str, str]) -> str:
@@ -118,10 +144,14 @@ def colab(path: Path) -> str:
     """Return the text of the .ipynb that belongs to a percent file."""
     source = jupytext.read(path).cells
     text = "\n".join(cell.source for cell in source if cell.cell_type == "markdown")
-    titles = dict(HEADING.findall(text)) | {label: f"exercise “{name}”" for name, label in EXERCISE.findall(text)}
+    titles = dict(HEADING.findall(text)) | {
+        label: f"exercise “{name}”" for name, label in EXERCISE.findall(text)
+    }
     first = next(cell.source for cell in source if cell.cell_type == "code")
     if not re.search(rf"^[^#\n]*git\+{re.escape(REPOSITORY)}\b", first, re.M):
-        sys.exit(f"{path.name}: its first code cell must install kvlab from git+{REPOSITORY}, and not in a comment.")
+        sys.exit(
+            f"{path.name}: its first code cell must install kvlab from git+{REPOSITORY}, and not in a comment."
+        )
     cells, seen, solving = [], Counter(), False
     for cell in source:
         inside, text = solving or "{solution-start}" in cell.source, cell.source
@@ -140,18 +170,28 @@ def colab(path: Path) -> str:
         name = hashlib.sha256(f"{cell.cell_type}{seen[text]}{text}".encode()).hexdigest()[:8]
         empty = {"execution_count": None, "outputs": []} if cell.cell_type == "code" else {}
         if text:
-            cells.append({"cell_type": cell.cell_type, "id": name, "metadata": cell.metadata, "source": text} | empty)
-    notebook = nbformat.from_dict({"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5})
+            cells.append(
+                {"cell_type": cell.cell_type, "id": name, "metadata": cell.metadata, "source": text}
+                | empty
+            )
+    notebook = nbformat.from_dict(
+        {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
+    )
     nbformat.validate(notebook)
     return nbformat.writes(notebook) + "\n"
 
 
 def main(check: bool) -> None:
-    made = {path.with_suffix(".ipynb"): colab(path) for path in sorted((ROOT / "notebooks").glob("*.py"))}
+    made = {
+        path.with_suffix(".ipynb"): colab(path)
+        for path in sorted((ROOT / "notebooks").glob("*.py"))
+    }
     differ = [pair for pair, text in made.items() if not pair.exists() or pair.read_text() != text]
     if check and differ:
         names = ", ".join(pair.name for pair in differ)
-        sys.exit(f"{names}: not what the .py beside it gives; run `make notebooks` and commit the result.")
+        sys.exit(
+            f"{names}: not what the .py beside it gives; run `make notebooks` and commit the result."
+        )
     for pair in differ:
         pair.write_text(made[pair])
         print(f"wrote {pair.relative_to(ROOT)}")

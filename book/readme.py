@@ -10,7 +10,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, README, FIGURE = ROOT / "book/results", ROOT / "README.md", ROOT / "book/_static/kv_distill.png"
+RESULTS, README, FIGURE = (
+    ROOT / "book/results",
+    ROOT / "README.md",
+    ROOT / "book/_static/kv_distill.png",
+)
 TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
 # Chapter, what is measured, its figure, what it is compared with and the figures of that, conditions.
 ROWS = (
@@ -126,10 +130,16 @@ def draw(found: dict[str, dict]) -> None:
     """The answers that are left with less and less of a cache."""
     from kvlab import plots
 
-    names = {"distill": "KV-Distill", "key_norm_reversed": "key norm, reversed", "snapkv": "SnapKV", "random": "random"}
+    names = {
+        "distill": "KV-Distill",
+        "key_norm_reversed": "key norm, reversed",
+        "snapkv": "SnapKV",
+        "random": "random",
+    }
     curves = {
         told: {
-            p: [found[f"distill:em_{name}_{p}"][end] for end in ("value", "low", "high")] for p in (50, 25, 10, 5, 2)
+            p: [found[f"distill:em_{name}_{p}"][end] for end in ("value", "low", "high")]
+            for p in (50, 25, 10, 5, 2)
         }
         for name, told in names.items()
     }

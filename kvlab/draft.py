@@ -1,19 +1,22 @@
 """Drafts cut from a target: a few of its layers, copied, that may read what a knowledge cache has on the question.
 
-A draft is an ordinary causal LM (`draft.plain`) and, around it, what lets it read: after each layer a cross-attention
-to an item of the knowledge cache, behind a gate that starts closed, so that an untrained draft is the plain truncated
-target, bit for bit ("prefix", below, has no gate). Knowledge goes to the draft alone; what is decoded stays the
-target's text.
+A draft is an ordinary causal LM (`draft.plain`) and, around it, what lets it read: after each layer
+a cross-attention to an item of the knowledge cache, behind a gate that starts closed, so that an
+untrained draft is the plain truncated target, bit for bit ("prefix", below, has no gate). Knowledge
+goes to the draft alone; what is decoded stays the target's text.
 
 Three ways to give it:
 
 - "vector": keys and values are projected from the target's last hidden states of the item;
-- "kv": they are the target's own, of the layer that this layer of the draft was cut from, un-rotated;
-- "prefix": the same keys and values stand in the draft's own cache before its text (no new parameters).
+- "kv": they are the target's own, of the layer that this layer of the draft was cut from,
+  un-rotated;
+- "prefix": the same keys and values stand in the draft's own cache before its text (no new
+  parameters).
 
-In all three only the item's answer is read, and its entries are placed where the answer begins in the draft's own text:
-so the draft finds what comes next by position as well as by content. `aligned=False` leaves positions out, as the
-source has it ("prefix": the whole item stands before the text, as if the draft had read it).
+In all three only the item's answer is read, and its entries are placed where the answer begins in
+the draft's own text: so the draft finds what comes next by position as well as by content.
+`aligned=False` leaves positions out, as the source has it ("prefix": the whole item stands before
+the text, as if the draft had read it).
 
 >>> from kvlab import lab
 >>> target = lab.load("lab-target")
@@ -76,7 +79,10 @@ if TYPE_CHECKING:
 KINDS = ("vector", "kv", "prefix")
 PART = 256  # prompts whose answers are kept in one file
 REACH = 16.0  # of a gate: AdamW moves a number by its learning rate a step, which would take thousands to open one
-SHARES = {"vector": {"kl": 0.5, "ce": 1.0, "tv": 0.3}, "kv": {"kl": 0.8, "tv": 0.3}}  # as the sources have them
+SHARES = {
+    "vector": {"kl": 0.5, "ce": 1.0, "tv": 0.3},
+    "kv": {"kl": 0.8, "tv": 0.3},
+}  # as the sources have them
 
 
 def _require(condition: object, sentence: str) -> None:
@@ -87,28 +93,38 @@ def _require(condition: object, sentence: str) -> None:
 def sample_layers(which: str | Sequence[int], have: int) -> list[int]:
     """Indices of layers to cut: "first:N", "uniform:N" (round(linspace(0, have - 1, N))), or the indices themselves.
 
-    Examples
-    --------
-    >>> sample_layers("first:3", 28), sample_layers("uniform:6", 28)
-    ([0, 1, 2], [0, 5, 11, 16, 22, 27])
+    Example:
+        >>> sample_layers("first:3", 28), sample_layers("uniform:6", 28)
+        ([0, 1, 2], [0, 5, 11, 16, 22, 27])
     """
     wanted = f"layers is {which!r}, expected 'first:N', 'uniform:N' or rising indices, with at most {have} layers"
     if isinstance(which, str):
         how, _, count = which.partition(":")
-        _require(how in ("first", "uniform") and count.isdecimal() and 0 < int(count) <= have, f"{wanted}.")
-        spread = np.arange(int(count)) if how == "first" else np.linspace(0, have - 1, int(count)).round()
+        _require(
+            how in ("first", "uniform") and count.isdecimal() and 0 < int(count) <= have,
+            f"{wanted}.",
+        )
+        spread = (
+            np.arange(int(count))
+            if how == "first"
+            else np.linspace(0, have - 1, int(count)).round()
+        )
         return spread.astype(int).tolist()
     layers = list(which) if isinstance(which, Sequence) else []
-    _require(layers and {*layers} <= {*range(have)} and layers == sorted({*layers}), f"{wanted}, 0 to {have - 1}.")
+    _require(
+        layers and {*layers} <= {*range(have)} and layers == sorted({*layers}),
+        f"{wanted}, 0 to {have - 1}.",
+    )
     return [int(layer) for layer in layers]
 
 
 class Knowledge(NamedTuple):
     """What each row of a batch may read.
 
-    `states` are (B, S, d), last hidden states of the target ("vector"), or (B, n, 2, H_kv, S, D), un-rotated keys and
-    values for each of the draft's n layers ("kv", "prefix"); `mask` (B, S) is True where there is something to read
-    (a row without knowledge has none), and `start` (B,) is where the answer begins in the row's own text.
+    `states` are (B, S, d), last hidden states of the target ("vector"), or (B, n, 2, H_kv, S, D),
+    un-rotated keys and values for each of the draft's n layers ("kv", "prefix"); `mask` (B, S) is
+    True where there is something to read (a row without knowledge has none), and `start` (B,) is
+    where the answer begins in the row's own text.
     """
 
     states: Tensor
@@ -153,17 +169,21 @@ class KnowledgeDraftConfig(PreTrainedConfig):
         super().__init__(**options)
 
     @classmethod
-    def of(cls, target: PreTrainedConfig, layers: str | Sequence[int] = "first:3", **options) -> "KnowledgeDraftConfig":
+    def of(
+        cls, target: PreTrainedConfig, layers: str | Sequence[int] = "first:3", **options
+    ) -> "KnowledgeDraftConfig":
         """The configuration of a draft cut from a target of this configuration; options as for `cut`.
 
-        Examples
-        --------
-        >>> from kvlab.scale import config_of
-        >>> KnowledgeDraftConfig.of(config_of("Qwen/Qwen3-0.6B"), "uniform:6").text_config.num_hidden_layers
-        6
+        Example:
+            >>> from kvlab.scale import config_of
+            >>> KnowledgeDraftConfig.of(config_of("Qwen/Qwen3-0.6B"), "uniform:6").text_config.num_hidden_layers
+            6
         """
         kind = options.get("knowledge")
-        _require(kind in (None, *KINDS), f"knowledge is {kind!r}, expected None or one of {', '.join(KINDS)}.")
+        _require(
+            kind in (None, *KINDS),
+            f"knowledge is {kind!r}, expected None or one of {', '.join(KINDS)}.",
+        )
         text = copy.deepcopy(target.get_text_config(decoder=True))
         chosen = sample_layers(layers, text.num_hidden_layers)
         text.num_hidden_layers = len(chosen)
@@ -175,8 +195,9 @@ class KnowledgeDraftConfig(PreTrainedConfig):
 class Reader(nn.Module):
     """Cross-attention from hidden states (B, T, d) to knowledge, times a gate that starts at 0.
 
-    It begins as a copy of the attention of the layer it stands behind, which knows how to make queries for these keys;
-    `projects` adds keys and values of its own, for knowledge that is hidden states.
+    It begins as a copy of the attention of the layer it stands behind, which knows how to make
+    queries for these keys; `projects` adds keys and values of its own, for knowledge that is hidden
+    states.
     """
 
     def __init__(self, layer: nn.Module, projects: bool):
@@ -196,11 +217,17 @@ class Reader(nn.Module):
         keys, values = self.key_norm(self._heads(self.key(states))), self._heads(self.value(states))
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor, turn: tuple | None) -> Tensor:
-        query = self.query_norm(self._heads(self.query(self.norm(hidden)))).transpose(1, 2)  # (B, H, T, D)
+    def forward(
+        self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor, turn: tuple | None
+    ) -> Tensor:
+        query = self.query_norm(self._heads(self.query(self.norm(hidden)))).transpose(
+            1, 2
+        )  # (B, H, T, D)
         query = _rotated(query, turn) if turn else query
         keys, values = keys.to(query.dtype), values.to(query.dtype)  # under autocast
-        read = scaled_dot_product_attention(query, keys, values, attn_mask=mask[:, None, None], enable_gqa=True)
+        read = scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask[:, None, None], enable_gqa=True
+        )
         return REACH * self.gate * self.output(read.transpose(1, 2).flatten(2))
 
     def _heads(self, states: Tensor) -> Tensor:
@@ -230,9 +257,9 @@ def _rotated(states: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 class KnowledgeDraft(PreTrainedModel, GenerationMixin):
     """A causal LM of a few of a target's layers, with what lets it read knowledge. Make one with `cut`.
 
-    It saves and loads as any model of transformers does (`AutoModelForCausalLM` knows it once `kvlab.draft` is
-    imported), and drafts in `kvlab.speculate.ModelProposer(draft)` or `target.generate(..., assistant_model=draft)`;
-    what is to be known comes by `knowing`.
+    It saves and loads as any model of transformers does (`AutoModelForCausalLM` knows it once
+    `kvlab.draft` is imported), and drafts in `kvlab.speculate.ModelProposer(draft)` or
+    `target.generate(..., assistant_model=draft)`; what is to be known comes by `knowing`.
     """
 
     config_class = KnowledgeDraftConfig
@@ -243,7 +270,9 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.plain = AutoModelForCausalLM.from_config(config.text_config)
         decoder, reads = self.plain.base_model.layers, config.knowledge in ("vector", "kv")
-        self.readers = nn.ModuleList(Reader(layer, config.knowledge == "vector") for layer in decoder if reads)
+        self.readers = nn.ModuleList(
+            Reader(layer, config.knowledge == "vector") for layer in decoder if reads
+        )
         between = decoder[1:] if config.transitions else ()
         self.transitions = nn.ModuleList(Transition(config.text_config) for _ in between)
         self._known: _Entries | None = None
@@ -261,16 +290,15 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
     ) -> "KnowledgeDraft":
         """Copy layers, embedding, last norm and head of a target, which is left as it is.
 
-        Parameters
-        ----------
-        layers : "first:N", "uniform:N", or indices.
-        knowledge : how the draft is to read: None, "vector", "kv" or "prefix".
-        transitions : put a residual MLP between layers, for what was left out.
-        aligned : place knowledge where the answer begins; False: no positions, as in the source.
+        Args:
+            layers: "first:N", "uniform:N", or indices.
+            knowledge: how the draft is to read: None, "vector", "kv" or "prefix".
+            transitions: put a residual MLP between layers, for what was left out.
+            aligned: place knowledge where the answer begins; False: no positions, as in the source.
 
-        Raises
-        ------
-        ValueError : layers or a way to read that do not exist, or a target that is no Llama-like decoder.
+        Raises:
+            ValueError: layers or a way to read that do not exist, or a target that is no Llama-like
+                decoder.
         """
         require_supported(target)
         options = {"knowledge": knowledge, "transitions": transitions, "aligned": aligned}
@@ -313,12 +341,20 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
     def read(self, store: "KnowledgeCache", item: "Item") -> Tensor:
         """What this draft may read of an item: (S, d), or (n, 2, H_kv, S, D) for its n layers; see `Knowledge`."""
         kind, piece, start = self.config.knowledge, store.read(item), item.answer_start
-        _require(kind, "This draft does not read: cut one with knowledge='vector', 'kv' or 'prefix'.")
+        _require(
+            kind, "This draft does not read: cut one with knowledge='vector', 'kv' or 'prefix'."
+        )
         part, needed = (piece.hidden_states, "hidden") if kind == "vector" else (piece.cache, "kv")
-        _require(part is not None, f"The store keeps no {needed!r}: build one with keep=['{needed}'] for this draft.")
+        _require(
+            part is not None,
+            f"The store keeps no {needed!r}: build one with keep=['{needed}'] for this draft.",
+        )
         if kind == "vector":
             return part[0, start:]
-        _require(not item.kept, "The store keeps compressed caches, which drafts do not read: build one without.")
+        _require(
+            not item.kept,
+            "The store keeps compressed caches, which drafts do not read: build one without.",
+        )
         if kind == "prefix" and not self.config.aligned:
             start = 0
         positions = torch.arange(start, len(item.input_ids), device=store.model.device)
@@ -330,30 +366,31 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
     ) -> tuple["KnowledgeDraft", list[Prefix | None] | None]:
         """A draft that knows an item in each row, and the prefixes it needs: `ModelProposer(*draft.knowing(...))`.
 
-        Knowledge is projected here, once. The draft that is returned shares all weights with this one; without a
-        prefix it also works in `generate`, for as many rows as there are items.
+        Knowledge is projected here, once. The draft that is returned shares all weights with this
+        one; without a prefix it also works in `generate`, for as many rows as there are items.
 
-        Parameters
-        ----------
-        items : of each row, or None for a row without knowledge.
-        starts : where the answer begins in each row's text; the number of its prompt's tokens.
+        Args:
+            items: of each row, or None for a row without knowledge.
+            starts: where the answer begins in each row's text; the number of its prompt's tokens.
 
-        Examples
-        --------
-        >>> import tempfile
-        >>> from kvlab import lab
-        >>> from kvlab.knowledge import KnowledgeCache
-        >>> target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
-        >>> draft = KnowledgeDraft.cut(target, "first:1", knowledge="kv")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     records = [{"question": "Who sings?", "answer": "Ben"}]
-        ...     store = KnowledgeCache.build(folder, records, target, tokenizer)
-        ...     knowing, prefix = draft.knowing(store, [store.items[0], None], [4, 4])
-        >>> knowing(torch.arange(8).expand(2, -1)).logits.shape
-        torch.Size([2, 8, 1536])
+        Example:
+            >>> import tempfile
+            >>> from kvlab import lab
+            >>> from kvlab.knowledge import KnowledgeCache
+            >>> target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
+            >>> draft = KnowledgeDraft.cut(target, "first:1", knowledge="kv")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     records = [{"question": "Who sings?", "answer": "Ben"}]
+            ...     store = KnowledgeCache.build(folder, records, target, tokenizer)
+            ...     knowing, prefix = draft.knowing(store, [store.items[0], None], [4, 4])
+            >>> knowing(torch.arange(8).expand(2, -1)).logits.shape
+            torch.Size([2, 8, 1536])
         """
         rows = len(items)
-        _require(len(starts) == rows, f"There are {rows} items and {len(starts)} starts: give one for each row.")
+        _require(
+            len(starts) == rows,
+            f"There are {rows} items and {len(starts)} starts: give one for each row.",
+        )
         read = [None if item is None else self.read(store, item) for item in items]
         given = gather(read, starts)
         if given is None:
@@ -421,7 +458,9 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         entries = self._known if knowledge is None else self._entries(knowledge)
         if entries is not None and position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
+            position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[
+                None
+            ]
         if entries is not None and self.config.knowledge == "prefix":
             past_key_values, position_ids, attention_mask = self._behind(
                 entries, input_ids, position_ids, attention_mask
@@ -438,7 +477,13 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
                 **options,
             )
 
-    def _behind(self, entries: _Entries, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None):
+    def _behind(
+        self,
+        entries: _Entries,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+    ):
         """A cache that holds the entries, and positions and mask of a text that begins behind them."""
         own = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not self.config.aligned:
@@ -446,7 +491,9 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         return entries.cache(), position_ids, torch.cat((entries.mask.to(own), own), 1)
 
     @contextmanager
-    def _between_layers(self, entries: _Entries | None, position_ids: Tensor | None) -> Iterator[None]:
+    def _between_layers(
+        self, entries: _Entries | None, position_ids: Tensor | None
+    ) -> Iterator[None]:
         """While it lasts, what stands between the layers of the plain model takes part."""
         turn = None
         if entries is not None and self.config.aligned:
@@ -460,7 +507,11 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
             return hidden
 
         busy = entries is not None or len(self.transitions)
-        hooks = [layer.register_forward_hook(partial(after, i)) for i, layer in enumerate(self._layers) if busy]
+        hooks = [
+            layer.register_forward_hook(partial(after, i))
+            for i, layer in enumerate(self._layers)
+            if busy
+        ]
         try:
             yield
         finally:
@@ -471,11 +522,10 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Change the dtype of a model's parameters, and return it; `to` would also round what rotary embeddings turn by.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> cast(lab.load("lab-draft"), torch.float16).dtype
-    torch.float16
+    Example:
+        >>> from kvlab import lab
+        >>> cast(lab.load("lab-draft"), torch.float16).dtype
+        torch.float16
     """
     for p in model.parameters():
         p.data = p.data.to(dtype)
@@ -501,17 +551,18 @@ AutoConfig.register(KnowledgeDraftConfig.model_type, KnowledgeDraftConfig, exist
 AutoModelForCausalLM.register(KnowledgeDraftConfig, KnowledgeDraft, exist_ok=True)
 
 
-def gather(known: Sequence[Tensor | None], starts: Sequence[int], like: Tensor | None = None) -> Knowledge | None:
+def gather(
+    known: Sequence[Tensor | None], starts: Sequence[int], like: Tensor | None = None
+) -> Knowledge | None:
     """Put what rows may read (None: nothing; see `KnowledgeDraft.read`) into one batch.
 
-    `starts` is where their answers begin. If no row reads, the result is None, or, with something to be `like`, a
-    knowledge of nothing.
+    `starts` is where their answers begin. If no row reads, the result is None, or, with something
+    to be `like`, a knowledge of nothing.
 
-    Examples
-    --------
-    >>> gather([torch.ones(2, 8), None], [4, 5]).mask
-    tensor([[ True,  True],
-            [False, False]])
+    Example:
+        >>> gather([torch.ones(2, 8), None], [4, 5]).mask
+        tensor([[ True,  True],
+                [False, False]])
     """
     some = next((states for states in known if states is not None), like)
     if some is None:
@@ -519,9 +570,14 @@ def gather(known: Sequence[Tensor | None], starts: Sequence[int], like: Tensor |
     sizes = torch.tensor([0 if states is None else states.shape[-2] for states in known])
     most = max(1, int(sizes.max()))
     blank = some.new_zeros(*some.shape[:-2], most, some.shape[-1])
-    rows = [blank if states is None else pad(states, (0, 0, 0, most - states.shape[-2])) for states in known]
+    rows = [
+        blank if states is None else pad(states, (0, 0, 0, most - states.shape[-2]))
+        for states in known
+    ]
     mask = torch.arange(most) < sizes[:, None]
-    return Knowledge(torch.stack(rows), mask.to(some.device), torch.tensor(starts, device=some.device))
+    return Knowledge(
+        torch.stack(rows), mask.to(some.device), torch.tensor(starts, device=some.device)
+    )
 
 
 # -- training
@@ -530,8 +586,8 @@ def gather(known: Sequence[Tensor | None], starts: Sequence[int], like: Tensor |
 class Example(NamedTuple):
     """A text to learn from: `input_ids` (T,) with an answer from `start` on, and what the draft may read meanwhile.
 
-    `hidden_states` (T - start, d) are the target's last ones, before each token of its answer, so that its logits need
-    not be computed again; None if the answer is not the target's own.
+    `hidden_states` (T - start, d) are the target's last ones, before each token of its answer, so
+    that its logits need not be computed again; None if the answer is not the target's own.
     """
 
     input_ids: Tensor
@@ -551,18 +607,17 @@ def listen(
 ) -> list[Example]:
     """Let the target answer prompts (token ids), greedily, and keep its tokens and last hidden states.
 
-    Parameters
-    ----------
-    folder : where answers are kept, each 256 in a file named for target, prompts and length: the same ones are read
-        from there. Under a launcher, processes that see the folder share the work.
+    Args:
+        folder: where answers are kept, each 256 in a file named for target, prompts and length: the
+            same ones are read from there. Under a launcher, processes that see the folder share the
+            work.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
-    >>> example = listen(target, tokenizer, [tokenizer("<|user|> Who?<|assistant|>").input_ids], max_new_tokens=4)[0]
-    >>> example.start, example.hidden_states.shape[-1]
-    (4, 128)
+    Example:
+        >>> from kvlab import lab
+        >>> target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
+        >>> example = listen(target, tokenizer, [tokenizer("<|user|> Who?<|assistant|>").input_ids], max_new_tokens=4)[0]
+        >>> example.start, example.hidden_states.shape[-1]
+        (4, 128)
     """
     parts = [prompts[at : at + PART] for at in range(0, len(prompts), PART)]
     hear = partial(_heard, target, tokenizer, folder, max_new_tokens, batch_size)
@@ -590,27 +645,48 @@ def _heard(
         with safe_open(Path(folder) / name, "pt") as file:
             kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     else:
-        answers = continuations(target, tokenizer, prompts, max_new_tokens, batch_size, "the target's answers")
-        texts = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+        answers = continuations(
+            target, tokenizer, prompts, max_new_tokens, batch_size, "the target's answers"
+        )
+        texts = [
+            torch.tensor([*prompt, *answer])
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
         starts = [len(prompt) for prompt in prompts]
-        kept = {"input_ids": torch.cat(texts), "lengths": torch.tensor([len(text) for text in texts])}
-        kept |= {"starts": torch.tensor(starts), "hidden_states": torch.cat(_before(target, texts, starts, batch_size))}
+        kept = {
+            "input_ids": torch.cat(texts),
+            "lengths": torch.tensor([len(text) for text in texts]),
+        }
+        kept |= {
+            "starts": torch.tensor(starts),
+            "hidden_states": torch.cat(_before(target, texts, starts, batch_size)),
+        }
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             write_tensors(Path(folder) / name, kept, {})
     lengths, starts = kept["lengths"].tolist(), kept["starts"].tolist()
     texts = kept["input_ids"].split(lengths)
-    hidden = kept["hidden_states"].split([n - start for n, start in zip(lengths, starts, strict=True)])
+    hidden = kept["hidden_states"].split(
+        [n - start for n, start in zip(lengths, starts, strict=True)]
+    )
     return [Example(*parts) for parts in zip(texts, starts, hidden, strict=True)]
 
 
-def _before(target: PreTrainedModel, texts: list[Tensor], starts: list[int], batch_size: int) -> list[Tensor]:
+def _before(
+    target: PreTrainedModel, texts: list[Tensor], starts: list[int], batch_size: int
+) -> list[Tensor]:
     """The last hidden states before each token of the answers."""
     found = []
-    for at in tqdm(range(0, len(texts), batch_size), desc="the target's hidden states", delay=2, leave=False):
-        rows = pad_sequence(texts[at : at + batch_size], batch_first=True).to(target.device)  # on the right: unseen
+    for at in tqdm(
+        range(0, len(texts), batch_size), desc="the target's hidden states", delay=2, leave=False
+    ):
+        rows = pad_sequence(texts[at : at + batch_size], batch_first=True).to(
+            target.device
+        )  # on the right: unseen
         states = target.base_model(input_ids=rows, use_cache=False).last_hidden_state.cpu()
-        found += [states[i, starts[at + i] - 1 : len(texts[at + i]) - 1].clone() for i in range(len(rows))]
+        found += [
+            states[i, starts[at + i] - 1 : len(texts[at + i]) - 1].clone() for i in range(len(rows))
+        ]
     return found
 
 
@@ -620,34 +696,45 @@ def given(items: Iterable["Item"]) -> list[Example]:
 
 
 def attach(
-    draft: KnowledgeDraft, store: "KnowledgeCache", examples: Sequence[Example], items: Sequence["Item | None"]
+    draft: KnowledgeDraft,
+    store: "KnowledgeCache",
+    examples: Sequence[Example],
+    items: Sequence["Item | None"],
 ) -> list[Example]:
     """Give each example what the draft may read of an item (None: nothing); each item is read from the store once."""
     unique = {item.id: item for item in items if item is not None}
     read = {name: draft.read(store, item).cpu() for name, item in unique.items()}
     pairs = zip(examples, items, strict=True)
-    return [example._replace(known=None if item is None else read[item.id]) for example, item in pairs]
+    return [
+        example._replace(known=None if item is None else read[item.id]) for example, item in pairs
+    ]
 
 
-def unsettle(examples: Sequence[Example], hide: float = 0.3, mislead: float = 0.15, seed: int = 0) -> list[Example]:
+def unsettle(
+    examples: Sequence[Example], hide: float = 0.3, mislead: float = 0.15, seed: int = 0
+) -> list[Example]:
     """Take knowledge from a share of the examples, and give another share that of another example.
 
-    A draft that always reads what is right forgets how to do without, and believes what a false hit says.
+    A draft that always reads what is right forgets how to do without, and believes what a false hit
+    says.
 
-    Examples
-    --------
-    >>> examples = [Example(torch.arange(4), 2, None, torch.ones(2, 8))] * 100
-    >>> 20 < sum(example.known is None for example in unsettle(examples)) < 40
-    True
+    Example:
+        >>> examples = [Example(torch.arange(4), 2, None, torch.ones(2, 8))] * 100
+        >>> 20 < sum(example.known is None for example in unsettle(examples)) < 40
+        True
     """
     rng, changed = np.random.default_rng(seed), []
-    for example, other, u in zip(examples, rng.permutation(len(examples)), rng.random(len(examples)), strict=True):
+    for example, other, u in zip(
+        examples, rng.permutation(len(examples)), rng.random(len(examples)), strict=True
+    ):
         known = None if u < hide else examples[other].known if u < hide + mislead else example.known
         changed.append(example._replace(known=known))
     return changed
 
 
-def collate(examples: Sequence[Example], hidden_size: int, like: Tensor | None = None) -> dict[str, Tensor]:
+def collate(
+    examples: Sequence[Example], hidden_size: int, like: Tensor | None = None
+) -> dict[str, Tensor]:
     """A batch: input_ids (B, T), padded on the right, weights (1 on answers), and what target and knowledge give.
 
     With something to be `like`, all batches have knowledge, if only of nothing.
@@ -658,21 +745,33 @@ def collate(examples: Sequence[Example], hidden_size: int, like: Tensor | None =
     for row, example in enumerate(examples):
         weights[row, example.start : len(example.input_ids)] = 1
         if example.hidden_states is not None:
-            hidden[row, example.start - 1 : len(example.input_ids) - 1] = example.hidden_states.float()
-    batch = {"input_ids": input_ids, "weights": weights, "distill_weights": weights * own, "hidden_states": hidden}
-    known = gather([example.known for example in examples], [example.start for example in examples], like)
+            hidden[row, example.start - 1 : len(example.input_ids) - 1] = (
+                example.hidden_states.float()
+            )
+    batch = {
+        "input_ids": input_ids,
+        "weights": weights,
+        "distill_weights": weights * own,
+        "hidden_states": hidden,
+    }
+    known = gather(
+        [example.known for example in examples], [example.start for example in examples], like
+    )
     return batch | (known._asdict() if known else {})
 
 
 def _logits(draft: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    knowledge = Knowledge(*(batch[name] for name in Knowledge._fields)) if "states" in batch else None
+    knowledge = (
+        Knowledge(*(batch[name] for name in Knowledge._fields)) if "states" in batch else None
+    )
     return draft(input_ids=batch["input_ids"], knowledge=knowledge, use_cache=False).logits
 
 
 class Accepted(NamedTuple):
     """For each text with an answer of two tokens or more, the share of tokens accepted.
 
-    `greedy`: when the likeliest is taken; `sampled`: when tokens are drawn at temperature 1, the mean of alpha.
+    `greedy`: when the likeliest is taken; `sampled`: when tokens are drawn at temperature 1, the
+    mean of alpha.
     """
 
     greedy: np.ndarray
@@ -681,24 +780,35 @@ class Accepted(NamedTuple):
 
 @torch.inference_mode()
 def acceptance(
-    draft: PreTrainedModel, target: PreTrainedModel, examples: Sequence[Example], batch_size: int = 32
+    draft: PreTrainedModel,
+    target: PreTrainedModel,
+    examples: Sequence[Example],
+    batch_size: int = 32,
 ) -> Accepted:
     """How much of the target's own answers a draft would have got accepted, if it had guessed each token.
 
-    All tokens count but the first, which the target gives when it has read the prompt. One call a batch, where
-    speculative decoding needs a loop: there the same tokens are guessed, but for those that come free after each round.
+    All tokens count but the first, which the target gives when it has read the prompt. One call a
+    batch, where speculative decoding needs a loop: there the same tokens are guessed, but for those
+    that come free after each round.
     """
     own = all(example.hidden_states is not None for example in examples)
-    _require(own, "Some answers are not the target's own, and it did not weigh them: give what `listen` returns.")
+    _require(
+        own,
+        "Some answers are not the target's own, and it did not weigh them: give what `listen` returns.",
+    )
     greedy, sampled, head = [], [], target.get_output_embeddings()
     for at in range(0, len(examples), batch_size):
         group = examples[at : at + batch_size]
-        batch = {k: v.to(draft.device) for k, v in collate(group, target.config.hidden_size).items()}
+        batch = {
+            k: v.to(draft.device) for k, v in collate(group, target.config.hidden_size).items()
+        }
         logits = _logits(draft, batch)
         for row, example in enumerate(group):
             tokens = slice(example.start, len(example.input_ids) - 1)
             if tokens.stop > tokens.start:  # a vocabulary can be large: one text at a time
-                p = head(example.hidden_states[1:].to(target.device, target.dtype)).to(logits.device)
+                p = head(example.hidden_states[1:].to(target.device, target.dtype)).to(
+                    logits.device
+                )
                 q = logits[row, tokens]
                 greedy.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
                 alpha = overlap(q.float().log_softmax(-1), p.float().log_softmax(-1))
@@ -709,10 +819,9 @@ def acceptance(
 def source_shares(knowledge: str | None, given: bool) -> dict[str, float]:
     """Shares of the losses as the sources have them, for a draft that reads in this way; "ce" where answers are given.
 
-    Examples
-    --------
-    >>> source_shares("kv", given=True)
-    {'ce': 1.0, 'kl': 0.8, 'tv': 0.3}
+    Example:
+        >>> source_shares("kv", given=True)
+        {'ce': 1.0, 'kl': 0.8, 'tv': 0.3}
     """
     return ({"ce": 1.0} if given else {}) | SHARES["kv" if knowledge == "kv" else "vector"]
 
@@ -735,29 +844,36 @@ def train(
 ) -> list[dict[str, float]]:
     """Train a draft on texts, and leave it with the weights that did best on `heldout`, of those checked on the way.
 
-    Parameters
-    ----------
-    examples : the target's own answers (`listen`) and given ones (`given`), with knowledge (`attach`).
-    heldout : the target's own answers to other questions; greedy acceptance on them decides which weights are kept.
-    shares : of the losses (`kvlab.losses.distill`); by default as in the source, SHARES["kv"] for a draft that reads
-        keys and values and SHARES["vector"] for any other, with cross-entropy where answers are given.
-    epochs, batch_size, accumulate : passes over the examples, examples of a batch, batches of an optimizer step.
-    folder : for checkpoint.safetensors, from which a run that was stopped goes on, and best.safetensors. It serves one
-        run: whether examples and losses are those of before is not checked.
-    every : steps between checks on `heldout`; by default an epoch.
+    Args:
+        examples: the target's own answers (`listen`) and given ones (`given`), with knowledge
+            (`attach`).
+        heldout: the target's own answers to other questions; greedy acceptance on them decides
+            which weights are kept.
+        shares: of the losses (`kvlab.losses.distill`); by default as in the source, SHARES["kv"]
+            for a draft that reads keys and values and SHARES["vector"] for any other, with
+            cross-entropy where answers are given.
+        epochs, batch_size, accumulate: passes over the examples, examples of a batch, batches of an
+            optimizer step.
+        folder: for checkpoint.safetensors, from which a run that was stopped goes on, and
+            best.safetensors. It serves one run: whether examples and losses are those of before is
+            not checked.
+        every: steps between checks on `heldout`; by default an epoch.
 
-    Returns
-    -------
-    The history of `fit`, with "acceptance" where it was checked.
+    Returns:
+        The history of `fit`, with "acceptance" where it was checked.
     """
     own = sum(example.hidden_states is not None for example in examples)
     shares = dict(shares or source_shares(draft.config.knowledge, given=own < len(examples)))
     require_known(shares)
     _require(
-        "ce" in shares or own == len(examples), "Some answers are given: they need the loss 'ce' among the shares."
+        "ce" in shares or own == len(examples),
+        "Some answers are given: they need the loss 'ce' among the shares.",
     )
     steps = epochs * (len(examples) // batch_size) // accumulate
-    _require(steps > 0, f"{len(examples)} examples are less than a step of {batch_size} * {accumulate}: give more.")
+    _require(
+        steps > 0,
+        f"{len(examples)} examples are less than a step of {batch_size} * {accumulate}: give more.",
+    )
     guessed = [example for example in heldout if len(example.input_ids) - example.start > 1]
     _require(
         guessed,
@@ -765,9 +881,17 @@ def train(
     )
     weighed = all(example.hidden_states is not None for example in heldout)
     _require(weighed, "Some held-out answers are not the target's own: give what `listen` returns.")
-    state = PartialState(cpu=target.device.type == "cpu")  # before `fit`, which would take the best device there is
-    _require(folder or state.num_processes == 1, "Several processes train this draft: give a folder that all can read.")
-    head, like = target.get_output_embeddings(), next((e.known for e in examples if e.known is not None), None)
+    state = PartialState(
+        cpu=target.device.type == "cpu"
+    )  # before `fit`, which would take the best device there is
+    _require(
+        folder or state.num_processes == 1,
+        "Several processes train this draft: give a folder that all can read.",
+    )
+    head, like = (
+        target.get_output_embeddings(),
+        next((e.known for e in examples if e.known is not None), None),
+    )
 
     def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -840,28 +964,28 @@ class _Best:
 
 
 def export(
-    draft: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, vocab_size: int = 0
+    draft: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocab_size: int = 0,
 ) -> PreTrainedModel:
     """Write a draft as a plain model directory, which transformers and vLLM take as it is, and return it read back.
 
-    Parameters
-    ----------
-    draft : a KnowledgeDraft without cross-attention and transitions, or any causal LM.
-    vocab_size : of the target. Models of one family can be padded to different sizes, which both refuse; a draft with
-        fewer is padded with tokens that have the logit 0.
+    Args:
+        draft: a KnowledgeDraft without cross-attention and transitions, or any causal LM.
+        vocab_size: of the target. Models of one family can be padded to different sizes, which both
+            refuse; a draft with fewer is padded with tokens that have the logit 0.
 
-    Raises
-    ------
-    ValueError : a draft that is more than a plain model or has too many tokens, or a directory that does not give the
-        same logits when it is read back.
+    Raises:
+        ValueError: a draft that is more than a plain model or has too many tokens, or a directory
+            that does not give the same logits when it is read back.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> from kvlab import lab
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     type(export(KnowledgeDraft.cut(lab.load("lab-target"), "first:2"), folder)).__name__
-    'Qwen3ForCausalLM'
+    Example:
+        >>> import tempfile
+        >>> from kvlab import lab
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     type(export(KnowledgeDraft.cut(lab.load("lab-target"), "first:2"), folder)).__name__
+        'Qwen3ForCausalLM'
     """
     more = isinstance(draft, KnowledgeDraft) and (len(draft.readers) or len(draft.transitions))
     _require(not more, "The draft has cross-attention or transitions, which no other program knows: save it with "
@@ -875,17 +999,22 @@ def export(
     model.save_pretrained(folder)
     if tokenizer:
         tokenizer.save_pretrained(folder)
-    again, told = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    again, told = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=model.dtype, output_loading_info=True
+    )
     again = again.to(model.device)
     odd = {
-        name: sorted(told[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if told.get(name)
+        name: sorted(told[name])
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if told.get(name)
     }
     _require(not odd, f"{folder} does not hold what the model asks for ({odd}): do not use it.")
     ids = torch.arange(min(have, 64), device=model.device)[None]
     with torch.no_grad():
         one, two = model(ids).logits, again(ids).logits
     _require(
-        torch.equal(one, two) or torch.allclose(one, two, atol=1e-5), f"{folder} gives other logits than the draft."
+        torch.equal(one, two) or torch.allclose(one, two, atol=1e-5),
+        f"{folder} gives other logits than the draft.",
     )
     return again.eval()
 

@@ -29,22 +29,20 @@ def answers(
 ) -> list[str]:
     """Greedy answers to conversations that end with a user message, in batches of similar length.
 
-    Parameters
-    ----------
-    conversations : each a list of {"role", "content"} messages, rendered by the tokenizer's chat template.
-    label : of the progress bar, which only shows when the work takes more than a second or two.
+    Args:
+        conversations: each a list of {"role", "content"} messages, rendered by the tokenizer's chat
+            template.
+        label: of the progress bar, which only shows when the work takes more than a second or two.
 
-    Returns
-    -------
-    One text a conversation, without special tokens and outer white space.
+    Returns:
+        One text a conversation, without special tokens and outer white space.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> passage = {"role": "system", "content": "Anna lives in Rome. Ben has a dog."}
-    >>> ask = [passage, {"role": "user", "content": "Where does Anna live?"}]
-    >>> answers(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask])
-    ['Rome']
+    Example:
+        >>> from kvlab import lab
+        >>> passage = {"role": "system", "content": "Anna lives in Rome. Ben has a dog."}
+        >>> ask = [passage, {"role": "user", "content": "Where does Anna live?"}]
+        >>> answers(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask])
+        ['Rome']
     """
     prompts = [encode(tokenizer, c) for c in conversations]
     made = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, label)
@@ -72,10 +70,14 @@ def continuations(
     made: list[list[int]] = [[]] * len(prompts)
     for start in tqdm(range(0, len(order), batch_size), desc=label, delay=2, leave=False):
         batch = order[start : start + batch_size]
-        padded = tokenizer.pad({"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        padded = tokenizer.pad(
+            {"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt"
+        )
         output = model.generate(**padded.to(model.device), generation_config=config)
         for i, ids in zip(batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
-            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+            end = (
+                ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+            )
             made[i] = ids[:end]
     return made
 
@@ -85,33 +87,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]
 
     Without a chat template the messages stand a line each, and the last line is left open.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> tokenizer = lab.load_tokenizer("lab-target")
-    >>> tokenizer.decode(encode(tokenizer, [{"role": "user", "content": "Who?"}]))
-    '<|user|> Who?<|assistant|>'
+    Example:
+        >>> from kvlab import lab
+        >>> tokenizer = lab.load_tokenizer("lab-target")
+        >>> tokenizer.decode(encode(tokenizer, [{"role": "user", "content": "Who?"}]))
+        '<|user|> Who?<|assistant|>'
     """
     text = rendered(tokenizer, conversation)
     return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
-def encode_parts(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]) -> list[list[int]]:
+def encode_parts(
+    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]
+) -> list[list[int]]:
     """Token ids of each message of a conversation; one by a user ends with what opens the answer.
 
-    Joined they are what `encode` gives, wherever tokens do not reach across messages, which chat templates see to.
-    Raises ValueError for a template that writes a message differently once another follows it.
+    Joined they are what `encode` gives, wherever tokens do not reach across messages, which chat
+    templates see to. Raises ValueError for a template that writes a message differently once
+    another follows it.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> tokenizer = lab.load_tokenizer("lab-target")
-    >>> messages = [{"role": "system", "content": "Anna lives in Rome."}, {"role": "user", "content": "Where?"}]
-    >>> [tokenizer.decode(ids) for ids in encode_parts(tokenizer, messages)]
-    ['<|system|> Anna lives in Rome.', '<|user|> Where?<|assistant|>']
+    Example:
+        >>> from kvlab import lab
+        >>> tokenizer = lab.load_tokenizer("lab-target")
+        >>> messages = [{"role": "system", "content": "Anna lives in Rome."}, {"role": "user", "content": "Where?"}]
+        >>> [tokenizer.decode(ids) for ids in encode_parts(tokenizer, messages)]
+        ['<|system|> Anna lives in Rome.', '<|user|> Where?<|assistant|>']
     """
     texts = [rendered(tokenizer, conversation[: i + 1]) for i in range(len(conversation))]
-    for role, before, after in zip((m["role"] for m in conversation), texts, texts[1:], strict=False):
+    for role, before, after in zip(
+        (m["role"] for m in conversation), texts, texts[1:], strict=False
+    ):
         if not after.startswith(before):
             raise ValueError(
                 f"The chat template changes a {role} message when another follows it, so a text cannot go on behind "
@@ -119,7 +124,10 @@ def encode_parts(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict
             )
     starts, special = [0, *map(len, texts)], not tokenizer.chat_template
     parts = [text[start:] for start, text in zip(starts, texts, strict=False)]
-    return [tokenizer(part, add_special_tokens=special and not i)["input_ids"] for i, part in enumerate(parts)]
+    return [
+        tokenizer(part, add_special_tokens=special and not i)["input_ids"]
+        for i, part in enumerate(parts)
+    ]
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]) -> str:
@@ -131,20 +139,24 @@ def rendered(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str
     """
     if not tokenizer.chat_template:
         return "\n".join(message["content"] for message in conversation)
-    options = {"add_generation_prompt": conversation[-1]["role"] == "user", "enable_thinking": False}
+    options = {
+        "add_generation_prompt": conversation[-1]["role"] == "user",
+        "enable_thinking": False,
+    }
     return tokenizer.apply_chat_template(list(conversation), tokenize=False, **options)
 
 
-References = Sequence[str | Sequence[str]]  # for each prediction one text or several, of which the best counts
+References = Sequence[
+    str | Sequence[str]
+]  # for each prediction one text or several, of which the best counts
 
 
 def exact_match(predictions: Sequence[str], references: References) -> np.ndarray:
     """SQuAD's exact match, 0 or 1 for each pair: equal after dropping case, punctuation, articles and extra space.
 
-    Examples
-    --------
-    >>> exact_match(["The cat.", "a dog"], ["cat", ["cat", "dog"]])
-    array([1., 1.])
+    Example:
+        >>> exact_match(["The cat.", "a dog"], ["cat", ["cat", "dog"]])
+        array([1., 1.])
     """
     return _squad(predictions, references, "exact_match")
 
@@ -152,19 +164,23 @@ def exact_match(predictions: Sequence[str], references: References) -> np.ndarra
 def f1(predictions: Sequence[str], references: References) -> np.ndarray:
     """SQuAD's F1 over words, between 0 and 1 for each pair.
 
-    Examples
-    --------
-    >>> f1(["red box", "red box"], ["red", ["red", "box red"]]).round(3)
-    array([0.667, 1.   ])
+    Example:
+        >>> f1(["red box", "red box"], ["red", ["red", "box red"]]).round(3)
+        array([0.667, 1.   ])
     """
     return _squad(predictions, references, "f1")
 
 
 def _squad(predictions: Sequence[str], references: References, score: str) -> np.ndarray:
-    from torchmetrics.functional.text import squad  # here, so that a notebook without it can use all the rest
+    from torchmetrics.functional.text import (
+        squad,
+    )  # here, so that a notebook without it can use all the rest
 
     records = (
-        ({"prediction_text": p, "id": "0"}, {"answers": {"text": texts, "answer_start": [0] * len(texts)}, "id": "0"})
+        (
+            {"prediction_text": p, "id": "0"},
+            {"answers": {"text": texts, "answer_start": [0] * len(texts)}, "id": "0"},
+        )
         for p, texts in _texts(predictions, references)
     )
     return np.array([squad(*record)[score].item() / 100 for record in records])
@@ -173,13 +189,12 @@ def _squad(predictions: Sequence[str], references: References, score: str) -> np
 def rouge_l(predictions: Sequence[str], references: References) -> np.ndarray:
     """ROUGE-L, between 0 and 1 for each pair: the F-measure of the longest common subsequence of words.
 
-    Words are runs of a to z and digits, without case: in other scripts there are none, and the score is 0. Source:
-    Lin (2004), https://aclanthology.org/W04-1013, section 3, with beta 1.
+    Words are runs of a to z and digits, without case: in other scripts there are none, and the
+    score is 0. Source: Lin (2004), https://aclanthology.org/W04-1013, section 3, with beta 1.
 
-    Examples
-    --------
-    >>> rouge_l(["the red box", "a box"], ["the box", ["the cat", "a red box"]])
-    array([0.8, 0.8])
+    Example:
+        >>> rouge_l(["the red box", "a box"], ["the box", ["the cat", "a red box"]])
+        array([0.8, 0.8])
     """
     from torchmetrics.functional.text import rouge_score
 
@@ -194,7 +209,9 @@ def _texts(predictions: Sequence[str], references: References) -> Iterator[tuple
     for prediction, given in zip(predictions, references, strict=True):
         texts = [given] if isinstance(given, str) else list(given)
         if not texts:
-            raise ValueError(f"There is no text to compare {prediction[:60]!r} with: give one or several.")
+            raise ValueError(
+                f"There is no text to compare {prediction[:60]!r} with: give one or several."
+            )
         yield prediction, texts
 
 
@@ -211,14 +228,20 @@ def log_likelihoods(
     All of them stand behind `prefix`, if there is one: a cache of one row.
     """
     rows = [torch.cat(pair) for pair in zip(prompts, endings, strict=True)]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+    input_ids = torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0
+    )
     starts = torch.tensor([len(p) for p in prompts])[:, None]
     stops = torch.tensor([len(r) for r in rows])[:, None]
     places = torch.arange(input_ids.shape[1])[None]
     # Padding stands on the right, where a causal model does not see it.
-    past, first = (None, 0) if prefix is None else (repeat(prefix.cache, len(rows)), prefix.next_position)
+    past, first = (
+        (None, 0) if prefix is None else (repeat(prefix.cache, len(rows)), prefix.next_position)
+    )
     ids, position_ids = input_ids.to(model.device), (first + places).to(model.device)
-    logits = model(input_ids=ids, position_ids=position_ids, past_key_values=past, use_cache=past is not None).logits
+    logits = model(
+        input_ids=ids, position_ids=position_ids, past_key_values=past, use_cache=past is not None
+    ).logits
     logits = logits[:, :-1].float()
     logs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None].to(model.device))[..., 0].cpu()
     inside = (places >= starts) & (places < stops)  # (B, T)
@@ -234,20 +257,23 @@ def multiple_choice(
 ) -> np.ndarray:
     """The index of the likeliest option for each conversation, by the sum of its tokens' log-probabilities.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> passage = {"role": "system", "content": "Anna lives in Rome. Ben has a dog."}
-    >>> ask = [passage, {"role": "user", "content": "Where does Anna live?"}]
-    >>> multiple_choice(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask], [["Oslo", "Rome"]])
-    array([1])
+    Example:
+        >>> from kvlab import lab
+        >>> passage = {"role": "system", "content": "Anna lives in Rome. Ben has a dog."}
+        >>> ask = [passage, {"role": "user", "content": "Where does Anna live?"}]
+        >>> multiple_choice(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask], [["Oslo", "Rome"]])
+        array([1])
     """
     chosen = []
-    for conversation, choices in tqdm(list(zip(conversations, options, strict=True)), desc=label, delay=2, leave=False):
+    for conversation, choices in tqdm(
+        list(zip(conversations, options, strict=True)), desc=label, delay=2, leave=False
+    ):
         prompt = torch.tensor(encode(tokenizer, conversation))
         asked = ([*conversation, {"role": "assistant", "content": choice}] for choice in choices)
         whole = [torch.tensor(encode(tokenizer, messages)) for messages in asked]
-        scores = log_likelihoods(model, tokenizer, [prompt] * len(whole), [w[len(prompt) :] for w in whole])
+        scores = log_likelihoods(
+            model, tokenizer, [prompt] * len(whole), [w[len(prompt) :] for w in whole]
+        )
         chosen.append(int(scores.argmax()))
     return np.array(chosen)
 
@@ -255,28 +281,31 @@ def multiple_choice(
 def perplexity(log_likelihood: Sequence[float], tokens: Sequence[int]) -> float:
     """exp of minus the mean log-likelihood a token, from sums over texts and their token counts.
 
-    Examples
-    --------
-    >>> round(perplexity([-2 * np.log(4.0)], [2]), 6)
-    4.0
+    Example:
+        >>> round(perplexity([-2 * np.log(4.0)], [2]), 6)
+        4.0
     """
     return float(np.exp(-np.sum(log_likelihood) / np.sum(tokens)))
 
 
-def bootstrap(values: Sequence[float], n: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap(
+    values: Sequence[float], n: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
     """The mean of `values` and its percentile bootstrap interval: (mean, low, high).
 
-    Resample what is independent (prompts, seeds), never tokens of one prompt. For a paired comparison pass differences.
-    Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap, section 13.3.
+    Resample what is independent (prompts, seeds), never tokens of one prompt. For a paired
+    comparison pass differences. Source: Efron and Tibshirani (1993), An Introduction to the
+    Bootstrap, section 13.3.
 
-    Examples
-    --------
-    >>> bootstrap([1, 1, 1])
-    (1.0, 1.0, 1.0)
+    Example:
+        >>> bootstrap([1, 1, 1])
+        (1.0, 1.0, 1.0)
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"Expected a list of finite numbers with at least one entry; got shape {values.shape}.")
+        raise ValueError(
+            f"Expected a list of finite numbers with at least one entry; got shape {values.shape}."
+        )
     picks = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
@@ -285,12 +314,12 @@ def bootstrap(values: Sequence[float], n: int = 2000, level: float = 0.95, seed:
 def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
     """The p-value of Pearson's test that `counts` are draws from `probabilities`; small by chance alone is rare.
 
-    Outcomes expected fewer than five times are taken together. One that has probability 0 and occurs gives 0.
+    Outcomes expected fewer than five times are taken together. One that has probability 0 and
+    occurs gives 0.
 
-    Examples
-    --------
-    >>> round(chi_square([480, 520], [0.5, 0.5]), 3), chi_square([400, 600], [0.5, 0.5]) < 1e-9
-    (0.206, True)
+    Example:
+        >>> round(chi_square([480, 520], [0.5, 0.5]), 3), chi_square([400, 600], [0.5, 0.5]) < 1e-9
+        (0.206, True)
     """
     from scipy.stats import chisquare  # slow to import
 
@@ -306,10 +335,9 @@ def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
 def figure(name: str, values: Sequence[float], unit: str, conditions: str) -> dict:
     """One measured figure with its 95 % bootstrap interval, in the form that results files hold.
 
-    Examples
-    --------
-    >>> figure("accuracy", [1, 1], "fraction", "two questions")["low"]
-    1.0
+    Example:
+        >>> figure("accuracy", [1, 1], "fraction", "two questions")["low"]
+        1.0
     """
     value, low, high = bootstrap(values)
     named = {"name": name, "value": value, "low": low, "high": high, "unit": unit}
@@ -319,9 +347,8 @@ def figure(name: str, values: Sequence[float], unit: str, conditions: str) -> di
 def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None:
     """The command line of a benchmark: `--json` prints the result, `--out FILE` writes it, `--quick` takes seconds.
 
-    Parameters
-    ----------
-    measure : `measure(quick, seed)` returns a list of `figure`.
+    Args:
+        measure: `measure(quick, seed)` returns a list of `figure`.
     """
     parser = ArgumentParser(description=measure.__doc__)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -352,11 +379,16 @@ def circumstances() -> dict:
     """Device, package versions and commit of a measurement."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     packages = ("torch", "transformers", "accelerate", "peft")
     return {
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages},
         "commit": git.stdout.strip(),
     }

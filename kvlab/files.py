@@ -12,12 +12,11 @@ from torch import Tensor
 def write_text(path: Path, text: str) -> Path:
     """Write a text file in UTF-8, atomically. Returns the path.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_text(Path(folder) / "result.json", "{}").read_text()
-    '{}'
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_text(Path(folder) / "result.json", "{}").read_text()
+        '{}'
     """
     part = _beside(path)
     try:
@@ -27,19 +26,22 @@ def write_text(path: Path, text: str) -> Path:
         part.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write a safetensors file, atomically, from tensors on any device. Returns the path.
 
-    Examples
-    --------
-    >>> import tempfile, torch
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_tensors(Path(folder) / "a.safetensors", {"x": torch.zeros(2)}, {"made": "here"}).name
-    'a.safetensors'
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_tensors(Path(folder) / "a.safetensors", {"x": torch.zeros(2)}, {"made": "here"}).name
+        'a.safetensors'
     """
     part = _beside(path)
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata
+        )
         return _replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -48,10 +50,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, for a checksum.
 
-    Examples
-    --------
-    >>> as_bytes(torch.ones(2, dtype=torch.int16)).tolist()
-    [1, 0, 1, 0]
+    Example:
+        >>> as_bytes(torch.ones(2, dtype=torch.int16)).tolist()
+        [1, 0, 1, 0]
     """
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 

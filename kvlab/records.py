@@ -1,15 +1,17 @@
 """Records and prompts from files.
 
-Question/answer records, for `kvlab.knowledge`, are JSON lines, or the YAML of the chatterbot corpus (gunthercox,
-https://github.com/gunthercox/chatterbot-corpus, BSD-3-Clause): `categories: [...]` and
-`conversations: [[text, reply, reply, ...], ...]`. Each reply counts as an answer to the first text, and the first
-category is the domain.
+Question/answer records, for `kvlab.knowledge`, are JSON lines, or the YAML of the chatterbot corpus
+(gunthercox, https://github.com/gunthercox/chatterbot-corpus, BSD-3-Clause): `categories: [...]` and
+`conversations: [[text, reply, reply, ...], ...]`. Each reply counts as an answer to the first text,
+and the first category is the domain.
 
-A `Record` holds a context to read, a question about it and its answers. SQuAD, QuALITY, Self-Instruct, P3 and
-LongAlpaca are read into such records, from the files that their authors published or from the Hugging Face hub's rows.
+A `Record` holds a context to read, a question about it and its answers. SQuAD, QuALITY,
+Self-Instruct, P3 and LongAlpaca are read into such records, from the files that their authors
+published or from the Hugging Face hub's rows.
 
-So are problems that need no context or hold one: GSM8K, SVAMP, Math23K, MATH, StrategyQA, ARC, HotpotQA, BBH, GPQA,
-TruthfulQA, CMMLU and C-Eval. `extract_answer` finds what a generated text answers, `same_answer` compares two answers.
+So are problems that need no context or hold one: GSM8K, SVAMP, Math23K, MATH, StrategyQA, ARC,
+HotpotQA, BBH, GPQA, TruthfulQA, CMMLU and C-Eval. `extract_answer` finds what a generated text
+answers, `same_answer` compares two answers.
 """
 
 import csv
@@ -36,36 +38,44 @@ LINE = '{"question": "A question?", "answer": "An answer."}'
 def faq(path: str | Path) -> list[dict[str, str]]:
     """Read the records of a file, or of all files of a folder (sorted by name).
 
-    Parameters
-    ----------
-    path : a `.jsonl` file (in each line "question" and, if there are any, "answer", "domain" and "id"; other fields are
-        ignored), a `.yml` or `.yaml` file of the chatterbot corpus, or a folder of such files.
+    Args:
+        path: a `.jsonl` file (in each line "question" and, if there are any, "answer", "domain" and
+            "id"; other fields are ignored), a `.yml` or `.yaml` file of the chatterbot corpus, or a
+            folder of such files.
 
-    Returns
-    -------
-    One mapping a pair, with those of the four fields that the file gives; pairs that occur twice are there twice.
+    Returns:
+        One mapping a pair, with those of the four fields that the file gives; pairs that occur
+        twice are there twice.
 
-    Raises
-    ------
-    ValueError : there is no such file, or one has another form; the message names file, line or entry, and field. A
-        conversation of one text has no answer: it is left out, with a warning.
+    Raises:
+        ValueError: there is no such file, or one has another form; the message names file, line or
+            entry, and field. A conversation of one text has no answer: it is left out, with a
+            warning.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> text = {"categories": ["bingo"], "conversations": [["Two little ducks?", "22", "quack"]]}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = (Path(folder) / "bingo.yml").write_text(yaml.safe_dump(text))
-    ...     for record in faq(folder):
-    ...         record
-    {'question': 'Two little ducks?', 'answer': '22', 'domain': 'bingo'}
-    {'question': 'Two little ducks?', 'answer': 'quack', 'domain': 'bingo'}
+    Example:
+        >>> import tempfile
+        >>> text = {"categories": ["bingo"], "conversations": [["Two little ducks?", "22", "quack"]]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "bingo.yml").write_text(yaml.safe_dump(text))
+        ...     for record in faq(folder):
+        ...         record
+        {'question': 'Two little ducks?', 'answer': '22', 'domain': 'bingo'}
+        {'question': 'Two little ducks?', 'answer': 'quack', 'domain': 'bingo'}
     """
     path, endings = Path(path), ", ".join(READERS)
-    files = sorted(file for file in path.iterdir() if file.suffix in READERS) if path.is_dir() else [path]
-    _require(path.exists(), f"There is no file or folder {path}: give one that holds records ({endings}).")
+    files = (
+        sorted(file for file in path.iterdir() if file.suffix in READERS)
+        if path.is_dir()
+        else [path]
+    )
+    _require(
+        path.exists(),
+        f"There is no file or folder {path}: give one that holds records ({endings}).",
+    )
     _require(files, f"The folder {path} has no file that ends in {endings}: give one that does.")
-    _require(files[0].suffix in READERS, f"{path} ends in {path.suffix!r}, expected one of {endings}.")
+    _require(
+        files[0].suffix in READERS, f"{path} ends in {path.suffix!r}, expected one of {endings}."
+    )
     records = []
     for file in files:
         records += READERS[file.suffix](file)
@@ -79,14 +89,18 @@ def _require(condition: object, sentence: str) -> None:
 
 def _json_lines(path: Path, example: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     like = example and f" like {example}"
-    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: a JSON text may hold U+2028
+    for number, line in enumerate(
+        _text(path).split("\n"), 1
+    ):  # not splitlines: a JSON text may hold U+2028
         if line.strip():
             try:
                 given = json.loads(line)
             except ValueError:
                 given = None
             place = f"{path}, line {number}"
-            _require(isinstance(given, dict), f"{place} is {line[:60]!r}, expected a JSON object{like}.")
+            _require(
+                isinstance(given, dict), f"{place} is {line[:60]!r}, expected a JSON object{like}."
+            )
             yield place, given
 
 
@@ -96,7 +110,9 @@ def _pairs(path: Path) -> list[dict[str, str]]:
 
 def _pair(place: str, given: dict[str, Any]) -> dict[str, str]:
     record = {field: given[field] for field in FIELDS if given.get(field) is not None}
-    _require("question" in record, f"{place} has no 'question', expected a JSON object like {LINE}.")
+    _require(
+        "question" in record, f"{place} has no 'question', expected a JSON object like {LINE}."
+    )
     for field, value in record.items():
         _require_text(f"{place}, has {field!r} =", value)
     return record
@@ -104,32 +120,47 @@ def _pair(place: str, given: dict[str, Any]) -> dict[str, str]:
 
 def _chatterbot(path: Path) -> list[dict[str, str]]:
     try:
-        given = yaml.load(_text(path), yaml.BaseLoader)  # safe, and all scalars stay text: 22, yes, 1990-01-02
+        given = yaml.load(
+            _text(path), yaml.BaseLoader
+        )  # safe, and all scalars stay text: 22, yes, 1990-01-02
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())}): mend it there.") from error
+        raise ValueError(
+            f"{path} is no YAML ({' '.join(str(error).split())}): mend it there."
+        ) from error
     shape = "expected a mapping with the lists 'categories' and 'conversations'"
     _require(isinstance(given, dict), f"{path} holds {str(given)[:60]!r}, {shape}.")
     for field in ("categories", "conversations"):
         value = given.get(field)
-        _require(isinstance(value, list) and value, f"{path} has {field!r} = {str(value)[:60]!r}, {shape}.")
+        _require(
+            isinstance(value, list) and value,
+            f"{path} has {field!r} = {str(value)[:60]!r}, {shape}.",
+        )
     _require_text(f"{path}, has 'categories' beginning with", given["categories"][0])
     records = []
     for number, conversation in enumerate(given["conversations"], 1):
         texts = [conversation] if isinstance(conversation, str) else conversation
         place = f"{path}, entry {number} of 'conversations',"
-        _require(isinstance(texts, list) and texts, f"{place} is {str(texts)[:60]!r}, expected a list of texts.")
+        _require(
+            isinstance(texts, list) and texts,
+            f"{place} is {str(texts)[:60]!r}, expected a list of texts.",
+        )
         for text in texts:
             _require_text(f"{place} has a text that is", text)
         question, *answers = texts
         if not answers:
             warnings.warn(f"{place} is left out: {question[:80]!r} has no answer.", stacklevel=3)
-        records += [{"question": question, "answer": text, "domain": given["categories"][0]} for text in answers]
+        records += [
+            {"question": question, "answer": text, "domain": given["categories"][0]}
+            for text in answers
+        ]
     return records
 
 
 def _require_text(place: str, value: object) -> None:
     fine = isinstance(value, str) and value.strip()
-    _require(fine, f"{place} {value!r}, expected a text (in quotes, if it holds a colon or the like).")
+    _require(
+        fine, f"{place} {value!r}, expected a text (in quotes, if it holds a colon or the like)."
+    )
 
 
 def _text(path: Path) -> str:
@@ -142,15 +173,18 @@ def _text(path: Path) -> str:
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a file: one a line, or, if it begins with "{", the first of "turns" in each line (as Spec-Bench has).
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-    ...     print('{"turns": ["Hello.", "Go on."]}', file=file, flush=True)
-    ...     read_prompts(Path(file.name))
-    ['Hello.']
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        ...     print('{"turns": ["Hello.", "Go on."]}', file=file, flush=True)
+        ...     read_prompts(Path(file.name))
+        ['Hello.']
     """
-    lines = [(n, line.strip()) for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+    lines = [
+        (n, line.strip())
+        for n, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        if line.strip()
+    ]
     if not lines:
         raise ValueError(f"{path} is empty, expected one prompt a line.")
     if not lines[0][1].startswith("{"):
@@ -174,7 +208,13 @@ READERS = {".jsonl": _pairs, ".yml": _chatterbot, ".yaml": _chatterbot}
 # -- a context to read, a question, its answers
 
 Source = str | Path | Iterable[Mapping[str, Any]]
-KINDS = {str: "a text", int: "a whole number", list: "a list", bool: "true or false", Mapping: "a mapping"}
+KINDS = {
+    str: "a text",
+    int: "a whole number",
+    list: "a list",
+    bool: "true or false",
+    Mapping: "a mapping",
+}
 KINDS |= {str | int | float: "a number"}
 Adapt = Callable[[str, Mapping[str, Any]], Iterator["Record"]]
 
@@ -183,18 +223,17 @@ Adapt = Callable[[str, Mapping[str, Any]], Iterator["Record"]]
 class Record:
     """A question about a context: what KV-Distill (arXiv 2503.10337) compresses, what it keeps, what it has to say.
 
-    Parameters
-    ----------
-    context : the text to read; a method may compress it. Most problems have none.
-    question : the text that comes after it, never compressed.
-    answers : one or more accepted texts, each once; of a multiple choice, the right option alone.
-    choices : the options of a multiple choice, else none.
-    reasoning : what leads to the answer, where the data set says it.
+    Args:
+        context: the text to read; a method may compress it. Most problems have none.
+        question: the text that comes after it, never compressed.
+        answers: one or more accepted texts, each once; of a multiple choice, the right option
+            alone.
+        choices: the options of a multiple choice, else none.
+        reasoning: what leads to the answer, where the data set says it.
 
-    Examples
-    --------
-    >>> Record("Anna lives in Rome.", "Where does Anna live?", ("Rome", "in Rome")).answer
-    'Rome'
+    Example:
+        >>> Record("Anna lives in Rome.", "Where does Anna live?", ("Rome", "in Rome")).answer
+        'Rome'
     """
 
     context: str
@@ -211,7 +250,9 @@ class Record:
     @property
     def letter(self) -> str:
         """The letter of the right choice: A is the first."""
-        _require(self.choices, f"{self.question[:60]!r} has no choices, so no letter: use its answer.")
+        _require(
+            self.choices, f"{self.question[:60]!r} has no choices, so no letter: use its answer."
+        )
         return _letter(self.choices.index(self.answer))
 
 
@@ -222,32 +263,37 @@ def _letter(number: int) -> str:
 def read_records(kind: str, source: str | Path, split: str = "train") -> list[Record]:
     """Records of a file or, if there is no such file, of a data set of the Hugging Face hub.
 
-    Parameters
-    ----------
-    kind : one of `RECORDS`, such as "squad" or "gsm8k".
-    source : a file as the data set's authors published it, or a name on the hub, with the configuration behind a colon
-        if there are several: "rajpurkar/squad", "emozilla/quality", "bigscience/P3:adversarial_qa_dbert_based_on".
-    split : which part of the hub's data set; a file is read whole.
+    Args:
+        kind: one of `RECORDS`, such as "squad" or "gsm8k".
+        source: a file as the data set's authors published it, or a name on the hub, with the
+            configuration behind a colon if there are several: "rajpurkar/squad",
+            "emozilla/quality", "bigscience/P3:adversarial_qa_dbert_based_on".
+        split: which part of the hub's data set; a file is read whole.
 
-    Raises
-    ------
-    ValueError : the kind is unknown, there is neither file nor data set, or a row has another form.
+    Raises:
+        ValueError: the kind is unknown, there is neither file nor data set, or a row has another
+            form.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> row = {"context": "Anna lives in Rome.", "question": "Where?", "answers": {"text": ["Rome"]}}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder) / "rows.jsonl"
-    ...     _ = path.write_text(json.dumps(row))
-    ...     read_records("squad", path)
-    [Record(context='Anna lives in Rome.', question='Where?', answers=('Rome',), choices=(), reasoning='')]
+    Example:
+        >>> import tempfile
+        >>> row = {"context": "Anna lives in Rome.", "question": "Where?", "answers": {"text": ["Rome"]}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "rows.jsonl"
+        ...     _ = path.write_text(json.dumps(row))
+        ...     read_records("squad", path)
+        [Record(context='Anna lives in Rome.', question='Where?', answers=('Rome',), choices=(), reasoning='')]
     """
-    _require(kind in RECORDS, f"There are no records of kind {kind!r}: expected one of {', '.join(RECORDS)}.")
+    _require(
+        kind in RECORDS,
+        f"There are no records of kind {kind!r}: expected one of {', '.join(RECORDS)}.",
+    )
     if Path(source).is_file():
         return RECORDS[kind](source)
     file = "give a file as the data set's authors published it"
-    _require(Path(source).suffix not in (".json", ".jsonl", ".csv"), f"There is no file {source}: {file}.")
+    _require(
+        Path(source).suffix not in (".json", ".jsonl", ".csv"),
+        f"There is no file {source}: {file}.",
+    )
     import datasets  # here, because it takes seconds
 
     try:
@@ -262,25 +308,24 @@ def read_records(kind: str, source: str | Path, split: str = "train") -> list[Re
 def squad(source: Source, name: str = "the list") -> list[Record]:
     """SQuAD, v1.1 and v2 (arXiv 1606.05250, 1806.03822, https://rajpurkar.github.io/SQuAD-explorer): a span answers.
 
-    Parameters
-    ----------
-    source : a `.json` file (`data[].paragraphs[]` with "context" and `qas[]` of "question" and `answers[]` of "text"),
-        or rows as the hub has them ("context", "question", "answers" with a list "text").
-    name : what messages call rows that come from no file.
+    Args:
+        source: a `.json` file (`data[].paragraphs[]` with "context" and `qas[]` of "question" and
+            `answers[]` of "text"), or rows as the hub has them ("context", "question", "answers"
+            with a list "text").
+        name: what messages call rows that come from no file.
 
-    Returns
-    -------
-    One record a question, texts as written. Questions of v2 that nothing answers are left out; a warning counts them.
+    Returns:
+        One record a question, texts as written. Questions of v2 that nothing answers are left out;
+        a warning counts them.
 
-    Raises
-    ------
-    ValueError : something has another form; the message names the file, article, paragraph, question and field.
+    Raises:
+        ValueError: something has another form; the message names the file, article, paragraph,
+            question and field.
 
-    Examples
-    --------
-    >>> answers = {"text": ["Rome", "Rome"], "answer_start": [14, 14]}
-    >>> squad([{"context": "Anna lives in Rome.", "question": "Where?", "answers": answers}])[0].answers
-    ('Rome',)
+    Example:
+        >>> answers = {"text": ["Rome", "Rome"], "answer_start": [14, 14]}
+        >>> squad([{"context": "Anna lives in Rome.", "question": "Where?", "answers": answers}])[0].answers
+        ('Rome',)
     """
     return _read(source, name, _squad)
 
@@ -290,35 +335,40 @@ def _squad(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     for at, paragraph in [(place, row)] if flat else _each(place, row, "paragraphs", "paragraph"):
         context = _field(at, paragraph, "context")
         for there, asked in [(place, row)] if flat else _each(at, paragraph, "qas", "question"):
-            texts = [_field(where, answer, "text") for where, answer in _each(there, asked, "answers", "answer")]
-            yield Record(context, _field(there, asked, "question"), tuple(dict.fromkeys(filter(str.strip, texts))))
+            texts = [
+                _field(where, answer, "text")
+                for where, answer in _each(there, asked, "answers", "answer")
+            ]
+            yield Record(
+                context,
+                _field(there, asked, "question"),
+                tuple(dict.fromkeys(filter(str.strip, texts))),
+            )
 
 
 def quality(source: Source, name: str = "the list") -> list[Record]:
     r"""QuALITY (arXiv 2112.08608, https://github.com/nyu-mll/quality): four options about an article of 5000 words.
 
-    Parameters
-    ----------
-    source : a file of JSON lines ("article" and `questions[]` of "question", four "options", "gold_label" or else
-        "writer_label", both counted from 1), or rows as emozilla/quality on the hub has them ("article", "question",
-        "options", "answer", counted from 0). The test split has no labels.
-    name : as for `squad`.
+    Args:
+        source: a file of JSON lines ("article" and `questions[]` of "question", four "options",
+            "gold_label" or else "writer_label", both counted from 1), or rows as emozilla/quality
+            on the hub has them ("article", "question", "options", "answer", counted from 0). The
+            test split has no labels.
+        name: as for `squad`.
 
-    Returns
-    -------
-    One record a question, its options in `choices`. The HTML of the files that are not called htmlstripped becomes
-    plain text, paragraphs a blank line apart.
+    Returns:
+        One record a question, its options in `choices`. The HTML of the files that are not called
+        htmlstripped becomes plain text, paragraphs a blank line apart.
 
-    Raises
-    ------
-    ValueError : something has another form; the message names the file, line, question and field.
+    Raises:
+        ValueError: something has another form; the message names the file, line, question and
+            field.
 
-    Examples
-    --------
-    >>> asked = {"question": "Who waits?", "options": ["Ann", "Ben", "Cy", "Di"], "gold_label": 1, "writer_label": 2}
-    >>> record = quality([{"article": "<p>Ann &amp; Ben</p><p>wait.</p>", "questions": [asked]}])[0]
-    >>> record.context, record.answer, record.choices
-    ('Ann & Ben\n\nwait.', 'Ann', ('Ann', 'Ben', 'Cy', 'Di'))
+    Example:
+        >>> asked = {"question": "Who waits?", "options": ["Ann", "Ben", "Cy", "Di"], "gold_label": 1, "writer_label": 2}
+        >>> record = quality([{"article": "<p>Ann &amp; Ben</p><p>wait.</p>", "questions": [asked]}])[0]
+        >>> record.context, record.answer, record.choices
+        ('Ann & Ben\n\nwait.', 'Ann', ('Ann', 'Ben', 'Cy', 'Di'))
     """
     return _read(source, name, _quality)
 
@@ -328,17 +378,26 @@ def _quality(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     flat = "question" in row
     for at, asked in [(place, row)] if flat else _each(place, row, "questions", "question"):
         options = _field(at, asked, "options", list)
-        fine = len(options) == 4 and all(isinstance(option, str) and option.strip() for option in options)
+        fine = len(options) == 4 and all(
+            isinstance(option, str) and option.strip() for option in options
+        )
         _require(fine, f"{at} has 'options' = {str(options)[:60]!r}, expected four texts.")
-        yield Record(article, _field(at, asked, "question"), (options[_right(at, asked)],), tuple(options))
+        yield Record(
+            article, _field(at, asked, "question"), (options[_right(at, asked)],), tuple(options)
+        )
 
 
 def _right(place: str, asked: Mapping[str, Any]) -> int:
     """The index of the right option: "answer" counts from 0, the labels of the files count from 1."""
-    given = [field for field in ("answer", "gold_label", "writer_label") if asked.get(field) is not None]
+    given = [
+        field for field in ("answer", "gold_label", "writer_label") if asked.get(field) is not None
+    ]
     field = given[0] if given else "gold_label"
     label, first = _field(place, asked, field, int), 0 if field == "answer" else 1
-    _require(first <= label < first + 4, f"{place} has {field!r} = {label}, expected {first} to {first + 3}.")
+    _require(
+        first <= label < first + 4,
+        f"{place} has {field!r} = {label}, expected {first} to {first + 3}.",
+    )
     return label - first
 
 
@@ -356,25 +415,22 @@ def _plain(article: str) -> str:
 def self_instruct(source: Source, name: str = "the list") -> list[Record]:
     """Self-Instruct (arXiv 2212.10560, https://github.com/yizhongw/self-instruct): the input is read, the rest asked.
 
-    Parameters
-    ----------
-    source : a file of JSON lines such as seed_tasks.jsonl or user_oriented_instructions.jsonl ("instruction" and
-        `instances[]` of "input" and "output"), or rows as the hub has them.
-    name : as for `squad`.
+    Args:
+        source: a file of JSON lines such as seed_tasks.jsonl or user_oriented_instructions.jsonl
+            ("instruction" and `instances[]` of "input" and "output"), or rows as the hub has them.
+        name: as for `squad`.
 
-    Returns
-    -------
-    One record an instance: the input is the context, the instruction the question. An instance without input has
-    nothing to compress: it is left out, and a warning counts such.
+    Returns:
+        One record an instance: the input is the context, the instruction the question. An instance
+        without input has nothing to compress: it is left out, and a warning counts such.
 
-    Raises
-    ------
-    ValueError : something has another form; the message names the file, line, instance and field.
+    Raises:
+        ValueError: something has another form; the message names the file, line, instance and
+            field.
 
-    Examples
-    --------
-    >>> self_instruct([{"instruction": "Name the color.", "instances": [{"input": "A red box.", "output": "red"}]}])
-    [Record(context='A red box.', question='Name the color.', answers=('red',), choices=(), reasoning='')]
+    Example:
+        >>> self_instruct([{"instruction": "Name the color.", "instances": [{"input": "A red box.", "output": "red"}]}])
+        [Record(context='A red box.', question='Name the color.', answers=('red',), choices=(), reasoning='')]
     """
     return _read(source, name, _self_instruct)
 
@@ -388,31 +444,30 @@ def _self_instruct(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
 def p3(source: Source, name: str = "the list") -> list[Record]:
     r"""P3 (arXiv 2110.08207, https://huggingface.co/datasets/bigscience/P3): the passage is read, the rest asked.
 
-    A prompt is parted at blank lines and before labels such as "Question:" or, if there are none, at lines. If it names
-    a passage (or text, context, article ...), its longest part is the context, and all that stands around it, in its
-    order, is the question. Of a passage of several paragraphs only the longest is the context.
+    A prompt is parted at blank lines and before labels such as "Question:" or, if there are none,
+    at lines. If it names a passage (or text, context, article ...), its longest part is the
+    context, and all that stands around it, in its order, is the question. Of a passage of several
+    paragraphs only the longest is the context.
 
-    Parameters
-    ----------
-    source : a file of JSON lines or rows, with "prompt" and "completion" as Self-Instruct published some of P3, or with
-        "inputs_pretokenized", "targets_pretokenized" and, for some, "answer_choices" and "is_correct" as the hub does.
-    name : as for `squad`.
+    Args:
+        source: a file of JSON lines or rows, with "prompt" and "completion" as Self-Instruct
+            published some of P3, or with "inputs_pretokenized", "targets_pretokenized" and, for
+            some, "answer_choices" and "is_correct" as the hub does.
+        name: as for `squad`.
 
-    Returns
-    -------
-    One record a prompt; the answer is without the mark <|endoftext|> and outer white space. Prompts without a passage
-    are left out, and a warning counts them; targets that "is_correct" calls wrong are left out as well.
+    Returns:
+        One record a prompt; the answer is without the mark <|endoftext|> and outer white space.
+        Prompts without a passage are left out, and a warning counts them; targets that "is_correct"
+        calls wrong are left out as well.
 
-    Raises
-    ------
-    ValueError : something has another form; the message names the file, line and field.
+    Raises:
+        ValueError: something has another form; the message names the file, line and field.
 
-    Examples
-    --------
-    >>> prompt = "Question: Who waits?\nContext: Anna waits for Ben.\nAnswer:"
-    >>> record = p3([{"prompt": prompt, "completion": "Anna<|endoftext|>"}])[0]
-    >>> record.context, record.question, record.answer
-    ('Context: Anna waits for Ben.', 'Question: Who waits?\nAnswer:', 'Anna')
+    Example:
+        >>> prompt = "Question: Who waits?\nContext: Anna waits for Ben.\nAnswer:"
+        >>> record = p3([{"prompt": prompt, "completion": "Anna<|endoftext|>"}])[0]
+        >>> record.context, record.question, record.answer
+        ('Context: Anna waits for Ben.', 'Question: Who waits?\nAnswer:', 'Anna')
     """
     return _read(source, name, _p3)
 
@@ -439,35 +494,36 @@ def _passage(prompt: str) -> tuple[str, str]:
     parts = re.split(border, prompt.strip())
     longest = max(range(0, len(parts), 2), key=lambda i: len(parts[i]))
     context, question = parts[longest], "".join(parts[:longest] + parts[longest + 2 :]).strip()
-    named = re.search(rf"(?i)\b(?:{PASSAGE})\b", question) or re.match(rf"(?i)(?:{PASSAGE})\s*:", context)
+    named = re.search(rf"(?i)\b(?:{PASSAGE})\b", question) or re.match(
+        rf"(?i)(?:{PASSAGE})\s*:", context
+    )
     return (context.strip(), question) if named else ("", prompt)
 
 
 def long_alpaca(source: Source, name: str = "the list") -> list[Record]:
     r"""LongAlpaca (arXiv 2309.12307, https://huggingface.co/datasets/Yukang/LongAlpaca-12k): questions on papers.
 
-    An instruction with an input asks about that input. Any other is cut in two behind the last "Now the paper ends."
-    ("Now the material ends.", "Now the second paper ends."), else before its last paragraph: context, then question.
+    An instruction with an input asks about that input. Any other is cut in two behind the last "Now
+    the paper ends." ("Now the material ends.", "Now the second paper ends."), else before its last
+    paragraph: context, then question.
 
-    Parameters
-    ----------
-    source : a `.json` file (a list of "instruction", "output" and, for some, "input"), or rows as the hub has them.
-    name : as for `squad`.
+    Args:
+        source: a `.json` file (a list of "instruction", "output" and, for some, "input"), or rows
+            as the hub has them.
+        name: as for `squad`.
 
-    Returns
-    -------
-    One record a row. Rows of one paragraph have no context: they are left out, and a warning counts them.
+    Returns:
+        One record a row. Rows of one paragraph have no context: they are left out, and a warning
+        counts them.
 
-    Raises
-    ------
-    ValueError : something has another form; the message names the file, row and field.
+    Raises:
+        ValueError: something has another form; the message names the file, row and field.
 
-    Examples
-    --------
-    >>> text = "Below is a paper.\n The paper begins. \n Cats purr. \n Now the paper ends. \nWhat do cats do?"
-    >>> record = long_alpaca([{"instruction": text, "output": "They purr."}])[0]
-    >>> record.context[-32:], record.question
-    ('Cats purr. \n Now the paper ends.', 'What do cats do?')
+    Example:
+        >>> text = "Below is a paper.\n The paper begins. \n Cats purr. \n Now the paper ends. \nWhat do cats do?"
+        >>> record = long_alpaca([{"instruction": text, "output": "They purr."}])[0]
+        >>> record.context[-32:], record.question
+        ('Cats purr. \n Now the paper ends.', 'What do cats do?')
     """
     return _read(source, name, _long_alpaca)
 
@@ -477,13 +533,21 @@ def _long_alpaca(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     if row.get("input"):
         yield Record(_field(place, row, "input"), text, (output,))
         return
-    ends = [found.end() for found in re.finditer(r"(?i)\bnow the (?:\w+ )?(?:paper|material|guideline) ends\.", text)]
+    ends = [
+        found.end()
+        for found in re.finditer(
+            r"(?i)\bnow the (?:\w+ )?(?:paper|material|guideline) ends\.", text
+        )
+    ]
     cut = ends[-1] if ends else max(text.rfind("\n\n"), 0)
     yield Record(text[:cut].strip(), text[cut:].strip(), (output,))
 
 
 def _read(
-    source: Source, name: str, adapt: Adapt, needs: tuple[str, ...] = ("context", "question", "answer")
+    source: Source,
+    name: str,
+    adapt: Adapt,
+    needs: tuple[str, ...] = ("context", "question", "answer"),
 ) -> list[Record]:
     """All records of a source, but for those that lack one of the texts they need: a warning counts these."""
     given = [record for place, row in _rows(source, name) for record in adapt(place, row)]
@@ -492,14 +556,23 @@ def _read(
         counts = Counter(filter(None, lacks))
         told = ", ".join(f"{count} without {field}" for field, count in counts.items())
         place = source if isinstance(source, str | Path) else name
-        outside = next(n for n, frame in enumerate(inspect.stack(0), 1) if frame.filename != __file__)
-        warnings.warn(f"{place}: {counts.total()} of {len(given)} records are left out: {told}.", stacklevel=outside)
+        outside = next(
+            n for n, frame in enumerate(inspect.stack(0), 1) if frame.filename != __file__
+        )
+        warnings.warn(
+            f"{place}: {counts.total()} of {len(given)} records are left out: {told}.",
+            stacklevel=outside,
+        )
     return [record for record, lack in zip(given, lacks, strict=True) if not lack]
 
 
 def _lack(record: Record, needs: tuple[str, ...]) -> str:
     """The first of the texts that is not there, or nothing."""
-    texts = {"context": record.context, "question": record.question, "answer": "".join(record.answers)}
+    texts = {
+        "context": record.context,
+        "question": record.question,
+        "answer": "".join(record.answers),
+    }
     return next((field for field in needs if not texts[field].strip()), "")
 
 
@@ -507,7 +580,9 @@ def _rows(source: Source, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not isinstance(source, str | Path):
         return _numbered(name, "row", source)
     path = Path(source)
-    _require(path.is_file(), f"There is no file {path}: give one as the data set's authors published it.")
+    _require(
+        path.is_file(), f"There is no file {path}: give one as the data set's authors published it."
+    )
     if path.suffix == ".csv":
         return _numbered(str(path), "row", csv.DictReader(io.StringIO(_text(path), newline="")))
     if path.suffix != ".json":
@@ -518,28 +593,46 @@ def _rows(source: Source, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         given = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}): mend it or, if each line is JSON, call it .jsonl.") from error
+        raise ValueError(
+            f"{path} is no JSON ({error}): mend it or, if each line is JSON, call it .jsonl."
+        ) from error
     word, rows = "row", given
     if isinstance(given, dict):
-        word, rows = ("example", given["examples"]) if "examples" in given else ("article", given.get("data"))
+        word, rows = (
+            ("example", given["examples"])
+            if "examples" in given
+            else ("article", given.get("data"))
+        )
     shape = "expected a list of rows, or a mapping with such a list in 'data' or 'examples'"
     _require(isinstance(rows, list), f"{path} holds {str(given)[:60]!r}, {shape}.")
     return _numbered(str(path), word, rows)
 
 
-def _each(place: str, row: Mapping[str, Any], field: str, word: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _each(
+    place: str, row: Mapping[str, Any], field: str, word: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The mappings of a list field, each with its place; the hub has a mapping of lists instead of such a list."""
     value = row.get(field)
     columns = list(value.values()) if isinstance(value, Mapping) else []
-    if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
-        row = {**row, field: [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]}
+    if (
+        all(isinstance(column, list) for column in columns)
+        and len({len(column) for column in columns}) == 1
+    ):
+        row = {
+            **row,
+            field: [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)],
+        }
     return _numbered(place, word, _field(place, row, field, list))
 
 
-def _numbered(place: str, word: str, rows: Iterable[Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _numbered(
+    place: str, word: str, rows: Iterable[Any]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, row in enumerate(rows, 1):
         at = f"{place}, {word} {number}"
-        _require(isinstance(row, Mapping), f"{at} is {str(row)[:60]!r}, expected a mapping of fields.")
+        _require(
+            isinstance(row, Mapping), f"{at} is {str(row)[:60]!r}, expected a mapping of fields."
+        )
         yield at, row
 
 
@@ -559,7 +652,11 @@ def _problems(adapt: Adapt) -> Callable[..., list[Record]]:
     def read(source: Source, name: str = "the list") -> list[Record]:
         return _read(source, name, adapt, needs=("question", "answer"))
 
-    read.__name__, read.__qualname__, read.__doc__ = adapt.__name__, adapt.__qualname__, adapt.__doc__
+    read.__name__, read.__qualname__, read.__doc__ = (
+        adapt.__name__,
+        adapt.__qualname__,
+        adapt.__doc__,
+    )
     return read
 
 
@@ -574,9 +671,17 @@ def gsm8k(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     ('It is 2+3 = 5.', '5')
     """
     reasoning, mark, answer = _field(place, row, "answer").rpartition("####")
-    _require(mark, f"{place} has 'answer' = {answer[:60]!r}, expected a solution with #### before its number.")
+    _require(
+        mark,
+        f"{place} has 'answer' = {answer[:60]!r}, expected a solution with #### before its number.",
+    )
     reasoning = re.sub(r"<<.*?>>", "", reasoning).strip()
-    yield Record("", _field(place, row, "question"), (_numeral(place, "answer", answer),), reasoning=reasoning)
+    yield Record(
+        "",
+        _field(place, row, "question"),
+        (_numeral(place, "answer", answer),),
+        reasoning=reasoning,
+    )
 
 
 @_problems
@@ -588,7 +693,9 @@ def svamp(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     """
     question = f"{_field(place, row, 'Body').strip()} {_field(place, row, 'Question').strip()}"
     answer = str(_field(place, row, "Answer", str | int | float)).removesuffix(".0")
-    yield Record("", question, (_numeral(place, "Answer", answer),), reasoning=_field(place, row, "Equation"))
+    yield Record(
+        "", question, (_numeral(place, "Answer", answer),), reasoning=_field(place, row, "Equation")
+    )
 
 
 @_problems
@@ -600,7 +707,9 @@ def math23k(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     '1/2'
     """
     answer = _numeral(place, "ans", _field(place, row, "ans"))  # codespell:ignore ans
-    yield Record("", _field(place, row, "original_text"), (answer,), reasoning=_field(place, row, "equation"))
+    yield Record(
+        "", _field(place, row, "original_text"), (answer,), reasoning=_field(place, row, "equation")
+    )
 
 
 @_problems
@@ -612,7 +721,9 @@ def math(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     """
     solution = _field(place, row, "solution")
     answer = _boxed(solution)
-    _require(answer, f"{place} has 'solution' = {solution[:60]!r}, expected an answer in \\boxed{{}}.")
+    _require(
+        answer, f"{place} has 'solution' = {solution[:60]!r}, expected an answer in \\boxed{{}}."
+    )
     yield Record("", _field(place, row, "problem"), (answer,), reasoning=solution)
 
 
@@ -639,13 +750,18 @@ def hotpotqa(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     """
     if isinstance(row.get("context"), list):  # the original file has pairs
         keys = ("title", "sentences")
-        pairs = [dict(zip(keys, pair, strict=False)) if isinstance(pair, list) else pair for pair in row["context"]]
+        pairs = [
+            dict(zip(keys, pair, strict=False)) if isinstance(pair, list) else pair
+            for pair in row["context"]
+        ]
         row = {**row, "context": pairs}
     paragraphs = [
         f"{_field(at, paragraph, 'title')}\n{''.join(_texts(at, paragraph, 'sentences')).strip()}"
         for at, paragraph in _each(place, row, "context", "paragraph")
     ]
-    yield Record("\n\n".join(paragraphs), _field(place, row, "question"), (_field(place, row, "answer"),))
+    yield Record(
+        "\n\n".join(paragraphs), _field(place, row, "question"), (_field(place, row, "answer"),)
+    )
 
 
 @_problems
@@ -666,10 +782,14 @@ def arc(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     >>> arc([{"question": "What is hot?", "choices": options, "answerKey": "2"}])[0].answer
     'sun'
     """
-    stem = row["question"] if isinstance(row.get("question"), Mapping) else {}  # in the original file, with choices
+    stem = (
+        row["question"] if isinstance(row.get("question"), Mapping) else {}
+    )  # in the original file, with choices
     question = _field(place, stem or row, "stem" if stem else "question")
     options = list(_each(place, stem or row, "choices", "choice"))
-    choices, labels = ([_field(at, option, field) for at, option in options] for field in ("text", "label"))
+    choices, labels = (
+        [_field(at, option, field) for at, option in options] for field in ("text", "label")
+    )
     yield _labeled(place, row, question, choices, labels, "answerKey")
 
 
@@ -682,7 +802,10 @@ def gpqa(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
     ('Mud', 'Ice', 'Sun', 'Fog')
     """
     fields = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
-    yield _mixed(_field(place, row, "Question").strip(), [_field(place, row, field).strip() for field in fields])
+    yield _mixed(
+        _field(place, row, "Question").strip(),
+        [_field(place, row, field).strip() for field in fields],
+    )
 
 
 @_problems
@@ -697,9 +820,14 @@ def truthfulqa(place: str, row: Mapping[str, Any]) -> Iterator[Record]:
         targets = {"choices": list(targets), "labels": list(targets.values())}
     choices, labels = _texts(place, targets, "choices"), _field(place, targets, "labels", list)
     fine = len(labels) == len(choices) and labels.count(1) == 1
-    _require(fine, f"{place} has 'labels' = {str(labels)[:60]!r}, expected one for each choice, and a single 1.")
+    _require(
+        fine,
+        f"{place} has 'labels' = {str(labels)[:60]!r}, expected one for each choice, and a single 1.",
+    )
     right = labels.index(1)
-    yield _mixed(_field(place, row, "question"), [choices[right], *choices[:right], *choices[right + 1 :]])
+    yield _mixed(
+        _field(place, row, "question"), [choices[right], *choices[:right], *choices[right + 1 :]]
+    )
 
 
 @_problems
@@ -727,9 +855,13 @@ def _four(place: str, row: Mapping[str, Any], question: str, answer: str) -> Rec
     return _labeled(place, row, _field(place, row, question), choices, list("ABCD"), answer)
 
 
-def _labeled(place: str, row: Mapping, question: str, choices: list[str], labels: list[str], field: str) -> Record:
+def _labeled(
+    place: str, row: Mapping, question: str, choices: list[str], labels: list[str], field: str
+) -> Record:
     label = _field(place, row, field).strip()
-    _require(label in labels, f"{place} has {field!r} = {label!r}, expected one of {', '.join(labels)}.")
+    _require(
+        label in labels, f"{place} has {field!r} = {label!r}, expected one of {', '.join(labels)}."
+    )
     return Record("", question, (choices[labels.index(label)],), tuple(choices))
 
 
@@ -778,27 +910,26 @@ def accepted(record: Record) -> tuple[str, ...]:
 def extract_answer(kind: str, text: str) -> str:
     r"""What a generated text answers, or nothing.
 
-    It is looked for in the last \boxed{}, then behind the last "answer is", "Answer:", "####" or "答案是", then in the
-    whole text.
+    It is looked for in the last \boxed{}, then behind the last "answer is", "Answer:", "####" or
+    "答案是", then in the whole text.
 
-    Parameters
-    ----------
-    kind : of the answer; `ANSWER_KINDS` has that of each data set.
-        "number": in a box or behind a mark the first one after the last "=", else the last one of the text; without
-        currency and thousands commas. As the GSM8K task of the lm-evaluation-harness has it, whose strict pattern reads
-        the number behind "####" and whose flexible one the last number.
-        "math": what is in the box, else the sentence behind the mark, else the last line.
-        "choice": the letter, A to M, also where it begins the text or is the last in parentheses; an article is none.
-        "yes_no": "yes" or "no", also for true and false.
-        "text": as "math", but the whole line behind the mark, as BBH's task has it, without the final period.
-    text : what a model said.
+    Args:
+        kind: of the answer; `ANSWER_KINDS` has that of each data set. "number": in a box or behind
+            a mark the first one after the last "=", else the last one of the text; without currency
+            and thousands commas. As the GSM8K task of the lm-evaluation-harness has it, whose
+            strict pattern reads the number behind "####" and whose flexible one the last number.
+            "math": what is in the box, else the sentence behind the mark, else the last line.
+            "choice": the letter, A to M, also where it begins the text or is the last in
+            parentheses; an article is none. "yes_no": "yes" or "no", also for true and false.
+            "text": as "math", but the whole line behind the mark, as BBH's task has it, without the
+            final period.
+        text: what a model said.
 
-    Examples
-    --------
-    >>> extract_answer("number", "They pay 2 * 600 = $1,200. #### 1,200"), extract_answer("choice", "So it is (B).")
-    ('1200', 'B')
-    >>> extract_answer("math", r"Thus $x = \boxed{\frac{1}{\sqrt{2}}}$."), extract_answer("yes_no", "The answer is no.")
-    ('\\frac{1}{\\sqrt{2}}', 'no')
+    Example:
+        >>> extract_answer("number", "They pay 2 * 600 = $1,200. #### 1,200"), extract_answer("choice", "So it is (B).")
+        ('1200', 'B')
+        >>> extract_answer("math", r"Thus $x = \boxed{\frac{1}{\sqrt{2}}}$."), extract_answer("yes_no", "The answer is no.")
+        ('\\frac{1}{\\sqrt{2}}', 'no')
     """
     return _extractor(kind)(text)
 
@@ -806,19 +937,19 @@ def extract_answer(kind: str, text: str) -> str:
 def same_answer(kind: str, one: str, two: str) -> bool:
     r"""Whether two extracted answers are the same; where there is none, there is no sameness.
 
-    Parameters
-    ----------
-    kind : as for `extract_answer`. Numbers are compared exactly: 0.5 is 1/2, 0.33 is not 1/3. As some data sets write
-        the sign and others only ask for percent, 50% is the same as 50 and as 0.5, which are not the same.
-        Mathematics is the same if its LaTeX is, but for spaces, delimiters, \left, \dfrac, \text, units, percent signs,
-        "x =" and the like, much as in is_equiv of the MATH paper (https://github.com/hendrycks/math), or if both are
-        the same number. Of other kinds case, outer parentheses, spaces and a final period do not count.
-    one, two : what `extract_answer` gives, or the answer (of a multiple choice, the letter) of a record.
+    Args:
+        kind: as for `extract_answer`. Numbers are compared exactly: 0.5 is 1/2, 0.33 is not 1/3. As
+            some data sets write the sign and others only ask for percent, 50% is the same as 50 and
+            as 0.5, which are not the same. Mathematics is the same if its LaTeX is, but for spaces,
+            delimiters, \left, \dfrac, \text, units, percent signs, "x =" and the like, much as in
+            is_equiv of the MATH paper (https://github.com/hendrycks/math), or if both are the same
+            number. Of other kinds case, outer parentheses, spaces and a final period do not count.
+        one, two: what `extract_answer` gives, or the answer (of a multiple choice, the letter) of a
+            record.
 
-    Examples
-    --------
-    >>> same_answer("number", "50%", "1/2"), same_answer("math", r"\dfrac12\text{ cm}", r"\frac{1}{2}")
-    (True, True)
+    Example:
+        >>> same_answer("number", "50%", "1/2"), same_answer("math", r"\dfrac12\text{ cm}", r"\frac{1}{2}")
+        (True, True)
     """
     extract = _extractor(kind)
     if extract is _number:
@@ -830,7 +961,10 @@ def same_answer(kind: str, one: str, two: str) -> bool:
 
 
 def _extractor(kind: str) -> Callable[[str], str]:
-    _require(kind in EXTRACTORS, f"There are no answers of kind {kind!r}: expected one of {', '.join(EXTRACTORS)}.")
+    _require(
+        kind in EXTRACTORS,
+        f"There are no answers of kind {kind!r}: expected one of {', '.join(EXTRACTORS)}.",
+    )
     return EXTRACTORS[kind]
 
 
@@ -846,7 +980,10 @@ CHOICES = (
 NUMBER = r"(?:(?<![A-Za-z\d)}])-)?(?:\d+\(\d+/0*[1-9]\d*\)|(?:\d+ )?\d+/0*[1-9]\d*|\d+(?:\.\d+)?|\.\d+)(?: ?%)?"
 WORD = r"(?<![A-Za-z])(yes|no|true|false)(?![A-Za-z])"
 LATEX = (
-    (r"(\\\\)|\\[ !,;:()\[\]]|\\(?:left|right)(?![A-Za-z])", r"\1"),  # \\ stays: it parts the rows of a matrix
+    (
+        r"(\\\\)|\\[ !,;:()\[\]]|\\(?:left|right)(?![A-Za-z])",
+        r"\1",
+    ),  # \\ stays: it parts the rows of a matrix
     (r"(?<!\d)\s+|\s+(?!\d)|\\?[$%]|\^\{?\\circ\}?|\.\s*$", ""),
     (r"\\[dt]frac", r"\\frac"),
     (r"(?<=[\d})])\\(?:text|textrm|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),
@@ -868,7 +1005,11 @@ def _number(text: str) -> str:
 
 def _digits(text: str) -> str:
     """A text whose numbers have no currency, no thousands commas, and plain signs and fractions."""
-    text = text.translate({ord("−"): "-", ord("－"): "-", ord("％"): "%"}).replace("{,}", ",").replace("\\!", "")
+    text = (
+        text.translate({ord("−"): "-", ord("－"): "-", ord("％"): "%"})
+        .replace("{,}", ",")
+        .replace("\\!", "")
+    )
     text = re.sub(r"\\?[$¥￥€£]|\\(?=%)|(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
@@ -877,9 +1018,13 @@ def _digits(text: str) -> str:
 
 def _values(number: str) -> set[Fraction]:
     """What a number may stand for: one value or, with a percent sign, two."""
-    if len(number) > 999 or not re.fullmatch(NUMBER, number):  # Python refuses to read thousands of digits
+    if len(number) > 999 or not re.fullmatch(
+        NUMBER, number
+    ):  # Python refuses to read thousands of digits
         return set()
-    value = sum(map(Fraction, re.findall(r"[\d./]+", number))) * (-1 if number.startswith("-") else 1)
+    value = sum(map(Fraction, re.findall(r"[\d./]+", number))) * (
+        -1 if number.startswith("-") else 1
+    )
     return {value, value / 100} if "%" in number else {value}
 
 
@@ -934,11 +1079,32 @@ def _bare(text: str) -> str:
 
 
 EXTRACTORS = {"number": _number, "math": _math, "choice": _choice, "yes_no": _yes_no, "text": _line}
-CONTEXTS = {"squad": squad, "quality": quality, "self_instruct": self_instruct, "p3": p3, "long_alpaca": long_alpaca}
-PROBLEMS = {"gsm8k": gsm8k, "svamp": svamp, "math23k": math23k, "math": math, "math500": math, "bbh": bbh}
-PROBLEMS |= {"strategyqa": strategyqa, "hotpotqa": hotpotqa, "arc": arc, "gpqa": gpqa, "truthfulqa": truthfulqa}
+CONTEXTS = {
+    "squad": squad,
+    "quality": quality,
+    "self_instruct": self_instruct,
+    "p3": p3,
+    "long_alpaca": long_alpaca,
+}
+PROBLEMS = {
+    "gsm8k": gsm8k,
+    "svamp": svamp,
+    "math23k": math23k,
+    "math": math,
+    "math500": math,
+    "bbh": bbh,
+}
+PROBLEMS |= {
+    "strategyqa": strategyqa,
+    "hotpotqa": hotpotqa,
+    "arc": arc,
+    "gpqa": gpqa,
+    "truthfulqa": truthfulqa,
+}
 PROBLEMS |= {"cmmlu": cmmlu, "ceval": ceval}
 RECORDS = CONTEXTS | PROBLEMS
-ANSWER_KINDS = dict.fromkeys(("gsm8k", "svamp", "math23k"), "number") | dict.fromkeys(("math", "math500"), "math")
+ANSWER_KINDS = dict.fromkeys(("gsm8k", "svamp", "math23k"), "number") | dict.fromkeys(
+    ("math", "math500"), "math"
+)
 ANSWER_KINDS |= dict.fromkeys(("arc", "gpqa", "truthfulqa", "cmmlu", "ceval", "quality"), "choice")
 ANSWER_KINDS |= {"strategyqa": "yes_no", "hotpotqa": "text", "bbh": "text"}

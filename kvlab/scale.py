@@ -1,6 +1,7 @@
 """`Scale`: which models, sizes, device and precision a notebook uses. The one switch is the variable KVLAB_SCALE.
 
-`tiny` is the lab on a CPU, offline; `t4` is Qwen3 on a 16 GB GPU; `full` is the pairs of the methods' own sources.
+`tiny` is the lab on a CPU, offline; `t4` is Qwen3 on a 16 GB GPU; `full` is the pairs of the
+methods' own sources.
 """
 
 from __future__ import annotations
@@ -72,14 +73,12 @@ class Scale:
     def current(cls) -> Scale:
         """The preset named by KVLAB_SCALE, else the one that fits the device; also sets seed and threads.
 
-        Raises
-        ------
-        ValueError : KVLAB_SCALE names no preset, or one that needs a GPU where there is none.
+        Raises:
+            ValueError: KVLAB_SCALE names no preset, or one that needs a GPU where there is none.
 
-        Examples
-        --------
-        >>> Scale.current().name in PRESETS
-        True
+        Example:
+            >>> Scale.current().name in PRESETS
+            True
         """
         name = os.environ.get("KVLAB_SCALE") or _fitting()
         if name not in PRESETS:
@@ -87,13 +86,19 @@ class Scale:
         device, dtype = _device(), torch.float32
         if name != "tiny":
             if device == "cpu":
-                raise ValueError(f"KVLAB_SCALE is {name!r}, which needs a GPU; found none. Use KVLAB_SCALE=tiny.")
+                raise ValueError(
+                    f"KVLAB_SCALE is {name!r}, which needs a GPU; found none. Use KVLAB_SCALE=tiny."
+                )
             bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if name == "full" and bf16 else torch.float16
         # The lab models are so small that a GPU only adds latency to each step.
-        scale = cls(name=name, device="cpu" if name == "tiny" else device, dtype=dtype, **PRESETS[name])
+        scale = cls(
+            name=name, device="cpu" if name == "tiny" else device, dtype=dtype, **PRESETS[name]
+        )
         torch.manual_seed(scale.seed)
-        torch.set_num_threads(min(torch.get_num_threads(), 2) if name == "tiny" else torch.get_num_threads())
+        torch.set_num_threads(
+            min(torch.get_num_threads(), 2) if name == "tiny" else torch.get_num_threads()
+        )
         logging.disable_progress_bar()
         return scale
 
@@ -108,7 +113,9 @@ class Scale:
     def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
         """The tokenizer of a role's model."""
         name = getattr(self, role)
-        return lab.load_tokenizer(name) if name in lab.NAMES else AutoTokenizer.from_pretrained(name)
+        return (
+            lab.load_tokenizer(name) if name in lab.NAMES else AutoTokenizer.from_pretrained(name)
+        )
 
     def load_embedder(self) -> SentenceTransformer:
         """The sentence embedder, on the device."""
@@ -117,21 +124,25 @@ class Scale:
     def memory(self, chapter: str) -> dict[str, float]:
         """Predicted peak memory of a chapter in units of 10^9 bytes, by part and in total.
 
-        Frozen weights count once in the scale's precision; trained ones 16 bytes each (float32 weight, gradient and two
-        AdamW moments); the KV cache by its formula; activations for a backward pass with gradient checkpointing: one
-        hidden state a layer, one layer in full (17 hidden sizes a token: 34 bytes each at 16 bits, Korthikanti et al.
-        2022, equation 2 without attention scores) and three float32 copies of the logits.
+        Frozen weights count once in the scale's precision; trained ones 16 bytes each (float32
+        weight, gradient and two AdamW moments); the KV cache by its formula; activations for a
+        backward pass with gradient checkpointing: one hidden state a layer, one layer in full (17
+        hidden sizes a token: 34 bytes each at 16 bits, Korthikanti et al. 2022, equation 2 without
+        attention scores) and three float32 copies of the logits.
 
-        Examples
-        --------
-        >>> scale = Scale(name="t4", device="cuda", dtype=torch.float16, **PRESETS["t4"])
-        >>> 3 < scale.memory("00_start_here")["total"] < 5
-        True
+        Example:
+            >>> scale = Scale(name="t4", device="cuda", dtype=torch.float16, **PRESETS["t4"])
+            >>> 3 < scale.memory("00_start_here")["total"] < 5
+            True
         """
         if chapter not in self.needs:
-            raise ValueError(f"There is no chapter {chapter!r}; expected one of {', '.join(self.needs)}.")
+            raise ValueError(
+                f"There is no chapter {chapter!r}; expected one of {', '.join(self.needs)}."
+            )
         need, size = self.needs[chapter], self.dtype.itemsize
-        configs = {role: config_of(getattr(self, role)) for role in {*need.frozen, need.trains} - {""}}
+        configs = {
+            role: config_of(getattr(self, role)) for role in {*need.frozen, need.trains} - {""}
+        }
         places = need.batch * need.tokens
         weights = sum(parameters(configs[role]) for role in need.frozen) * size
         cache = sum(places * bytes_per_token(configs[role], self.dtype) for role in need.frozen)
@@ -145,17 +156,25 @@ class Scale:
             elif need.trains:
                 trained += parameters(config)
             layers = need.layers or config.num_hidden_layers
-            activations = places * (config.hidden_size * (layers + 17) * size + 12 * config.vocab_size)
-        parts = {"weights": weights, "training": 16 * trained, "cache": cache, "activations": activations}
-        return {part: value / GB for part, value in parts.items()} | {"total": sum(parts.values()) / GB}
+            activations = places * (
+                config.hidden_size * (layers + 17) * size + 12 * config.vocab_size
+            )
+        parts = {
+            "weights": weights,
+            "training": 16 * trained,
+            "cache": cache,
+            "activations": activations,
+        }
+        return {part: value / GB for part, value in parts.items()} | {
+            "total": sum(parts.values()) / GB
+        }
 
     def describe(self, chapter: str) -> str:
         """One sentence for the top of a notebook: models, device, precision and predicted memory.
 
-        Examples
-        --------
-        >>> Scale.current().describe("00_start_here").split(":")[0]
-        'Scale tiny'
+        Example:
+            >>> Scale.current().describe("00_start_here").split(":")[0]
+            'Scale tiny'
         """
         models = ", ".join(f"{role} {getattr(self, role)}" for role in self.needs[chapter].frozen)
         dtype = str(self.dtype).removeprefix("torch.")
@@ -167,10 +186,9 @@ class Scale:
 def config_of(name: str) -> PreTrainedConfig:
     """The configuration of a model by name, from tables in kvlab; no network is used.
 
-    Examples
-    --------
-    >>> config_of("Qwen/Qwen3-0.6B").num_key_value_heads
-    8
+    Example:
+        >>> config_of("Qwen/Qwen3-0.6B").num_key_value_heads
+        8
     """
     if name in lab.SHAPES:
         return lab.make_config(name)
@@ -193,10 +211,9 @@ def config_of(name: str) -> PreTrainedConfig:
 def parameters(config: PreTrainedConfig, layers: int | None = None) -> int:
     """Parameters of a causal LM of this shape (tied ones once), built on the meta device: no memory is used.
 
-    Examples
-    --------
-    >>> parameters(config_of("Qwen/Qwen3-0.6B")) / 1e6  # the model card says 0.6B
-    596.04992
+    Example:
+        >>> parameters(config_of("Qwen/Qwen3-0.6B")) / 1e6  # the model card says 0.6B
+        596.04992
     """
     if layers is not None:
         config = copy.deepcopy(config)

@@ -1,11 +1,13 @@
 """Speculative decoding: a proposer drafts, the target verifies, and the text is exactly the target's.
 
-`decode` is the loop. It knows a proposer only by three methods and yields one `Round` a target call; texts, statistics
-and pictures are made from the rounds. Without a proposer it is plain autoregressive decoding. Rows of a batch advance
-each at its own pace, because every row has its own columns in memory (`kvlab.cache.Slots`).
+`decode` is the loop. It knows a proposer only by three methods and yields one `Round` a target
+call; texts, statistics and pictures are made from the rounds. Without a proposer it is plain
+autoregressive decoding. Rows of a batch advance each at its own pace, because every row has its own
+columns in memory (`kvlab.cache.Slots`).
 
-Sources: Leviathan, Kalman and Matias (2023), arXiv 2211.17192, Algorithm 1 and section 3; Chen et al. (2023),
-arXiv 2302.01318, Algorithm 2. Names: gamma drafted tokens, draft distribution q, target distribution p.
+Sources: Leviathan, Kalman and Matias (2023), arXiv 2211.17192, Algorithm 1 and section 3; Chen et
+al. (2023), arXiv 2302.01318, Algorithm 2. Names: gamma drafted tokens, draft distribution q, target
+distribution p.
 """
 
 import time
@@ -27,7 +29,17 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kvlab.cache import Prefix, Read, Slots, first_layers, length, prefill, require_supported, rotary_of, step
+from kvlab.cache import (
+    Prefix,
+    Read,
+    Slots,
+    first_layers,
+    length,
+    prefill,
+    require_supported,
+    rotary_of,
+    step,
+)
 
 Texts = list[list[int]]  # token ids of each row
 
@@ -51,10 +63,11 @@ class Proposal(NamedTuple):
 class Round:
     """What one target call did. Lists have one entry a row; those of rows that had ended before are empty, or 0.
 
-    `drafted` are the guesses, `accepted` how many of them the target agreed with, and `tokens` what the row gained:
-    those and one of the target's own, but never past the end of the text (so `accepted` can be more than that).
-    `reading` marks the reading of the prompt, by the target (it gives the first token) and then by the proposer.
-    `seconds` is the whole round, so it includes both others. All three are wall clock.
+    `drafted` are the guesses, `accepted` how many of them the target agreed with, and `tokens` what
+    the row gained: those and one of the target's own, but never past the end of the text (so
+    `accepted` can be more than that). `reading` marks the reading of the prompt, by the target (it
+    gives the first token) and then by the proposer. `seconds` is the whole round, so it includes
+    both others. All three are wall clock.
     """
 
     drafted: Texts
@@ -83,8 +96,9 @@ class Proposer(Protocol):
 class Sampling:
     """How tokens are chosen: the likeliest at temperature 0 (the default), else drawn.
 
-    `top_k` 0 and `top_p` 1.0 keep all. The processors are those of transformers, in its order. `generator` is one for
-    all rows, or a list of one for each: then a row's text does not depend on the rows beside it.
+    `top_k` 0 and `top_p` 1.0 keep all. The processors are those of transformers, in its order.
+    `generator` is one for all rows, or a list of one for each: then a row's text does not depend on
+    the rows beside it.
 
     >>> Sampling(0.7, top_p=0.9).greedy, Sampling().greedy
     (False, True)
@@ -98,10 +112,15 @@ class Sampling:
 
     def __post_init__(self):
         right = self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
-        _require(right, f"The temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6.")
+        _require(
+            right, f"The temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6."
+        )
         _require(self.top_k >= 0, f"top_k is {self.top_k}, expected 0 (keep all) or more.")
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, expected more than 0 and at most 1.")
-        _require(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}, expected above 0.")
+        _require(
+            self.repetition_penalty > 0,
+            f"repetition_penalty is {self.repetition_penalty}, expected above 0.",
+        )
 
     @property
     def greedy(self) -> bool:
@@ -131,7 +150,10 @@ class Sampling:
         rows, count, size = logits.shape
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.repetition_penalty != 1:
-            scores, penalty = scores.clone(), RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
+            scores, penalty = (
+                scores.clone(),
+                RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)),
+            )
             for row, text in enumerate(texts):
                 ids = torch.tensor([text], device=logits.device)
                 for i in range(count):
@@ -145,8 +167,12 @@ class Sampling:
         if not one:
             seen = f"There are {len(self.generator)} generators for {rows} rows"
             _require(len(self.generator) == rows, f"{seen}: give one for all, or one for each.")
-        sources = [(self.generator, rows)] if one else [(generator, 1) for generator in self.generator]
-        drawn = [torch.rand(n, count, generator=g, device=g.device if g else None) for g, n in sources]
+        sources = (
+            [(self.generator, rows)] if one else [(generator, 1) for generator in self.generator]
+        )
+        drawn = [
+            torch.rand(n, count, generator=g, device=g.device if g else None) for g, n in sources
+        ]
         return torch.cat(drawn).to(device)
 
     def choose(self, logits: Tensor, texts: Texts) -> tuple[Tensor, Tensor | None]:
@@ -183,35 +209,40 @@ def match(choices: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
 def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Accept or resample (Leviathan et al. 2023, Algorithm 1): tokens accepted and the next token, both (B,).
 
-    Token i is accepted if u_i < p_i(x_i) / q_i(x_i). At the first that is not, the next token is drawn from
-    norm(max(0, p_i - q_i)); after all g, from p_(g+1). What results is distributed as p, whatever q is.
+    Token i is accepted if u_i < p_i(x_i) / q_i(x_i). At the first that is not, the next token is
+    drawn from norm(max(0, p_i - q_i)); after all g, from p_(g+1). What results is distributed as p,
+    whatever q is.
 
-    Parameters
-    ----------
-    p : (B, g + 1, V), the target's distributions, processed as q was.
-    proposal : g tokens a row, with the distributions they were really drawn from.
-    uniform : (B, at least g + 1) independent numbers in [0, 1).
+    Args:
+        p: (B, g + 1, V), the target's distributions, processed as q was.
+        proposal: g tokens a row, with the distributions they were really drawn from.
+        uniform: (B, at least g + 1) independent numbers in [0, 1).
 
-    Examples
-    --------
-    >>> p = torch.tensor([[[0.2, 0.8], [0.5, 0.5]]])
-    >>> proposal = Proposal(torch.tensor([[0]]), torch.tensor([[[0.9, 0.1]]]))
-    >>> verify(p, proposal, torch.tensor([[0.1, 0.7]])), verify(p, proposal, torch.tensor([[0.5, 0.7]]))
-    ((tensor([1]), tensor([1])), (tensor([0]), tensor([1])))
+    Example:
+        >>> p = torch.tensor([[[0.2, 0.8], [0.5, 0.5]]])
+        >>> proposal = Proposal(torch.tensor([[0]]), torch.tensor([[[0.9, 0.1]]]))
+        >>> verify(p, proposal, torch.tensor([[0.1, 0.7]])), verify(p, proposal, torch.tensor([[0.5, 0.7]]))
+        ((tensor([1]), tensor([1])), (tensor([0]), tensor([1])))
     """
     (tokens, q), width = proposal, proposal.tokens.shape[1]
     guess = tokens.clamp(min=0)[..., None]
     if q is None:
         q = torch.zeros_like(p[:, :width]).scatter(-1, guess, 1.0)
-    if (wider := q.shape[-1] - p.shape[-1]) > 0:  # vocabularies of one family can be padded to different sizes
+    if (
+        wider := q.shape[-1] - p.shape[-1]
+    ) > 0:  # vocabularies of one family can be padded to different sizes
         p = pad(p, (0, wider))
     elif wider < 0:
         q = pad(q, (0, -wider))
     q = torch.where((tokens < 0)[..., None], 0.0, q)
-    passed = uniform[:, :width] * q.gather(-1, guess)[..., 0] < p[:, :width].gather(-1, guess)[..., 0]
+    passed = (
+        uniform[:, :width] * q.gather(-1, guess)[..., 0] < p[:, :width].gather(-1, guess)[..., 0]
+    )
     accepted = (passed & (tokens >= 0)).long().cumprod(1).sum(1)
     at = accepted[:, None, None].expand(-1, 1, p.shape[-1])
-    p_next, q_next = (x.gather(1, at)[:, 0] for x in (p, torch.cat((q, torch.zeros_like(p[:, :1])), 1)))
+    p_next, q_next = (
+        x.gather(1, at)[:, 0] for x in (p, torch.cat((q, torch.zeros_like(p[:, :1])), 1))
+    )
     rest = (p_next - q_next).clamp(min=0)
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)  # p = q up to rounding
     return accepted, draw(rest, uniform[:, -1])
@@ -220,47 +251,57 @@ def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tens
 class Runner:
     """A causal LM and the memory it writes to. Called with tokens (B, k) and their columns, it gives logits (B, k, V).
 
-    With `compiled_room`, memory has that many columns and stays where it is, and each shape of call is compiled once
-    (on a GPU into a CUDA graph): the same tokens sooner, after a minute of compiling. Worth it for many texts. The
-    values of the model's weights may change afterwards, its modules and dtype may not. A Runner serves one stream of
-    rounds at a time.
+    With `compiled_room`, memory has that many columns and stays where it is, and each shape of call
+    is compiled once (on a GPU into a CUDA graph): the same tokens sooner, after a minute of
+    compiling. Worth it for many texts. The values of the model's weights may change afterwards, its
+    modules and dtype may not. A Runner serves one stream of rounds at a time.
 
-    Parameters
-    ----------
-    compiled_room : columns a row, at least prompt + max_new_tokens + gamma + 1. Default: nothing is compiled, and
-        memory is made for each text.
+    Args:
+        compiled_room: columns a row, at least prompt + max_new_tokens + gamma + 1. Default: nothing
+            is compiled, and memory is made for each text.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> runner = Runner(lab.load("lab-draft"))
-    >>> with torch.inference_mode():
-    ...     runner.start([[5, 6, 7]], [None], room=2).shape, runner(torch.tensor([[8, 9]]), [3]).shape
-    (torch.Size([1, 1536]), torch.Size([1, 2, 1536]))
+    Example:
+        >>> from kvlab import lab
+        >>> runner = Runner(lab.load("lab-draft"))
+        >>> with torch.inference_mode():
+        ...     runner.start([[5, 6, 7]], [None], room=2).shape, runner(torch.tensor([[8, 9]]), [3]).shape
+        (torch.Size([1, 1536]), torch.Size([1, 2, 1536]))
     """
 
     def __init__(self, model: PreTrainedModel, compiled_room: int | None = None):
         seen = f"The model is a {type(model).__name__}, expected a causal LM of transformers"
-        _require(isinstance(model, torch.nn.Module) and hasattr(model, "config"), f"{seen}: load it first.")
+        _require(
+            isinstance(model, torch.nn.Module) and hasattr(model, "config"),
+            f"{seen}: load it first.",
+        )
         require_supported(model)
         kind = model.config._attn_implementation
         seen = f"The attention implementation is {kind!r}, expected 'sdpa' or 'eager', which take a mask"
-        _require(kind in ("eager", "sdpa"), f"{seen}: load the model with attn_implementation='sdpa'.")
+        _require(
+            kind in ("eager", "sdpa"), f"{seen}: load the model with attn_implementation='sdpa'."
+        )
         able = compiled_room is None or getattr(model, "compilable", True)
-        _require(able, "A draft with cross-attention or transitions cannot be compiled: leave compiled_room out.")
+        _require(
+            able,
+            "A draft with cross-attention or transitions cannot be compiled: leave compiled_room out.",
+        )
         self.text = None  # an object of its own for each start, by which a stream knows whether memory is still its own
         self.model, self.compiled_room, self.slots, self._programs = model, compiled_room, None, {}
 
     def start(self, texts: Texts, prefixes: Sequence[Prefix | None], room: int) -> Tensor:
         """Read texts, each after its prefix, and return the logits (B, V) that follow; leave room for more columns."""
         device, states, keys, self.text = self.model.device, {}, [], object()
-        of_row = getattr(self.model, "for_row", lambda row: self.model)  # a draft may know something else in each row
+        of_row = getattr(
+            self.model, "for_row", lambda row: self.model
+        )  # a draft may know something else in each row
         models = [of_row(row) for row in range(len(texts))]
         for model, text, prefix in zip(models, texts, prefixes, strict=True):
             keys.append((tuple(text), id(prefix), id(model)))
             if keys[-1] not in states:  # many samples of one prompt read it once
                 past, position = (prefix.cache, prefix.next_position) if prefix else (None, None)
-                states[keys[-1]] = prefill(model, torch.tensor([text], device=device), past, position)
+                states[keys[-1]] = prefill(
+                    model, torch.tensor([text], device=device), past, position
+                )
         self.prepare(len(texts), max(length(state.cache) for state in states.values()) + room)
         for row, key in enumerate(keys):
             self.slots.put(row, states[key].cache, states[key].next_position)
@@ -289,24 +330,31 @@ class Runner:
 def _compiled_step(device: torch.device) -> Callable[..., Tensor]:
     """Compile `step` for one model and one shape, without the checks before each call that nothing else has changed.
 
-    For a small model these checks take as long as its layers. The compiler tells programs apart by their code, and
-    without checks would take one for another: so each gets its own copy of the code.
+    For a small model these checks take as long as its layers. The compiler tells programs apart by
+    their code, and without checks would take one for another: so each gets its own copy of the
+    code.
     """
     own = types.FunctionType(step.__code__.replace(), step.__globals__, argdefs=step.__defaults__)
-    options = {"guard_filter_fn": lambda guards: [False] * len(guards), "triton.cudagraphs": device.type == "cuda"}
+    options = {
+        "guard_filter_fn": lambda guards: [False] * len(guards),
+        "triton.cudagraphs": device.type == "cuda",
+    }
     return torch.compile(own, dynamic=False, options=options)
 
 
 class ModelProposer:
     """A smaller causal LM with the target's tokenizer (which nothing here can check: another only guesses badly).
 
-    It reads texts itself, prefixes of the target included, but for a `prefix` of its own (one for all rows, or a list),
-    whose ids must begin the text and leave at least one token to read. It serves one stream of rounds at a time.
+    It reads texts itself, prefixes of the target included, but for a `prefix` of its own (one for
+    all rows, or a list), whose ids must begin the text and leave at least one token to read. It
+    serves one stream of rounds at a time.
     """
 
     leaves = 1  # tokens that `start` leaves unread
 
-    def __init__(self, model: PreTrainedModel | Runner, prefix: Prefix | Sequence[Prefix] | None = None):
+    def __init__(
+        self, model: PreTrainedModel | Runner, prefix: Prefix | Sequence[Prefix] | None = None
+    ):
         self.runner, self.prefix = model if isinstance(model, Runner) else Runner(model), prefix
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
@@ -318,13 +366,18 @@ class ModelProposer:
         for text, prefix in zip(self.texts, prefixes, strict=True):
             known = list(prefix.input_ids) if prefix else []
             fits = text[: len(known)] == known and len(known) < len(text) - 1
-            _require(fits, "The draft's prefix must stand for the first ids of the text, and leave one to read.")
+            _require(
+                fits,
+                "The draft's prefix must stand for the first ids of the text, and leave one to read.",
+            )
             self.unread[len(parts)] = min(self.leaves, len(text) - len(known) - 1)
             parts.append(text[len(known) : -self.unread[len(parts)]])
         self.runner.start(parts, prefixes, room)
 
     def _begin(self, texts: Texts, sampling: Sampling) -> None:
-        self.top = self.runner.model.get_input_embeddings().num_embeddings - 1  # beyond it, the last stands for all
+        self.top = (
+            self.runner.model.get_input_embeddings().num_embeddings - 1
+        )  # beyond it, the last stands for all
         self.texts = [[min(token, self.top) for token in text] for text in texts]
         self.sampling, self.unread = sampling, [1] * len(texts)
 
@@ -336,17 +389,28 @@ class ModelProposer:
             return Proposal(self.drafted.to(device))
         # Rows that lack less read zeros behind, in columns that are written again (rows that have ended: any will do).
         width = max(2 if self.runner.compiled_room else 1, *self.unread)
-        unread = [text[len(text) - n :] + [0] * (width - n) for text, n in zip(self.texts, self.unread, strict=True)]
-        tokens, starts = torch.tensor(unread, device=device), [min(n, self.runner.slots.room - width) for n in lengths]
+        unread = [
+            text[len(text) - n :] + [0] * (width - n)
+            for text, n in zip(self.texts, self.unread, strict=True)
+        ]
+        tokens, starts = (
+            torch.tensor(unread, device=device),
+            [min(n, self.runner.slots.room - width) for n in lengths],
+        )
         last = torch.tensor(self.unread, device=device).clamp(min=1)[:, None, None] - 1
         drafted, q = [], []
         for i in range(gamma):
             logits = self.runner(tokens, starts)
             logits = logits[:, -1:] if i else logits.take_along_dim(last, 1)
-            token, probabilities = self.sampling.choose(logits, self.sampling.contexts(self.texts, drafted))
+            token, probabilities = self.sampling.choose(
+                logits, self.sampling.contexts(self.texts, drafted)
+            )
             drafted.append(token)
             q.append(probabilities)
-            tokens, starts = token[:, None], [have + new + i for have, new in zip(lengths, self.unread, strict=True)]
+            tokens, starts = (
+                token[:, None],
+                [have + new + i for have, new in zip(lengths, self.unread, strict=True)],
+            )
         self.drafted = torch.stack(drafted, 1)
         return Proposal(self.drafted, None if self.sampling.greedy else torch.stack(q, 1))
 
@@ -365,14 +429,19 @@ class ModelProposer:
 class EarlyExitProposer(ModelProposer):
     """The first layers of the target itself, then its last norm and its head, in the target's own memory.
 
-    Nothing is copied and nothing read twice: what the target's first layers kept of a text is what the draft needs.
-    `layers` is how many. It serves one stream of rounds at a time.
+    Nothing is copied and nothing read twice: what the target's first layers kept of a text is what
+    the draft needs. `layers` is how many. It serves one stream of rounds at a time.
     """
 
     def __init__(self, target: PreTrainedModel | Runner, layers: int):
-        model, room = (target.model, target.compiled_room) if isinstance(target, Runner) else (target, None)
+        model, room = (
+            (target.model, target.compiled_room) if isinstance(target, Runner) else (target, None)
+        )
         have = model.config.num_hidden_layers
-        _require(0 < layers < have, f"layers is {layers}, expected 1 to {have - 1}: the target has {have}.")
+        _require(
+            0 < layers < have,
+            f"layers is {layers}, expected 1 to {have - 1}: the target has {have}.",
+        )
         super().__init__(Runner(first_layers(model, layers), room))
         self.layers = layers
 
@@ -390,16 +459,18 @@ class EarlyExitProposer(ModelProposer):
 class FusedProposer(ModelProposer):
     """A draft whose cache is fused from the target's: what the target made of the text helps to guess what follows.
 
-    As it starts, and after each verification, the entries of the tokens that both have read are fused, in the draft's
-    own memory; only the newest tokens are the draft's alone (Fu et al. 2025, arXiv 2510.03215, used in speculation). A
-    text that the target did not read token by token (a compressed prefix) is fused from the first guess on.
+    As it starts, and after each verification, the entries of the tokens that both have read are
+    fused, in the draft's own memory; only the newest tokens are the draft's alone (Fu et al. 2025,
+    arXiv 2510.03215, used in speculation). A text that the target did not read token by token (a
+    compressed prefix) is fused from the first guess on.
 
-    Parameters
-    ----------
-    model, prefix : as for `ModelProposer`. The draft's own prefix is not fused.
-    target : the model that verifies, or its Runner.
-    fuser : from the target to the draft, as `fuse.Fuser`: called with a `Read` of each, it returns the draft's cache.
-    prefill, decode : whether to fuse what stands before the first guess, and what is accepted later.
+    Args:
+        model, prefix: as for `ModelProposer`. The draft's own prefix is not fused.
+        target: the model that verifies, or its Runner.
+        fuser: from the target to the draft, as `fuse.Fuser`: called with a `Read` of each, it
+            returns the draft's cache.
+        prefill, decode: whether to fuse what stands before the first guess, and what is accepted
+            later.
     """
 
     def __init__(
@@ -419,7 +490,9 @@ class FusedProposer(ModelProposer):
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
         """Read the texts, but for their last two tokens, and fuse them; the next to last is read on what is fused."""
         super().start(texts, target_cache, sampling, room)
-        self.settled = [len(text) - n for text, n in zip(texts, self.unread, strict=True)]  # fused, or not to be
+        self.settled = [
+            len(text) - n for text, n in zip(texts, self.unread, strict=True)
+        ]  # fused, or not to be
         for row, prefix in enumerate(_per_row(self.prefix, len(texts)) if self.prefill else []):
             if target_cache.lengths[row] == len(texts[row]) - 1:
                 self.settled[row] = len(prefix.input_ids) if prefix else 0
@@ -462,7 +535,11 @@ class LookupProposer:
         guesses = [self.find(text, gamma) for text in self.texts]
         width = gamma if any(guesses) else 0
         self.drafted = [guess + [-1] * (width - len(guess)) for guess in guesses]
-        return Proposal(torch.tensor(self.drafted, dtype=torch.long, device=self.device).reshape(len(guesses), width))
+        return Proposal(
+            torch.tensor(self.drafted, dtype=torch.long, device=self.device).reshape(
+                len(guesses), width
+            )
+        )
 
     def find(self, text: list[int], gamma: int) -> list[int]:
         """What followed the longest ending of a text that stood earlier: latest with gamma tokens after it, or first.
@@ -509,14 +586,18 @@ class _Clock:
 def _per_row(given, rows: int) -> list[Prefix | None]:
     """One prefix for all rows, or one for each, also from what `prefill` and `load` return."""
     alone = given is None or hasattr(given, "next_position")
-    _require(alone or isinstance(given, list | tuple), "prefix is neither a Prefix nor a list of them.")
+    _require(
+        alone or isinstance(given, list | tuple), "prefix is neither a Prefix nor a list of them."
+    )
     _require(alone or len(given) == rows, f"There are {0 if alone else len(given)} prefixes for {rows} rows: give "
              "one for all, or one for each, as Prefix(cache, next_position, ids).")  # fmt: skip
     if not alone:
         return [_per_row(one, 1)[0] for one in given]
     if given is not None and not isinstance(given, Prefix):
         given = Prefix(given.cache, given.next_position)
-    return [given and given._replace(input_ids=torch.as_tensor(given.input_ids).flatten().tolist())] * rows
+    return [
+        given and given._replace(input_ids=torch.as_tensor(given.input_ids).flatten().tolist())
+    ] * rows
 
 
 def _prompts(input_ids: Tensor | Sequence[Tensor], size: int) -> Texts:
@@ -532,13 +613,19 @@ def _prompts(input_ids: Tensor | Sequence[Tensor], size: int) -> Texts:
         _require(row.numel() > 0, f"A prompt is empty, expected at least one token: {wanted}.")
         whole = not row.is_floating_point() and row.dtype != torch.bool
         seen = f"Token ids are {row.dtype} from {row.min().item()} to {row.max().item()}"
-        _require(whole and row.min() >= 0 and row.max() < size, f"{seen}, expected whole numbers below {size}.")
+        _require(
+            whole and row.min() >= 0 and row.max() < size,
+            f"{seen}, expected whole numbers below {size}.",
+        )
     return [row.tolist() for row in rows]
 
 
 def _ends(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> set[int]:
     given = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-    _require(not isinstance(given, str), f"eos_token_id is the text {given!r}, expected the id of a token, or several.")
+    _require(
+        not isinstance(given, str),
+        f"eos_token_id is the text {given!r}, expected the id of a token, or several.",
+    )
     return set() if given is None else set(np.asarray(given, dtype=int).flatten().tolist())
 
 
@@ -571,42 +658,63 @@ def decode(
 ) -> Iterator[Round]:
     """Decode, and yield a `Round` after each target call: print its tokens as they come, or keep all for `summarize`.
 
-    The text is the target's own: with greedy choice token for token, with sampling in distribution (for any proposer
-    that tells the truth about q). Without a proposer this is plain decoding, one token a round.
+    The text is the target's own: with greedy choice token for token, with sampling in distribution
+    (for any proposer that tells the truth about q). Without a proposer this is plain decoding, one
+    token a round.
 
-    Parameters
-    ----------
-    target : a causal LM, or a Runner around one.
-    input_ids : (B, T), or a list of prompts (T,) of any lengths; what follows the prefix, if there is one. There is no
-        attention mask, so no padding: prompts of different lengths go into a list.
-    proposer : what drafts; default: nothing does.
-    gamma : tokens to draft a round.
-    max_new_tokens : of each row; the end is exact, also inside a round.
-    sampling : default: greedy.
-    prefix : what was read before: one for all rows, or one for each.
-    eos_token_id : where a row ends; default: the target's own; [] for nowhere.
+    Args:
+        target: a causal LM, or a Runner around one.
+        input_ids: (B, T), or a list of prompts (T,) of any lengths; what follows the prefix, if
+            there is one. There is no attention mask, so no padding: prompts of different lengths go
+            into a list.
+        proposer: what drafts; default: nothing does.
+        gamma: tokens to draft a round.
+        max_new_tokens: of each row; the end is exact, also inside a round.
+        sampling: default: greedy.
+        prefix: what was read before: one for all rows, or one for each.
+        eos_token_id: where a row ends; default: the target's own; [] for nowhere.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> prompt = lab.load_tokenizer("lab-target")("Anna lives in", return_tensors="pt").input_ids
-    >>> draft = ModelProposer(lab.load("lab-draft"))
-    >>> rounds = list(decode(lab.load("lab-target"), prompt, draft, max_new_tokens=8))
-    >>> sum(len(r.tokens[0]) for r in rounds) <= 8
-    True
+    Example:
+        >>> from kvlab import lab
+        >>> prompt = lab.load_tokenizer("lab-target")("Anna lives in", return_tensors="pt").input_ids
+        >>> draft = ModelProposer(lab.load("lab-draft"))
+        >>> rounds = list(decode(lab.load("lab-target"), prompt, draft, max_new_tokens=8))
+        >>> sum(len(r.tokens[0]) for r in rounds) <= 8
+        True
     """
-    runner, sampling = target if isinstance(target, Runner) else Runner(target), sampling or Sampling()
+    runner, sampling = (
+        target if isinstance(target, Runner) else Runner(target),
+        sampling or Sampling(),
+    )
     widest = gamma.maximum if isinstance(gamma, AdaptiveGamma) else gamma
     for name, value in (("gamma", widest), ("max_new_tokens", max_new_tokens)):
-        _require(isinstance(value, int) and value > 0, f"{name} is {value!r}, expected a whole number from 1.")
-    _require(isinstance(sampling, Sampling), f"sampling is {sampling!r}: give a Sampling(temperature, ...).")
+        _require(
+            isinstance(value, int) and value > 0,
+            f"{name} is {value!r}, expected a whole number from 1.",
+        )
+    _require(
+        isinstance(sampling, Sampling),
+        f"sampling is {sampling!r}: give a Sampling(temperature, ...).",
+    )
     seen = f"The proposer is a {type(proposer).__name__}, expected an object with start, propose and accept"
-    _require(proposer is None or callable(getattr(proposer, "propose", None)), f"{seen}: ModelProposer(draft), say.")
+    _require(
+        proposer is None or callable(getattr(proposer, "propose", None)),
+        f"{seen}: ModelProposer(draft), say.",
+    )
     size = runner.model.get_input_embeddings().num_embeddings
     prompts = _prompts(input_ids, size)
-    prefixes, room, clock = _per_row(prefix, len(prompts)), max_new_tokens + widest + 1, _Clock(runner.model.device)
-    texts = [[*(p.input_ids if p else ()), *prompt] for p, prompt in zip(prefixes, prompts, strict=True)]
-    rows, nothing = _Rows(texts, max_new_tokens, _ends(runner.model, eos_token_id)), [[] for _ in texts]
+    prefixes, room, clock = (
+        _per_row(prefix, len(prompts)),
+        max_new_tokens + widest + 1,
+        _Clock(runner.model.device),
+    )
+    texts = [
+        [*(p.input_ids if p else ()), *prompt] for p, prompt in zip(prefixes, prompts, strict=True)
+    ]
+    rows, nothing = (
+        _Rows(texts, max_new_tokens, _ends(runner.model, eos_token_id)),
+        [[] for _ in texts],
+    )
 
     began, start = time.perf_counter(), clock.mark()
     token = sampling.choose(runner.start(prompts, prefixes, room)[:, None], texts)[0]  # (B,)
@@ -621,17 +729,24 @@ def decode(
         yield Round(nothing, [0] * len(texts), nothing, *seconds, reading=True)
 
     while any(rows.left):
-        _require(runner.text is text, "The Runner began another text before this one ended: give each its own Runner.")
+        _require(
+            runner.text is text,
+            "The Runner began another text before this one ended: give each its own Runner.",
+        )
         began, start = time.perf_counter(), clock.mark()
         g = gamma(last) if isinstance(gamma, AdaptiveGamma) else gamma
         proposal = proposer.propose(g) if proposer else Proposal(token.new_empty(len(texts), 0))
         drafted = clock.mark()
-        given = proposal.tokens.clamp(0, size - 1)  # what cannot be accepted still has to be read as something
+        given = proposal.tokens.clamp(
+            0, size - 1
+        )  # what cannot be accepted still has to be read as something
         logits = runner(torch.cat((token[:, None], given), 1), runner.slots.lengths)
         accepted, token = _judge(logits, proposal, sampling, texts, g)
         judged = clock.mark()
         drafts, counts, gained = [], [], []
-        result = torch.cat((proposal.tokens, accepted[:, None], token[:, None]), 1).tolist()  # a GPU is waited for here
+        result = torch.cat(
+            (proposal.tokens, accepted[:, None], token[:, None]), 1
+        ).tolist()  # a GPU is waited for here
         for row, (*guess, n, one) in enumerate(result):
             going = rows.left[row] > 0
             drafts.append(guess if going else [])
@@ -641,16 +756,24 @@ def decode(
         if proposer:
             heard = [n if left else -1 for n, left in zip(counts, rows.left, strict=True)]
             proposer.accept(heard, [row[-1] for row in result], runner.slots)
-        seconds = (clock.between(start, drafted), clock.between(drafted, judged), time.perf_counter() - began)
+        seconds = (
+            clock.between(start, drafted),
+            clock.between(drafted, judged),
+            time.perf_counter() - began,
+        )
         yield (last := Round(drafts, counts, gained, *seconds))
 
 
-def _judge(logits: Tensor, proposal: Proposal, sampling: Sampling, texts: Texts, gamma: int) -> tuple[Tensor, Tensor]:
+def _judge(
+    logits: Tensor, proposal: Proposal, sampling: Sampling, texts: Texts, gamma: int
+) -> tuple[Tensor, Tensor]:
     """Verify a proposal by the target's logits (B, g + 1, V) after the last token of each text and after each guess."""
     scores = sampling.scores(logits, sampling.contexts(texts, proposal.tokens.T))
     if sampling.greedy:
         return match(scores.argmax(-1), proposal)
-    return verify(scores.softmax(-1), proposal, sampling.uniform(len(logits), gamma + 1, logits.device))
+    return verify(
+        scores.softmax(-1), proposal, sampling.uniform(len(logits), gamma + 1, logits.device)
+    )
 
 
 class Generated(NamedTuple):
@@ -660,31 +783,34 @@ class Generated(NamedTuple):
     rounds: list[Round]
 
 
-def generate(target: PreTrainedModel | Runner, input_ids: Tensor | Sequence[Tensor], *args, **options) -> Generated:
+def generate(
+    target: PreTrainedModel | Runner, input_ids: Tensor | Sequence[Tensor], *args, **options
+) -> Generated:
     """Run `decode`, with the same arguments, to the end.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> prompt = lab.load_tokenizer("lab-target")("Anna lives in", return_tensors="pt").input_ids
-    >>> len(generate(lab.load("lab-target"), prompt, LookupProposer(), max_new_tokens=8).tokens[0]) <= 8
-    True
+    Example:
+        >>> from kvlab import lab
+        >>> prompt = lab.load_tokenizer("lab-target")("Anna lives in", return_tensors="pt").input_ids
+        >>> len(generate(lab.load("lab-target"), prompt, LookupProposer(), max_new_tokens=8).tokens[0]) <= 8
+        True
     """
     rounds = list(decode(target, input_ids, *args, **options))
     rows = zip(*(r.tokens for r in rounds), strict=True)
-    return Generated([torch.tensor([i for ids in row for i in ids], dtype=torch.long) for row in rows], rounds)
+    return Generated(
+        [torch.tensor([i for ids in row for i in ids], dtype=torch.long) for row in rows], rounds
+    )
 
 
 @dataclass(frozen=True)
 class Summary:
     """What rounds add up to. Lists have an entry for each drafted position, fractions are of 1, times in seconds.
 
-    `conditional[k]` : of the guesses at position k + 1 that were reached (all before accepted), the share accepted.
-    `unconditional[k]` : of all guesses at position k + 1, the share accepted.
-    `acceptance` : of all guesses that were reached, the share accepted.
-    `tokens_per_call` : gained by a row in a round, the target's own included.
-    `draft_calls` : drafted positions of all rounds; one call of a draft model each.
-    Rounds that read a prompt count in `reading_seconds` and `first_token_seconds` (mean over texts) only.
+    `conditional[k]` : of the guesses at position k + 1 that were reached (all before accepted), the
+    share accepted. `unconditional[k]` : of all guesses at position k + 1, the share accepted.
+    `acceptance` : of all guesses that were reached, the share accepted. `tokens_per_call` : gained
+    by a row in a round, the target's own included. `draft_calls` : drafted positions of all rounds;
+    one call of a draft model each. Rounds that read a prompt count in `reading_seconds` and
+    `first_token_seconds` (mean over texts) only.
     """
 
     tokens: int
@@ -708,19 +834,22 @@ class Summary:
 
 def _tested(r: Round, row: int) -> tuple[int, int]:
     """How many guesses of a row were reached, and how many of them accepted, as far as the text went."""
-    guesses, gained, n = sum(token >= 0 for token in r.drafted[row]), len(r.tokens[row]), r.accepted[row]
+    guesses, gained, n = (
+        sum(token >= 0 for token in r.drafted[row]),
+        len(r.tokens[row]),
+        r.accepted[row],
+    )
     return (min(n + 1, guesses), n) if gained == n + 1 else (gained, gained)
 
 
 def summarize(rounds: Sequence[Round]) -> Summary:
     """Add up the rounds of one text or of many.
 
-    Examples
-    --------
-    >>> rounds = [Round([[5, 6]], [1], [[5, 9]], 0.1, 0.2, 0.3), Round([[7, 8]], [2], [[7, 8, 4]], 0.1, 0.2, 0.3)]
-    >>> summary = summarize(rounds)
-    >>> summary.conditional, summary.tokens_per_call, round(summary.tokens_per_second, 2)
-    ([1.0, 0.5], 2.5, 8.33)
+    Example:
+        >>> rounds = [Round([[5, 6]], [1], [[5, 9]], 0.1, 0.2, 0.3), Round([[7, 8]], [2], [[7, 8, 4]], 0.1, 0.2, 0.3)]
+        >>> summary = summarize(rounds)
+        >>> summary.conditional, summary.tokens_per_call, round(summary.tokens_per_second, 2)
+        ([1.0, 0.5], 2.5, 8.33)
     """
     reading, rounds = [r for r in rounds if r.reading], [r for r in rounds if not r.reading]
     steps = [(r, row) for r in rounds for row in range(len(r.tokens)) if r.tokens[row]]
@@ -731,7 +860,10 @@ def summarize(rounds: Sequence[Round]) -> Summary:
         made[: sum(token >= 0 for token in r.drafted[row])] += 1
         reached[:tested] += 1
         passed[:accepted] += 1
-    tokens, firsts = sum(len(r.tokens[row]) for r, row in steps), [r for r in reading if any(r.tokens)]
+    tokens, firsts = (
+        sum(len(r.tokens[row]) for r, row in steps),
+        [r for r in reading if any(r.tokens)],
+    )
     return Summary(
         tokens=tokens,
         target_calls=len(rounds),
@@ -760,43 +892,52 @@ class Expected(NamedTuple):
 
 
 def cost_model(
-    acceptance: float | Sequence[float], c: float, gamma: int, v: float | Callable[[int], float] = 1.0
+    acceptance: float | Sequence[float],
+    c: float,
+    gamma: int,
+    v: float | Callable[[int], float] = 1.0,
 ) -> Expected:
     """Tokens a call and speed-up of speculative decoding (Leviathan et al. 2023, equation 1 and theorem 3.8).
 
-    E = 1 + sum over k of a_1 ... a_k, which is (1 - a^(gamma + 1)) / (1 - a) if all a_k are alike, and the speed-up is
-    E / (gamma c + v): the paper has v = 1, a target call that costs the same for any number of tokens.
+    E = 1 + sum over k of a_1 ... a_k, which is (1 - a^(gamma + 1)) / (1 - a) if all a_k are alike,
+    and the speed-up is E / (gamma c + v): the paper has v = 1, a target call that costs the same
+    for any number of tokens.
 
-    Parameters
-    ----------
-    acceptance : a, or the conditional a_k by position (at least gamma of them).
-    c : seconds of one draft step over seconds of one target step.
-    gamma : drafted tokens a round.
-    v : seconds of a target call on gamma + 1 tokens over that on one; a number, or a function of gamma.
+    Args:
+        acceptance: a, or the conditional a_k by position (at least gamma of them).
+        c: seconds of one draft step over seconds of one target step.
+        gamma: drafted tokens a round.
+        v: seconds of a target call on gamma + 1 tokens over that on one; a number, or a function of
+            gamma.
 
-    Examples
-    --------
-    >>> [round(value, 4) for value in cost_model(0.8, c=0.1, gamma=6)]
-    [3.9514, 2.4696]
+    Example:
+        >>> [round(value, 4) for value in cost_model(0.8, c=0.1, gamma=6)]
+        [3.9514, 2.4696]
     """
     chain = [float(acceptance)] * gamma if np.ndim(acceptance) == 0 else list(acceptance[:gamma])
     _require(
-        gamma >= 0 and len(chain) == gamma, f"acceptance has {len(chain)} positions, expected gamma = {gamma} or more."
+        gamma >= 0 and len(chain) == gamma,
+        f"acceptance has {len(chain)} positions, expected gamma = {gamma} or more.",
     )
-    _require(all(0 <= a <= 1 for a in chain), f"acceptance is {acceptance}, expected fractions between 0 and 1.")
+    _require(
+        all(0 <= a <= 1 for a in chain),
+        f"acceptance is {acceptance}, expected fractions between 0 and 1.",
+    )
     tokens = 1.0 + float(np.cumprod(chain).sum())
     return Expected(tokens, tokens / (gamma * c + (v(gamma) if callable(v) else v)))
 
 
 def best_gamma(
-    acceptance: float | Sequence[float], c: float, v: float | Callable[[int], float] = 1.0, maximum: int = 16
+    acceptance: float | Sequence[float],
+    c: float,
+    v: float | Callable[[int], float] = 1.0,
+    maximum: int = 16,
 ) -> int:
     """The gamma up to `maximum` with the largest predicted speed-up; 0 if none is faster than plain decoding.
 
-    Examples
-    --------
-    >>> best_gamma(0.8, c=0.1), best_gamma(0.3, c=0.5)
-    (6, 0)
+    Example:
+        >>> best_gamma(0.8, c=0.1), best_gamma(0.3, c=0.5)
+        (6, 0)
     """
     top = maximum if np.ndim(acceptance) == 0 else min(maximum, len(acceptance))
     speedups = [1.0, *(cost_model(acceptance, c, gamma, v).speedup for gamma in range(1, top + 1))]
@@ -811,7 +952,10 @@ def costs(speculative: Summary, plain: Summary) -> tuple[float, float]:
     (0.5, 1.25)
     """
     enough = plain.target_calls and speculative.draft_calls and speculative.target_calls
-    _require(enough, "Costs need rounds with a draft, and plain ones to compare: costs(speculative, plain).")
+    _require(
+        enough,
+        "Costs need rounds with a draft, and plain ones to compare: costs(speculative, plain).",
+    )
     step = plain.target_seconds / plain.target_calls
     c = speculative.draft_seconds / speculative.draft_calls
     return c / step, speculative.target_seconds / speculative.target_calls / step
@@ -821,8 +965,9 @@ def costs(speculative: Summary, plain: Summary) -> tuple[float, float]:
 class AdaptiveGamma:
     """A gamma that follows the text: the best for the acceptance seen lately, given c and v (measure them: `costs`).
 
-    Where drafting does not pay it is 0, and the target decodes alone; then what was seen fades, and `prior`, the
-    acceptance assumed before anything is seen, has another try. `memory` is the weight that a round keeps in the next.
+    Where drafting does not pay it is 0, and the target decodes alone; then what was seen fades, and
+    `prior`, the acceptance assumed before anything is seen, has another try. `memory` is the weight
+    that a round keeps in the next.
 
     >>> gamma, reading = AdaptiveGamma(c=0.2), Round([[]], [0], [[4]], 0.0, 0.2, 0.2, reading=True)
     >>> gamma(reading), gamma(Round([[5, 6, 7]], [3], [[5, 6, 7, 8]], 0.1, 0.2, 0.3))

@@ -25,9 +25,13 @@ def _tiny_model(family="Qwen3", rope="default", dtype=torch.float32, seed=0, **c
              "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
     if family == "Mistral":
         sizes["sliding_window"] = None
-    config = getattr(transformers, f"{family}Config")(**sizes | {"rope_parameters": dict(ROPES[rope])} | changes)
+    config = getattr(transformers, f"{family}Config")(
+        **sizes | {"rope_parameters": dict(ROPES[rope])} | changes
+    )
     torch.manual_seed(seed)
-    return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval().requires_grad_(False)
+    return (
+        getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval().requires_grad_(False)
+    )
 
 
 @pytest.fixture(scope="session")

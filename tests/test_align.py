@@ -84,12 +84,16 @@ def tokenizer_of(name):
         pytest.skip("the published vocabularies are not here")
     if name.startswith("gpt2"):
         folder = PUBLISHED / "gpt2_tokenizer"
-        tokenizer = GPT2TokenizerFast(vocab=str(folder / "encoder.json"), merges=str(folder / "vocab.bpe"))
+        tokenizer = GPT2TokenizerFast(
+            vocab=str(folder / "encoder.json"), merges=str(folder / "vocab.bpe")
+        )
         if name == "gpt2-trimmed":  # offsets without the space in front of a word
             tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
         return tokenizer
     folder = PUBLISHED / "qwen_tokenizer"
-    tokenizer = Qwen2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    tokenizer = Qwen2TokenizerFast(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     return tokenizer
@@ -165,9 +169,18 @@ def test_the_same_text_in_a_prompt_is_not_taken_for_the_solution(name):
 
 
 def test_a_token_belongs_where_it_begins():
-    assert texts_of("qwen", solved("乙的答案是2"))[1:] == ["乙的答案", "是2<|im_end|>\n"]  # 的答案 is one token
-    assert texts_of("gpt2", solved("It is answered by 2"), marker="wer")[1:] == ["It is answered", " by 2"]
-    with pytest.raises(ValueError, match=r"The answer is empty in a text that begins 'It is answered', .* was found"):
+    assert texts_of("qwen", solved("乙的答案是2"))[1:] == [
+        "乙的答案",
+        "是2<|im_end|>\n",
+    ]  # 的答案 is one token
+    assert texts_of("gpt2", solved("It is answered by 2"), marker="wer")[1:] == [
+        "It is answered",
+        " by 2",
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"The answer is empty in a text that begins 'It is answered', .* was found",
+    ):
         segment(tokenizer_of("gpt2"), solved("It is answered"), marker="wer")
 
 
@@ -185,10 +198,14 @@ def test_special_tokens_around_a_text_are_in_its_first_and_last_segment():
     folder = PUBLISHED / "gpt2_tokenizer"
     if not PUBLISHED.is_dir():
         pytest.skip("the published vocabularies are not here")
-    tokenizer = GPT2TokenizerFast(vocab=str(folder / "encoder.json"), merges=str(folder / "vocab.bpe"))
+    tokenizer = GPT2TokenizerFast(
+        vocab=str(folder / "encoder.json"), merges=str(folder / "vocab.bpe")
+    )
     end = ("<|endoftext|>", tokenizer.eos_token_id)
     framed = f"{end[0]} $A {end[0]}"
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=framed, special_tokens=[end])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=framed, special_tokens=[end]
+    )
     ids, borders = segment(tokenizer, solved("1+1=2. Answer: 2"))
     assert (ids[0], ids[-1]) == (end[1], end[1])
     assert tokenizer.decode(ids[borders[2] :]) == " Answer: 2<|endoftext|>"
@@ -213,7 +230,10 @@ def test_white_space_around_a_solution_is_the_templates_business():
             "The reasoning is empty in a text that begins 'Answer: 2', where the marker .* was found",
         ),
         (solved(""), "The answer is empty in a text that begins ''"),
-        (solved("1. Answer: 2")[:1], "The last message is by 'user', expected the assistant's solution: append it"),
+        (
+            solved("1. Answer: 2")[:1],
+            "The last message is by 'user', expected the assistant's solution: append it",
+        ),
         ([], "The last message is by 'nobody'"),
     ],
 )
@@ -223,9 +243,13 @@ def test_what_cannot_be_cut_is_named(name, conversation, sentence):
 
 
 def test_the_marker_is_shown_and_so_is_an_empty_prompt():
-    with pytest.raises(ValueError, match=r"where the marker Result= was not found: give all of prompt, reasoning"):
+    with pytest.raises(
+        ValueError, match=r"where the marker Result= was not found: give all of prompt, reasoning"
+    ):
         segment(tokenizer_of("lab-target"), solved("1. Answer: 2"), marker="Result=")
-    with pytest.raises(ValueError, match=r"The prompt is empty in a text that begins '1\+1=2. Answer: 2'"):
+    with pytest.raises(
+        ValueError, match=r"The prompt is empty in a text that begins '1\+1=2. Answer: 2'"
+    ):
         segment(tokenizer_of("gpt2"), solved("1+1=2. Answer: 2")[1:])
 
 
@@ -236,9 +260,12 @@ def test_tokenizers_and_templates_that_cannot_serve_are_refused():
     with pytest.raises(ValueError, match="Slow is not a fast tokenizer and has no offsets"):
         segment(Slow(), solved("1. Answer: 2"))
     tokenizer = lab.load_tokenizer("lab-target")
-    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "message.content | upper")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content", "message.content | upper"
+    )
     with pytest.raises(
-        ValueError, match=r"The chat template changes the assistant's text, which begins '1. Answer: 2'"
+        ValueError,
+        match=r"The chat template changes the assistant's text, which begins '1. Answer: 2'",
     ):
         segment(tokenizer, solved("1. Answer: 2"))
 
@@ -261,7 +288,9 @@ def both_of(rows):
 def padded(rows, fill=float("nan")):
     """Texts (L, T, D) of any length, on the right side of a batch (B, L, T, D)."""
     length = max(row.shape[1] for row in rows)
-    return torch.stack([torch.nn.functional.pad(row, (0, 0, length - row.shape[1], 0), value=fill) for row in rows])
+    return torch.stack(
+        [torch.nn.functional.pad(row, (0, 0, length - row.shape[1], 0), value=fill) for row in rows]
+    )
 
 
 def inputs(teacher, layers=2, width=3, seed=0):
@@ -284,7 +313,9 @@ def looped(x, student, teacher):
                 elif u == n_t - 1:
                     row.append(part[:, -1])
                 else:
-                    row.append((1 - (u - int(u))) * part[:, int(u)] + (u - int(u)) * part[:, int(u) + 1])
+                    row.append(
+                        (1 - (u - int(u))) * part[:, int(u)] + (u - int(u)) * part[:, int(u) + 1]
+                    )
         rows.append(torch.stack(row, 1))
     return padded(rows, 0.0)
 
@@ -300,14 +331,19 @@ def test_resampling_is_the_formula_token_by_token_and_reads_no_padding(rows, see
 
 
 @settings(deadline=None, max_examples=60)
-@given(row=st.tuples(*[st.integers(2, 60)] * 3, *[st.integers(1, 60)] * 3), a=st.floats(-3, 3), b=st.floats(-3, 3))
+@given(
+    row=st.tuples(*[st.integers(2, 60)] * 3, *[st.integers(1, 60)] * 3),
+    a=st.floats(-3, 3),
+    b=st.floats(-3, 3),
+)
 def test_what_is_linear_in_position_stays_so(row, a, b):
     student, teacher = both_of([row])
     line = [a * k + b * torch.linspace(-1, 1, n, dtype=DOUBLE) if n > 1 else torch.tensor([a * k], dtype=DOUBLE)
             for k, n in enumerate(row[3:])]  # fmt: skip
     got = resample(torch.cat(line).view(1, 1, -1, 1), plan_time(student, teacher)).flatten()
     want = [
-        a * k + (b if row[3 + k] > 1 else 0) * torch.linspace(-1, 1, n, dtype=DOUBLE) for k, n in enumerate(row[:3])
+        a * k + (b if row[3 + k] > 1 else 0) * torch.linspace(-1, 1, n, dtype=DOUBLE)
+        for k, n in enumerate(row[:3])
     ]
     near(got, torch.cat(want))
 
@@ -330,7 +366,10 @@ def test_first_tokens_map_to_first_and_last_to_last(rows, seed):
     for b in range(len(rows)):
         pad, teacher_pad = got.shape[2] - student[b, 3], x.shape[2] - teacher[b, 3]
         for k in (k for k in range(3) if rows[b][k] > 1):
-            for one, two in ((student[b, k], teacher[b, k]), (student[b, k + 1] - 1, teacher[b, k + 1] - 1)):
+            for one, two in (
+                (student[b, k], teacher[b, k]),
+                (student[b, k + 1] - 1, teacher[b, k + 1] - 1),
+            ):
                 assert torch.equal(got[b, :, pad + one], x[b, :, teacher_pad + two])
 
 
@@ -418,7 +457,10 @@ def test_any_precision_keeps_its_own(dtype):
 
 
 def test_positions_start_at_the_text():
-    assert positions_of(borders_of((1, 1, 1), (2, 2, 1))).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert positions_of(borders_of((1, 1, 1), (2, 2, 1))).tolist() == [
+        [0, 0, 0, 1, 2],
+        [0, 1, 2, 3, 4],
+    ]
 
 
 @pytest.mark.parametrize("make", [plan_time, by_index])
@@ -426,13 +468,16 @@ def test_borders_that_cannot_be_are_refused(make):
     good = borders_of((1, 2, 3))
     for bad in ([[0, 2, 2, 5]], [[0, 4, 3, 5]], [[1, 2, 3, 5]]):
         with pytest.raises(
-            ValueError, match=r"Step time: the teacher's borders are \[\[\d, \d, \d, 5\]\] in rows \[0\]"
+            ValueError,
+            match=r"Step time: the teacher's borders are \[\[\d, \d, \d, 5\]\] in rows \[0\]",
         ):
             make(good, torch.tensor(bad))
         with pytest.raises(ValueError, match=r"Step time: the student's borders .* use `segment`"):
             make(torch.tensor(bad), good)
     for one, two in ((good, good.repeat(2, 1)), (good, good[0]), (good, good[:, :3])):
-        with pytest.raises(ValueError, match=r"Step time: the shape is .*, expected \(B=1, borders=4\)"):
+        with pytest.raises(
+            ValueError, match=r"Step time: the shape is .*, expected \(B=1, borders=4\)"
+        ):
             make(one, two)
 
 
@@ -444,7 +489,9 @@ def test_a_one_hot_map_selects_layers():
     got = mix_layers(x, LayerMap(torch.tensor(chosen)[:, None], torch.ones(3, 1).double(), 5))
     assert torch.equal(got, x[:, chosen])
     weights = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double()
-    assert torch.equal(mix_layers(x, LayerMap(torch.tensor([[1, 4], [2, 0]]), weights, 5)), x[:, [4, 2]])
+    assert torch.equal(
+        mix_layers(x, LayerMap(torch.tensor([[1, 4], [2, 0]]), weights, 5)), x[:, [4, 2]]
+    )
 
 
 def test_layers_are_mixed_by_the_maps_weights():
@@ -458,7 +505,8 @@ def test_layers_are_mixed_by_the_maps_weights():
 
 def test_a_map_for_another_teacher_is_refused():
     with pytest.raises(
-        ValueError, match=r"Step layer: the shape is \(1, 3, 2, 2\), expected \(B, L=4, T, D\): use the"
+        ValueError,
+        match=r"Step layer: the shape is \(1, 3, 2, 2\), expected \(B, L=4, T, D\): use the",
     ):
         mix_layers(torch.zeros(1, 3, 2, 2), proportional(2, 4))
 
@@ -478,10 +526,13 @@ def test_merged_heads_stand_side_by_side_and_come_apart_again(heads):
 
 def test_widths_that_are_no_heads_are_refused():
     with pytest.raises(
-        ValueError, match=r"Step head: the width is 10, expected a multiple of 4 heads: .*key_value_heads"
+        ValueError,
+        match=r"Step head: the width is 10, expected a multiple of 4 heads: .*key_value_heads",
     ):
         split_heads(torch.zeros(1, 1, 1, 10), 4)
-    with pytest.raises(ValueError, match=r"Step head: the shape is \(1, 1, 1, 10\), expected \(B, L, H_kv, T, d\)"):
+    with pytest.raises(
+        ValueError, match=r"Step head: the shape is \(1, 1, 1, 10\), expected \(B, L, H_kv, T, d\)"
+    ):
         merge_heads(torch.zeros(1, 1, 1, 10))
     with pytest.raises(ValueError, match="Step head"):
         split_heads(torch.zeros(1, 1, 10), 2)
@@ -494,7 +545,9 @@ BORDERS = borders_of((2, 3, 4), (1, 2, 1), (2, 3, 1))
 def read(model, texts=TEXTS):
     """The cache of texts, padded on the left with a token of its own, and its positions."""
     length = max(map(len, texts))
-    ids = torch.stack([torch.nn.functional.pad(text, (length - len(text), 0), value=7) for text in texts])
+    ids = torch.stack(
+        [torch.nn.functional.pad(text, (length - len(text), 0), value=7) for text in texts]
+    )
     mask = torch.stack([(torch.arange(length) >= length - len(text)).long() for text in texts])
     return kv.prefill(model, ids, attention_mask=mask).cache
 
@@ -506,7 +559,9 @@ def test_features_are_what_the_projections_gave_out(tiny_model, family, rope):
     found = {}
     keys = "k_norm" if family == "Qwen3" else "k_proj"
     hooks = [
-        module.register_forward_hook(lambda _, __, out, path=path: found.update({path: out[0].flatten(1)}))
+        module.register_forward_hook(
+            lambda _, __, out, path=path: found.update({path: out[0].flatten(1)})
+        )
         for path, module in model.named_modules()
         if path.endswith((keys, "v_proj"))
     ]
@@ -514,9 +569,15 @@ def test_features_are_what_the_projections_gave_out(tiny_model, family, rope):
     for hook in hooks:
         hook.remove()
     got = features(cache, torch.arange(9)[None], kv.rotary_of(model))
-    assert got.keys.shape == got.values.shape == (1, 3, 9, 2 * 16)  # two KV heads, though there are four for attention
+    assert (
+        got.keys.shape == got.values.shape == (1, 3, 9, 2 * 16)
+    )  # two KV heads, though there are four for attention
     for side, name in ((got.keys, keys), (got.values, "v_proj")):
-        near(side[0], torch.stack([out for path, out in found.items() if path.endswith(name)]), within=2e-5)
+        near(
+            side[0],
+            torch.stack([out for path, out in found.items() if path.endswith(name)]),
+            within=2e-5,
+        )
 
 
 @pytest.mark.parametrize("rope", ["default", "llama3", "yarn"])
@@ -524,7 +585,10 @@ def test_where_a_text_stands_does_not_change_its_features(tiny_model, rope):
     model = tiny_model("Qwen2", rope)
     rotary, here = kv.rotary_of(model), kv.prefill(model, TEXTS[0][None]).cache
     there = kv.prefill(model, TEXTS[0][None], position=70).cache
-    one, two = features(here, torch.arange(9)[None], rotary), features(there, 70 + torch.arange(9)[None], rotary)
+    one, two = (
+        features(here, torch.arange(9)[None], rotary),
+        features(there, 70 + torch.arange(9)[None], rotary),
+    )
     near(one.keys, two.keys, within=5e-5)
     near(one.values, two.values, within=5e-5)
     assert (here.layers[0].keys - there.layers[0].keys).abs().max() > 0.1
@@ -572,7 +636,10 @@ def test_positions_that_do_not_fit_are_refused(tiny_model):
     model = tiny_model("Qwen3")
     cache, rotary = read(model), kv.rotary_of(model)
     for bad in (torch.arange(9), positions_of(BORDERS)[:2], positions_of(BORDERS)[:, 1:]):
-        with pytest.raises(ValueError, match=r"Step rotation: the shape is .*, expected \(B=3, T=9\): give a position"):
+        with pytest.raises(
+            ValueError,
+            match=r"Step rotation: the shape is .*, expected \(B=3, T=9\): give a position",
+        ):
             features(cache, bad, rotary)
         with pytest.raises(ValueError, match="Step rotation"):
             as_cache(features(cache, positions_of(BORDERS), rotary), bad, rotary, 2)
@@ -622,21 +689,29 @@ def test_an_identity_of_equal_widths_changes_nothing():
 
 
 def test_real_shapes_have_this_many_parameters():
-    large, small = Projector(4 * 128, 2 * 128), Projector(2 * 128, 2 * 128)  # Qwen2-7B and Qwen2-1.5B, to the latter
+    large, small = (
+        Projector(4 * 128, 2 * 128),
+        Projector(2 * 128, 2 * 128),
+    )  # Qwen2-7B and Qwen2-1.5B, to the latter
     assert (large.num_parameters(), small.num_parameters()) == (262_144, 131_072)
-    heads = Projector(28 * 128, 12 * 128)  # as many as if all attention heads had keys: what the source counts
+    heads = Projector(
+        28 * 128, 12 * 128
+    )  # as many as if all attention heads had keys: what the source counts
     assert heads.num_parameters() == 11_010_048
     assert 2 * heads.num_parameters() == 21 * 2**20
 
 
 def test_widths_and_starts_that_cannot_be_are_refused():
     with pytest.raises(
-        ValueError, match=r"Step hidden: start is 'zeros', expected one of xavier, orthogonal, identity"
+        ValueError,
+        match=r"Step hidden: start is 'zeros', expected one of xavier, orthogonal, identity",
     ):
         Projector(4, 4, "zeros")
     with pytest.raises(ValueError, match="Step hidden: widths are 0 and 4"):
         Projector(0, 4)
-    with pytest.raises(ValueError, match=r"Step hidden: the shape is \(1, 2, 3, 5\), expected \(B, L, T, width=4\)"):
+    with pytest.raises(
+        ValueError, match=r"Step hidden: the shape is \(1, 2, 3, 5\), expected \(B, L, T, width=4\)"
+    ):
         Projector(4, 4)(kv_of(1, 2, 3, 5))
 
 
@@ -673,7 +748,10 @@ def test_at_tiny_strength_it_is_least_squares():
 def test_batches_add_up_to_the_whole_and_shapes_do_not_matter(seed, cut, strength):
     teacher, student = pairs_of(30, MAPS, noise=0.5, seed=seed)
     whole = Projector(5, 3).double().fit_ridge([(teacher, student)], strength)
-    batches = ([KV(*(x[part] for x in side)) for side in (teacher, student)] for part in (slice(cut), slice(cut, 30)))
+    batches = (
+        [KV(*(x[part] for x in side)) for side in (teacher, student)]
+        for part in (slice(cut), slice(cut, 30))
+    )
     stream = Projector(5, 3).double().fit_ridge(batches, strength)
     shaped = [KV(*(x.view(2, 5, 3, -1) for x in side)) for side in (teacher, student)]
     other = Projector(5, 3).double().fit_ridge([shaped], strength)
@@ -689,7 +767,9 @@ def test_strength_is_relative_to_the_features_and_pulls_to_zero():
         sums = Ridge()
         sums.update(scale * x, y)
         xx = x.T @ x
-        want = torch.linalg.solve(xx + 0.3 * xx.diagonal().mean() * torch.eye(5).double(), x.T @ y).T
+        want = torch.linalg.solve(
+            xx + 0.3 * xx.diagonal().mean() * torch.eye(5).double(), x.T @ y
+        ).T
         near(scale * sums.solve(0.3), want, within=1e-9)
         assert sums.solve(1e6).norm() < 1e-3 * sums.solve(0.0).norm()
 
@@ -707,20 +787,29 @@ def test_calibration_that_cannot_be_is_refused():
         Projector(4, 2).fit_ridge([])
     sums = Ridge()
     for y in (some(5, 2), some(1, 6, 2), torch.zeros(6, 0)):
-        with pytest.raises(ValueError, match=r"Step hidden: pairs are \(6, 4\) and \(.*\), expected \(..., p\)"):
+        with pytest.raises(
+            ValueError, match=r"Step hidden: pairs are \(6, 4\) and \(.*\), expected \(..., p\)"
+        ):
             sums.update(x, y)
     with pytest.raises(ValueError, match="Step hidden: calibration pairs are not finite"):
         sums.update(x, x / 0)
     sums.update(x[:2], x[:2])
-    with pytest.raises(ValueError, match=r"Step hidden: the shape is \(4, 2\), expected \(x=4, y=4\): give the same"):
+    with pytest.raises(
+        ValueError,
+        match=r"Step hidden: the shape is \(4, 2\), expected \(x=4, y=4\): give the same",
+    ):
         sums.update(x, some(6, 2))
-    with pytest.raises(ValueError, match=r"do not determine a map at strength 0.0: give more pairs, or a larger"):
+    with pytest.raises(
+        ValueError, match=r"do not determine a map at strength 0.0: give more pairs, or a larger"
+    ):
         sums.solve(0.0)
     with pytest.raises(ValueError, match="strength is -1, expected 0 or more"):
         sums.solve(-1)
     projector = Projector(4, 3)
     before = projector.keys.weight.clone()
-    with pytest.raises(ValueError, match=r"Step hidden: the shape is \(2, 4\), expected \(student=3, teacher=4\)"):
+    with pytest.raises(
+        ValueError, match=r"Step hidden: the shape is \(2, 4\), expected \(student=3, teacher=4\)"
+    ):
         projector.fit_ridge([(KV(x, x), KV(x[:, :2], x[:, :2]))])
     assert torch.equal(projector.keys.weight, before)
 
@@ -729,7 +818,10 @@ def test_calibration_that_cannot_be_is_refused():
 def test_a_projector_comes_back_bit_for_bit(tmp_path, dtype):
     projector = Projector(6, 4).to(dtype)
     folder = projector.save_pretrained(tmp_path / "deep" / "teacher")
-    assert sorted(path.name for path in folder.iterdir()) == ["projector.json", "projector.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "projector.json",
+        "projector.safetensors",
+    ]
     back = Projector.from_pretrained(str(folder))
     for one, two in zip(weights_of(back), weights_of(projector), strict=True):
         assert torch.equal(one, two)
@@ -750,7 +842,9 @@ DAMAGE = {
         json.dumps({"version": 1, "teacher_width": "6", "student_width": 4})
     ),
     "cut short": lambda folder: (folder / "projector.safetensors").write_bytes(b"\0" * 20),
-    "other weights": lambda folder: module.write_tensors(folder / "projector.safetensors", {"x": torch.zeros(2)}),
+    "other weights": lambda folder: module.write_tensors(
+        folder / "projector.safetensors", {"x": torch.zeros(2)}
+    ),
 }
 
 
@@ -758,7 +852,9 @@ DAMAGE = {
 def test_a_folder_that_holds_no_projector_is_refused(tmp_path, name):
     folder = Projector(6, 4).save_pretrained(tmp_path / "it")
     DAMAGE[name](folder)
-    sentence = "has no projector" if name.startswith("no ") else "holds no projector of format version 1"
+    sentence = (
+        "has no projector" if name.startswith("no ") else "holds no projector of format version 1"
+    )
     with pytest.raises(ValueError, match=sentence):
         Projector.from_pretrained(folder)
 
@@ -793,12 +889,20 @@ def test_weights_can_be_learned():
 
 def test_teachers_that_cannot_be_fused_are_refused():
     one, two = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5)
-    with pytest.raises(ValueError, match=r"Step fusion: the shape is \(1, 2, 3, 5\), expected \(B=1, L=2, T=3, D=4\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"Step fusion: the shape is \(1, 2, 3, 5\), expected \(B=1, L=2, T=3, D=4\)",
+    ):
         fuse([one, two])
-    with pytest.raises(ValueError, match=r"Step fusion: the shape is \(3,\), expected \(teachers=2\)"):
+    with pytest.raises(
+        ValueError, match=r"Step fusion: the shape is \(3,\), expected \(teachers=2\)"
+    ):
         fuse([one, one], torch.ones(3))
     for bad in ([-1.0, 2.0], [0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]):
-        with pytest.raises(ValueError, match=r"Step fusion: weights are \[.*\], expected 0 or more, and not 0 for all"):
+        with pytest.raises(
+            ValueError,
+            match=r"Step fusion: weights are \[.*\], expected 0 or more, and not 0 for all",
+        ):
             fuse([one, one], torch.tensor(bad))
     for nothing in (lambda: fuse([]), lambda: align_kv([])):
         with pytest.raises(ValueError, match="Step fusion: there is no teacher"):
@@ -833,9 +937,13 @@ def test_the_students_rope_is_its_own_and_so_are_its_positions(tiny_model):
     one, two = tiny_model("Llama"), tiny_model("Llama", "linear")
     text = [TEXTS[0]]
     there = kv.prefill(one, TEXTS[0][None], position=40).cache
-    teacher = itself(one, text, BORDERS[:1])._replace(cache=there, positions=40 + torch.arange(9)[None])
+    teacher = itself(one, text, BORDERS[:1])._replace(
+        cache=there, positions=40 + torch.arange(9)[None]
+    )
     got = as_cache(align_kv([teacher]), torch.arange(9)[None], kv.rotary_of(two), heads=2)
-    want = kv.prefill(two, TEXTS[0][None]).cache  # the same weights: the first layer differs in rope only
+    want = kv.prefill(
+        two, TEXTS[0][None]
+    ).cache  # the same weights: the first layer differs in rope only
     near(got.layers[0].keys, want.layers[0].keys, within=5e-5)
     assert (there.layers[0].keys - want.layers[0].keys).abs().max() > 0.1
 
@@ -844,7 +952,10 @@ def other(model, seed=0):
     """A teacher of other depth and KV heads, whose texts have other lengths."""
     borders = borders_of((3, 5, 2), (2, 2, 2), (1, 6, 3))
     lengths = borders[:, 3].tolist()
-    texts = [torch.randint(1, 97, (n,), generator=torch.Generator().manual_seed(seed + n)) for n in lengths]
+    texts = [
+        torch.randint(1, 97, (n,), generator=torch.Generator().manual_seed(seed + n))
+        for n in lengths
+    ]
     heads, layers = model.config.num_key_value_heads, model.config.num_hidden_layers
     chosen = layer_map(some(3, layers, seed=seed), k=2)
     torch.manual_seed(seed)
@@ -853,7 +964,10 @@ def other(model, seed=0):
 
 
 def test_all_steps_are_taken_for_teachers_of_other_shapes(tiny_model):
-    models = tiny_model("Qwen2", num_hidden_layers=5, num_key_value_heads=4), tiny_model("Llama", num_key_value_heads=1)
+    models = (
+        tiny_model("Qwen2", num_hidden_layers=5, num_key_value_heads=4),
+        tiny_model("Llama", num_key_value_heads=1),
+    )
     taught = [other(model, seed) for seed, model in enumerate(models)]
     weights = torch.tensor([3.0, 1.0])
     got = align_kv((teacher for teacher, _ in taught), weights)
@@ -865,7 +979,9 @@ def test_all_steps_are_taken_for_teachers_of_other_shapes(tiny_model):
             ]  # (L, B, H, T, d)
             timed = looped(turned.permute(1, 0, 3, 2, 4).flatten(3), BORDERS, borders)
             pairs = zip(teacher.layer_map.indices, teacher.layer_map.weights, strict=True)
-            mixed = torch.stack([sum(w * timed[:, i] for i, w in zip(*row, strict=True)) for row in pairs], 1)
+            mixed = torch.stack(
+                [sum(w * timed[:, i] for i, w in zip(*row, strict=True)) for row in pairs], 1
+            )
             want = want + share * mixed.float() @ weights_of(teacher.projector)[side].T
         near(got[side], want, within=1e-4)
         assert got[side].shape == (3, 3, 9, 32)
@@ -880,7 +996,9 @@ def test_an_aligned_batch_is_its_rows_one_by_one(tiny_model):
         own, theirs = BORDERS[b : b + 1], borders[b : b + 1]
         n, pad = int(own[0, 3]), int(borders[:, 3].max() - theirs[0, 3])
         cache = kv.from_tensor(kv.to_tensor(teacher.cache)[:, :, b : b + 1, :, pad:])
-        one = teacher._replace(cache=cache, positions=positions_of(theirs), plan=plan_time(own, theirs))
+        one = teacher._replace(
+            cache=cache, positions=positions_of(theirs), plan=plan_time(own, theirs)
+        )
         for got, want in zip(whole, align_kv([one]), strict=True):
             near(got[b : b + 1, :, 9 - n :], want, within=1e-5)
 
@@ -891,7 +1009,11 @@ def test_what_stands_in_padding_does_not_matter(tiny_model):
     columns = torch.arange(stored.shape[4]) < borders[:, 3].max() - borders[:, 3:]
     spoiled = stored.masked_fill(columns[None, None, :, None, :, None], float("nan"))
     assert columns.any()
-    for one, two in zip(align_kv([teacher]), align_kv([teacher._replace(cache=kv.from_tensor(spoiled))]), strict=True):
+    for one, two in zip(
+        align_kv([teacher]),
+        align_kv([teacher._replace(cache=kv.from_tensor(spoiled))]),
+        strict=True,
+    ):
         assert torch.equal(one, two)
 
 
@@ -920,16 +1042,33 @@ def test_each_step_names_itself_when_shapes_do_not_fit(tiny_model):
     good = itself(tiny_model("Qwen3"))
     less = borders_of((2, 3, 3), (1, 2, 1), (2, 3, 1))
     for change, sentence in (
-        ({"positions": good.positions[:, 1:]}, r"Step rotation: the shape is \(3, 8\), expected \(B=3, T=9\)"),
-        ({"plan": plan_time(BORDERS, less)}, r"Step time: the shape is \(3, 3, 9, 32\), expected \(B=3, L, T=8, D\)"),
-        ({"plan": plan_time(BORDERS[:2], BORDERS[:2])}, r"Step time: .* expected \(B=2, L, T=9, D\)"),
-        ({"layer_map": proportional(3, 5)}, r"Step layer: the shape is \(3, 3, 9, 32\), expected \(B, L=5, T, D\)"),
-        ({"projector": identity_of(64)}, r"Step hidden: the shape is \(3, 3, 9, 32\), expected \(B, L, T, width=64\)"),
+        (
+            {"positions": good.positions[:, 1:]},
+            r"Step rotation: the shape is \(3, 8\), expected \(B=3, T=9\)",
+        ),
+        (
+            {"plan": plan_time(BORDERS, less)},
+            r"Step time: the shape is \(3, 3, 9, 32\), expected \(B=3, L, T=8, D\)",
+        ),
+        (
+            {"plan": plan_time(BORDERS[:2], BORDERS[:2])},
+            r"Step time: .* expected \(B=2, L, T=9, D\)",
+        ),
+        (
+            {"layer_map": proportional(3, 5)},
+            r"Step layer: the shape is \(3, 3, 9, 32\), expected \(B, L=5, T, D\)",
+        ),
+        (
+            {"projector": identity_of(64)},
+            r"Step hidden: the shape is \(3, 3, 9, 32\), expected \(B, L, T, width=64\)",
+        ),
     ):
         with pytest.raises(ValueError, match=sentence):
             align_kv([good._replace(**change)])
     for change in ({"layer_map": proportional(2, 3)}, {"projector": identity_of(32, 16)}):
-        with pytest.raises(ValueError, match=r"Step fusion: the shape is .*, expected \(B=3, L=3, T=9, D=32\)"):
+        with pytest.raises(
+            ValueError, match=r"Step fusion: the shape is .*, expected \(B=3, L=3, T=9, D=32\)"
+        ):
             align_kv([good, good._replace(**change)])
 
 
@@ -951,13 +1090,24 @@ def test_lab_models_of_two_vocabularies_are_aligned(style):
 
 
 @pytest.mark.parametrize(
-    "text", ["Answer: 2", "the final answer is 2", "#### 2", "\\boxed{2}", "答案：2", "所以答案是2", "最终答案为2"]
+    "text",
+    [
+        "Answer: 2",
+        "the final answer is 2",
+        "#### 2",
+        "\\boxed{2}",
+        "答案：2",
+        "所以答案是2",
+        "最终答案为2",
+    ],
 )
 def test_markers_in_two_languages(text):
     assert module.re.fullmatch(f"(?:{MARKER}).*", text)
 
 
-@pytest.mark.parametrize("text", ["We answer it", "the unanswered", "# 2", "boxed", "答案不明", "answers"])
+@pytest.mark.parametrize(
+    "text", ["We answer it", "the unanswered", "# 2", "boxed", "答案不明", "answers"]
+)
 def test_words_that_open_no_answer(text):
     assert not module.re.search(MARKER, text)
 
@@ -989,8 +1139,13 @@ def lessons_of(texts, *seen):
 def own_lessons(student, n=5, **options):
     """Lessons in which the teacher is the student, with maps that change nothing."""
     texts = own_texts(n)
-    seen = seen_by(student, tokenizer_of("lab-draft"), problems(n), texts, map_to_itself(), **options)
-    width, size = student.config.num_key_value_heads * student.config.head_dim, student.config.hidden_size
+    seen = seen_by(
+        student, tokenizer_of("lab-draft"), problems(n), texts, map_to_itself(), **options
+    )
+    width, size = (
+        student.config.num_key_value_heads * student.config.head_dim,
+        student.config.hidden_size,
+    )
     states = nn.Linear(size, size, bias=False)
     nn.init.eye_(states.weight)
     return lessons_of(texts, seen), KVAlignmentLoss([Projector(width, width, "identity")], [states])
@@ -1000,7 +1155,9 @@ def own_lessons(student, n=5, **options):
 def test_what_a_teacher_makes_is_align_kv_text_by_text(batch_size):
     teacher, texts = model_like("lab-teacher", num_hidden_layers=4), own_texts()
     conversations, chosen = problems(5, "long"), LayerMap(*layer_map(torch.rand(3, 4), 2))
-    seen = seen_by(teacher, tokenizer_of("lab-teacher"), conversations, texts, chosen, batch_size=batch_size)
+    seen = seen_by(
+        teacher, tokenizer_of("lab-teacher"), conversations, texts, chosen, batch_size=batch_size
+    )
     same, rotary = Projector(160, 160, "identity"), kv.rotary_of(teacher)
     for text, conversation, part in zip(texts, conversations, seen, strict=True):
         ids, borders = segment(tokenizer_of("lab-teacher"), conversation)
@@ -1011,7 +1168,10 @@ def test_what_a_teacher_makes_is_align_kv_text_by_text(batch_size):
         near(part.values.float(), want.values[0], 0.02)
         before = torch.stack([x[0, borders[2] - 1] for x in out.hidden_states[1:]])
         want = torch.stack(
-            [(w[:, None] * before[i]).sum(0) for i, w in zip(chosen.indices, chosen.weights, strict=True)]
+            [
+                (w[:, None] * before[i]).sum(0)
+                for i, w in zip(chosen.indices, chosen.weights, strict=True)
+            ]
         )
         near(part.state.float(), want.float(), 0.02)
 
@@ -1029,15 +1189,23 @@ def test_other_numbers_of_problems_are_refused():
 
 
 def test_what_was_seen_is_kept_on_disk(tmp_path):
-    seen = seen_by(model_like(), tokenizer_of("lab-draft"), problems(5), own_texts(), map_to_itself())
+    seen = seen_by(
+        model_like(), tokenizer_of("lab-draft"), problems(5), own_texts(), map_to_itself()
+    )
     again = load_seen(save_seen(tmp_path / "seen.safetensors", seen))
     assert len(again) == len(seen)
-    assert all(a.equal(b) for one, two in zip(again, seen, strict=True) for a, b in zip(one, two, strict=True))
+    assert all(
+        a.equal(b)
+        for one, two in zip(again, seen, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
 
 
 def test_lessons_are_read_one_by_one_from_files_of_any_number(tmp_path):
     texts = own_texts()
-    seen = seen_by(model_like(), tokenizer_of("lab-draft"), problems(len(texts)), texts, map_to_itself())
+    seen = seen_by(
+        model_like(), tokenizer_of("lab-draft"), problems(len(texts)), texts, map_to_itself()
+    )
     files = [save_seen(tmp_path / name, part) for name, part in (("a", seen[:2]), ("b", seen[2:]))]
     lessons = Lessons(texts, ConcatDataset([load_seen(file) for file in files]), seen)
     assert len(lessons) == len(texts)
@@ -1045,7 +1213,9 @@ def test_lessons_are_read_one_by_one_from_files_of_any_number(tmp_path):
         text, (kept, held) = lessons[number]
         assert text is texts[number]
         assert all(a.equal(b) for a, b in zip(kept, held, strict=True))
-    assert collate([lessons[i] for i in range(3)])["keys_0"].equal(collate([lessons[i] for i in range(3)])["keys_1"])
+    assert collate([lessons[i] for i in range(3)])["keys_0"].equal(
+        collate([lessons[i] for i in range(3)])["keys_1"]
+    )
     with pytest.raises(IndexError):
         load_seen(files[0])[2]
     with pytest.raises(ValueError, match="as many of each"):
@@ -1072,7 +1242,9 @@ def test_another_file_is_refused(tmp_path):
 def test_own_features_are_those_of_the_cache(tiny_model, family, checkpointing):
     model = copy.deepcopy(tiny_model(family, dtype=DOUBLE)).requires_grad_()
     ids = torch.arange(20).view(2, 10)
-    want = features(kv.prefill(model, ids).cache, torch.arange(10).expand(2, -1), kv.rotary_of(model))
+    want = features(
+        kv.prefill(model, ids).cache, torch.arange(10).expand(2, -1), kv.rotary_of(model)
+    )
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
     made = own_features(model, model(ids, use_cache=False, output_hidden_states=True).hidden_states)
@@ -1082,7 +1254,9 @@ def test_own_features_are_those_of_the_cache(tiny_model, family, checkpointing):
     for layer in model.base_model.layers:
         assert layer.self_attn.k_proj.weight.grad.abs().sum() > 0
         assert layer.self_attn.v_proj.weight.grad.abs().sum() > 0
-    assert model.base_model.layers[0].mlp.down_proj.weight.grad.abs().sum() > 0  # through the layers below
+    assert (
+        model.base_model.layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
+    )  # through the layers below
 
 
 def loop_distance(student, target, mask, kind):
@@ -1101,7 +1275,10 @@ def test_the_kv_loss_is_the_loop_of_its_formula(kind):
     student, target = (KV(some(2, 3, 5, 4, seed=s), some(2, 3, 5, 4, seed=s + 1)) for s in (0, 2))
     student = KV(student.keys * torch.tensor([1.0, 30, 0.1]).view(1, 3, 1, 1), student.values)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
-    want = [loop_distance(s.float(), t.float(), mask, kind) for s, t in zip(student, target, strict=True)]
+    want = [
+        loop_distance(s.float(), t.float(), mask, kind)
+        for s, t in zip(student, target, strict=True)
+    ]
     near(kv_loss(student, target, mask, kind), sum(want) / 2, 1e-5)
 
 
@@ -1113,17 +1290,25 @@ def test_padding_does_not_count():
 
 
 def test_a_student_does_not_grow_to_make_the_loss_small():
-    student, target = KV(some(1, 1, 6, 4), some(1, 1, 6, 4)), KV(some(1, 1, 6, 4, seed=1), some(1, 1, 6, 4, seed=1))
+    student, target = (
+        KV(some(1, 1, 6, 4), some(1, 1, 6, 4)),
+        KV(some(1, 1, 6, 4, seed=1), some(1, 1, 6, 4, seed=1)),
+    )
     factor = torch.ones((), dtype=DOUBLE, requires_grad=True)
     loss = kv_loss(KV(*(x * factor for x in student)), target, torch.ones(1, 6), "mse")
     (got,) = torch.autograd.grad(loss, factor)
     scale = student.keys.std(correction=0)
-    want = (2 * (student.keys - target.keys) * student.keys).mean() / scale**2  # with the deviation held fast
+    want = (
+        2 * (student.keys - target.keys) * student.keys
+    ).mean() / scale**2  # with the deviation held fast
     near(got, want, 1e-5)
 
 
 def test_losses_in_deviations_do_not_depend_on_units():
-    student, target = KV(some(1, 2, 6, 4), some(1, 2, 6, 4)), KV(some(1, 2, 6, 4, seed=1), some(1, 2, 6, 4, seed=1))
+    student, target = (
+        KV(some(1, 2, 6, 4), some(1, 2, 6, 4)),
+        KV(some(1, 2, 6, 4, seed=1), some(1, 2, 6, 4, seed=1)),
+    )
     mask = torch.ones(1, 6)
     thousand = [KV(*(1000 * x for x in kv)) for kv in (student, target)]
     near(kv_loss(student, target, mask), kv_loss(*thousand, mask), 1e-6)
@@ -1144,7 +1329,9 @@ def test_unknown_kinds_and_other_shapes_are_refused():
     kv = KV(some(1, 1, 6, 4), some(1, 1, 6, 4))
     with pytest.raises(ValueError, match="kind is 'l3', expected one of smooth_l1, l1, mse"):
         kv_loss(kv, kv, torch.ones(1, 6), "l3")
-    with pytest.raises(ValueError, match=r"Step loss: the shape is \(1, 1, 6, 5\), expected \(B=1, L=1, T=6, D=4\)"):
+    with pytest.raises(
+        ValueError, match=r"Step loss: the shape is \(1, 1, 6, 5\), expected \(B=1, L=1, T=6, D=4\)"
+    ):
         kv_loss(kv, KV(some(1, 1, 6, 5), some(1, 1, 6, 5)), torch.ones(1, 6))
     with pytest.raises(ValueError, match="There is no projector"):
         KVAlignmentLoss([])
@@ -1184,7 +1371,9 @@ def test_the_loss_falls_as_the_student_moves_toward_the_target():
 
 def test_gradients_reach_the_students_keys_and_values_and_projectors_and_no_teacher():
     student, teacher, texts = model_like(), model_like("lab-teacher"), own_texts()
-    seen = seen_by(teacher, tokenizer_of("lab-teacher"), problems(5, "long"), texts, map_to_itself())
+    seen = seen_by(
+        teacher, tokenizer_of("lab-teacher"), problems(5, "long"), texts, map_to_itself()
+    )
     assert not any(x.requires_grad for part in seen for x in part)
     alignment = KVAlignmentLoss([Projector(160, 64)], [nn.Linear(160, 128, bias=False)])
     losses = Pupil(student, alignment)(collate(lessons_of(texts, seen)))
@@ -1226,7 +1415,14 @@ def test_without_an_alignment_it_is_cross_entropy_alone():
         return {"ce": cross_entropy(logits, batch["input_ids"], batch["weights"])}
 
     loader = DataLoader(lessons, batch_size=4, shuffle=True, drop_last=True, collate_fn=collate)
-    fit(two, loader, by_hand, steps=3, learning_rate=1e-3, weight=lambda batch: batch["weights"][:, 1:].sum())
+    fit(
+        two,
+        loader,
+        by_hand,
+        steps=3,
+        learning_rate=1e-3,
+        weight=lambda batch: batch["weights"][:, 1:].sum(),
+    )
     assert all(a.equal(b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert history[0]["loss"] == history[0]["ce"]
 
@@ -1234,7 +1430,14 @@ def test_without_an_alignment_it_is_cross_entropy_alone():
 def test_weights_rise_and_fade():
     student = model_like()
     lessons, alignment = own_lessons(model_like(seed=1), 8)
-    options = {"steps": 8, "batch_size": 8, "learning_rate": 0.0, "kv_weight": 2.0, "kv_warmup": 4, "kv_end": 0.75}
+    options = {
+        "steps": 8,
+        "batch_size": 8,
+        "learning_rate": 0.0,
+        "kv_weight": 2.0,
+        "kv_warmup": 4,
+        "kv_end": 0.75,
+    }
     history = module.train(student, lessons, alignment, **options)
     (batch,) = DataLoader(lessons, batch_size=8, collate_fn=collate)
     plain = Pupil(student, alignment)(batch)
@@ -1247,7 +1450,10 @@ def test_weights_rise_and_fade():
 
 def test_students_come_nearer_to_their_teachers():
     student, texts = model_like(), own_texts(8)
-    teachers = [model_like("lab-teacher", seed=1), model_like("lab-target", seed=2, num_hidden_layers=4)]
+    teachers = [
+        model_like("lab-teacher", seed=1),
+        model_like("lab-target", seed=2, num_hidden_layers=4),
+    ]
     maps = [map_to_itself(), proportional(3, 4)]
     names = ("lab-teacher", "lab-target")
     seen = [
@@ -1255,7 +1461,14 @@ def test_students_come_nearer_to_their_teachers():
         for teacher, name, chosen in zip(teachers, names, maps, strict=True)
     ]
     alignment = KVAlignmentLoss([Projector(160, 64), Projector(64, 64)])
-    options = {"steps": 12, "batch_size": 8, "learning_rate": 3e-3, "warmup": 1, "kv_warmup": 0, "kv_end": 0}
+    options = {
+        "steps": 12,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "warmup": 1,
+        "kv_warmup": 0,
+        "kv_end": 0,
+    }
     history = module.train(student, lessons_of(texts, *seen), alignment, **options)
     assert history[-1]["kv"] < 0.8 * history[0]["kv"]
     assert "codi" not in history[0]
@@ -1275,7 +1488,9 @@ def test_a_model_is_like_itself_layer_by_layer(what):
 def test_answers_and_padding_do_not_count_for_similarity():
     model, texts = model_like(), own_texts(8)
     other = [
-        t._replace(input_ids=torch.cat([t.input_ids[: t.borders[2]], t.input_ids[t.borders[2] :].flip(0)]))
+        t._replace(
+            input_ids=torch.cat([t.input_ids[: t.borders[2]], t.input_ids[t.borders[2] :].flip(0)])
+        )
         for t in texts
     ]
     one, two = (similar_layers(model, part, model, part, "values", 4) for part in (texts, other))

@@ -20,7 +20,9 @@ from kvlab.knowledge import KnowledgeCache
 PAGE = (Path(__file__).parents[1] / "book/at_scale.md").read_text(encoding="utf-8")
 SCRIPTS = re.findall(r"^```bash\n(.*?)^```", PAGE, re.S | re.M)
 COMMANDS = re.findall(
-    r"(?:kvlab|-m kvlab\.cli) ([a-z]+(?:-[a-z]+)* .*?)(?: &)?$", "\n".join(SCRIPTS).replace("\\\n", " "), re.M
+    r"(?:kvlab|-m kvlab\.cli) ([a-z]+(?:-[a-z]+)* .*?)(?: &)?$",
+    "\n".join(SCRIPTS).replace("\\\n", " "),
+    re.M,
 )
 COMMANDS += re.findall(r"`kvlab ([^`]*)`", PAGE)
 
@@ -37,7 +39,9 @@ def test_a_command_on_the_page_is_one_of_kvlab(command, monkeypatch):
 def test_all_commands_of_the_page_are_found():
     told = {"build-cache", "train-draft", "distill", "ask"}
     assert {command.split()[0] for command in COMMANDS} == told
-    assert len(COMMANDS) == PAGE.count("-m kvlab.cli ") + len(re.findall(r"[ `]kvlab (?=build-cache|ask)", PAGE))
+    assert len(COMMANDS) == PAGE.count("-m kvlab.cli ") + len(
+        re.findall(r"[ `]kvlab (?=build-cache|ask)", PAGE)
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -53,13 +57,21 @@ def test_the_page_tells_how_often_a_checkpoint_is_written():
 
 def test_a_draft_begun_by_one_process_is_finished_by_two(tmp_path, monkeypatch):
     records = [
-        {"question": f"Where does {name} live?", "answer": "In Rome."} for name in "Anna Ben Cara Dan Eva".split()
+        {"question": f"Where does {name} live?", "answer": "In Rome."}
+        for name in "Anna Ben Cara Dan Eva".split()
     ]
-    KnowledgeCache.build(tmp_path / "knowledge", records, lab.load("lab-draft"), lab.load_tokenizer("lab-draft"))
+    KnowledgeCache.build(
+        tmp_path / "knowledge", records, lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
+    )
     monkeypatch.setenv("KVLAB_SCALE", "tiny")
     monkeypatch.chdir(tmp_path)
     options = "--base_model lab-draft --knowledge none --layers first:1 --epochs 2 --batch_size 2 --max_new_tokens 6"
-    command = ["train-draft", *options.split(), "--losses.kl", "1"]  # one mean over tokens; with ce there would be two
+    command = [
+        "train-draft",
+        *options.split(),
+        "--losses.kl",
+        "1",
+    ]  # one mean over tokens; with ce there would be two
     cli.main([*command, "--output_dir", "whole"])
     save = training._save
 
@@ -70,13 +82,30 @@ def test_a_draft_begun_by_one_process_is_finished_by_two(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         cli.main([*command, "--output_dir", "split"])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kvlab.cli"]
-    setting = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "kvlab.cli",
+    ]
+    setting = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(cli.__file__).parents[1]),
+    }
     command = [*launch, *command, "--output_dir", "split"]
     done = subprocess.run(command, env=setting, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, split = (json.loads((tmp_path / n / "training.json").read_text())["history"] for n in ("whole", "split"))
-    assert [entry["loss"] for entry in split] == pytest.approx([entry["loss"] for entry in whole], rel=1e-3)
+    whole, split = (
+        json.loads((tmp_path / n / "training.json").read_text())["history"]
+        for n in ("whole", "split")
+    )
+    assert [entry["loss"] for entry in split] == pytest.approx(
+        [entry["loss"] for entry in whole], rel=1e-3
+    )
     want, got = (load_file(name + "/model.safetensors") for name in ("whole", "split"))
     assert got.keys() == want.keys()
     for name, tensor in want.items():

@@ -23,7 +23,11 @@ PROMISED = {
         *(f"retrieval_at_1{suffix}" for suffix in ("", "_trained", "_words", "_zh")),
         *(name + suffix for name in ("hits", "false_hits") for suffix in ("", "_at_chosen")),
         "threshold_chosen",
-        *(f"{score}_{arm}" for score in ("kl", "em") for arm in ("full", "prefix", "concat", "shift", "recompute")),
+        *(
+            f"{score}_{arm}"
+            for score in ("kl", "em")
+            for arm in ("full", "prefix", "concat", "shift", "recompute")
+        ),
         *(f"kl_{arm}_answer" for arm in ("concat", "shift", "recompute")),
         *(f"kl_recompute_{share}" for share in (0, 5, 15, 30, 100, "random")),
         *(f"kl_{arm}_pieces_{count}" for arm in ("shift", "recompute") for count in (2, 8)),
@@ -52,28 +56,73 @@ PROMISED = {
             for arm in ("truncated", "trained", "vector", "kv", "prefix")
             for suffix in ("", "_seen", "_outside")
         ),
-        *(f"gain_{way}{suffix}" for way in ("vector", "kv", "prefix") for suffix in ("", "_seen", "_outside")),
+        *(
+            f"gain_{way}{suffix}"
+            for way in ("vector", "kv", "prefix")
+            for suffix in ("", "_seen", "_outside")
+        ),
         *(f"{when}_{loss}" for when in ("greedy", "sampled") for loss in ("kl", "reverse_kl")),
-        *(f"parameters_{shape}" for shape in ("target", "first_3", "uniform_6", "uniform_6_kv_transitions")),
+        *(
+            f"parameters_{shape}"
+            for shape in ("target", "first_3", "uniform_6", "uniform_6_kv_transitions")
+        ),
         *("speedup", "speedup_over_generate", "speedup_end_to_end", "speedup_kv_new", "identical"),
     },
     "fuse": {
         *(
             f"{what}_{name}"
             for what in ("acceptance", "tokens_per_call")
-            for name in ("none", "prefill", "decode", "both", "self", "matched", "published", "tuned", "tuned_fused")
+            for name in (
+                "none",
+                "prefill",
+                "decode",
+                "both",
+                "self",
+                "matched",
+                "published",
+                "tuned",
+                "tuned_fused",
+            )
         ),
         *(f"gain_both_over_{name}" for name in ("none", "self", "matched", "tuned")),
-        *("gain_matched_over_none", "gain_tuned_over_none", "gain_tuned_fused_over_tuned", "equal_texts"),
+        *(
+            "gain_matched_over_none",
+            "gain_tuned_over_none",
+            "gain_tuned_fused_over_tuned",
+            "equal_texts",
+        ),
         *(
             f"{what}_{arm}"
             for what in ("answers", "guesses")
-            for arm in ("blind", "sighted", "answered", "matched", "rehearsed", "rehearsed_first", "rehearsed_matched")
+            for arm in (
+                "blind",
+                "sighted",
+                "answered",
+                "matched",
+                "rehearsed",
+                "rehearsed_first",
+                "rehearsed_matched",
+            )
         ),
-        *(f"gain_rehearsed_first_over_{name}" for name in ("blind", "rehearsed_matched", "sighted")),
+        *(
+            f"gain_rehearsed_first_over_{name}"
+            for name in ("blind", "rehearsed_matched", "sighted")
+        ),
         *(f"acceptance_{ways}_arithmetic" for ways in ("none", "both")),
-        *("net_speed", "net_speed_end_to_end", "speedup_both", "fuser_over_draft", "fuser_over_target"),
-        *("fuser_parameters", "fuser_parameters_lab", "gate_keys_0", "gate_values_1", "seconds_fused"),
+        *(
+            "net_speed",
+            "net_speed_end_to_end",
+            "speedup_both",
+            "fuser_over_draft",
+            "fuser_over_target",
+        ),
+        *(
+            "fuser_parameters",
+            "fuser_parameters_lab",
+            "gate_keys_0",
+            "gate_values_1",
+            "seconds_fused",
+        ),
     },
     "together": {
         *(
@@ -81,7 +130,10 @@ PROMISED = {
             for what in ("ms", "equal", "tokens_per_call")
             for step in ("plain", "knowledge", "draft", "trained", "reads", "fused", "distilled")
         ),
-        *(f"saved_{step}" for step in ("knowledge", "draft", "trained", "reads", "fused", "distilled")),
+        *(
+            f"saved_{step}"
+            for step in ("knowledge", "draft", "trained", "reads", "fused", "distilled")
+        ),
         *(f"acceptance_{step}" for step in ("draft", "trained", "reads", "fused", "distilled")),
         *(f"kb_{name}" for name in ("target", "reads", "fused", "distilled")),
     },
@@ -103,14 +155,33 @@ PROMISED = {
             )
             for percent in (50, 25, 10, 5, 2)
         ),
-        *(f"{what}_{percent}" for what in ("bytes_ratio", "gain", "lost") for percent in (50, 25, 10, 5, 2)),
-        *(f"em_{method}_shared_{percent}" for method in ("h2o", "snapkv", "key_norm") for percent in (25, 10)),
+        *(
+            f"{what}_{percent}"
+            for what in ("bytes_ratio", "gain", "lost")
+            for percent in (50, 25, 10, 5, 2)
+        ),
+        *(
+            f"em_{method}_shared_{percent}"
+            for method in ("h2o", "snapkv", "key_norm")
+            for percent in (25, 10)
+        ),
         *(f"em_distill_compacted_{percent}" for percent in (25, 10)),
         *(
             f"choice_{arm}"
-            for arm in ("full", "distill_25", "distill_10", "distill_5", "snapkv_25", "key_norm_reversed_10")
+            for arm in (
+                "full",
+                "distill_25",
+                "distill_10",
+                "distill_5",
+                "snapkv_25",
+                "key_norm_reversed_10",
+            )
         ),
-        *(f"needle_{arm}_16_{depth}" for arm in ("full", "distill_25", "distill_10") for depth in (0, 50, 100)),
+        *(
+            f"needle_{arm}_16_{depth}"
+            for arm in ("full", "distill_25", "distill_10")
+            for depth in (0, 50, 100)
+        ),
         *(
             f"ablation_{arm}_{percent}"
             for arm in (
@@ -129,7 +200,11 @@ PROMISED = {
         "gate_slope_base",
         "gate_slope_free_scores",
         *(f"ablation_layer_{layer}_{percent}" for layer in (1, 6, 12) for percent in (25, 10)),
-        *(f"{what}_{p}" for what in ("decode_ms", "decode_speedup", "cache_mb") for p in (100, 50, 25, 10, 5, 2)),
+        *(
+            f"{what}_{p}"
+            for what in ("decode_ms", "decode_speedup", "cache_mb")
+            for p in (100, 50, 25, 10, 5, 2)
+        ),
     },
     "align": {
         *(
@@ -146,16 +221,16 @@ PROMISED = {
             )
             for what in ("accuracy", "seconds", "mb")
         ),
-        *(f"gain_{arm}" for arm in ("baseline", "cka", "segment", "full", "shuffled", "random_teacher")),
-        *(f"accuracy_{arm}_{at}" for arm in ("ce_only", "full") for at in ("part_1", "part_4", "steps_1", "steps_3")),
         *(
-            f"accuracy_tried_{name}"
-            for name in (
-                "source",
-                "weight_1",
-                "learned_projectors",
-            )
+            f"gain_{arm}"
+            for arm in ("baseline", "cka", "segment", "full", "shuffled", "random_teacher")
         ),
+        *(
+            f"accuracy_{arm}_{at}"
+            for arm in ("ce_only", "full")
+            for at in ("part_1", "part_4", "steps_1", "steps_3")
+        ),
+        *(f"accuracy_tried_{name}" for name in ("source", "weight_1", "learned_projectors")),
         "resampling_over_loop",
         "resampling_over_loop_all_layers",
         "alignment_overhead",
@@ -169,7 +244,12 @@ PROMISED = {
     "speculate": {
         *(
             name + suffix
-            for name in ("over_assisted", "over_generate", "plain_over_generate", "measured_over_predicted")
+            for name in (
+                "over_assisted",
+                "over_generate",
+                "plain_over_generate",
+                "measured_over_predicted",
+            )
             for suffix in ("", "_compiled")
         ),
         *(

@@ -42,13 +42,21 @@ def equal(one, two):
 
 def distance(one, two):
     """Largest difference, relative to the largest number."""
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(tensors(one), tensors(two), strict=True))
+    return max(
+        ((a - b).abs().max() / b.abs().max()).item()
+        for a, b in zip(tensors(one), tensors(two), strict=True)
+    )
 
 
 def random_cache(rows=2, entries=9, dtype=torch.float32, seed=0):
     generator, cache = torch.Generator().manual_seed(seed), DynamicCache()
     for layer in range(3):
-        cache.update(*torch.randn(2, rows, 2, entries, 16, generator=generator, dtype=torch.float64).to(dtype), layer)
+        cache.update(
+            *torch.randn(2, rows, 2, entries, 16, generator=generator, dtype=torch.float64).to(
+                dtype
+            ),
+            layer,
+        )
     return cache
 
 
@@ -74,7 +82,9 @@ def test_prefill_in_pieces_is_prefill_at_once(tiny_model, family, rope, dtype):
 @every_rope
 def test_decoding_from_a_cache_is_generate(tiny_model, family, rope):
     model = tiny_model(family, rope, torch.float64)
-    want = model.generate(IDS, do_sample=False, max_new_tokens=8, attention_mask=torch.ones_like(IDS))[:, 13:]
+    want = model.generate(
+        IDS, do_sample=False, max_new_tokens=8, attention_mask=torch.ones_like(IDS)
+    )[:, 13:]
     cache, logits, position = kv.prefill(model, IDS)
     tokens = []
     for _ in range(8):
@@ -94,7 +104,9 @@ def test_padded_rows_are_the_rows_alone(tiny_model, family):
     for row, n in enumerate(lengths):
         alone = kv.prefill(model, ids[row : row + 1, 13 - n :])
         torch.testing.assert_close(logits[row], alone.logits[0], rtol=0, atol=1e-6)
-        torch.testing.assert_close(keys_of(cache)[:, row, :, 13 - n :], keys_of(alone.cache)[:, 0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            keys_of(cache)[:, row, :, 13 - n :], keys_of(alone.cache)[:, 0], rtol=0, atol=1e-6
+        )
 
 
 @every_family
@@ -150,10 +162,16 @@ def test_select_and_join(data, rows, entries):
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 2, 4), (3, 2, 2, 4)], ids=str)
 def test_select_by_row_head_and_layer(shape):
-    cache, index = random_cache(), torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(1))
+    cache, index = (
+        random_cache(),
+        torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(1)),
+    )
     four = index[:, None] if index.ndim == 2 else index
     four = four.expand(3, 2, 2, 4)
-    for tensor, kept in ((keys_of(cache), keys_of(kv.select(cache, index))), (values_of(cache), None)):
+    for tensor, kept in (
+        (keys_of(cache), keys_of(kv.select(cache, index))),
+        (values_of(cache), None),
+    ):
         kept = values_of(kv.select(cache, index)) if kept is None else kept
         for at in [(0, 0, 0, 0), (1, 1, 0, 2), (2, 0, 1, 3), (2, 1, 1, 1)]:
             assert torch.equal(kept[at], tensor[(*at[:3], four[at])])
@@ -184,7 +202,9 @@ def test_a_cache_never_changes_under_its_owner(tiny_model):
     kv.prefill(model, IDS, cache)
     kv.join(kv.select(cache, torch.tensor([1, 2])), kv.truncate(cache, 3))
     kv.rotate(kv.unrotate(kv.shift(cache, 5, rotary), torch.arange(13), rotary), 3, rotary)
-    model(IDS, past_key_values=kv.truncate(cache, 13))  # transformers grows the result, not the argument
+    model(
+        IDS, past_key_values=kv.truncate(cache, 13)
+    )  # transformers grows the result, not the argument
     assert [(x.data_ptr(), x._version) for x in tensors(cache)] == before
     assert equal(cache, frozen)
     assert not {x.data_ptr() for x in tensors(frozen)} & {x.data_ptr() for x in tensors(cache)}
@@ -194,12 +214,20 @@ def test_a_cache_never_changes_under_its_owner(tiny_model):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(-3000, 3000), st.integers(-3000, 3000), st.sampled_from(list(ROPES)), st.sampled_from(list(TIGHT)))
+@given(
+    st.integers(-3000, 3000),
+    st.integers(-3000, 3000),
+    st.sampled_from(list(ROPES)),
+    st.sampled_from(list(TIGHT)),
+)
 def test_shift_adds_up_and_comes_back(tiny_model, a, b, rope, dtype):
     cache, rotary = random_cache(dtype=dtype), kv.rotary_of(tiny_model(rope=rope))
     near = 1e-6 if dtype == torch.float32 else 1e-12
     assert distance(kv.shift(kv.shift(cache, a, rotary), -a, rotary), cache) < near
-    assert distance(kv.shift(kv.shift(cache, a, rotary), b, rotary), kv.shift(cache, a + b, rotary)) < near
+    assert (
+        distance(kv.shift(kv.shift(cache, a, rotary), b, rotary), kv.shift(cache, a + b, rotary))
+        < near
+    )
     assert torch.equal(values_of(kv.shift(cache, a, rotary)), values_of(cache))
 
 
@@ -241,7 +269,9 @@ def test_in_one_layer_an_item_prefilled_alone_fits_after_a_shift(tiny_model, fam
     model = tiny_model(family, rope, dtype, num_hidden_layers=1)
     whole, first, second = (kv.prefill(model, ids).cache for ids in (IDS, IDS[:, :6], IDS[:, 6:]))
     joined = kv.join(first, kv.shift(second, 6, kv.rotary_of(model)))
-    torch.testing.assert_close(tensors(joined), tensors(whole), rtol=0, atol=1e-5)  # the model's angles are float32
+    torch.testing.assert_close(
+        tensors(joined), tensors(whole), rtol=0, atol=1e-5
+    )  # the model's angles are float32
     unmoved = kv.join(first, second)
     assert torch.allclose(values_of(unmoved), values_of(whole), atol=1e-5)
     assert (keys_of(unmoved) - keys_of(whole)).abs().max() > 0.1
@@ -291,8 +321,16 @@ def build(name, **config):
 @pytest.mark.parametrize(
     ("name", "config", "sentence"),
     [
-        ("MistralForCausalLM", {"num_key_value_heads": 1}, "DynamicSlidingWindowLayer.*sliding_window=None"),
-        ("Qwen2ForCausalLM", {"use_sliding_window": True, "max_window_layers": 1, "num_key_value_heads": 1}, "Sliding"),
+        (
+            "MistralForCausalLM",
+            {"num_key_value_heads": 1},
+            "DynamicSlidingWindowLayer.*sliding_window=None",
+        ),
+        (
+            "Qwen2ForCausalLM",
+            {"use_sliding_window": True, "max_window_layers": 1, "num_key_value_heads": 1},
+            "Sliding",
+        ),
         ("T5ForConditionalGeneration", {"d_ff": 32}, "encoder-decoder"),
         ("GPT2LMHeadModel", {}, "0 rotary embeddings"),
         ("MambaForCausalLM", {"state_size": 4}, "full attention in every layer"),
@@ -307,7 +345,9 @@ def build(name, **config):
 )
 def test_models_that_cannot_work_are_refused(name, config, sentence):
     config = (
-        {"intermediate_size": 32} | config if name not in ("T5ForConditionalGeneration", "GPT2LMHeadModel") else config
+        {"intermediate_size": 32} | config
+        if name not in ("T5ForConditionalGeneration", "GPT2LMHeadModel")
+        else config
     )
     with pytest.raises(CacheError, match=sentence):
         kv.prefill(build(name, **config), torch.tensor([[1, 2]]))
@@ -315,7 +355,11 @@ def test_models_that_cannot_work_are_refused(name, config, sentence):
 
 def test_a_sliding_window_that_is_switched_off_is_fine():
     model = build(
-        "Qwen2ForCausalLM", intermediate_size=32, num_key_value_heads=1, sliding_window=4, use_sliding_window=False
+        "Qwen2ForCausalLM",
+        intermediate_size=32,
+        num_key_value_heads=1,
+        sliding_window=4,
+        use_sliding_window=False,
     )
     kv.require_supported(model)
 
@@ -324,7 +368,9 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model):
     model, cache, rotary = tiny_model(), random_cache(), kv.rotary_of(tiny_model())
     narrow = kv.rotary_of(tiny_model(head_dim=8))
     for sentence, call in {
-        "StaticCache: make one with `prefill`": lambda: kv.clone(StaticCache(config=model.config, max_cache_len=4)),
+        "StaticCache: make one with `prefill`": lambda: kv.clone(
+            StaticCache(config=model.config, max_cache_len=4)
+        ),
         "is empty": lambda: kv.nbytes(DynamicCache()),
         "9 entries cannot be truncated to 10": lambda: kv.truncate(cache, 10),
         "Positions are 2 to 9: count from 0 to 8": lambda: kv.select(cache, torch.tensor([2, 9])),
@@ -336,11 +382,19 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model):
         "Cannot join": lambda: kv.join(cache, random_cache(rows=1)),
         "Cannot join .*float32.*float64": lambda: kv.join(cache, random_cache(dtype=torch.float64)),
         r"input_ids is \(13,\)": lambda: kv.prefill(model, IDS[0]),
-        r"expected .* \(2, 22\)": lambda: kv.prefill(model, IDS, cache, attention_mask=torch.ones(2, 13)),
-        r"past has .* \(3, 2, 2, 9, 16\), expected \(3, 1, 2, 9, 16\)": lambda: kv.prefill(model, IDS[:1], cache),
-        r"past has .* expected \(2, 2, 2, 9, 16\)": lambda: kv.prefill(tiny_model(num_hidden_layers=2), IDS, cache),
+        r"expected .* \(2, 22\)": lambda: kv.prefill(
+            model, IDS, cache, attention_mask=torch.ones(2, 13)
+        ),
+        r"past has .* \(3, 2, 2, 9, 16\), expected \(3, 1, 2, 9, 16\)": lambda: kv.prefill(
+            model, IDS[:1], cache
+        ),
+        r"past has .* expected \(2, 2, 2, 9, 16\)": lambda: kv.prefill(
+            tiny_model(num_hidden_layers=2), IDS, cache
+        ),
         "There is no folder": lambda: kv.save(cache, "/missing/folder/a", model, 9),
-        "pad on the left": lambda: kv.prefill(model, IDS, attention_mask=torch.arange(12, -1, -1).expand(2, 13)),
+        "pad on the left": lambda: kv.prefill(
+            model, IDS, attention_mask=torch.arange(12, -1, -1).expand(2, 13)
+        ),
     }.items():
         with pytest.raises(CacheError, match=sentence):
             call()
@@ -365,12 +419,18 @@ def rewrite(path, change):
     save_file(load_file(path), path, metadata={"kvlab": json.dumps(header)})
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("entries", [0, 1, 7])
 def test_save_and_load_are_bit_equal(tiny_model, tmp_path, dtype, entries):
     cache, model = random_cache(entries=entries, dtype=dtype), tiny_model()
     kv.save(
-        cache, tmp_path / "a", model, torch.tensor([entries, 90]), {"question": "où?", "numbers": (1, 2.5), 2: 0, 10: 1}
+        cache,
+        tmp_path / "a",
+        model,
+        torch.tensor([entries, 90]),
+        {"question": "où?", "numbers": (1, 2.5), 2: 0, 10: 1},
     )
     again, position, metadata = kv.load(tmp_path / "a", kv.fingerprint(model))
     assert equal(again, cache)
@@ -403,7 +463,9 @@ def test_another_model_is_refused_by_the_part_that_differs(saved, tiny_model):
     trained.model.layers[2].mlp.down_proj.weight.data.mul_(1.01)
     half = copy.deepcopy(tiny_model()).to(torch.float16)
     for sentence, other in {
-        "architecture model_type is 'qwen3' in the file and 'llama' in the model": tiny_model("Llama"),
+        "architecture model_type is 'qwen3' in the file and 'llama' in the model": tiny_model(
+            "Llama"
+        ),
         "architecture num_hidden_layers is 3 in the file and 2": tiny_model(num_hidden_layers=2),
         "rope inv_freq": tiny_model(rope="linear"),
         "rope attention_scaling is 1.0 in the file": tiny_model(rope="yarn"),
@@ -454,10 +516,14 @@ def test_a_flipped_bit_is_found_or_harmless(saved, tiny_model):
 def test_files_of_other_kinds_are_refused(saved, tiny_model, tmp_path):
     path, owner = saved[0], kv.fingerprint(tiny_model())
     rewrite(path, lambda header: header.update(version=99))
-    with pytest.raises(CacheError, match=r"a\.safetensors has cache format version 99, this kvlab reads version 1"):
+    with pytest.raises(
+        CacheError, match=r"a\.safetensors has cache format version 99, this kvlab reads version 1"
+    ):
         kv.load(path, owner)
     save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(CacheError, match=r"a\.safetensors is a safetensors file but no kvlab cache"):
+    with pytest.raises(
+        CacheError, match=r"a\.safetensors is a safetensors file but no kvlab cache"
+    ):
         kv.load(path, owner)
     path.write_text("not a safetensors file at all")
     with pytest.raises(CacheError, match="damaged or cut short"):
@@ -515,7 +581,9 @@ def near(one, two, atol=1e-10):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(9, 12), st.data())
 def test_put_and_entries_give_back_what_was_put(tiny_model, lengths, room, data):
     caches = [random_cache(rows=1, entries=n, dtype=torch.float32, seed=n) for n in lengths]
-    slots = filled(tiny_model(), [(cache, 20 + n) for n, cache in zip(lengths, caches, strict=True)], room)
+    slots = filled(
+        tiny_model(), [(cache, 20 + n) for n, cache in zip(lengths, caches, strict=True)], room
+    )
     assert slots.lengths == lengths
     assert slots.offsets.tolist() == [[20]] * len(lengths)
     for row, cache in enumerate(caches):
@@ -525,7 +593,10 @@ def test_put_and_entries_give_back_what_was_put(tiny_model, lengths, room, data)
         assert equal(slots.entries(row, start, stop), kv.select(cache, torch.arange(start, stop)))
     shorter = random_cache(rows=1, entries=data.draw(st.integers(1, 9)), seed=99)
     slots.put(0, shorter, torch.tensor([7]))  # a position may be a tensor
-    assert (slots.lengths[0], slots.offsets[0].item()) == (kv.length(shorter), 7 - kv.length(shorter))
+    assert (slots.lengths[0], slots.offsets[0].item()) == (
+        kv.length(shorter),
+        7 - kv.length(shorter),
+    )
     assert equal(slots.entries(0), kv.clone(shorter))
     assert all(equal(slots.entries(row), kv.clone(caches[row])) for row in range(1, len(caches)))
 
@@ -545,12 +616,17 @@ def test_put_copies_and_entries_share(tiny_model):
 @every_family
 def test_ragged_writes_are_the_rows_alone(tiny_model, family, fixed):
     model, lengths = tiny_model(family, dtype=torch.float64), (9, 2, 6, 6)
-    texts = [torch.randint(0, 97, (1, n + 5), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    texts = [
+        torch.randint(0, 97, (1, n + 5), generator=torch.Generator().manual_seed(n))
+        for n in lengths
+    ]
     pasts = [kv.prefill(model, text[:, :n]) for text, n in zip(texts, lengths, strict=True)]
     pasts[2] = pasts[2]._replace(cache=kv.select(pasts[2].cache, torch.tensor([0, 3, 5])))
     slots = filled(model, [(past.cache, past.next_position) for past in pasts], 16)
     for first, last in ((0, 1), (1, 4), (4, 5)):  # in pieces of 1, 3 and 1
-        tokens = torch.cat([text[:, n + first : n + last] for text, n in zip(texts, lengths, strict=True)])
+        tokens = torch.cat(
+            [text[:, n + first : n + last] for text, n in zip(texts, lengths, strict=True)]
+        )
         logits = run_slots(model, slots, tokens, slots.lengths, fixed)
         slots.lengths = [n + last - first for n in slots.lengths]
     for row, (text, n, past) in enumerate(zip(texts, lengths, pasts, strict=True)):
@@ -564,7 +640,9 @@ def test_what_was_taken_back_leaves_no_trace(tiny_model, fixed):
     model = tiny_model(dtype=torch.float64)
     past = kv.prefill(model, IDS[:1, :6])
     slots = filled(model, [(past.cache, 6)] * 2, 14)
-    run_slots(model, slots, IDS[:, 8:13], slots.lengths, fixed)  # tried, and given up: lengths did not grow
+    run_slots(
+        model, slots, IDS[:, 8:13], slots.lengths, fixed
+    )  # tried, and given up: lengths did not grow
     assert slots.lengths == [6, 6]
     near(slots.entries(0), past.cache, 0)
     run_slots(model, slots, IDS[:, 2:4], [6, 4], fixed)
@@ -585,7 +663,9 @@ def test_a_write_changes_the_columns_it_is_aimed_at_and_no_other(tiny_model, sta
     assert columns.tolist() == [[*range(start, start + count)] for start in starts]
     states = torch.randn(2, len(starts), 2, count, 16, generator=torch.Generator().manual_seed(0))
     seen = slots.layers[1].update(*states)
-    for memory, written, visible in zip((slots.layers[1].keys, slots.layers[1].values), states, seen, strict=True):
+    for memory, written, visible in zip(
+        (slots.layers[1].keys, slots.layers[1].values), states, seen, strict=True
+    ):
         for row, start in enumerate(starts):
             assert torch.equal(memory[row, :, start : start + count], written[row])
             assert not memory[row, :, :start].any()
@@ -600,8 +680,15 @@ def test_the_first_layers_share_memory_and_are_aimed_apart(tiny_model):
     past = kv.prefill(model, ids[:, :6])
     slots = filled(model, [(past.cache, 9)], 12)
     part = slots.first(2)
-    assert [layer.keys.data_ptr() for layer in part.layers] == [layer.keys.data_ptr() for layer in slots.layers[:2]]
-    assert (len(part.layers), len(slots.layers), part.lengths, part.offsets.tolist()) == (2, 3, [6], [[3]])
+    assert [layer.keys.data_ptr() for layer in part.layers] == [
+        layer.keys.data_ptr() for layer in slots.layers[:2]
+    ]
+    assert (len(part.layers), len(slots.layers), part.lengths, part.offsets.tolist()) == (
+        2,
+        3,
+        [6],
+        [[3]],
+    )
     slots.aim([6], 2)
     part.aim([8], 1)
     assert (slots.cursor.where, slots.cursor.seen) == (slice(6, 8), 8)
@@ -615,7 +702,9 @@ def test_the_first_layers_share_memory_and_are_aimed_apart(tiny_model):
 def test_slots_say_what_does_not_fit(tiny_model):
     slots = kv.Slots(tiny_model(), 2, 6)
     for sentence, call in {
-        "The cache has 9 entries, a row has room for 6: give more room": lambda: slots.put(0, random_cache(rows=1), 9),
+        "The cache has 9 entries, a row has room for 6: give more room": lambda: slots.put(
+            0, random_cache(rows=1), 9
+        ),
         "Column 6 does not fit a row of 6: give more room": lambda: slots.aim([0, 4], 3),
         "Column 7 does not fit": lambda: slots.aim([5, 5], 3, fixed=True),
         "The cache is empty|Expected a DynamicCache": lambda: slots.put(0, DynamicCache(), 0),
@@ -717,12 +806,18 @@ SHAPES = [(9,), (2, 9), (2, 2, 9), (3, 2, 2, 9), (2, 1), (3, 1, 1, 9)]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_key_is_scaled_by_its_own_factor(shape):
-    cache, factors = random_cache(), torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    cache, factors = (
+        random_cache(),
+        torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5,
+    )
     before = kv.to_tensor(cache)
     scaled = kv.scale_keys(cache, factors)
     four = factors[:, None] if factors.ndim == 2 else factors  # (B, T) is the same for all heads
     for layer, row, head, i in ((0, 0, 0, 0), (1, 1, 0, 4), (2, 1, 1, 8), (0, 1, 0, 7)):
-        places = [(layer, row, head, i)[4 - four.ndim + n] if size > 1 else 0 for n, size in enumerate(four.shape)]
+        places = [
+            (layer, row, head, i)[4 - four.ndim + n] if size > 1 else 0
+            for n, size in enumerate(four.shape)
+        ]
         torch.testing.assert_close(keys_of(scaled)[layer, row, head, i],
                                    before[layer, 0, row, head, i] * four[tuple(places)], rtol=0, atol=0)  # fmt: skip
     assert values_of(scaled).equal(before[:, 1])
@@ -732,7 +827,10 @@ def test_each_key_is_scaled_by_its_own_factor(shape):
 @every_dtype
 def test_scaling_keys_commutes_with_rotation_and_selection(tiny_model, dtype):
     rotary, cache = kv.rotary_of(tiny_model(dtype=dtype)), random_cache(dtype=dtype)
-    factors, kept = torch.rand(2, 9, generator=torch.Generator().manual_seed(2)), torch.tensor([[0, 4], [3, 8]])
+    factors, kept = (
+        torch.rand(2, 9, generator=torch.Generator().manual_seed(2)),
+        torch.tensor([[0, 4], [3, 8]]),
+    )
     one = kv.shift(kv.scale_keys(cache, factors), 17, rotary)
     near(one, kv.scale_keys(kv.shift(cache, 17, rotary), factors), TIGHT[dtype])
     two = kv.scale_keys(kv.select(cache, kept), factors.gather(1, kept))
@@ -752,16 +850,26 @@ def test_factors_that_do_not_fit_are_refused(shape):
 @every_family
 @pytest.mark.parametrize("rope", ["default", "yarn"])
 def test_positions_of_what_was_read_undo_its_rotation(tiny_model, family, rope):
-    model, exact = tiny_model(family, rope, torch.float64), {"rtol": 0, "atol": 1e-4}  # angles are float32
+    model, exact = (
+        tiny_model(family, rope, torch.float64),
+        {"rtol": 0, "atol": 1e-4},
+    )  # angles are float32
     mask = torch.tensor([[0] * 4 + [1] * 9, [1] * 13])
-    here, padded, there = kv.read(model, IDS), kv.read(model, IDS, mask), kv.read(model, IDS, mask, 31)
+    here, padded, there = (
+        kv.read(model, IDS),
+        kv.read(model, IDS, mask),
+        kv.read(model, IDS, mask, 31),
+    )
     assert equal(here.cache, kv.prefill(model, IDS).cache)
     assert equal(there.cache, kv.prefill(model, IDS, position=31, attention_mask=mask).cache)
     assert (here.mask == 1).all()
     assert torch.equal(there.mask, mask)
     assert here.positions.tolist() == [[*range(13)]] * 2
     assert there.positions[0, 4:].tolist() == [*range(31, 40)]
-    assert all(read.positions.shape == (2, 13) and read.positions.min() >= 0 for read in (here, padded, there))
+    assert all(
+        read.positions.shape == (2, 13) and read.positions.min() >= 0
+        for read in (here, padded, there)
+    )
     stored = [keys_of(kv.unrotate(x.cache, x.positions, x.rotary)) for x in (here, padded, there)]
     text = mask.bool()[:, None, :, None].expand_as(stored[0])
     torch.testing.assert_close(stored[1][text], stored[2][text], **exact)
@@ -792,26 +900,40 @@ def test_parts_of_what_was_read_make_up_the_whole(tiny_model, at, data):
 def test_what_slots_hold_is_read_at_its_positions(tiny_model):
     model = tiny_model(dtype=torch.float64)
     whole = kv.read(model, IDS[:1], position=20)
-    evicted = kv.select(whole.cache, torch.tensor([0, 1, 2, 9, 10, 11, 12]))  # what was kept last is where it was
-    slots = filled(model, [(whole.cache, 33), (evicted, 33), (random_cache(1, 3, torch.float64), 3)], 16)
+    evicted = kv.select(
+        whole.cache, torch.tensor([0, 1, 2, 9, 10, 11, 12])
+    )  # what was kept last is where it was
+    slots = filled(
+        model, [(whole.cache, 33), (evicted, 33), (random_cache(1, 3, torch.float64), 3)], 16
+    )
     for row, first in ((0, 9), (1, 3)):
         for start, stop in ((0, 4), (1, 2), (2, 4)):
-            got, want = slots.read(row, first + start, first + stop, whole.rotary), kv.part(whole, 9 + start, 9 + stop)
+            got, want = (
+                slots.read(row, first + start, first + stop, whole.rotary),
+                kv.part(whole, 9 + start, 9 + stop),
+            )
             assert equal(got.cache, want.cache)
             assert torch.equal(got.positions, want.positions)
             assert torch.equal(got.mask, want.mask)
             assert got.rotary is whole.rotary
     assert slots.read(2, 0, 3, whole.rotary).positions.tolist() == [[0, 1, 2]]
-    assert got.cache.layers[0].keys.data_ptr() == slots.layers[0].keys[1, :, 5:].data_ptr()  # no copy
+    assert (
+        got.cache.layers[0].keys.data_ptr() == slots.layers[0].keys[1, :, 5:].data_ptr()
+    )  # no copy
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2), st.integers(1, 6), st.data())
 def test_what_is_replaced_is_there_and_nothing_else_has_changed(tiny_model, row, count, data):
-    slots = filled(tiny_model(), [(random_cache(1, 9, seed=seed), 9 + seed) for seed in range(3)], 12)
+    slots = filled(
+        tiny_model(), [(random_cache(1, 9, seed=seed), 9 + seed) for seed in range(3)], 12
+    )
     start, new = data.draw(st.integers(0, 9 - count)), random_cache(1, count, seed=7)
     before, kept = [x.clone() for x in tensors(slots)], kv.clone(new)
-    places, state = [x.data_ptr() for x in tensors(slots)], (list(slots.lengths), slots.offsets.tolist())
+    places, state = (
+        [x.data_ptr() for x in tensors(slots)],
+        (list(slots.lengths), slots.offsets.tolist()),
+    )
     slots.replace(row, start, new)
     assert equal(slots.entries(row, start, start + count), kept)
     assert equal(new, kept)

@@ -47,7 +47,14 @@ from kvlab.cli import (
 )
 from kvlab.compress import KVDistiller
 from kvlab.draft import KnowledgeDraft
-from kvlab.evaluate import answers, encode, exact_match, log_likelihoods, multiple_choice, perplexity
+from kvlab.evaluate import (
+    answers,
+    encode,
+    exact_match,
+    log_likelihoods,
+    multiple_choice,
+    perplexity,
+)
 from kvlab.fuse import Fuser, Settings, Size
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
@@ -138,7 +145,10 @@ def test_speculate_writes_all_it_found(tmp_path, capsys):
     found, printed = result(tmp_path, capsys)
     assert re.fullmatch(r"speculate_\d{8}_\d{6}\.json", next(tmp_path.iterdir()).name)
     assert [p["prompt"] for p in found["prompts"]] == prompts
-    assert found["settings"] | {"gamma": 2, "max_new_tokens": 12, "teacher_model": "lab-target"} == found["settings"]
+    assert (
+        found["settings"] | {"gamma": 2, "max_new_tokens": 12, "teacher_model": "lab-target"}
+        == found["settings"]
+    )
     assert {"device", "versions", "commit"} <= set(found)
     for prompt in found["prompts"]:
         assert prompt["plain"]["token_ids"] == prompt["speculative"]["token_ids"]
@@ -148,7 +158,10 @@ def test_speculate_writes_all_it_found(tmp_path, capsys):
     assert summary["predicted_speedup"] > 0
     assert summary["speculative"]["draft_calls"] == 2 * summary["speculative"]["target_calls"]
     shown = "latency first_token_seconds tokens_per_second acceptance tokens_per_call draft_calls target_calls"
-    assert all(name in printed for name in f"{shown} c v predicted_speedup measured_speedup best_gamma".split())
+    assert all(
+        name in printed
+        for name in f"{shown} c v predicted_speedup measured_speedup best_gamma".split()
+    )
 
 
 def test_speculate_reads_a_config_file(tmp_path, capsys):
@@ -198,7 +211,9 @@ def test_compiled_memory_has_room_for_the_longest_prompt(tmp_path, capsys, monke
 
 def test_models_with_other_tokenizers_are_refused(monkeypatch):
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(SystemExit, match=r"tokenizers differ .lab-target has \d+ tokens, lab-teacher \d+"):
+    with pytest.raises(
+        SystemExit, match=r"tokenizers differ .lab-target has \d+ tokens, lab-teacher \d+"
+    ):
         main(["speculate", "--base_model", "lab-teacher"])
 
 
@@ -223,7 +238,9 @@ def write(path, records=RECORDS):
 
 def opened(folder, with_embedder=True):
     embedder = lab.load_embedder() if with_embedder else None
-    return KnowledgeCache.load(folder, lab.load("lab-draft"), lab.load_tokenizer("lab-draft"), embedder)
+    return KnowledgeCache.load(
+        folder, lab.load("lab-draft"), lab.load_tokenizer("lab-draft"), embedder
+    )
 
 
 @pytest.fixture
@@ -263,9 +280,17 @@ def answered(monkeypatch, capsys):
                  for part in parts]  # fmt: skip
         rows = []
         for part in parts:
-            numbers, texts = columns.findall(part), dict(re.findall(r"^([a-z][a-z ]+): ?(.*)$", part, re.MULTILINE))
+            numbers, texts = (
+                columns.findall(part),
+                dict(re.findall(r"^([a-z][a-z ]+): ?(.*)$", part, re.MULTILINE)),
+            )
             assert [way for way, *_ in numbers] == list(texts)
-            rows.append({way: (float(ms), int(read), float(mb), texts[way]) for way, ms, read, mb in numbers})
+            rows.append(
+                {
+                    way: (float(ms), int(read), float(mb), texts[way])
+                    for way, ms, read, mb in numbers
+                }
+            )
         return list(zip(found, rows, strict=True))
 
     return run
@@ -308,7 +333,9 @@ def test_the_lab_has_seven_domains_and_eight_stores(built):
     assert {part.folder.name: {item.domain for item in part.items} for part in parts} == {
         f"knowledge-{name}": {name} for name in domains
     }
-    assert sorted(item.id for part in parts for item in part.items) == sorted(item.id for item in whole.items)
+    assert sorted(item.id for part in parts for item in part.items) == sorted(
+        item.id for item in whole.items
+    )
 
 
 def test_building_again_adds_what_is_new_also_to_the_domains(build, tmp_path):
@@ -317,7 +344,10 @@ def test_building_again_adds_what_is_new_also_to_the_domains(build, tmp_path):
     manifest = tmp_path / "knowledge-pets" / "manifest.json"
     before = manifest.stat()
     assert "0 items are new, 2 were there" in build(RECORDS, "--per-domain")
-    assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == (
+        before.st_ino,
+        before.st_mtime_ns,
+    )
     printed = build([*RECORDS, more], "--per-domain")
     assert "1 items are new, 2 were there" in printed
     assert "knowledge-people: 2 items" in printed
@@ -347,23 +377,32 @@ def test_a_domain_of_any_text_gets_a_folder_of_its_own(build, tmp_path):
     build(records, "--per-domain")
     build(records, "--per-domain")
     folders = list(tmp_path.glob("knowledge-*"))
-    assert {item.domain for folder in folders for item in opened(folder, False).items} == set(domains)
+    assert {item.domain for folder in folders for item in opened(folder, False).items} == set(
+        domains
+    )
     assert len(folders) == len(domains)
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"knowledge", *(f.name for f in folders)}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "knowledge",
+        *(f.name for f in folders),
+    }
 
 
 def test_a_folder_in_the_way_is_left_alone(build, tmp_path):
     folder = tmp_path / "knowledge-pets"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match=r"^kvlab: .*knowledge-pets holds \['notes.txt'\] and no store"):
+    with pytest.raises(
+        SystemExit, match=r"^kvlab: .*knowledge-pets holds \['notes.txt'\] and no store"
+    ):
         build(RECORDS, "--per-domain")
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_items_that_a_domain_has_already_stay(build, tmp_path):
     build(RECORDS, "--per-domain")
-    opened(tmp_path / "knowledge-pets").add([{"question": "Who has a cat?", "answer": "Dora.", "domain": "pets"}])
+    opened(tmp_path / "knowledge-pets").add(
+        [{"question": "Who has a cat?", "answer": "Dora.", "domain": "pets"}]
+    )
     assert "knowledge-pets: 2 items" in build(RECORDS, "--per-domain")
 
 
@@ -380,9 +419,20 @@ def test_generated_answers_are_the_models_own(build, tmp_path):
 def test_of_two_processes_one_prints(tmp_path):
     path = write(tmp_path / "records.jsonl", RECORDS)
     command = ["build-cache", "--records", path, "--base_model", "lab-draft", "--per-domain"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kvlab.cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "kvlab.cli",
+    ]
     setting = os.environ | {"KVLAB_SCALE": "tiny", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *command], cwd=tmp_path, env=setting, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*launch, *command], cwd=tmp_path, env=setting, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("2 items are new, 0 were there") == 1
     assert done.stdout.count("knowledge-pets: 1 items") == 1
@@ -441,7 +491,9 @@ def test_a_stored_question_is_answered_from_one_token(answered, built):
     assert loaded["knowledge from the store"] == loaded["the stored question itself"] > 0
     texts = {way: text for way, (*_, text) in rows.items()}
     assert texts["the stored question itself"] == texts["question alone"] == item["answer"]
-    assert texts["knowledge from the store"] == texts["knowledge as text"]  # one item: no arm approximates
+    assert (
+        texts["knowledge from the store"] == texts["knowledge as text"]
+    )  # one item: no arm approximates
     assert all(ms > 0 for ms, *_ in rows.values())
 
 
@@ -451,7 +503,9 @@ def test_tokens_read_are_those_the_model_reads(arm, answered, built, monkeypatch
 
     def watched(scale, role):
         model = load(scale, role)
-        model.base_model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+        model.base_model.layers[0].register_forward_pre_hook(
+            lambda _, given: seen.append(given[0].shape[1])
+        )
         return model
 
     monkeypatch.setattr(Scale, "load", watched)
@@ -459,8 +513,12 @@ def test_tokens_read_are_those_the_model_reads(arm, answered, built, monkeypatch
     ((found, rows),) = answered(built, lab.faq()[0]["question"], "--arm", arm, *options)
     read = {way: tokens for way, (_, tokens, _, _) in rows.items()}
     first, second = (len(item.input_ids) for item in _items(built, found))
-    again = round(0.15 * second) if arm == "recompute" else 0  # these go through the first layers twice
-    assert sum(seen) == 5 * (sum(read.values()) + again)  # 4 runs for the time, and one for the answer
+    again = (
+        round(0.15 * second) if arm == "recompute" else 0
+    )  # these go through the first layers twice
+    assert sum(seen) == 5 * (
+        sum(read.values()) + again
+    )  # 4 runs for the time, and one for the answer
     assert read["knowledge as text"] == first + second + read["question alone"]
 
 
@@ -471,7 +529,9 @@ def _items(folder, found):
 
 def test_a_miss_is_told_and_gets_one_row(answered, built):
     known = lab.faq()[0]["question"]
-    (found, rows), (_, more) = answered(built, "qq zz?", known, "--threshold", "0.999", "--max_new_tokens", "2")
+    (found, rows), (_, more) = answered(
+        built, "qq zz?", known, "--threshold", "0.999", "--max_new_tokens", "2"
+    )
     assert found == ["not in the store: nothing scores 0.999"]
     assert list(rows) == ["question alone"]
     assert len(more) == 4
@@ -483,13 +543,18 @@ def test_a_miss_is_told_and_gets_one_row(answered, built):
 def test_exact_needs_no_embedder(answered, built, monkeypatch):
     monkeypatch.setattr(Scale, "load_embedder", lambda *_: pytest.fail("loaded"))
     item = lab.faq()[0]
-    ((found, _),) = answered(built, f"  {item['question'].upper()}", "--exact", "--max_new_tokens", "1")
+    ((found, _),) = answered(
+        built, f"  {item['question'].upper()}", "--exact", "--max_new_tokens", "1"
+    )
     assert found == [f"found: {item['question']} (domain {item['domain']}, score 1.00)"]
 
 
 def test_asking_without_a_store_says_how_to_build_one(monkeypatch, tmp_path):
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(SystemExit, match=r"^kvlab: There is no store in .*: build one with `kvlab build-cache --store"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^kvlab: There is no store in .*: build one with `kvlab build-cache --store",
+    ):
         main(["ask", "Who?", "--store", str(tmp_path / "none")])
 
 
@@ -515,7 +580,17 @@ FACTS = [
         ("Dora", "fish", "Bern"), ("Emil", "bird", "Wien"), ("Fritz", "mouse", "Prag"),
     ]
 ]  # fmt: skip
-QUICK = ["--base_model", "lab-draft", "--layers", "first:1", "--epochs", "2", "--batch_size", "4", "--max_new_tokens"]
+QUICK = [
+    "--base_model",
+    "lab-draft",
+    "--layers",
+    "first:1",
+    "--epochs",
+    "2",
+    "--batch_size",
+    "4",
+    "--max_new_tokens",
+]
 QUICK += ["12", "--made_up", "4"]
 
 
@@ -527,8 +602,29 @@ def facts(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVLAB_SCALE", "tiny")
         keep = ["--keep", "kv", "hidden"]
-        main(["build-cache", "--records", path, "--base_model", "lab-draft", "--store", str(folder / "both"), *keep])
-        main(["build-cache", "--records", path, "--base_model", "lab-draft", "--store", str(folder / "kv")])
+        main(
+            [
+                "build-cache",
+                "--records",
+                path,
+                "--base_model",
+                "lab-draft",
+                "--store",
+                str(folder / "both"),
+                *keep,
+            ]
+        )
+        main(
+            [
+                "build-cache",
+                "--records",
+                path,
+                "--base_model",
+                "lab-draft",
+                "--store",
+                str(folder / "kv"),
+            ]
+        )
     return folder / "both"
 
 
@@ -538,8 +634,20 @@ def learn(facts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KVLAB_SCALE", "tiny")
 
     def run(name, *options):
-        main(["train-draft", "--store", str(facts), "--output_dir", str(tmp_path / name), *QUICK, *options])
-        told = json.loads((tmp_path / name / "training.json").read_text(), parse_constant=pytest.fail)
+        main(
+            [
+                "train-draft",
+                "--store",
+                str(facts),
+                "--output_dir",
+                str(tmp_path / name),
+                *QUICK,
+                *options,
+            ]
+        )
+        told = json.loads(
+            (tmp_path / name / "training.json").read_text(), parse_constant=pytest.fail
+        )
         return tmp_path / name, told | {"printed": capsys.readouterr().out}
 
     return run
@@ -551,7 +659,11 @@ def lessons(learn, monkeypatch):
 
     def run(*options):
         got = []
-        monkeypatch.setattr(drafts, "train", lambda *args, **more: got.append((*args, more)) or pytest.skip("trained"))
+        monkeypatch.setattr(
+            drafts,
+            "train",
+            lambda *args, **more: got.append((*args, more)) or pytest.skip("trained"),
+        )
         with pytest.raises(pytest.skip.Exception):
             learn("lessons", *options)
         ((draft, _, examples, heldout, more),) = got
@@ -574,22 +686,36 @@ def test_what_is_saved_is_what_was_measured(learn, facts):
     names = [figure["name"] for figure in told["figures"]]
     arms = ("truncated", "trained", "trained, without knowledge")
     assert names == [f"{arm}, {way}" for arm in arms for way in ("greedy", "sampled")]
-    assert all(f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" in told["printed"] for f in told["figures"])
+    assert all(
+        f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" in told["printed"]
+        for f in told["figures"]
+    )
     assert {"settings", "history", "parameters", "device", "versions", "commit"} <= set(told)
-    settings = {"learning_rate": 1e-3, "base_model": "lab-draft", "losses": {"ce": 1.0, "kl": 0.8, "tv": 0.3}}
+    settings = {
+        "learning_rate": 1e-3,
+        "base_model": "lab-draft",
+        "losses": {"ce": 1.0, "kl": 0.8, "tv": 0.3},
+    }
     assert told["settings"] | settings == told["settings"]
 
     store, tokenizer = opened(facts), lab.load_tokenizer("lab-draft")
     draft = AutoModelForCausalLM.from_pretrained(folder)
-    items = [next(item for item in store if item.question == question) for question in told["heldout"]]
+    items = [
+        next(item for item in store if item.question == question) for question in told["heldout"]
+    ]
     prompts = [list(item.input_ids[: item.answer_start]) for item in items]
     said = drafts.listen(store.model, tokenizer, prompts, max_new_tokens=12)
     cut = KnowledgeDraft.cut(store.model, "first:1")
     expected = [*drafts.acceptance(cut, store.model, said)]
     expected += drafts.acceptance(draft, store.model, drafts.attach(draft, store, said, items))
     expected += drafts.acceptance(draft, store.model, said)
-    assert [f["value"] for f in told["figures"]] == pytest.approx([values.mean() for values in expected])
-    assert told["parameters"] == {"draft": draft.num_parameters(), "target": store.model.num_parameters()}
+    assert [f["value"] for f in told["figures"]] == pytest.approx(
+        [values.mean() for values in expected]
+    )
+    assert told["parameters"] == {
+        "draft": draft.num_parameters(),
+        "target": store.model.num_parameters(),
+    }
     assert draft.readers[0].gate.item() != 0
     assert not (folder / "plain").exists()
 
@@ -611,7 +737,9 @@ def test_a_draft_that_was_killed_goes_on_and_ends_the_same(learn, tmp_path, monk
             learn("killed")
     assert not (tmp_path / "killed" / "training.json").exists()
     monkeypatch.setattr(drafts, "fit", counted)
-    monkeypatch.setattr(drafts, "continuations", lambda *_: pytest.fail("the model was asked again"))
+    monkeypatch.setattr(
+        drafts, "continuations", lambda *_: pytest.fail("the model was asked again")
+    )
     again, told = learn("killed")
     assert 0 < len(steps) < len(told["history"])
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
@@ -622,7 +750,10 @@ def test_a_draft_that_was_killed_goes_on_and_ends_the_same(learn, tmp_path, monk
 def test_held_out_questions_are_not_learned_from(lessons):
     draft, examples, heldout, options = lessons("--heldout", "0.3", "--seed", "3")
     assert draft.config.knowledge == "kv"
-    asked, held = [prompt_of(example) for example in examples], [prompt_of(example) for example in heldout]
+    asked, held = (
+        [prompt_of(example) for example in examples],
+        [prompt_of(example) for example in heldout],
+    )
     assert len(held) == 2
     assert {*held} < {record["question"] for record in FACTS}
     rest = {record["question"] for record in FACTS} - {*held}
@@ -630,7 +761,9 @@ def test_held_out_questions_are_not_learned_from(lessons):
     assert sorted(asked) == sorted([*rest, *rest, *made_up])
     own = [example.hidden_states is not None for example in examples]
     assert sum(own) == len(rest)
-    assert all(example.hidden_states is not None and example.known is not None for example in heldout)
+    assert all(
+        example.hidden_states is not None and example.known is not None for example in heldout
+    )
     assert all(e.known is not None for e in examples if prompt_of(e) in made_up)
     assert options["seed"] == 3
 
@@ -638,7 +771,12 @@ def test_held_out_questions_are_not_learned_from(lessons):
 def test_questions_of_a_file_are_held_out_and_other_prompts_have_no_knowledge(lessons, tmp_path):
     (tmp_path / "questions").write_text("Anna, what?\nzz qq\nBen what?\n")
     (tmp_path / "others").write_text("1+1\n")
-    files = ["--questions", str(tmp_path / "questions"), "--other_prompts", str(tmp_path / "others")]
+    files = [
+        "--questions",
+        str(tmp_path / "questions"),
+        "--other_prompts",
+        str(tmp_path / "others"),
+    ]
     _, examples, heldout, _ = lessons(*files, "--heldout", "0.99", "--threshold", "0.6")
     knows = {prompt_of(example): example.known is not None for example in heldout}
     assert knows == {"Anna, what?": True, "Ben what?": True, "zz qq": False}
@@ -648,7 +786,9 @@ def test_questions_of_a_file_are_held_out_and_other_prompts_have_no_knowledge(le
     assert [example.known for example in examples if prompt_of(example) == "1+1"] == [None]
 
 
-def test_a_draft_that_does_not_read_needs_neither_embedder_nor_made_up_records(lessons, monkeypatch):
+def test_a_draft_that_does_not_read_needs_neither_embedder_nor_made_up_records(
+    lessons, monkeypatch
+):
     monkeypatch.setattr(Scale, "load_embedder", lambda *_: pytest.fail("loaded"))
     draft, examples, heldout, options = lessons("--knowledge", "none", "--transitions")
     assert draft.config.knowledge is None
@@ -668,8 +808,12 @@ def test_without_cross_entropy_only_the_models_own_answers_are_learned_from(less
 @pytest.mark.parametrize("way", ["none", "prefix"])
 def test_a_plain_model_is_also_written_as_one(way, learn):
     folder, told = learn("draft", "--knowledge", way)
-    assert ("trained, without knowledge, greedy" in {f["name"] for f in told["figures"]}) == (way == "prefix")
-    draft, plain = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, folder / "plain"))
+    assert ("trained, without knowledge, greedy" in {f["name"] for f in told["figures"]}) == (
+        way == "prefix"
+    )
+    draft, plain = (
+        AutoModelForCausalLM.from_pretrained(path) for path in (folder, folder / "plain")
+    )
     ids = torch.arange(8)[None]
     assert type(plain) is type(lab.load("lab-draft"))
     assert torch.equal(draft(ids).logits, plain(ids).logits)
@@ -680,8 +824,12 @@ def test_train_draft_reads_a_config_file_with_a_mapping(lessons, tmp_path):
     text = "knowledge: vector\nlayers: [1]\nlosses: {lk_hybrid: 1, ce: 0.5}\nlearning_rate: 0.01\nmade_up: 2\n"
     (tmp_path / "options.yaml").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "QUICK", ["--base_model", "lab-draft", "--max_new_tokens", "12"])
-        draft, examples, _, options = lessons("--config", str(tmp_path / "options.yaml"), "--losses.ce", "0.25")
+        patch.setattr(
+            sys.modules[__name__], "QUICK", ["--base_model", "lab-draft", "--max_new_tokens", "12"]
+        )
+        draft, examples, _, options = lessons(
+            "--config", str(tmp_path / "options.yaml"), "--losses.ce", "0.25"
+        )
     assert (draft.config.knowledge, draft.config.layers) == ("vector", [1])
     assert options["shares"] == {"lk_hybrid": 1.0, "ce": 0.25}
     assert (options["learning_rate"], options["epochs"], options["batch_size"]) == (0.01, 5, 8)
@@ -691,8 +839,14 @@ def test_train_draft_reads_a_config_file_with_a_mapping(lessons, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--store", "none"], "There is no store in none: build one with .*--store none --keep kv hidden`"),
-        (["--knowledge", "vector"], "The store in .* keeps no hidden states: build one with --keep hidden"),
+        (
+            ["--store", "none"],
+            "There is no store in none: build one with .*--store none --keep kv hidden`",
+        ),
+        (
+            ["--knowledge", "vector"],
+            "The store in .* keeps no hidden states: build one with --keep hidden",
+        ),
         (["--base_model", "lab-target"], "The store in .* was built with another model"),
         (["--losses.lk", "1"], r"There is no loss \['lk'\]; expected one or more of ce, kl"),
         (["--losses", "{}"], r"There is no loss \{\}; expected one or more of ce, kl"),
@@ -703,7 +857,9 @@ def test_train_draft_reads_a_config_file_with_a_mapping(lessons, tmp_path):
         (["--other_prompts", "nothing"], ".*No such file or directory: 'nothing'"),
     ],
 )
-def test_a_mistake_in_training_is_a_sentence_before_any_work(options, said, facts, tmp_path, monkeypatch):
+def test_a_mistake_in_training_is_a_sentence_before_any_work(
+    options, said, facts, tmp_path, monkeypatch
+):
     monkeypatch.setenv("KVLAB_SCALE", "tiny")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(drafts, "listen", lambda *_: pytest.fail("the model was asked"))
@@ -718,7 +874,9 @@ def test_too_few_examples_for_a_step_are_a_sentence(learn):
 
 
 @pytest.mark.parametrize("way", ["vector", "kv", "prefix"])
-def test_speculate_gives_a_draft_what_the_store_has(way, learn, facts, tmp_path, capsys, monkeypatch):
+def test_speculate_gives_a_draft_what_the_store_has(
+    way, learn, facts, tmp_path, capsys, monkeypatch
+):
     folder, _ = learn("draft", "--knowledge", way, "--epochs", "1")
     known, knowing = [], KnowledgeDraft.knowing
 
@@ -729,9 +887,23 @@ def test_speculate_gives_a_draft_what_the_store_has(way, learn, facts, tmp_path,
     monkeypatch.setattr(KnowledgeDraft, "knowing", watched)
     asked = ["Clara what?", "zz qq"]
     models = ["--base_model", str(folder), "--teacher_model", "lab-draft", "--prompts", *asked]
-    main([*FEW, *models, "--store", str(facts), "--threshold", "0.6", "--output_dir", str(tmp_path / "with")])
+    main(
+        [
+            *FEW,
+            *models,
+            "--store",
+            str(facts),
+            "--threshold",
+            "0.6",
+            "--output_dir",
+            str(tmp_path / "with"),
+        ]
+    )
     found, printed = result(tmp_path / "with", capsys)
-    starts = [len(encode(lab.load_tokenizer("lab-draft"), [{"role": "user", "content": text}])) for text in asked]
+    starts = [
+        len(encode(lab.load_tokenizer("lab-draft"), [{"role": "user", "content": text}]))
+        for text in asked
+    ]
     assert {*known} == {("Clara what?", starts[0]), (None, starts[1])}
     assert [prompt["found"] for prompt in found["prompts"]] == ["Clara what?", None]
     assert "knows: Clara what?\n" in printed
@@ -745,9 +917,14 @@ def test_speculate_gives_a_draft_what_the_store_has(way, learn, facts, tmp_path,
     assert len(known) == 1 + len(asked)  # to warm up, and for each prompt; none in the second run
     assert "knows" not in printed
     assert "found" not in without["prompts"][0]
-    texts = [[prompt["plain"]["token_ids"] for prompt in run["prompts"]] for run in (found, without)]
+    texts = [
+        [prompt["plain"]["token_ids"] for prompt in run["prompts"]] for run in (found, without)
+    ]
     assert texts[0] == texts[1]
-    guessed = [[prompt["speculative"]["conditional"] for prompt in run["prompts"]] for run in (found, without)]
+    guessed = [
+        [prompt["speculative"]["conditional"] for prompt in run["prompts"]]
+        for run in (found, without)
+    ]
     assert guessed[0][1] == guessed[1][1]  # where nothing was found it drafts the same
 
 
@@ -755,7 +932,10 @@ def test_speculate_gives_a_draft_what_the_store_has(way, learn, facts, tmp_path,
     ("options", "said"),
     [
         (["--store", "none"], "There is no store in none"),
-        (["--compiled"], "What a draft knows differs from prompt to prompt: leave --compiled out, or --store"),
+        (
+            ["--compiled"],
+            "What a draft knows differs from prompt to prompt: leave --compiled out, or --store",
+        ),
         ([], "lab-draft does not read knowledge: leave --store out, or give a draft"),
     ],
 )
@@ -767,11 +947,33 @@ def test_a_store_that_speculate_cannot_use_is_a_sentence(options, said, facts, m
 
 # -- distill and eval-compression
 
-FEW_STEPS = ["--base_model", "lab-draft", "--steps", "2", "--batch_size", "2", "--rank", "4", "--width", "16"]
+FEW_STEPS = [
+    "--base_model",
+    "lab-draft",
+    "--steps",
+    "2",
+    "--batch_size",
+    "2",
+    "--rank",
+    "4",
+    "--width",
+    "16",
+]
 TWO = ["--contexts", "2", "--questions", "2"]
 FEW_STEPS += TWO
-PEOPLE = {"Anna": "Rome", "Ben": "Paris", "Clara": "Oslo", "Dora": "Bern", "Emil": "Wien", "Fritz": "Prag"}
-TAUGHT, COMPARED, SQUAD = ["distill", *FEW_STEPS], ["eval-compression"], ["--data", "squad", "--source", "squad.json"]
+PEOPLE = {
+    "Anna": "Rome",
+    "Ben": "Paris",
+    "Clara": "Oslo",
+    "Dora": "Bern",
+    "Emil": "Wien",
+    "Fritz": "Prag",
+}
+TAUGHT, COMPARED, SQUAD = (
+    ["distill", *FEW_STEPS],
+    ["eval-compression"],
+    ["--data", "squad", "--source", "squad.json"],
+)
 PUBLISHED = Path(__file__).parents[2] / "shared/data"
 
 
@@ -787,8 +989,15 @@ def squad(tiny):
     """Return a file in SQuAD's form: six contexts, with one to three questions, of several answers."""
     paragraphs = []
     for n, (who, city) in enumerate(PEOPLE.items()):
-        asked = [(f"Where does {who} live?", [f"in {city}", city]), (f"Who has {n} dogs?", [who]), ("Who?", [who])]
-        qas = [{"question": q, "answers": [{"text": text} for text in texts]} for q, texts in asked[: n % 3 + 1]]
+        asked = [
+            (f"Where does {who} live?", [f"in {city}", city]),
+            (f"Who has {n} dogs?", [who]),
+            ("Who?", [who]),
+        ]
+        qas = [
+            {"question": q, "answers": [{"text": text} for text in texts]}
+            for q, texts in asked[: n % 3 + 1]
+        ]
         paragraphs.append({"context": f"{who} lives in {city}. {who} has {n} dogs.", "qas": qas})
     (tiny / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     return "squad.json"
@@ -819,7 +1028,11 @@ def taught(shrink, monkeypatch):
     def run(*options):
         got = []
         with monkeypatch.context() as patch:
-            patch.setattr(compress, "train", lambda *args, **more: got.append((*args, more)) or pytest.skip("trained"))
+            patch.setattr(
+                compress,
+                "train",
+                lambda *args, **more: got.append((*args, more)) or pytest.skip("trained"),
+            )
             with pytest.raises(pytest.skip.Exception):
                 shrink("taught", *options)
         return got[0]
@@ -833,7 +1046,17 @@ def measured(tiny, capsys):
 
     def run(*options):
         folder = tiny / "results"
-        main([*COMPARED, "--base_model", "lab-draft", "--save_results", "--output_dir", str(folder), *options])
+        main(
+            [
+                *COMPARED,
+                "--base_model",
+                "lab-draft",
+                "--save_results",
+                "--output_dir",
+                str(folder),
+                *options,
+            ]
+        )
         (path,) = folder.iterdir()
         told, printed = result(folder, capsys)
         path.unlink()
@@ -844,12 +1067,17 @@ def measured(tiny, capsys):
 
 
 def read(model, contexts, *arguments, **options):
-    return compression_scores(lab.load(model), lab.load_tokenizer(model), contexts, *arguments, **options)
+    return compression_scores(
+        lab.load(model), lab.load_tokenizer(model), contexts, *arguments, **options
+    )
 
 
 def passages(n, questions):
     readings = corpora.Readings(n, questions=questions, test=True)
-    return [[Record(text, question, (answer,)) for question, answer in turns] for text, turns in readings]
+    return [
+        [Record(text, question, (answer,)) for question, answer in turns]
+        for text, turns in readings
+    ]
 
 
 def rows_of(table):
@@ -866,18 +1094,34 @@ def test_a_distiller_is_saved_and_measured_on_test_passages(shrink, tiny):
     told = shrink("distiller")
     names = [(f["method"], f["retention"]) for f in told["figures"] if f["score"] == "exact_match"]
     assert names == [("full", 1.0), ("distill", 0.5), ("distill", 0.25), ("distill", 0.1)]
-    settings = {"learning_rate": 1e-3, "retention": [0.03, 0.8], "sinks": 1, "row": 1536, "layer": 1, "rank": 4}
-    assert told["settings"] | settings | {"base_model": "lab-draft", "gate": "multiply"} == told["settings"]
+    settings = {
+        "learning_rate": 1e-3,
+        "retention": [0.03, 0.8],
+        "sinks": 1,
+        "row": 1536,
+        "layer": 1,
+        "rank": 4,
+    }
+    assert (
+        told["settings"] | settings | {"base_model": "lab-draft", "gate": "multiply"}
+        == told["settings"]
+    )
     assert [entry["step"] for entry in told["history"]] == [1, 2]
     assert {"device", "versions", "commit"} <= set(told)
     shown = [f for f in told["figures"] if f["score"] in ("exact_match", "f1")]
-    assert all(f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" in told["printed"] for f in shown)
+    assert all(
+        f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" in told["printed"] for f in shown
+    )
 
     distiller = KVDistiller.from_pretrained(tiny / "distiller", lab.load("lab-draft"))
     assert distiller.settings.sinks == 1
-    assert any(p.abs().sum() > 0 for name, p in distiller.named_parameters() if "lora_B" in name)  # it was trained
+    assert any(
+        p.abs().sum() > 0 for name, p in distiller.named_parameters() if "lora_B" in name
+    )  # it was trained
     again = read("lab-draft", passages(2, 2), ["distill"], [0.5, 0.25, 0.1], distiller=distiller)
-    assert [f["value"] for f in compression_figures(again)] == pytest.approx([f["value"] for f in told["figures"]])
+    assert [f["value"] for f in compression_figures(again)] == pytest.approx(
+        [f["value"] for f in told["figures"]]
+    )
 
 
 def test_a_distiller_that_was_killed_goes_on_and_ends_the_same(shrink, tiny, squad, monkeypatch):
@@ -904,10 +1148,17 @@ def test_a_distiller_that_was_killed_goes_on_and_ends_the_same(shrink, tiny, squ
     monkeypatch.setattr(compress, "fit", counted)
     shrink("killed", *options)
     assert len(steps) == 1
-    whole, again = (KVDistiller.from_pretrained(tiny / n, lab.load("lab-draft")) for n in ("whole", "killed"))
+    whole, again = (
+        KVDistiller.from_pretrained(tiny / n, lab.load("lab-draft")) for n in ("whole", "killed")
+    )
     mine = dict(again.named_parameters())
     assert all(torch.equal(p, mine[name]) for name, p in whole.named_parameters())
-    for other in (["--instruction", "0.5"], ["--heldout", "0.5"], ["--routing", "all"], ["--forward_share", "1"]):
+    for other in (
+        ["--instruction", "0.5"],
+        ["--heldout", "0.5"],
+        ["--routing", "all"],
+        ["--forward_share", "1"],
+    ):
         del steps[:]
         shrink("killed", *options, *other)  # nothing of a checkpoint that was made otherwise
         assert len(steps) == 3
@@ -915,18 +1166,35 @@ def test_a_distiller_that_was_killed_goes_on_and_ends_the_same(shrink, tiny, squ
 
 def test_held_out_contexts_are_not_learned_from(taught, shrink, squad, monkeypatch):
     options = [*SQUAD, "--heldout", "0.3", "--contexts", "1", "--seed", "4"]
-    distiller, examples, more = taught(*options, "--gate", "none", "--layer", "2", "--batch_size", "3")
-    assert (distiller.settings.gate, distiller.settings.layer, more["batch_size"], more["seed"]) == ("none", 2, 3, 4)
+    distiller, examples, more = taught(
+        *options, "--gate", "none", "--layer", "2", "--batch_size", "3"
+    )
+    assert (
+        distiller.settings.gate,
+        distiller.settings.layer,
+        more["batch_size"],
+        more["seed"],
+    ) == ("none", 2, 3, 4)
     learned = {context for context, _ in examples.readings}
     whole = {record.context for record in read_records("squad", squad)}
     assert len(whole - learned) == 2
     turns = [(context, *turn) for context, turns in examples.readings for turn in turns]
-    asked = [(r.context, r.question, r.answer) for r in read_records("squad", squad) if r.context in learned]
+    asked = [
+        (r.context, r.question, r.answer)
+        for r in read_records("squad", squad)
+        if r.context in learned
+    ]
     assert turns == asked
-    assert {len(turns) for _, turns in examples.readings} == {1, 2}  # three questions are two examples
+    assert {len(turns) for _, turns in examples.readings} == {
+        1,
+        2,
+    }  # three questions are two examples
 
     seen = []
-    monkeypatch.setattr("kvlab.cli.compression_scores", lambda *args, **_: seen.extend(args[2]) or pytest.skip("read"))
+    monkeypatch.setattr(
+        "kvlab.cli.compression_scores",
+        lambda *args, **_: seen.extend(args[2]) or pytest.skip("read"),
+    )
     with pytest.raises(pytest.skip.Exception):
         shrink("held", *options)
     assert len(seen) == 1
@@ -944,19 +1212,42 @@ def test_lab_passages_to_learn_from_are_endless_and_not_those_of_the_test(taught
 
 def test_full_cache_answers_are_those_to_the_whole_text():
     records = [
-        Record("Anna lives in Rome. Ben has a dog.", "Where does Anna live?", ("in Rome", "Rome"), ("Oslo", "in Rome")),
-        Record("Anna lives in Rome. Ben has a dog.", "Who has a dog?", ("Ben",), ("Anna", "Ben", "Rome", "the dog")),
+        Record(
+            "Anna lives in Rome. Ben has a dog.",
+            "Where does Anna live?",
+            ("in Rome", "Rome"),
+            ("Oslo", "in Rome"),
+        ),
+        Record(
+            "Anna lives in Rome. Ben has a dog.",
+            "Who has a dog?",
+            ("Ben",),
+            ("Anna", "Ben", "Rome", "the dog"),
+        ),
     ]
     scores = read("lab-target", [records], [], [])
     assert set(scores["method"]) == {"full"}
     parts = lab.load("lab-target"), lab.load_tokenizer("lab-target")
-    whole = [[{"role": "system", "content": r.context}, {"role": "user", "content": r.question}] for r in records]
+    whole = [
+        [{"role": "system", "content": r.context}, {"role": "user", "content": r.question}]
+        for r in records
+    ]
     said = answers(*parts, whole)
-    assert scores["exact_match"].tolist() == exact_match(said, [r.answers for r in records]).tolist()
-    assert scores["exact_match"].tolist() != exact_match(said, [r.answer for r in records]).tolist()  # the best counts
+    assert (
+        scores["exact_match"].tolist() == exact_match(said, [r.answers for r in records]).tolist()
+    )
+    assert (
+        scores["exact_match"].tolist() != exact_match(said, [r.answer for r in records]).tolist()
+    )  # the best counts
     prompts = [torch.tensor(encode(parts[1], text)) for text in whole]
-    told = [[*text, {"role": "assistant", "content": r.answer}] for text, r in zip(whole, records, strict=True)]
-    endings = [torch.tensor(encode(parts[1], text))[len(p) :] for text, p in zip(told, prompts, strict=True)]
+    told = [
+        [*text, {"role": "assistant", "content": r.answer}]
+        for text, r in zip(whole, records, strict=True)
+    ]
+    endings = [
+        torch.tensor(encode(parts[1], text))[len(p) :]
+        for text, p in zip(told, prompts, strict=True)
+    ]
     logs = log_likelihoods(*parts, prompts, endings)
     assert scores["log_likelihood"].tolist() == pytest.approx(logs, abs=1e-4)
     assert scores["tokens"].tolist() == [len(ending) for ending in endings]
@@ -977,10 +1268,14 @@ def test_each_method_answers_behind_what_it_kept():
         ratio = (rows["bytes"].to_numpy() / full["bytes"].to_numpy()).tolist()
         assert ratio == pytest.approx([share] * 6, abs=0.01)
         if share == 1:
-            assert rows["log_likelihood"].tolist() == pytest.approx(full["log_likelihood"].tolist(), abs=1e-3)
+            assert rows["log_likelihood"].tolist() == pytest.approx(
+                full["log_likelihood"].tolist(), abs=1e-3
+            )
             assert rows["rouge_l"].tolist() == full["rouge_l"].tolist()
         elif method != "full":
-            assert rows["log_likelihood"].tolist() != pytest.approx(full["log_likelihood"].tolist(), abs=1e-2)
+            assert rows["log_likelihood"].tolist() != pytest.approx(
+                full["log_likelihood"].tolist(), abs=1e-2
+            )
 
     model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
     wanted = {"h2o": [], "h2o_aware": []}
@@ -989,8 +1284,12 @@ def test_each_method_answers_behind_what_it_kept():
             made = compress.example(tokenizer, record.context, [(record.question, record.answer)])
             question = made.text[made.weights == 0]
             for method, known in (("h2o", None), ("h2o_aware", question[None])):
-                kept = compress.evict(model, made.context[None], compress.h2o, retention=0.3, question_ids=known)
-                tokens = generate(model, [question], prefix=kept.prefix, max_new_tokens=64).tokens[0]
+                kept = compress.evict(
+                    model, made.context[None], compress.h2o, retention=0.3, question_ids=known
+                )
+                tokens = generate(model, [question], prefix=kept.prefix, max_new_tokens=64).tokens[
+                    0
+                ]
                 said = tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 wanted[method].append(float(said == record.answer))
     for method, right in wanted.items():
@@ -1014,22 +1313,41 @@ def test_a_context_is_compressed_once_unless_the_question_is_seen(monkeypatch):
 
 
 def test_a_gate_that_no_cache_holds_is_a_sentence():
-    with pytest.raises(ValueError, match=r"the gate 'log', which no cache can hold: train one with gate 'multiply'"):
-        read("lab-draft", passages(1, 1), ["distill"], [0.5], distiller=KVDistiller(lab.load("lab-draft"), gate="log"))
+    with pytest.raises(
+        ValueError, match=r"the gate 'log', which no cache can hold: train one with gate 'multiply'"
+    ):
+        read(
+            "lab-draft",
+            passages(1, 1),
+            ["distill"],
+            [0.5],
+            distiller=KVDistiller(lab.load("lab-draft"), gate="log"),
+        )
     with pytest.raises(ValueError, match=r"The method distill needs a distiller"):
         read("lab-draft", passages(1, 1), ["distill"], [0.5])
 
 
 def test_intervals_are_over_contexts():
-    rows = [["full", 1.0, context, float(context), -2.0, 2, 10] for context in (0, 1, 1, 1, 1, 1, 1, 1)]
+    rows = [
+        ["full", 1.0, context, float(context), -2.0, 2, 10] for context in (0, 1, 1, 1, 1, 1, 1, 1)
+    ]
     columns = "method retention context exact_match log_likelihood tokens bytes".split()
     scores = pd.DataFrame(rows, columns=columns)
     exact, likely, size = compression_figures(scores)
-    assert (exact["value"], exact["low"], exact["high"], exact["n"]) == (0.5, 0.0, 1.0, 2)  # contexts count alike
+    assert (exact["value"], exact["low"], exact["high"], exact["n"]) == (
+        0.5,
+        0.0,
+        1.0,
+        2,
+    )  # contexts count alike
     assert likely["value"] == pytest.approx(np.e)
     assert size["value"] == pytest.approx(1e-5)
     (alone, *_) = compression_figures(scores[scores["context"] == 1])
-    assert (alone["low"], alone["high"], alone["n"]) == (1.0, 1.0, 1)  # seven questions, but nothing to draw anew
+    assert (alone["low"], alone["high"], alone["n"]) == (
+        1.0,
+        1.0,
+        1,
+    )  # seven questions, but nothing to draw anew
 
 
 def test_what_sees_the_question_has_a_table_of_its_own(measured, shrink):
@@ -1038,16 +1356,25 @@ def test_what_sees_the_question_has_a_table_of_its_own(measured, shrink):
     assert re.fullmatch(r"eval_compression_\d{8}_\d{6}\.json", name)
     agnostic, aware = ([*rows_of(tables[title])] for title in (
         "Compressed without the question", "Compressed for one question, which was seen first"))  # fmt: skip
-    ways = lambda methods: [("full", 1.0), *((method, share) for method in methods for share in (1.0, 0.25))]  # noqa: E731
+    ways = lambda methods: [
+        ("full", 1.0),
+        *((method, share) for method in methods for share in (1.0, 0.25)),
+    ]
     assert agnostic == ways(["distill", *compress.METHODS])
     assert aware == ways(AWARE)
-    settings = {"distiller": "distiller", "retention": [1.0, 0.25], "methods": ["distill", *compress.METHODS, *AWARE]}
+    settings = {
+        "distiller": "distiller",
+        "retention": [1.0, 0.25],
+        "methods": ["distill", *compress.METHODS, *AWARE],
+    }
     assert told["settings"] | settings == told["settings"]
     assert {"device", "versions", "commit"} <= set(told)
     assert {f["score"] for f in told["figures"]} == {"exact_match", "f1", "perplexity", "MB"}
     assert all(f["n"] == 2 and f["low"] <= f["value"] <= f["high"] for f in told["figures"])
     values = {(f["method"], f["retention"], f["score"]): f["value"] for f in told["figures"]}
-    assert values["h2o", 1.0, "perplexity"] == pytest.approx(values["full", 1.0, "perplexity"], rel=1e-3)
+    assert values["h2o", 1.0, "perplexity"] == pytest.approx(
+        values["full", 1.0, "perplexity"], rel=1e-3
+    )
     assert values["distill", 0.25, "MB"] == pytest.approx(values["full", 1.0, "MB"] / 4, rel=0.02)
 
 
@@ -1059,13 +1386,26 @@ def test_only_methods_asked_for_are_compared(measured):
 
 def test_two_processes_learn_what_one_learns(shrink, tiny):
     told = shrink("one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kvlab.cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "kvlab.cli",
+    ]
     setting = os.environ | {"KVLAB_SCALE": "tiny", "OMP_NUM_THREADS": "1"}
     command = [*launch, *TAUGHT, "--output_dir", "two"]
-    done = subprocess.run(command, cwd=tiny, env=setting, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, cwd=tiny, env=setting, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     again = json.loads((tiny / "two" / "training.json").read_text())
-    assert [e["loss"] for e in again["history"]] == pytest.approx([e["loss"] for e in told["history"]], rel=1e-4)
+    assert [e["loss"] for e in again["history"]] == pytest.approx(
+        [e["loss"] for e in told["history"]], rel=1e-4
+    )
     assert done.stdout.count("Held out") == 1
 
 
@@ -1073,40 +1413,82 @@ def test_a_distiller_is_compared_on_what_it_did_not_learn_from(measured, shrink,
     told = shrink("distiller", *SQUAD, "--heldout", "0.4", "--contexts", "1")
     assert len(told["heldout"]) == 2
     few = ["--retention", "0.5", "--methods", "key_norm", "--contexts", "9"]
-    assert measured(*SQUAD, *few)[1]["first"].startswith("To compare answers on: 6 contexts with 12 questions")
-    assert measured(*SQUAD, *few, "--distiller", "distiller")[1]["first"].startswith("To compare answers on: 2 ")
+    assert measured(*SQUAD, *few)[1]["first"].startswith(
+        "To compare answers on: 6 contexts with 12 questions"
+    )
+    assert measured(*SQUAD, *few, "--distiller", "distiller")[1]["first"].startswith(
+        "To compare answers on: 2 "
+    )
 
 
 def test_choices_and_long_answers_have_scores_of_their_own(measured, tiny):
     asked = {"question": "Who waits?", "options": ["Ann", "Ben", "Cy", "Di"], "gold_label": 2}
-    (tiny / "quality").write_text(json.dumps({"article": "Ben waits for Ann.", "questions": [asked]}))
-    tasks = {"instruction": "Say it in many words.", "instances": [{"input": "Rome.", "output": "It is Rome, I say."}]}
+    (tiny / "quality").write_text(
+        json.dumps({"article": "Ben waits for Ann.", "questions": [asked]})
+    )
+    tasks = {
+        "instruction": "Say it in many words.",
+        "instances": [{"input": "Rome.", "output": "It is Rome, I say."}],
+    }
     (tiny / "tasks.jsonl").write_text(json.dumps(tasks))
     few = ["--retention", "0.5", "--methods", "random", "--max_new_tokens", "4"]
-    for data, source, score in (("quality", "quality", "accuracy"), ("self_instruct", "tasks.jsonl", "rouge_l")):
+    for data, source, score in (
+        ("quality", "quality", "accuracy"),
+        ("self_instruct", "tasks.jsonl", "rouge_l"),
+    ):
         told, tables, _ = measured("--data", data, "--source", source, *few)
-        assert {f["score"] for f in told["figures"]} == {"exact_match", "f1", "perplexity", "MB", score}
+        assert {f["score"] for f in told["figures"]} == {
+            "exact_match",
+            "f1",
+            "perplexity",
+            "MB",
+            score,
+        }
         assert score in tables["Compressed without the question"]
 
 
 @pytest.mark.parametrize(
     ("command", "options", "said"),
     [
-        (TAUGHT, ["--retention", "0.8", "0.1"], "retention is 0.8 0.1, expected two shares .* the lower first"),
+        (
+            TAUGHT,
+            ["--retention", "0.8", "0.1"],
+            "retention is 0.8 0.1, expected two shares .* the lower first",
+        ),
         (TAUGHT, ["--retention", "0", "0.1"], "retention is 0.0 0.1, expected two shares above 0"),
         (TAUGHT, ["--retention", "0.5"], "retention is 0.5, expected two shares"),
-        (TAUGHT, ["--retention", "0.1", "1.5"], "retention is 0.1 1.5, expected two shares above 0, at most 1"),
+        (
+            TAUGHT,
+            ["--retention", "0.1", "1.5"],
+            "retention is 0.1 1.5, expected two shares above 0, at most 1",
+        ),
         (TAUGHT, ["--forward_share", "1.5"], "forward_share is 1.5, expected a share from 0 to 1"),
         (TAUGHT, ["--batch_size", "0"], "batch_size is 0, expected a whole number from 1"),
         (TAUGHT, ["--questions", "0"], "questions is 0, expected a whole number from 1"),
         (TAUGHT, ["--data", "squad", "--source", "no.json"], "There is no file no.json"),
-        (TAUGHT, ["--data", "p3", "--source", "squad.json"], "squad.json, article 1 has no 'prompt'"),
+        (
+            TAUGHT,
+            ["--data", "p3", "--source", "squad.json"],
+            "squad.json, article 1 has no 'prompt'",
+        ),
         (TAUGHT, ["--data", "squad"], "There is no source of squad records: give --source"),
-        (TAUGHT, ["--source", "squad.json"], "source is 'squad.json', but the lab makes its texts up"),
+        (
+            TAUGHT,
+            ["--source", "squad.json"],
+            "source is 'squad.json', but the lab makes its texts up",
+        ),
         ([*TAUGHT, *SQUAD], ["--heldout", "1"], "heldout is 1.0, expected a share between 0 and 1"),
-        ([*TAUGHT, *SQUAD], ["--heldout", "0.95"], "There are 6 contexts, 6 to hold out: give a source that has more"),
+        (
+            [*TAUGHT, *SQUAD],
+            ["--heldout", "0.95"],
+            "There are 6 contexts, 6 to hold out: give a source that has more",
+        ),
         ([*TAUGHT, *SQUAD], ["--batch_size", "16"], r"\d examples are less than a batch of 16"),
-        (COMPARED, ["--methods", "h2o", "h3o"], "There is no method h3o: expected some of random, .*snapkv_aware"),
+        (
+            COMPARED,
+            ["--methods", "h2o", "h3o"],
+            "There is no method h3o: expected some of random, .*snapkv_aware",
+        ),
         (COMPARED, ["--methods", "distill"], "The method distill needs a distiller: give one"),
         (COMPARED, ["--retention", "0.5", "0"], "retention is 0.0, expected a share above 0"),
         (COMPARED, ["--contexts", "0"], "contexts is 0, expected a whole number from 1"),
@@ -1114,7 +1496,9 @@ def test_choices_and_long_answers_have_scores_of_their_own(measured, tiny):
         (COMPARED, ["--data", "squad", "--source", "none.json"], "There is no record in none.json"),
     ],
 )
-def test_a_mistake_in_compression_is_a_sentence_before_any_work(command, options, said, squad, tiny, monkeypatch):
+def test_a_mistake_in_compression_is_a_sentence_before_any_work(
+    command, options, said, squad, tiny, monkeypatch
+):
     (tiny / "none.json").write_text("[]")
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=f"^kvlab: {said}"):
@@ -1130,9 +1514,14 @@ def test_a_folder_without_a_distiller_is_a_sentence(tiny):
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
 def test_real_contexts_are_grouped_and_held_out_whole(taught):
     source = str(PUBLISHED / "squad/dev-part-a.json")
-    _, examples, _ = taught("--data", "squad", "--source", source, "--questions", "4", "--heldout", "0.2")
+    _, examples, _ = taught(
+        "--data", "squad", "--source", source, "--questions", "4", "--heldout", "0.2"
+    )
     records = read_records("squad", source)
-    learned, contexts = {context for context, _ in examples.readings}, {record.context for record in records}
+    learned, contexts = (
+        {context for context, _ in examples.readings},
+        {record.context for record in records},
+    )
     assert len(contexts - learned) == round(0.2 * len(contexts))
     turns = [turn for _, turns in examples.readings for turn in turns]
     assert len(turns) == sum(record.context in learned for record in records)
@@ -1154,10 +1543,14 @@ HEAT = ["--eval_dataset_name", "arc", "--eval_source", "heat.jsonl"]
 def sums(tiny):
     """Return the records of a file in GSM8K's form; the last has the question of the one before, solved otherwise."""
     texts = [
-        (f"Anna has {n} eggs and buys {n + 2}. How many?", f"{n}+{n + 2}={2 * n + 2}.", 2 * n + 2) for n in range(3, 27)
+        (f"Anna has {n} eggs and buys {n + 2}. How many?", f"{n}+{n + 2}={2 * n + 2}.", 2 * n + 2)
+        for n in range(3, 27)
     ]
     texts.append((texts[-1][0], "She counts them.", texts[-1][2]))
-    write(tiny / "sums.jsonl", [{"question": q, "answer": f"{steps}\n#### {n}"} for q, steps, n in texts])
+    write(
+        tiny / "sums.jsonl",
+        [{"question": q, "answer": f"{steps}\n#### {n}"} for q, steps, n in texts],
+    )
     return read_records("gsm8k", "sums.jsonl")
 
 
@@ -1171,7 +1564,10 @@ def heat(tiny):
     ]
     form = [
         {
-            "question": {"stem": q, "choices": [{"text": t, "label": x} for t, x in zip(texts, "AB", strict=True)]},
+            "question": {
+                "stem": q,
+                "choices": [{"text": t, "label": x} for t, x in zip(texts, "AB", strict=True)],
+            },
             "answerKey": key,
         }
         for q, texts, key in rows
@@ -1194,7 +1590,9 @@ def set_out(tiny, monkeypatch):
         got = []
         with monkeypatch.context() as patch:
             patch.setattr("kvlab.cli.solved", lambda *_: np.zeros(1))
-            patch.setattr("kvlab.cli.teach", lambda *args: got.append(args[3]) or ([{"seconds": 0.0}], None))
+            patch.setattr(
+                "kvlab.cli.teach", lambda *args: got.append(args[3]) or ([{"seconds": 0.0}], None)
+            )
             main([*command, "--output_dir", "set_out", *options])
         return got
 
@@ -1210,7 +1608,8 @@ def listened(tiny, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr("kvlab.cli.solved", lambda *_: np.zeros(1))
             patch.setattr(
-                "kvlab.cli.train_pupil", lambda *args, **more: got.append((*args[1:], more)) or [{"seconds": 0.0}]
+                "kvlab.cli.train_pupil",
+                lambda *args, **more: got.append((*args[1:], more)) or [{"seconds": 0.0}],
             )
             main([*command, "--output_dir", name, *options])
         return got
@@ -1228,11 +1627,16 @@ def heard(chosen, plan, name="lab-teacher", shift=0, seed=0):
     """What a teacher makes of the lab's problems."""
     texts, theirs = pair_of(seed=seed)
     theirs = [*theirs[shift:], *theirs[:shift]]
-    return align_module.seen_by(lab.load(name), lab.load_tokenizer(name), theirs, texts, chosen, plan)
+    return align_module.seen_by(
+        lab.load(name), lab.load_tokenizer(name), theirs, texts, chosen, plan
+    )
 
 
 def same(lessons, seen, number=0):
-    pairs = [zip(lesson.seen[number], part, strict=True) for lesson, part in zip(lessons, seen, strict=True)]
+    pairs = [
+        zip(lesson.seen[number], part, strict=True)
+        for lesson, part in zip(lessons, seen, strict=True)
+    ]
     return all(torch.equal(one, two) for pair in pairs for one, two in pair)
 
 
@@ -1240,7 +1644,9 @@ def alike(n=16, what="hidden", seed=0):
     texts, theirs = pair_of(n, seed)
     tokenizer = lab.load_tokenizer("lab-teacher")
     others = [align_module.segment(tokenizer, c) for c in theirs]
-    return align_module.similar_layers(lab.load("lab-draft"), texts, lab.load("lab-teacher"), others, what)
+    return align_module.similar_layers(
+        lab.load("lab-draft"), texts, lab.load("lab-teacher"), others, what
+    )
 
 
 def weights_in(path):
@@ -1252,8 +1658,24 @@ def equal(one, two):
 
 
 def test_an_aligned_student_is_saved_with_projectors_and_what_it_solves(align, tiny):
-    told = align("student", *BOTH, "--heldout", "24", "--max_new_tokens", "40", "--accumulate", "2", "--fp16", "false")
-    settings = {"model_name": "lab-draft", "teacher_model": ["lab-teacher"], "learning_rate": 1e-3, "kv_warmup": 50}
+    told = align(
+        "student",
+        *BOTH,
+        "--heldout",
+        "24",
+        "--max_new_tokens",
+        "40",
+        "--accumulate",
+        "2",
+        "--fp16",
+        "false",
+    )
+    settings = {
+        "model_name": "lab-draft",
+        "teacher_model": ["lab-teacher"],
+        "learning_rate": 1e-3,
+        "kv_warmup": 50,
+    }
     assert told["settings"] | settings == told["settings"]
     assert {"device", "versions", "commit"} <= set(told)
     (entry,) = told["history"]  # 16 problems are one batch of 2 x 8
@@ -1267,7 +1689,10 @@ def test_an_aligned_student_is_saved_with_projectors_and_what_it_solves(align, t
     test = [own for own, _ in corpora.Solutions(24, test=True)]
     values = {f["name"]: (f["value"], f["n"]) for f in told["figures"]}
     for when, path in (("before", lab.models.MODELS / "lab-draft"), ("after", tiny / "student")):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), lab.load_tokenizer("lab-draft")
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(path).eval(),
+            lab.load_tokenizer("lab-draft"),
+        )
         said = answers(model, tokenizer, [own[:1] for own in test], 40)
         right = [
             lab.report.result(text) == lab.report.result(own[1]["content"])
@@ -1278,17 +1703,34 @@ def test_an_aligned_student_is_saved_with_projectors_and_what_it_solves(align, t
     assert 0 < values["accuracy_before"][0] < 1
 
 
-def test_without_weights_there_is_no_teacher_and_a_student_learns_as_from_solutions_alone(align, tiny, monkeypatch):
+def test_without_weights_there_is_no_teacher_and_a_student_learns_as_from_solutions_alone(
+    align, tiny, monkeypatch
+):
     load = Scale.load
     with monkeypatch.context() as patch:
         patch.setattr(
-            Scale, "load", lambda scale, role: pytest.fail("loaded") if role == "teacher" else load(scale, role)
+            Scale,
+            "load",
+            lambda scale, role: pytest.fail("loaded") if role == "teacher" else load(scale, role),
         )
         told = align("alone", *BOTH, "--kv_weight", "0", "--codi_weight", "0")
     assert not {"kv", "codi"} & set(told["history"][0])
     students = []
-    monkeypatch.setattr("kvlab.cli.solved", lambda model, *_: students.append(model.state_dict()) or np.zeros(1))
-    options = ["--arms", "ce_only", "full", "shuffled", "--seeds", "1", "--kv_weight", "0", "--codi_weight", "0"]
+    monkeypatch.setattr(
+        "kvlab.cli.solved", lambda model, *_: students.append(model.state_dict()) or np.zeros(1)
+    )
+    options = [
+        "--arms",
+        "ce_only",
+        "full",
+        "shuffled",
+        "--seeds",
+        "1",
+        "--kv_weight",
+        "0",
+        "--codi_weight",
+        "0",
+    ]
     main([*ALIGNMENTS_COMPARED, *options])
     main([*ALIGNMENTS_COMPARED, "--arms", "full", "--seeds", "1"])
     alone = weights_in(tiny / "alone")
@@ -1297,25 +1739,35 @@ def test_without_weights_there_is_no_teacher_and_a_student_learns_as_from_soluti
 
 def test_what_is_asked_is_the_same_for_every_seed_and_never_learned_from(set_out, sums):
     found = set_out(ALIGNMENTS_COMPARED, *SUMS, "--seeds", "3", "--arms", "ce_only", "full")
-    assert all(tasks.asked == found[0].asked and tasks.answers == found[0].answers for tasks in found)
+    assert all(
+        tasks.asked == found[0].asked and tasks.answers == found[0].answers for tasks in found
+    )
     assert all(tasks.own == tasks.theirs and tasks.kind == "number" for tasks in found)
-    assert [one.own == two.own for one, two in zip(found[::2], found[1::2], strict=True)] == [True] * 3  # both arms
+    assert [one.own == two.own for one, two in zip(found[::2], found[1::2], strict=True)] == [
+        True
+    ] * 3  # both arms
     assert len({str(tasks.own) for tasks in found}) == 3
     right = {record.question: record.answers for record in sums}
     for n, wanted in (("99", 20), ("16", 16)):
         for seed in range(6):
-            (tasks,) = set_out(ALIGNED, *SUMS, "--problems", n, "--seed", str(seed), "--heldout", "5")
+            (tasks,) = set_out(
+                ALIGNED, *SUMS, "--problems", n, "--seed", str(seed), "--heldout", "5"
+            )
             asked, learned = ([c[0]["content"] for c in part] for part in (tasks.asked, tasks.own))
             assert len(asked) == 5
             assert all(len(c) == 1 for c in tasks.asked)
             assert [right[question] for question in asked] == tasks.answers
             assert not {*asked} & {*learned}
-            assert abs(len(learned) - wanted) <= 1  # a question that is there twice is held out as a whole
+            assert (
+                abs(len(learned) - wanted) <= 1
+            )  # a question that is there twice is held out as a whole
             assert {*asked, *learned} <= {*right}
     assert asked != [record.question for record in sums][:5]  # a file may go by subject
 
 
-def test_lab_problems_to_learn_from_are_those_of_the_seed_and_not_those_of_the_test(set_out, listened):
+def test_lab_problems_to_learn_from_are_those_of_the_seed_and_not_those_of_the_test(
+    set_out, listened
+):
     runs = listened(ALIGNMENTS_COMPARED, "--seeds", "3", "--arms", "ce_only")
     assert [options["seed"] for *_, options in runs] == [0, 1, 2]
     one, two = set_out(ALIGNMENTS_COMPARED, "--seeds", "2", "--arms", "full")
@@ -1327,7 +1779,9 @@ def test_lab_problems_to_learn_from_are_those_of_the_seed_and_not_those_of_the_t
         own[1]["content"][-len(f"Answer: {n}") :]
         for (own, _), (n,) in zip(corpora.Solutions(4, test=True), one.answers, strict=True)
     ]
-    assert not {c[0]["content"] for c in [*one.own, *two.own]} & {c[0]["content"] for c in one.asked}
+    assert not {c[0]["content"] for c in [*one.own, *two.own]} & {
+        c[0]["content"] for c in one.asked
+    }
     assert one.own[0] != one.theirs[0]
 
 
@@ -1349,7 +1803,8 @@ def test_solved_is_what_is_answered_by_an_accepted_answer(monkeypatch):
     said = ["It is (B).", "The answer is A.", "", "The answer is C."]
     tasks = Problems([], [], [["asked"]] * 4, [("B",), ("B",), ("A",), ("A", "C")], "choice")
     monkeypatch.setattr(
-        "kvlab.cli.answers", lambda model, tokenizer, asked, tokens, **_: said if asked == tasks.asked else []
+        "kvlab.cli.answers",
+        lambda model, tokenizer, asked, tokens, **_: said if asked == tasks.asked else [],
     )
     assert solved(None, None, tasks).tolist() == [1, 0, 0, 1]
 
@@ -1381,9 +1836,16 @@ def test_each_arm_learns_from_what_its_name_says(listened):
             if a.seen
         ]
         assert any(own) == (arm == "full"), arm
-    assert all(torch.isfinite(x).all() for lesson in lessons["random_teacher"] for x in lesson.seen[0])
+    assert all(
+        torch.isfinite(x).all() for lesson in lessons["random_teacher"] for x in lesson.seen[0]
+    )
     for *_, options in runs:
-        assert (options["seed"], options["steps"], options["kv_weight"], options["codi_weight"]) == (0, 2, 1.0, 0.5)
+        assert (
+            options["seed"],
+            options["steps"],
+            options["kv_weight"],
+            options["codi_weight"],
+        ) == (0, 2, 1.0, 0.5)
 
 
 def test_flags_of_training_choose_the_arm_and_the_seed_the_problems(listened):
@@ -1395,15 +1857,35 @@ def test_flags_of_training_choose_the_arm_and_the_seed_the_problems(listened):
 
 
 def test_a_layer_map_is_written_and_obeyed(listened, tiny, capsys):
-    main(["layer-map", "--num_samples", "16", "--what", "keys", "--k", "3", "--output", "maps/keys.json"])
+    main(
+        [
+            "layer-map",
+            "--num_samples",
+            "16",
+            "--what",
+            "keys",
+            "--k",
+            "3",
+            "--output",
+            "maps/keys.json",
+        ]
+    )
     printed = capsys.readouterr().out
     saved = similarity.load_layer_map("maps/keys.json", 2, 6)
-    assert (saved.student, saved.teacher, saved.samples, saved.what) == ("lab-draft", "lab-teacher", 16, "keys")
+    assert (saved.student, saved.teacher, saved.samples, saved.what) == (
+        "lab-draft",
+        "lab-teacher",
+        16,
+        "keys",
+    )
     wanted = similarity.layer_map(alike(what="keys"), 3)
     assert saved.layer_map.indices.tolist() == wanted.indices.tolist()
-    assert saved.layer_map.weights.flatten().tolist() == pytest.approx(wanted.weights.flatten().tolist())
+    assert saved.layer_map.weights.flatten().tolist() == pytest.approx(
+        wanted.weights.flatten().tolist()
+    )
     assert all(
-        f"student layer {n}: teacher layers {one[0]} (" in printed for n, one in enumerate(wanted.indices.tolist())
+        f"student layer {n}: teacher layers {one[0]} (" in printed
+        for n, one in enumerate(wanted.indices.tolist())
     )
     mapped = [*BOTH, "--layer_mapping_path", "maps/keys.json"]
     ((lessons, *_),) = listened(ALIGNED, *mapped)
@@ -1411,7 +1893,9 @@ def test_a_layer_map_is_written_and_obeyed(listened, tiny, capsys):
 
     for layer in (0, 5):  # the file's name is the same
         one = similarity.LayerMap(torch.full((2, 1), layer), torch.ones(2, 1).double(), 6)
-        similarity.save_layer_map("maps/keys.json", one, student="lab-draft", teacher="lab-teacher", samples=9)
+        similarity.save_layer_map(
+            "maps/keys.json", one, student="lab-draft", teacher="lab-teacher", samples=9
+        )
         ((lessons, *_),) = listened(ALIGNED, *mapped)
         assert same(lessons, heard(one, align_module.plan_time))
         assert all(torch.equal(*lesson.seen[0].keys) for lesson in lessons)
@@ -1441,7 +1925,9 @@ def test_two_teachers_are_heard_one_after_another_each_in_its_own_tokens(listene
         ((lessons, alignment, _),) = listened(ALIGNED, *two)
     assert len(loaded) == 2
     assert same(lessons, heard(similarity.proportional(2, 6), align_module.plan_time), 0)
-    assert same(lessons, heard(similarity.proportional(2, 12), align_module.plan_time, "lab-target"), 1)
+    assert same(
+        lessons, heard(similarity.proportional(2, 12), align_module.plan_time, "lab-target"), 1
+    )
     assert [p.keys.in_features for p in alignment.projectors] == [160, 64]
     maps = ["a.json", "b.json"]
     for path, layers, layer in zip(maps, (6, 12), (3, 7), strict=True):
@@ -1471,12 +1957,17 @@ def test_an_aligned_student_that_was_killed_goes_on_and_ends_the_same(align, tin
     assert not (tiny / "killed" / "training.json").exists()
     monkeypatch.setattr(align_module, "fit", counted)
     monkeypatch.setattr(
-        Scale, "load", lambda scale, role: pytest.fail("loaded") if role == "teacher" else load(scale, role)
+        Scale,
+        "load",
+        lambda scale, role: pytest.fail("loaded") if role == "teacher" else load(scale, role),
     )
     told = align("killed", *options)
     assert [len(steps), len(told["history"])] == [1, 4]
     assert equal(*(weights_in(tiny / name) for name in ("whole", "killed")))
-    projectors = [align_module.Projector.from_pretrained(tiny / name / "projector_0") for name in ("whole", "killed")]
+    projectors = [
+        align_module.Projector.from_pretrained(tiny / name / "projector_0")
+        for name in ("whole", "killed")
+    ]
     assert equal(*(p.state_dict() for p in projectors))
     align("killed", *options)
     assert len(steps) == 1  # nothing is left to do
@@ -1507,13 +1998,19 @@ def test_projectors_start_by_the_seed_and_stay_if_they_are_frozen(align, listene
         align("frozen", *options, "--freeze_projectors")
         torch.manual_seed(seed)
         begun = align_module.Projector(160, 64, start).state_dict()
-        assert equal(align_module.Projector.from_pretrained(tiny / "frozen/projector_0").state_dict(), begun)
+        assert equal(
+            align_module.Projector.from_pretrained(tiny / "frozen/projector_0").state_dict(), begun
+        )
         assert not equal(weights_in(tiny / "frozen"), lab.load("lab-draft").state_dict())
     align("free", *options)
-    assert not equal(align_module.Projector.from_pretrained(tiny / "free/projector_0").state_dict(), begun)
+    assert not equal(
+        align_module.Projector.from_pretrained(tiny / "free/projector_0").state_dict(), begun
+    )
     ((_, alignment, _),) = listened(ALIGNED, "--freeze_projectors", *options)
     assert not any(p.requires_grad for p in alignment.parameters())  # the student alone moves
-    ((_, again, _),) = listened(ALIGNED, "--freeze_projectors", *options)  # now what the teacher made of it is on disk
+    ((_, again, _),) = listened(
+        ALIGNED, "--freeze_projectors", *options
+    )  # now what the teacher made of it is on disk
     assert equal(again.state_dict(), alignment.state_dict())
     ((_, alignment, _),) = listened(ALIGNED, "--codi_weight", "0")
     assert not alignment.states
@@ -1521,15 +2018,22 @@ def test_projectors_start_by_the_seed_and_stay_if_they_are_frozen(align, listene
 
 def test_gradient_checkpointing_changes_memory_alone(align, monkeypatch):
     used = []
-    monkeypatch.setattr("kvlab.cli.solved", lambda m, *_: used.append(m.is_gradient_checkpointing) or np.zeros(1))
-    histories = [align(name, *flags)["history"] for name, flags in (("a", []), ("b", ["--gradient_checkpointing"]))]
+    monkeypatch.setattr(
+        "kvlab.cli.solved", lambda m, *_: used.append(m.is_gradient_checkpointing) or np.zeros(1)
+    )
+    histories = [
+        align(name, *flags)["history"]
+        for name, flags in (("a", []), ("b", ["--gradient_checkpointing"]))
+    ]
     assert used == [False, False, True, True]
     for one, two in zip(*histories, strict=True):
         for term in ("ce", "kv", "codi", "grad_norm"):
             assert one[term] == pytest.approx(two[term], rel=1e-4)
 
 
-def test_arms_are_compared_seed_by_seed_and_a_run_that_is_over_is_not_made_again(tiny, capsys, monkeypatch):
+def test_arms_are_compared_seed_by_seed_and_a_run_that_is_over_is_not_made_again(
+    tiny, capsys, monkeypatch
+):
     said, kept = iter([0.2, 0.4, 0.7, 0.3] * 2), []
     monkeypatch.setattr("kvlab.cli.solved", lambda *_: np.array([next(said)]))
     for _ in range(2):
@@ -1546,9 +2050,16 @@ def test_arms_are_compared_seed_by_seed_and_a_run_that_is_over_is_not_made_again
                 "compared",
             ]
         )
-        told = json.loads((tiny / "compared/comparison.json").read_text(), parse_constant=pytest.fail)
+        told = json.loads(
+            (tiny / "compared/comparison.json").read_text(), parse_constant=pytest.fail
+        )
         runs = [(run["arm"], run["seed"], run["accuracy"]) for run in told["runs"]]
-        assert runs == [("ce_only", 0, 0.2), ("segment", 0, 0.4), ("ce_only", 1, 0.7), ("segment", 1, 0.3)]
+        assert runs == [
+            ("ce_only", 0, 0.2),
+            ("segment", 0, 0.4),
+            ("ce_only", 1, 0.7),
+            ("segment", 1, 0.3),
+        ]
         assert told["settings"]["arms"] == ["ce_only", "segment"]
         assert told["figures"] == alignment_figures(pd.DataFrame(told["runs"]))
         assert "segment, seed 1: 0.300" in capsys.readouterr().out
@@ -1568,14 +2079,20 @@ def test_gains_are_seed_by_seed():
         ("ce_only", 1, 0.5),
         ("full", 2, 0.8),
     ]
-    runs = pd.DataFrame([(*row, 1.0, 2.0) for row in rows], columns=["arm", "seed", "accuracy", "seconds", "GB"])
+    runs = pd.DataFrame(
+        [(*row, 1.0, 2.0) for row in rows], columns=["arm", "seed", "accuracy", "seconds", "GB"]
+    )
     found = {f["name"]: f for f in alignment_figures(runs)}
-    assert [*found] == [f"{score}_{arm}" for score in ("accuracy", "seconds", "GB") for arm in ("full", "ce_only")] + [
-        "gain_full"
-    ]
+    assert [*found] == [
+        f"{score}_{arm}" for score in ("accuracy", "seconds", "GB") for arm in ("full", "ce_only")
+    ] + ["gain_full"]
     gain = found["gain_full"]
     assert gain["value"] == pytest.approx(0.3)
-    assert (gain["low"], gain["high"], gain["n"]) == (pytest.approx(0.2, abs=0.01), pytest.approx(0.4, abs=0.01), 3)
+    assert (gain["low"], gain["high"], gain["n"]) == (
+        pytest.approx(0.2, abs=0.01),
+        pytest.approx(0.4, abs=0.01),
+        3,
+    )
     assert found["GB_full"]["unit"] == "GB"
     assert not any(
         "gain" in f["name"] or "GB" in f["name"]
@@ -1585,14 +2102,30 @@ def test_gains_are_seed_by_seed():
 
 def test_two_processes_align_as_one_does(align, tiny):
     told = align("one", "--use_segment_resampling")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kvlab.cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "kvlab.cli",
+    ]
     setting = os.environ | {"KVLAB_SCALE": "tiny", "OMP_NUM_THREADS": "1"}
     command = [*launch, *ALIGNED, "--use_segment_resampling", "--output_dir", "two"]
-    done = subprocess.run(command, cwd=tiny, env=setting, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, cwd=tiny, env=setting, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     again = json.loads((tiny / "two" / "training.json").read_text())
-    for term, near in (("ce", 1e-3), ("kv", 0.05)):  # each process measures deviations in its own share of a batch
-        assert [e[term] for e in again["history"]] == pytest.approx([e[term] for e in told["history"]], rel=near)
+    for term, near in (
+        ("ce", 1e-3),
+        ("kv", 0.05),
+    ):  # each process measures deviations in its own share of a batch
+        assert [e[term] for e in again["history"]] == pytest.approx(
+            [e[term] for e in told["history"]], rel=near
+        )
     assert done.stdout.count("To learn from") == 1
     assert len([*(tiny / "two").glob("run-*/teacher_0/*.safetensors")]) == 1
 
@@ -1603,10 +2136,26 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
 @pytest.mark.parametrize(
     ("command", "options", "said"),
     [
-        (ALIGNED, [*MAPPED[1:], "sums.jsonl"], "layer_mapping_path is given without --use_cka_layer_mapping"),
-        (ALIGNED, [*MAPPED, "none.json"], "There is no layer map none.json: make one by `kvlab layer-map"),
-        (ALIGNED, [*MAPPED, "none.json", "none.json"], "There are 1 teachers and 2 layer maps: give one for each"),
-        (ALIGNED, ["--batch_size", "17"], "16 problems are less than a batch of 17: give more, or smaller batches"),
+        (
+            ALIGNED,
+            [*MAPPED[1:], "sums.jsonl"],
+            "layer_mapping_path is given without --use_cka_layer_mapping",
+        ),
+        (
+            ALIGNED,
+            [*MAPPED, "none.json"],
+            "There is no layer map none.json: make one by `kvlab layer-map",
+        ),
+        (
+            ALIGNED,
+            [*MAPPED, "none.json", "none.json"],
+            "There are 1 teachers and 2 layer maps: give one for each",
+        ),
+        (
+            ALIGNED,
+            ["--batch_size", "17"],
+            "16 problems are less than a batch of 17: give more, or smaller batches",
+        ),
         (ALIGNED, ["--accumulate", "3"], "16 problems are less than a batch of 24"),
         (ALIGNED, ["--problems", "0"], "problems is 0, expected a whole number from 1"),
         (ALIGNED, ["--heldout", "0"], "heldout is 0, expected a whole number from 1"),
@@ -1616,8 +2165,16 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         (ALIGNED, ["--learning_rate", "-1"], "learning_rate is -1.0, expected 0 or more"),
         (ALIGNED, ["--kv_warmup", "-1"], "kv_warmup is -1, expected 0 or more"),
         (ALIGNED, ["--kv_end", "-0.5"], "kv_end is -0.5, expected a share from 0 to 1"),
-        (ALIGNED, ["--fp16"], "fp16 needs a GPU, but the scale tiny computes on the CPU: leave --fp16 out"),
-        (ALIGNED, ["--source", "sums.jsonl"], "source is 'sums.jsonl', but the lab makes its texts up"),
+        (
+            ALIGNED,
+            ["--fp16"],
+            "fp16 needs a GPU, but the scale tiny computes on the CPU: leave --fp16 out",
+        ),
+        (
+            ALIGNED,
+            ["--source", "sums.jsonl"],
+            "source is 'sums.jsonl', but the lab makes its texts up",
+        ),
         (
             ALIGNED,
             ["--eval_source", "heat.jsonl"],
@@ -1630,13 +2187,29 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         ),
         (ALIGNED, HEAT[:2], "There is no source of arc records: give a file or a name on the hub"),
         (ALIGNED, [*HEAT[:3], "empty.jsonl"], "There is no problem to be asked in empty.jsonl"),
-        (ALIGNED, SUMS[:2], "There is no source of gsm8k records: give a file or a name on the hub"),
+        (
+            ALIGNED,
+            SUMS[:2],
+            "There is no source of gsm8k records: give a file or a name on the hub",
+        ),
         (ALIGNED, [*SUMS[:3], "none.jsonl"], "There is no file none.jsonl"),
-        (ALIGNED, [*SUMS, "--heldout", "25"], "There are 25 problems, 25 to hold out: give more, or a smaller heldout"),
+        (
+            ALIGNED,
+            [*SUMS, "--heldout", "25"],
+            "There are 25 problems, 25 to hold out: give more, or a smaller heldout",
+        ),
         (ALIGNED, [*SUMS, "--heldout", "20"], "[45] problems are less than a batch of 8"),
-        (ALIGNED, ["--dataset_name", "arc", "--source", "heat.jsonl"], "3 of 3 arc records have no reasoning"),
+        (
+            ALIGNED,
+            ["--dataset_name", "arc", "--source", "heat.jsonl"],
+            "3 of 3 arc records have no reasoning",
+        ),
         (ALIGNED, [*SUMS[:3], "bare.jsonl"], "1 of 2 gsm8k records have no reasoning"),
-        (ALIGNMENTS_COMPARED, ["--arms", "full", "both"], "There is no arm both: expected some of ce_only, baseline"),
+        (
+            ALIGNMENTS_COMPARED,
+            ["--arms", "full", "both"],
+            "There is no arm both: expected some of ce_only, baseline",
+        ),
         (ALIGNMENTS_COMPARED, ["--seeds", "0"], "seeds is 0, expected a whole number from 1"),
         (ALIGNMENTS_COMPARED, ["--batch_size", "17"], "16 problems are less than a batch of 17"),
         (ALIGNMENTS_COMPARED, ["--kv_end", "2"], "kv_end is 2.0, expected a share from 0 to 1"),
@@ -1645,9 +2218,14 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         (["layer-map"], SUMS[:2], "There is no source of gsm8k records"),
     ],
 )
-def test_a_mistake_in_alignment_is_a_sentence_before_any_work(command, options, said, sums, heat, tiny, monkeypatch):
+def test_a_mistake_in_alignment_is_a_sentence_before_any_work(
+    command, options, said, sums, heat, tiny, monkeypatch
+):
     (tiny / "empty.jsonl").write_text("")
-    write(tiny / "bare.jsonl", [{"question": "1+1?", "answer": f"{text}\n#### 2"} for text in ("1+1=2.", " ")])
+    write(
+        tiny / "bare.jsonl",
+        [{"question": "1+1?", "answer": f"{text}\n#### 2"} for text in ("1+1=2.", " ")],
+    )
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=f"^kvlab: {said}"):
         main([*command, *options])
@@ -1656,13 +2234,16 @@ def test_a_mistake_in_alignment_is_a_sentence_before_any_work(command, options, 
 
 def test_what_does_not_fit_the_models_is_a_sentence_before_anything_is_read(tiny, monkeypatch):
     monkeypatch.setattr(align_module, "similar_layers", lambda *_: pytest.fail("read"))
-    with pytest.raises(SystemExit, match=r"^kvlab: k is 7, but lab-teacher has 6 layers: give a smaller one"):
+    with pytest.raises(
+        SystemExit, match=r"^kvlab: k is 7, but lab-teacher has 6 layers: give a smaller one"
+    ):
         main(["layer-map", "--k", "7", "--num_samples", "4"])
     one = similarity.LayerMap(torch.zeros(2, 1).long(), torch.ones(2, 1).double(), 12)
     similarity.save_layer_map("map.json", one, student="lab-draft", teacher="lab-target", samples=9)
     monkeypatch.setattr("kvlab.cli.seen_by", lambda *_: pytest.fail("read"))
     with pytest.raises(
-        SystemExit, match=r"^kvlab: map.json maps 2 layers of lab-draft to 12 of lab-target, the models"
+        SystemExit,
+        match=r"^kvlab: map.json maps 2 layers of lab-draft to 12 of lab-target, the models",
     ):
         main([*ALIGNED, *MAPPED, "map.json"])
 
@@ -1670,20 +2251,43 @@ def test_what_does_not_fit_the_models_is_a_sentence_before_anything_is_read(tiny
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
 def test_published_problems_are_learned_from_as_they_are(listened):
     source = str(PUBLISHED / "gsm8k/dev.jsonl")
-    ((lessons, *_),) = listened(ALIGNED, "--dataset_name", "gsm8k", "--source", source, "--use_segment_resampling")
-    tokenizer, found = lab.load_tokenizer("lab-draft"), {r.reasoning: r.answer for r in read_records("gsm8k", source)}
+    ((lessons, *_),) = listened(
+        ALIGNED, "--dataset_name", "gsm8k", "--source", source, "--use_segment_resampling"
+    )
+    tokenizer, found = (
+        lab.load_tokenizer("lab-draft"),
+        {r.reasoning: r.answer for r in read_records("gsm8k", source)},
+    )
     assert len(lessons) == 16
     for lesson in lessons:
         _, reasoning, answer = (
-            tokenizer.decode(lesson.text.input_ids[a:b]) for a, b in itertools.pairwise(lesson.text.borders)
+            tokenizer.decode(lesson.text.input_ids[a:b])
+            for a, b in itertools.pairwise(lesson.text.borders)
         )
         assert f" The answer is {found[reasoning.strip()]}." in answer
 
 
 # -- train-fuser, and what speculate does with a fuser
 
-FUSED = ["train-fuser", "--prompts", "8", "--heldout", "2", "--steps", "2", "--batch_size", "4", "--hidden", "16"]
-FUSED += ["--max_new_tokens", "12", "--learning_rate", "0.05"]  # a rate at which little is left of what was accepted
+FUSED = [
+    "train-fuser",
+    "--prompts",
+    "8",
+    "--heldout",
+    "2",
+    "--steps",
+    "2",
+    "--batch_size",
+    "4",
+    "--hidden",
+    "16",
+]
+FUSED += [
+    "--max_new_tokens",
+    "12",
+    "--learning_rate",
+    "0.05",
+]  # a rate at which little is left of what was accepted
 WAYS = {"none": None, "prefill": (True, False), "decode": (False, True), "both": (True, True)}
 
 
@@ -1700,8 +2304,12 @@ def fusible(tiny, monkeypatch):
     def run(*options, name="fusible"):
         got = []
         with monkeypatch.context() as patch:
-            patch.setattr("kvlab.cli.train_on", lambda *args, **more: got.append((*args, more)) or [])
-            patch.setattr("kvlab.cli.speculated", lambda *args: got.append(args[1]) or pytest.skip("measured"))
+            patch.setattr(
+                "kvlab.cli.train_on", lambda *args, **more: got.append((*args, more)) or []
+            )
+            patch.setattr(
+                "kvlab.cli.speculated", lambda *args: got.append(args[1]) or pytest.skip("measured")
+            )
             with pytest.raises(pytest.skip.Exception):
                 main([*FUSED, "--output_dir", name, *options])
         return got
@@ -1712,7 +2320,9 @@ def fusible(tiny, monkeypatch):
 def save_fuser(folder, draft, target, strength=20):
     """Save a fuser whose gates are open and that changes a lot."""
     torch.manual_seed(0)
-    fuser = Fuser(Size.of(draft.config), Size.of(target.config), settings=Settings(hidden=16, gate=1.0))
+    fuser = Fuser(
+        Size.of(draft.config), Size.of(target.config), settings=Settings(hidden=16, gate=1.0)
+    )
     fuser.change.weight.data.mul_(strength)
     fuser.save_pretrained(folder)
     return fuser
@@ -1747,20 +2357,44 @@ def noise(read):
 def test_a_fuser_is_saved_with_what_it_was_measured_at(control, fuse, tiny):
     told = fuse("fuser", "--control", control, "--gamma", "3")
     assert "To learn from: 8 answers of lab-target. Held out: 2 prompts." in told["printed"]
-    settings = {"base_model": "lab-draft", "teacher_model": "lab-target", "control": control, "dropout": 0.0}
+    settings = {
+        "base_model": "lab-draft",
+        "teacher_model": "lab-target",
+        "control": control,
+        "dropout": 0.0,
+    }
     assert told["settings"] | settings == told["settings"]
     assert {"device", "versions", "commit"} <= set(told)
     assert [entry["step"] for entry in told["history"]] == [1, 2]
 
-    draft, target, fuser = lab.load("lab-draft"), lab.load("lab-target"), Fuser.from_pretrained(tiny / "fuser")
-    assert (told["gates"], told["parameters"]) == (fuser.gate_logits().tolist(), fuser.num_parameters())
-    seen = {"none": fuser, "self": lambda own, _: fuser(own, own), "matched": lambda own, s: fuser(own, noise(s))}
+    draft, target, fuser = (
+        lab.load("lab-draft"),
+        lab.load("lab-target"),
+        Fuser.from_pretrained(tiny / "fuser"),
+    )
+    assert (told["gates"], told["parameters"]) == (
+        fuser.gate_logits().tolist(),
+        fuser.num_parameters(),
+    )
+    seen = {
+        "none": fuser,
+        "self": lambda own, _: fuser(own, own),
+        "matched": lambda own, s: fuser(own, noise(s)),
+    }
     expected = {}
     for arm, ways in WAYS.items():
         shares = []
         for ids in spelled(corpora.Requests(2, test=True)):
-            proposer = FusedProposer(draft, target, seen[control], None, *ways) if ways else ModelProposer(draft)
-            shares.append(summarize(generate(target, [ids], proposer, gamma=3, max_new_tokens=12).rounds).acceptance)
+            proposer = (
+                FusedProposer(draft, target, seen[control], None, *ways)
+                if ways
+                else ModelProposer(draft)
+            )
+            shares.append(
+                summarize(
+                    generate(target, [ids], proposer, gamma=3, max_new_tokens=12).rounds
+                ).acceptance
+            )
         expected[f"acceptance_{arm}"] = np.mean(shares)
     assert {f["name"]: f["value"] for f in told["figures"]} == pytest.approx(expected)
     assert [f["name"] for f in told["figures"]] == list(expected)
@@ -1769,14 +2403,26 @@ def test_a_fuser_is_saved_with_what_it_was_measured_at(control, fuse, tiny):
 
 
 @pytest.mark.parametrize(
-    ("control", "sharer"), [("none", "lab-target"), ("self", "lab-draft"), ("matched", "lab-target")]
+    ("control", "sharer"),
+    [("none", "lab-target"), ("self", "lab-draft"), ("matched", "lab-target")],
 )
-def test_a_fuser_learns_what_the_large_model_says_from_the_sharer_of_its_control(control, sharer, fusible):
+def test_a_fuser_learns_what_the_large_model_says_from_the_sharer_of_its_control(
+    control, sharer, fusible
+):
     (fuser, draft, shares, lessons, more), _ = fusible("--control", control, "--seed", "3")
     assert (draft.config.num_hidden_layers, shares.config) == (2, lab.load(sharer).config)
     assert (fuser.receiver, fuser.sharer) == (Size.of(draft.config), Size.of(shares.config))
-    assert fuser.settings == Settings(hidden=16, dropout=0.0, gate=4.0, sharer_seen=control != "matched")
-    options = {"steps": 2, "batch_size": 4, "learning_rate": 0.05, "accumulate": 1, "precision": "no", "seed": 3}
+    assert fuser.settings == Settings(
+        hidden=16, dropout=0.0, gate=4.0, sharer_seen=control != "matched"
+    )
+    options = {
+        "steps": 2,
+        "batch_size": 4,
+        "learning_rate": 0.05,
+        "accumulate": 1,
+        "precision": "no",
+        "seed": 3,
+    }
     assert more | options | {"decode": True} == more
     said = drafts.listen(
         lab.load("lab-target"),
@@ -1785,17 +2431,28 @@ def test_a_fuser_learns_what_the_large_model_says_from_the_sharer_of_its_control
         max_new_tokens=12,
     )
     pairs = [(prompt.receiver_ids.tolist(), answer.tolist()) for prompt, answer in lessons]
-    assert pairs == [(e.input_ids[: e.start].tolist(), e.input_ids[e.start :].tolist()) for e in said]
-    assert all(torch.equal(e.prompt.receiver_ids, e.prompt.sharer_ids) and e.prompt.shares is None for e in lessons)
+    assert pairs == [
+        (e.input_ids[: e.start].tolist(), e.input_ids[e.start :].tolist()) for e in said
+    ]
+    assert all(
+        torch.equal(e.prompt.receiver_ids, e.prompt.sharer_ids) and e.prompt.shares is None
+        for e in lessons
+    )
 
 
 def test_a_fuser_is_made_as_asked_and_starts_by_the_seed(fusible):
     asked = "--dropout 0.2 --gate -1 --keys rotated --noise gumbel --layer_map proportional --no_decode_fusion"
     (fuser, *_, more), _ = fusible(*asked.split(), "--accumulate", "2", "--precision", "bf16")
     assert fuser.settings == Settings(16, 0.2, "rotated", "gumbel", -1.0)
-    assert fuser.layer_map.indices.flatten().tolist() == similarity.proportional(2, 12).indices.flatten().tolist()
+    assert (
+        fuser.layer_map.indices.flatten().tolist()
+        == similarity.proportional(2, 12).indices.flatten().tolist()
+    )
     assert more | {"decode": False, "accumulate": 2, "precision": "bf16"} == more
-    maps = {name: fusible("--layer_map", name)[0][0].layer_map.indices.flatten().tolist() for name in ("last", "first")}
+    maps = {
+        name: fusible("--layer_map", name)[0][0].layer_map.indices.flatten().tolist()
+        for name in ("last", "first")
+    }
     assert maps == {"last": [10, 11], "first": [0, 1]}
     starts = [fusible("--seed", seed)[0][0].enter.weight for seed in "001"]
     assert torch.equal(starts[0], starts[1])
@@ -1807,7 +2464,9 @@ def test_held_out_contexts_are_not_fused_to_learn_and_are_the_same_for_every_see
     records, tokenizer, found = read_records("squad", squad), lab.load_tokenizer("lab-target"), []
     for seed in "12":
         (*_, lessons, _), held = fusible(*options, "--seed", seed)
-        contexts = {r.context for r in records for ids in held if r.context in tokenizer.decode(ids)}
+        contexts = {
+            r.context for r in records for ids in held if r.context in tokenizer.decode(ids)
+        }
         assert len(held) == len(contexts) == 2
         rest = spelled(messages(r)[:1] for r in records if r.context not in contexts)
         learned = [lesson.prompt.receiver_ids.tolist() for lesson in lessons]
@@ -1880,7 +2539,9 @@ def test_answers_that_end_at_once_are_not_measured(fuse, monkeypatch):
 
 
 def test_of_two_processes_one_measures_and_writes(tiny, capsys, monkeypatch):
-    monkeypatch.setattr("kvlab.cli.PartialState", lambda **_: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(
+        "kvlab.cli.PartialState", lambda **_: SimpleNamespace(is_main_process=False)
+    )
     monkeypatch.setattr("kvlab.cli.speculated", lambda *_: pytest.fail("measured"))
     main([*FUSED, "--output_dir", "fuser"])
     assert capsys.readouterr().out == ""
@@ -1903,10 +2564,22 @@ def test_of_two_processes_one_measures_and_writes(tiny, capsys, monkeypatch):
         ("--source squad.json", "source is 'squad.json', but the lab makes its texts up"),
         ("--data squad", "There is no source of squad records: give --source"),
         ("--data squad --source no.json", "There is no file no.json"),
-        ("--data squad --source squad.json --heldout 6", "There are 6 contexts, 6 to hold out: give a source that"),
-        ("--data squad --source squad.json --heldout 9", "There are 6 contexts, 9 to hold out: give a source that"),
-        ("--data squad --source squad.json --heldout 5", r"[123] prompts are less than a batch of 4"),
-        ("--base_model lab-teacher", "The two models' tokenizers differ .lab-target has 1536 tokens, lab-teacher 640"),
+        (
+            "--data squad --source squad.json --heldout 6",
+            "There are 6 contexts, 6 to hold out: give a source that",
+        ),
+        (
+            "--data squad --source squad.json --heldout 9",
+            "There are 6 contexts, 9 to hold out: give a source that",
+        ),
+        (
+            "--data squad --source squad.json --heldout 5",
+            r"[123] prompts are less than a batch of 4",
+        ),
+        (
+            "--base_model lab-teacher",
+            "The two models' tokenizers differ .lab-target has 1536 tokens, lab-teacher 640",
+        ),
         ("--output_dir squad.json", "squad.json is a file: give the name of a folder"),
     ],
 )
@@ -1919,40 +2592,71 @@ def test_a_mistake_in_fusing_is_a_sentence_before_any_work(options, said, squad,
 
 @pytest.mark.parametrize(
     ("flags", "ways"),
-    [("", (True, True)), ("--no_prefill_fusion", (False, True)), ("--no_decode_fusion", (True, False))],
+    [
+        ("", (True, True)),
+        ("--no_prefill_fusion", (False, True)),
+        ("--no_decode_fusion", (True, False)),
+    ],
 )
 def test_speculate_fuses_what_it_is_not_told_to_leave(flags, ways, guesses, tiny, capsys):
     draft, target = lab.load("lab-draft"), lab.load("lab-target")
     fuser = save_fuser("fuser", draft, target)
     prompts = [problem[0]["content"] for problem in problems(4, "long", 2, seed=0)]
     main(
-        [*FEW, "--fuser_checkpoint", "fuser", *flags.split(), "--output_dir", str(tiny / "out"), "--prompts", *prompts]
+        [
+            *FEW,
+            "--fuser_checkpoint",
+            "fuser",
+            *flags.split(),
+            "--output_dir",
+            str(tiny / "out"),
+            "--prompts",
+            *prompts,
+        ]
     )
     found, _ = result(tiny / "out", capsys)
-    told = {name: name in flags for name in ("no_prefill_fusion", "no_decode_fusion")} | {"fuser_checkpoint": "fuser"}
+    told = {name: name in flags for name in ("no_prefill_fusion", "no_decode_fusion")} | {
+        "fuser_checkpoint": "fuser"
+    }
     assert found["settings"] | told == found["settings"]
     assert found["summary"]["equal_texts"] is True
-    assert all(prompt["plain"]["text"] == prompt["speculative"]["text"] for prompt in found["prompts"])
+    assert all(
+        prompt["plain"]["text"] == prompt["speculative"]["text"] for prompt in found["prompts"]
+    )
     asked = spelled([{"role": "user", "content": text}] for text in prompts)
     each = {}
     for way in itertools.product((True, False), repeat=2):
         made = [
-            generate(target, [ids], FusedProposer(draft, target, fuser, None, *way), max_new_tokens=12) for ids in asked
+            generate(
+                target, [ids], FusedProposer(draft, target, fuser, None, *way), max_new_tokens=12
+            )
+            for ids in asked
         ]
         each[way] = [[r.drafted for r in one.rounds] for one in made]
     assert guesses[1:] == each.pop(ways)  # the first warms up
     assert guesses[1:] not in each.values()
 
 
-def test_a_fuser_serves_drawn_text_compiled_models_and_a_single_token(guesses, tiny, capsys, monkeypatch):
+def test_a_fuser_serves_drawn_text_compiled_models_and_a_single_token(
+    guesses, tiny, capsys, monkeypatch
+):
     monkeypatch.setattr("torch.compile", lambda step, **_: step)
     draft, target = lab.load("lab-draft"), lab.load("lab-target")
     fuser = save_fuser("fuser", draft, target)
-    fused = [*FEW, "--prompts", "Anna has 3 apples. How many?", "--fuser_checkpoint", "fuser", "--output_dir"]
+    fused = [
+        *FEW,
+        "--prompts",
+        "Anna has 3 apples. How many?",
+        "--fuser_checkpoint",
+        "fuser",
+        "--output_dir",
+    ]
     main([*fused, str(tiny / "drawn"), "--temperature", "0.9", "--seed", "5"])
     (asked,) = spelled([[{"role": "user", "content": "Anna has 3 apples. How many?"}]])
     sampling = Sampling(0.9, generator=torch.Generator().manual_seed(5))
-    made = generate(target, [asked], FusedProposer(draft, target, fuser), max_new_tokens=12, sampling=sampling)
+    made = generate(
+        target, [asked], FusedProposer(draft, target, fuser), max_new_tokens=12, sampling=sampling
+    )
     assert guesses[1:] == [[r.drafted for r in made.rounds]]
     (prompt,) = result(tiny / "drawn", capsys)[0]["prompts"]
     assert prompt["speculative"]["token_ids"] == made.tokens[0].tolist()
@@ -1966,7 +2670,14 @@ def test_a_draft_that_reads_from_a_store_is_fused(guesses, learn, facts, tmp_pat
     draft, store = AutoModelForCausalLM.from_pretrained(folder), opened(facts)
     fuser = save_fuser(tmp_path / "fuser", draft, store.model, strength=3)
     models = ["--base_model", str(folder), "--teacher_model", "lab-draft", "--threshold", "0.6"]
-    models += ["--fuser_checkpoint", str(tmp_path / "fuser"), "--store", str(facts), "--prompts", "Clara what?"]
+    models += [
+        "--fuser_checkpoint",
+        str(tmp_path / "fuser"),
+        "--store",
+        str(facts),
+        "--prompts",
+        "Clara what?",
+    ]
     main([*FEW, *models, "--output_dir", str(tmp_path / "out")])
     found, _ = result(tmp_path / "out", capsys)
     assert (found["summary"]["equal_texts"], found["summary"]["found"]) == (True, 1)
@@ -1974,7 +2685,10 @@ def test_a_draft_that_reads_from_a_store_is_fused(guesses, learn, facts, tmp_pat
     each = []
     for item in (next(item for item in store if item.question == "Clara what?"), None):
         knowing, prefix = draft.knowing(store, [item], [len(ids)])
-        for proposer in (FusedProposer(knowing, store.model, fuser, prefix), ModelProposer(knowing, prefix)):
+        for proposer in (
+            FusedProposer(knowing, store.model, fuser, prefix),
+            ModelProposer(knowing, prefix),
+        ):
             made = generate(store.model, [ids], proposer, max_new_tokens=12)
             each.append([r.drafted for r in made.rounds])
     assert guesses[1:] == each[:1]
@@ -1989,7 +2703,9 @@ def test_a_fuser_for_other_models_is_a_sentence(tiny):
         main([*FEW, "--fuser_checkpoint", "self"])
     save_fuser("fuser", lab.load("lab-draft"), lab.load("lab-target"))
     for other in (["--base_model", "lab-target"], ["--teacher_model", "lab-draft"]):
-        with pytest.raises(SystemExit, match=f"^kvlab: The fuser is from {sizes[1]} to {sizes[0]}, the models are"):
+        with pytest.raises(
+            SystemExit, match=f"^kvlab: The fuser is from {sizes[1]} to {sizes[0]}, the models are"
+        ):
             main([*FEW, "--fuser_checkpoint", "fuser", *other])
 
 
@@ -1998,8 +2714,14 @@ def test_a_fuser_for_other_models_is_a_sentence(tiny):
     [
         ("--fuser_checkpoint none", "none has no fuser.json, fuser.safetensors: give a folder"),
         ("--fuser_checkpoint broken", "broken holds no fuser of format version 1"),
-        ("--no_prefill_fusion", "Without a fuser nothing is fused: give --fuser_checkpoint, or leave"),
-        ("--no_decode_fusion", "Without a fuser nothing is fused: give --fuser_checkpoint, or leave"),
+        (
+            "--no_prefill_fusion",
+            "Without a fuser nothing is fused: give --fuser_checkpoint, or leave",
+        ),
+        (
+            "--no_decode_fusion",
+            "Without a fuser nothing is fused: give --fuser_checkpoint, or leave",
+        ),
     ],
 )
 def test_what_is_no_fuser_is_a_sentence_before_anything_is_loaded(options, said, tiny, monkeypatch):

@@ -26,17 +26,31 @@ def runtime(tmp_path_factory) -> Path:
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    for missing in ("torchmetrics", "jsonargparse", "jupytext", "myst_nb"):  # what Colab does not have
-        (Path(site) / f"{missing}.py").write_text(f"raise ModuleNotFoundError('No module named {missing}')\n")
+    for missing in (
+        "torchmetrics",
+        "jsonargparse",
+        "jupytext",
+        "myst_nb",
+    ):  # what Colab does not have
+        (Path(site) / f"{missing}.py").write_text(
+            f"raise ModuleNotFoundError('No module named {missing}')\n"
+        )
     (Path(site) / "runtime.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the notebook installs kvlab from this repository's commits")
-@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))])
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists(),
+    reason="the notebook installs kvlab from this repository's commits",
+)
+@pytest.mark.parametrize(
+    "name", [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+)
 def test_a_chapter_runs_alone(runtime, tmp_path, name):
     subprocess.run([runtime, "-m", "pip", "uninstall", "-qy", "kvlab"], check=True)
-    where = subprocess.run([runtime, "-c", "import kvlab"], cwd=tmp_path, capture_output=True, text=True)
+    where = subprocess.run(
+        [runtime, "-c", "import kvlab"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert "ModuleNotFoundError" in where.stderr, "the runtime of this test must not have kvlab"
     (tmp_path / name).write_bytes((ROOT / "notebooks" / name).read_bytes())
     environment = os.environ | {
@@ -46,12 +60,28 @@ def test_a_chapter_runs_alone(runtime, tmp_path, name):
         "HF_HUB_OFFLINE": "1",
         "KVLAB_SCALE": "tiny",
     }
-    run = [runtime, "-m", "nbconvert", "--to", "notebook", "--execute", "--output", "ran.ipynb", name]
+    run = [
+        runtime,
+        "-m",
+        "nbconvert",
+        "--to",
+        "notebook",
+        "--execute",
+        "--output",
+        "ran.ipynb",
+        name,
+    ]
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     cells = nbformat.read(tmp_path / "ran.ipynb", as_version=4).cells
     assert all(c.execution_count for c in cells if c.cell_type == "code")
     installed = subprocess.run(
-        [runtime, "-c", "import kvlab; print(kvlab.__file__)"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [runtime, "-c", "import kvlab; print(kvlab.__file__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert str(runtime.parents[1]) in installed.stdout, f"kvlab came from {installed.stdout}, expected {sys.prefix}"
+    assert str(runtime.parents[1]) in installed.stdout, (
+        f"kvlab came from {installed.stdout}, expected {sys.prefix}"
+    )

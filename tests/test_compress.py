@@ -74,10 +74,15 @@ def every_byte(model):
 def read_on(model, prefix, text, bias=None):
     """Logits of a text behind a cache, which stays as it was; `bias` is added to the logits of its entries."""
     size, k = text.shape[1], kv.length(prefix.cache)
-    mask = torch.cat([torch.zeros(size, k), torch.full((size, size), -INF).triu(1)], 1)[None, None].to(model.dtype)
+    mask = torch.cat([torch.zeros(size, k), torch.full((size, size), -INF).triu(1)], 1)[
+        None, None
+    ].to(model.dtype)
     if bias is not None:
         mask[..., :k] += bias
-    places = {"position_ids": prefix.next_position + torch.arange(size)[None], "attention_mask": mask}
+    places = {
+        "position_ids": prefix.next_position + torch.arange(size)[None],
+        "attention_mask": mask,
+    }
     return model(text, past_key_values=kv.clone(prefix.cache), **places).logits
 
 
@@ -97,7 +102,10 @@ def seen_by(model, context, read):
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     given = eager(IDS[:, :read], output_attentions=True).attentions
-    return [(a, w[0].tolist(), layer.keys[0]) for a, w, layer in zip(seen, given, cache.layers, strict=True)]
+    return [
+        (a, w[0].tolist(), layer.keys[0])
+        for a, w, layer in zip(seen, given, cache.layers, strict=True)
+    ]
 
 
 def group_of(head):
@@ -129,18 +137,25 @@ def looped_snapkv(weights, keys, context, budget, window=32, kernel=5):
                 votes[j] += weights[head][i][j] / len(heads_of(group))
         pooled = []
         for j in range(before):
-            near_by = [votes[n] for n in range(j - kernel // 2, j + kernel // 2 + 1) if 0 <= n < before]
+            near_by = [
+                votes[n] for n in range(j - kernel // 2, j + kernel // 2 + 1) if 0 <= n < before
+            ]
             pooled.append(sum(near_by) / kernel)
         scores.append(pooled + [INF] * (context - before))
     return scores
 
 
 def looped_key_norm(weights, keys, context, budget):
-    return [[-math.sqrt(sum(x * x for x in keys[g, j].tolist())) for j in range(context)] for g in range(GROUPS)]
+    return [
+        [-math.sqrt(sum(x * x for x in keys[g, j].tolist())) for j in range(context)]
+        for g in range(GROUPS)
+    ]
 
 
 def looped_sinks_recent(weights, keys, context, budget):
-    return [[INF if j < min(4, budget) else float(j) for j in range(context)] for _ in range(GROUPS)]
+    return [
+        [INF if j < min(4, budget) else float(j) for j in range(context)] for _ in range(GROUPS)
+    ]
 
 
 LOOPS = {
@@ -148,7 +163,10 @@ LOOPS = {
     "h2o in chunks": (partial(h2o, chunk=3), looped_h2o),
     "snapkv": (snapkv, looped_snapkv),
     "snapkv, few": (partial(snapkv, window=3), partial(looped_snapkv, window=3)),
-    "snapkv, sharp": (partial(snapkv, window=4, kernel=1), partial(looped_snapkv, window=4, kernel=1)),
+    "snapkv, sharp": (
+        partial(snapkv, window=4, kernel=1),
+        partial(looped_snapkv, window=4, kernel=1),
+    ),
     "key_norm": (key_norm, looped_key_norm),
     "sinks_recent": (sinks_recent, looped_sinks_recent),
 }
@@ -160,10 +178,17 @@ LOOPS = {
 def test_scores_are_the_loops_of_their_papers(tiny_model, name, budget, question):
     method, loop = LOOPS[name]
     context = 14
-    for seen, weights, keys in seen_by(tiny_model("Llama", dtype=DOUBLE), context, context + question):
-        got, want = method(seen, budget), torch.tensor(loop(weights, keys, context, budget), dtype=DOUBLE)
+    for seen, weights, keys in seen_by(
+        tiny_model("Llama", dtype=DOUBLE), context, context + question
+    ):
+        got, want = (
+            method(seen, budget),
+            torch.tensor(loop(weights, keys, context, budget), dtype=DOUBLE),
+        )
         assert got.shape == (1, GROUPS, context)
-        assert got.isinf().sum(-1).max() <= budget  # else which of those that must stay are kept would be chance
+        assert (
+            got.isinf().sum(-1).max() <= budget
+        )  # else which of those that must stay are kept would be chance
         near(got[0].double(), want, 1e-5)
 
 
@@ -172,7 +197,9 @@ def test_all_heads_of_a_group_count_and_none_of_another(tiny_model):
     for method, head in itertools.product((partial(h2o, chunk=5), snapkv), range(HEADS)):
         queries = seen.queries.clone()
         queries[:, head] *= -3
-        moved = (method(seen._replace(queries=queries), 4) - method(seen, 4)).nan_to_num().abs().amax((0, 2)) > 1e-4
+        moved = (
+            method(seen._replace(queries=queries), 4) - method(seen, 4)
+        ).nan_to_num().abs().amax((0, 2)) > 1e-4
         assert moved.tolist() == [group == group_of(head) for group in range(GROUPS)]
 
 
@@ -202,7 +229,9 @@ def test_observing_changes_nothing_and_sees_what_layers_compute(tiny_model, fami
     assert len(seen) == LAYERS
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
-    for layer, what, weights in zip(got.cache.layers, seen, eager(IDS, output_attentions=True).attentions, strict=True):
+    for layer, what, weights in zip(
+        got.cache.layers, seen, eager(IDS, output_attentions=True).attentions, strict=True
+    ):
         assert what.keys.equal(layer.keys)
         assert what.values.equal(layer.values)
         logits = what.queries @ what.keys.repeat_interleave(HEADS // GROUPS, 1).mT * what.scaling
@@ -213,7 +242,10 @@ def test_observing_changes_nothing_and_sees_what_layers_compute(tiny_model, fami
 
 def test_observing_is_undone_after_an_exception(tiny_model):
     model = tiny_model()
-    names, want = (set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS)), model(IDS).logits
+    names, want = (
+        (set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS)),
+        model(IDS).logits,
+    )
 
     def fail(*_):
         raise KeyboardInterrupt
@@ -229,7 +261,14 @@ def test_observing_is_undone_after_an_exception(tiny_model):
 
 
 def test_a_share_is_rounded_and_at_least_one_and_a_number_at_most_all():
-    assert [count_kept(10, retention=r) for r in (0.001, 0.06, 0.26, 0.34, 0.99, 1)] == [1, 1, 3, 3, 10, 10]
+    assert [count_kept(10, retention=r) for r in (0.001, 0.06, 0.26, 0.34, 0.99, 1)] == [
+        1,
+        1,
+        3,
+        3,
+        10,
+        10,
+    ]
     assert [count_kept(10, budget=b) for b in (1, 9, 10, 11)] == [1, 9, 10, 10]
 
 
@@ -248,14 +287,18 @@ def test_whole_retention_is_the_whole_cache(tiny_model, family, method):
 @every_method
 @pytest.mark.parametrize("shared", [True, False])
 @with_or_without_a_question
-def test_what_is_kept_is_the_best_of_each_head_and_nothing_else_is_in_memory(tiny_model, method, shared, question):
+def test_what_is_kept_is_the_best_of_each_head_and_nothing_else_is_in_memory(
+    tiny_model, method, shared, question
+):
     model = tiny_model("Llama")
     whole, asked = kv.prefill(model, IDS).cache, TEXT[:, :question] if question else None
     for k, options in ((1, {"budget": 1}), (10, {"retention": 0.26}), (17, {"budget": 17})):
         got = evict(model, IDS, METHODS[method], question_ids=asked, shared=shared, **options)
         assert got.positions.shape == ((1, k) if shared else (LAYERS, 1, GROUPS, k))
         assert got.scores.shape == (*got.positions.shape[:-1], 40)
-        for positions, scores in zip(got.positions.reshape(-1, k), got.scores.reshape(-1, 40), strict=True):
+        for positions, scores in zip(
+            got.positions.reshape(-1, k), got.scores.reshape(-1, 40), strict=True
+        ):
             ranked = sorted(range(40), key=lambda j: (-scores[j].item(), j))
             kept = positions.tolist()
             assert kept == sorted(set(kept))
@@ -278,9 +321,13 @@ def test_heads_keep_their_own(tiny_model, method):
 
 
 def test_shared_entries_are_those_of_the_mean_score(tiny_model):
-    own, shared = (evict(tiny_model("Llama"), IDS, key_norm, budget=9, shared=s) for s in (False, True))
+    own, shared = (
+        evict(tiny_model("Llama"), IDS, key_norm, budget=9, shared=s) for s in (False, True)
+    )
     near(shared.scores[0], own.scores.mean((0, 1, 2)), 1e-6)
-    assert shared.positions[0].tolist() == sorted(own.scores.mean((0, 1, 2)).argsort()[-9:].tolist())
+    assert shared.positions[0].tolist() == sorted(
+        own.scores.mean((0, 1, 2)).argsort()[-9:].tolist()
+    )
 
 
 @every_family
@@ -297,7 +344,9 @@ def test_reading_on_is_the_whole_text_with_the_evicted_hidden(tiny_model, family
 
 
 def test_reading_on_hides_each_heads_own(tiny_model):
-    model = tiny_model(dtype=DOUBLE, num_hidden_layers=1)  # where a mask of heads can say what each hides
+    model = tiny_model(
+        dtype=DOUBLE, num_hidden_layers=1
+    )  # where a mask of heads can say what each hides
     got = evict(model, IDS, key_norm, budget=11)
     mask = torch.full((HEADS, 46, 46), -INF, dtype=DOUBLE).triu(1)
     for head in range(HEADS):
@@ -310,7 +359,9 @@ def test_reading_on_hides_each_heads_own(tiny_model):
 @pytest.mark.parametrize("method", ["h2o", "snapkv"])
 def test_a_question_moves_scores_and_is_not_in_the_cache(tiny_model, method):
     model, whole = tiny_model(dtype=DOUBLE), kv.prefill(tiny_model(dtype=DOUBLE), IDS).cache
-    first, second = (evict(model, IDS, METHODS[method], budget=12, question_ids=q) for q in (TEXT, TEXT.flip(1)))
+    first, second = (
+        evict(model, IDS, METHODS[method], budget=12, question_ids=q) for q in (TEXT, TEXT.flip(1))
+    )
     for got in (first, second):
         near(kv.to_tensor(got.prefix.cache), kv.to_tensor(kv.select(whole, got.positions)))
         assert got.prefix.next_position == len(got.prefix.input_ids) == 40
@@ -402,7 +453,11 @@ def test_compact_keys_are_rotated_to_the_first_positions(tiny_model, shared):
     got = evict(model, IDS, key_norm, budget=7, shared=shared)
     small = compact(got, rotary)
     unturned = kv.select(kv.unrotate(whole, torch.arange(40), rotary), got.positions)
-    near(kv.to_tensor(small.prefix.cache), kv.to_tensor(kv.rotate(unturned, torch.arange(7), rotary)), 1e-5)
+    near(
+        kv.to_tensor(small.prefix.cache),
+        kv.to_tensor(kv.rotate(unturned, torch.arange(7), rotary)),
+        1e-5,
+    )
     assert small.positions.equal(got.positions)
     assert same_cache(got.prefix.cache, kv.select(whole, got.positions))  # as it was
 
@@ -419,9 +474,13 @@ def test_compacting_the_whole_changes_nothing(tiny_model):
 @pytest.mark.parametrize("shared", [True, False])
 def test_generate_takes_a_compact_cache_behind_placeholders(tiny_model, family, shared):
     model = tiny_model(family, dtype=DOUBLE)
-    small = compact(evict(model, IDS, key_norm, budget=10, shared=shared), kv.rotary_of(model)).prefix
+    small = compact(
+        evict(model, IDS, key_norm, budget=10, shared=shared), kv.rotary_of(model)
+    ).prefix
     prompt = torch.cat([torch.zeros(1, 10, dtype=torch.long), TEXT], 1)
-    got = model.generate(prompt, past_key_values=kv.clone(small.cache), do_sample=False, max_new_tokens=6)
+    got = model.generate(
+        prompt, past_key_values=kv.clone(small.cache), do_sample=False, max_new_tokens=6
+    )
     assert got[0, 16:].tolist() == greedy(model, small, TEXT)
 
 
@@ -482,27 +541,43 @@ def test_a_half_open_gate_is_not_the_model(tiny_model):
 @every_family
 def test_the_model_is_left_as_it_is_and_shared(tiny_model, family):
     model = copy.deepcopy(tiny_model(family))
-    before, want, names = every_byte(model), model(IDS).logits, [name for name, _ in model.named_modules()]
+    before, want, names = (
+        every_byte(model),
+        model(IDS).logits,
+        [name for name, _ in model.named_modules()],
+    )
     distiller = moved(model)
     assert distiller.adapted(IDS).logits.ne(want).any()
     assert model(IDS).logits.equal(want)
     assert [name for name, _ in model.named_modules()] == names
     assert every_byte(model) == before
-    own, base = dict(model.named_parameters()), distiller.adapted.get_base_model().named_parameters()
+    own, base = (
+        dict(model.named_parameters()),
+        distiller.adapted.get_base_model().named_parameters(),
+    )
     theirs = {name.replace(".base_layer", ""): p for name, p in base if "lora" not in name}
     assert theirs.keys() == own.keys()
     assert all(theirs[name].data_ptr() == p.data_ptr() for name, p in own.items())
     trained = {name.split(".")[0] for name, p in distiller.named_parameters() if p.requires_grad}
     assert trained == {"adapted", "scorer"}
-    assert all("lora" in name for name, p in distiller.adapted.named_parameters() if p.requires_grad)
+    assert all(
+        "lora" in name for name, p in distiller.adapted.named_parameters() if p.requires_grad
+    )
 
 
 def test_adapters_are_rank_stabilized_on_q_k_v_and_o(tiny_model):
     distiller = moved(tiny_model(), rank=4)
-    found = {name: m for name, m in distiller.adapted.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    found = {
+        name: m
+        for name, m in distiller.adapted.get_base_model().named_modules()
+        if hasattr(m, "lora_A")
+    }
     parts = {f"model.layers.{i}.self_attn.{part}_proj" for i in range(LAYERS) for part in "qkvo"}
     last = f"model.layers.{LAYERS - 1}.self_attn."
-    assert found.keys() == parts - {f"{last}q_proj", f"{last}o_proj"}  # which would write nothing that is kept
+    assert found.keys() == parts - {
+        f"{last}q_proj",
+        f"{last}o_proj",
+    }  # which would write nothing that is kept
     for part in found.values():
         assert part.scaling["default"] == pytest.approx(4 / math.sqrt(4))  # alpha / sqrt(r)
 
@@ -511,7 +586,9 @@ def test_scores_are_of_the_frozen_models_states_after_so_many_layers(tiny_model)
     model = tiny_model(dtype=DOUBLE)
     for layer in (1, 2, 3):
         distiller, states = moved(model, layer=layer), []
-        hook = model.model.layers[layer - 1].register_forward_hook(lambda _, __, out, states=states: states.append(out))
+        hook = model.model.layers[layer - 1].register_forward_hook(
+            lambda _, __, out, states=states: states.append(out)
+        )
         model(IDS)
         hook.remove()
         near(distiller.scores(IDS), distiller.scorer(states[0]))
@@ -614,7 +691,11 @@ def test_a_marker_marks_kept_tokens(tiny_model):
 
 def gradients(distiller):
     loss_of(distiller, *distiller(IDS, torch.ones_like(IDS), TEXT, 0.4)).backward()
-    return {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None and p.grad.any()}
+    return {
+        name: p.grad
+        for name, p in distiller.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
 
 
 def loss_of(distiller, logits, target_logits):
@@ -624,7 +705,9 @@ def loss_of(distiller, logits, target_logits):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("gate", module.GATES)
 @pytest.mark.parametrize("routing", module.ROUTINGS)
-def test_gradients_reach_what_is_trained_and_nothing_else(tiny_model, gate, routing, implementation):
+def test_gradients_reach_what_is_trained_and_nothing_else(
+    tiny_model, gate, routing, implementation
+):
     model = tiny_model(attn_implementation=implementation)
     distiller = moved(model, gate=gate, routing=routing)
     found = gradients(distiller)
@@ -664,7 +747,9 @@ def test_gates_act_on_the_logits_of_kept_entries(tiny_model, family, gate):
     s = got.scores.gather(1, got.positions)[0]
     assert s.min() < -0.1
     assert s.max() > 0.1
-    plain = balanced("none").compress(IDS, budget=13)  # in one layer, gates change no query, key or value
+    plain = balanced("none").compress(
+        IDS, budget=13
+    )  # in one layer, gates change no query, key or value
     assert plain.positions.equal(got.positions)
     seen = []
     with observing(model, lambda *what: seen.append(what)):
@@ -679,7 +764,9 @@ def test_gates_act_on_the_logits_of_kept_entries(tiny_model, family, gate):
     causal = torch.cat([torch.zeros(6, 13), torch.full((6, 6), -INF).triu(1)], 1)
     want = ((logits + causal).softmax(-1) @ values).transpose(1, 2).flatten(2)
     mixed = []
-    hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, given: mixed.append(given[0]))
+    hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda _, given: mixed.append(given[0])
+    )
     read_on(model, got.prefix, text, got.bias)
     distiller.read_on(distiller.keep(IDS, torch.ones_like(IDS), torch.tensor([13])), text)
     hook.remove()
@@ -742,7 +829,11 @@ def test_each_context_keeps_its_share_sinks_first_then_the_best(tiny_model, rete
     for i, size in enumerate(sizes):
         count = max(1, round(retention * size))
         places = kept.positions[i][kept.bias[i] > -INF].tolist()
-        assert len(places) == count == distiller.compress(ids[i : i + 1, -size:], retention=retention).positions.numel()
+        assert (
+            len(places)
+            == count
+            == distiller.compress(ids[i : i + 1, -size:], retention=retention).positions.numel()
+        )
         assert places == sorted(set(places))
         first = set(range(sinks))
         scores = kept.scores[i, -size:].tolist()
@@ -753,7 +844,11 @@ def test_each_context_keeps_its_share_sinks_first_then_the_best(tiny_model, rete
 def test_what_stands_in_the_padding_does_not_matter(tiny_model):
     distiller = moved(tiny_model(dtype=DOUBLE), row=8)
     ids, mask, texts = batch_of(21, 40)
-    near(distiller(ids, mask, texts, 0.4)[0], distiller(ids.masked_fill(mask == 0, 5), mask, texts, 0.4)[0], 1e-12)
+    near(
+        distiller(ids, mask, texts, 0.4)[0],
+        distiller(ids.masked_fill(mask == 0, 5), mask, texts, 0.4)[0],
+        1e-12,
+    )
 
 
 def test_reading_on_leaves_what_was_kept(tiny_model):
@@ -770,11 +865,19 @@ def test_reading_on_leaves_what_was_kept(tiny_model):
 @pytest.mark.parametrize("routing", module.ROUTINGS)
 @pytest.mark.parametrize("size", [16, 20, 24, 17])
 def test_a_long_context_is_read_in_rows_at_their_positions(tiny_model, routing, size):
-    distiller, row, ids = moved(tiny_model(dtype=DOUBLE), row=8, routing=routing, gate="none"), 8, IDS[:, :size]
+    distiller, row, ids = (
+        moved(tiny_model(dtype=DOUBLE), row=8, routing=routing, gate="none"),
+        8,
+        IDS[:, :size],
+    )
     got = distiller.compress(ids, retention=0.5)
     chosen = torch.zeros(1, size, dtype=torch.bool)
     chosen[0, got.positions[0]] = True
-    caches, scores, starts = [], [], [0, *range(size % row or row, size, row)]  # the first is the shorter one
+    caches, scores, starts = (
+        [],
+        [],
+        [0, *range(size % row or row, size, row)],
+    )  # the first is the shorter one
     for start, stop in itertools.pairwise([*starts, size]):
         part, places = ids[:, start:stop], torch.arange(start, stop)[None]
         words = distiller.model.get_input_embeddings()(part)
@@ -782,7 +885,9 @@ def test_a_long_context_is_read_in_rows_at_their_positions(tiny_model, routing, 
             words = words + chosen[:, start:stop, None] * distiller.marker
         only = chosen[:, start:stop] if routing == "conditional" else torch.ones_like(part)
         with routed(distiller.adapted, only), torch.no_grad():
-            caches.append(distiller.adapted(inputs_embeds=words, position_ids=places).past_key_values)
+            caches.append(
+                distiller.adapted(inputs_embeds=words, position_ids=places).past_key_values
+            )
         states = distiller.model(part, position_ids=places, output_hidden_states=True).hidden_states
         scores.append(distiller.scorer(states[1]))
     whole = functools.reduce(kv.join, caches)
@@ -794,7 +899,9 @@ def test_a_long_context_is_read_in_rows_at_their_positions(tiny_model, routing, 
 def test_rows_do_not_see_one_another(tiny_model):
     distiller, other = opened(moved(tiny_model(dtype=DOUBLE), row=8)), IDS.clone()
     other[0, 18] = (other[0, 18] + 1) % 97  # in the third row of five
-    one, two = (kv.to_tensor(distiller.compress(ids, retention=1).prefix.cache) for ids in (IDS, other))
+    one, two = (
+        kv.to_tensor(distiller.compress(ids, retention=1).prefix.cache) for ids in (IDS, other)
+    )
     differs = (one != two).any(-1)[-1].flatten(0, 2).any(0)  # in the last layer
     assert differs.nonzero().flatten().tolist() == list(range(18, 24))
     differs = (distiller.scores(IDS) != distiller.scores(other))[0]
@@ -831,7 +938,9 @@ def on_disk(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"gate": "log", "routing": "embedding"}, {"row": 8, "layer": 2, "standardize": True}], ids=str
+    "settings",
+    [{}, {"gate": "log", "routing": "embedding"}, {"row": 8, "layer": 2, "standardize": True}],
+    ids=str,
 )
 def test_a_saved_distiller_is_the_same(tiny_model, tmp_path, settings):
     distiller = moved(tiny_model(), **settings)
@@ -840,7 +949,9 @@ def test_a_saved_distiller_is_the_same(tiny_model, tmp_path, settings):
     assert again.settings == distiller.settings
     ids, mask, texts = batch_of(21, 40)
     assert again(ids, mask, texts, 0.3)[0].equal(distiller(ids, mask, texts, 0.3)[0])
-    learns = [{name for name, p in d.named_parameters() if p.requires_grad} for d in (distiller, again)]
+    learns = [
+        {name for name, p in d.named_parameters() if p.requires_grad} for d in (distiller, again)
+    ]
     assert learns[0] == learns[1]
 
 
@@ -852,10 +963,14 @@ def test_peft_reads_the_adapters_by_itself(tiny_model, tmp_path):
     merged = dict(adapted.merge_and_unload().named_modules())
     for name, part in distiller.adapted.get_base_model().named_modules():
         if name.endswith(("k_proj", "v_proj")):
-            near(merged[name].weight, part.base_layer.weight + part.get_delta_weight("default"), 1e-6)
+            near(
+                merged[name].weight, part.base_layer.weight + part.get_delta_weight("default"), 1e-6
+            )
 
 
-def test_files_hold_no_code_and_no_path_and_need_no_network(on_disk, tmp_path, monkeypatch, recwarn):
+def test_files_hold_no_code_and_no_path_and_need_no_network(
+    on_disk, tmp_path, monkeypatch, recwarn
+):
     def refuse(*_, **__):
         raise AssertionError("the network was asked")
 
@@ -866,17 +981,27 @@ def test_files_hold_no_code_and_no_path_and_need_no_network(on_disk, tmp_path, m
         assert distiller.save_pretrained(tmp_path / "saved") == tmp_path / "saved"
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
     files = sorted((tmp_path / "saved").iterdir())
-    assert {"adapter_config.json", "adapter_model.safetensors", "kvdistill.json"} <= {file.name for file in files}
+    assert {"adapter_config.json", "adapter_model.safetensors", "kvdistill.json"} <= {
+        file.name for file in files
+    }
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".md"}
     for file in files:
         assert str(tmp_path).encode() not in file.read_bytes(), file.name
-    assert json.loads((tmp_path / "saved/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert (
+        json.loads((tmp_path / "saved/adapter_config.json").read_text())["base_model_name_or_path"]
+        == "base"
+    )
 
 
 def test_another_model_is_refused_and_other_weights_are_told(tiny_model, tmp_path):
     moved(tiny_model()).save_pretrained(tmp_path)
-    for changes, field in (({"family": "Llama"}, "model_type"), ({"num_hidden_layers": 2}, "num_hidden_layers")):
-        with pytest.raises(ValueError, match=rf"trained for another model \(.*{field} is .* in the file and"):
+    for changes, field in (
+        ({"family": "Llama"}, "model_type"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"trained for another model \(.*{field} is .* in the file and"
+        ):
             KVDistiller.from_pretrained(tmp_path, tiny_model(**changes))
     with pytest.raises(ValueError, match=r"trained for another model .*rope type"):
         KVDistiller.from_pretrained(tmp_path, tiny_model(rope="linear"))
@@ -888,7 +1013,9 @@ def test_another_model_is_refused_and_other_weights_are_told(tiny_model, tmp_pat
 def test_a_missing_file_is_named(tiny_model, tmp_path, name):
     made(tiny_model()).save_pretrained(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=f"has no {name}: give a folder that `save_pretrained` wrote"):
+    with pytest.raises(
+        ValueError, match=f"has no {name}: give a folder that `save_pretrained` wrote"
+    ):
         KVDistiller.from_pretrained(tmp_path, tiny_model())
 
 
@@ -928,17 +1055,25 @@ def test_the_loss_is_both_divergences_on_weighed_tokens(tiny_model):
     for context, text, _ in examples:
         kept = distiller.compress(context[None], retention=0.4)
         q = read_on(distiller.model, kept.prefix, text[None], kept.bias)[0].log_softmax(-1)
-        p = distiller.model(torch.cat([context, text])[None]).logits[0, -len(text) :].log_softmax(-1)
+        p = (
+            distiller.model(torch.cat([context, text])[None])
+            .logits[0, -len(text) :]
+            .log_softmax(-1)
+        )
         for t in range(1, len(text)):  # the first token is said by the context
             share = weights[t] / sum(weights[1:]) / len(examples)
             want["kl"] += 0.6 * share * (p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum().item()
-            want["reverse_kl"] += 0.4 * share * (q[t - 1].exp() * (q[t - 1] - p[t - 1])).sum().item()
+            want["reverse_kl"] += (
+                0.4 * share * (q[t - 1].exp() * (q[t - 1] - p[t - 1])).sum().item()
+            )
     first, *_ = train(distiller, examples, **QUICK | {"steps": 1, "retention": (0.4, 0.4)})
     assert first["kl"] == pytest.approx(want["kl"], rel=1e-4)
     assert first["reverse_kl"] == pytest.approx(want["reverse_kl"], rel=1e-4)
     assert first["weight"] == pytest.approx(4 * sum(weights[1:]))
     for share, names in ((1.0, {"kl"}), (0.0, {"reverse_kl"})):
-        first, *_ = train(moved(tiny_model()), examples, **QUICK | {"steps": 1, "forward_share": share})
+        first, *_ = train(
+            moved(tiny_model()), examples, **QUICK | {"steps": 1, "forward_share": share}
+        )
         assert first.keys() & {"kl", "reverse_kl"} == names
 
 
@@ -998,7 +1133,10 @@ def tokenizer():
     return lab.load_tokenizer("lab-target")
 
 
-PASSAGE, TURNS = "Anna lives in Rome. Ben has a dog.", [("Where does Anna live?", "Rome"), ("Who has a dog?", "Ben")]
+PASSAGE, TURNS = (
+    "Anna lives in Rome. Ben has a dog.",
+    [("Where does Anna live?", "Rome"), ("Who has a dog?", "Ben")],
+)
 
 
 def chat(question, answer=None):
@@ -1023,17 +1161,26 @@ def test_answers_and_their_ends_count_and_questions_as_told(tokenizer, instructi
     assert got.weights.equal(torch.cat([part.weights for part in parts]))
     assert all(got.context.equal(part.context) for part in parts)
     for (question, answer), part in zip(TURNS, parts, strict=True):
-        asked = tokenizer.apply_chat_template(chat(question), add_generation_prompt=True, return_dict=True)["input_ids"]
+        asked = tokenizer.apply_chat_template(
+            chat(question), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
         size = len(asked) - len(part.context)
-        assert part.weights.tolist() == pytest.approx([instruction] * size + [1.0] * (len(part.text) - size))
+        assert part.weights.tolist() == pytest.approx(
+            [instruction] * size + [1.0] * (len(part.text) - size)
+        )
         assert tokenizer.decode(part.text[size:]) == f" {answer}<|end|>"
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_question_tokens_are_learned_from_if_they_count(tiny_model, weight):
     first = lessons(2, weights=[weight] * 3 + [1.0] * 3)
-    second = [e._replace(text=e.text.index_fill(0, torch.tensor([5]), 7)) for e in first]  # the last is never read
-    results = [train(moved(tiny_model()), e, **QUICK | {"steps": 1, "batch_size": 2})[0] for e in (first, second)]
+    second = [
+        e._replace(text=e.text.index_fill(0, torch.tensor([5]), 7)) for e in first
+    ]  # the last is never read
+    results = [
+        train(moved(tiny_model()), e, **QUICK | {"steps": 1, "batch_size": 2})[0]
+        for e in (first, second)
+    ]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"])
     assert results[0]["weight"] == (2 * 5 if weight else 2 * 3)
     plain = lessons(2, weights=[0.0] * 3 + [1.0] * 3)
@@ -1043,8 +1190,12 @@ def test_question_tokens_are_learned_from_if_they_count(tiny_model, weight):
 
 def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
     forgetful = copy.deepcopy(tokenizer)
-    forgetful.chat_template = "{% for m in messages %}{% if loop.last %}* {% endif %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="chat template changes a system message when another follows it"):
+    forgetful.chat_template = (
+        "{% for m in messages %}{% if loop.last %}* {% endif %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(
+        ValueError, match="chat template changes a system message when another follows it"
+    ):
         example(forgetful, PASSAGE, TURNS)
 
 

@@ -74,11 +74,18 @@ def world(tiny_model, tmp_path_factory, tokenizer):
 
     @functools.cache
     def world(family="Qwen3", dtype=DOUBLE, **options):
-        target = copy.deepcopy(tiny_model(family, dtype=dtype, vocab_size=1536, num_hidden_layers=4, **options))
-        for weight in (target.model.layers[1].self_attn.o_proj.weight, target.model.layers[1].mlp.down_proj.weight):
+        target = copy.deepcopy(
+            tiny_model(family, dtype=dtype, vocab_size=1536, num_hidden_layers=4, **options)
+        )
+        for weight in (
+            target.model.layers[1].self_attn.o_proj.weight,
+            target.model.layers[1].mlp.down_proj.weight,
+        ):
             weight.data *= 0.1
         keep = {"keep": ("kv", "hidden")}
-        return target, KnowledgeCache.build(tmp_path_factory.mktemp("store"), RECORDS, target, tokenizer, **keep)
+        return target, KnowledgeCache.build(
+            tmp_path_factory.mktemp("store"), RECORDS, target, tokenizer, **keep
+        )
 
     return world
 
@@ -158,7 +165,10 @@ def test_layers_are_sampled_as_in_the_source():
 @pytest.mark.parametrize("which", ["first:5", "uniform:5", "first:0", "uniform:-1", "last:2", "first", "first:2.0", "",
                                    "uniform:", [], [2, 1], [0, 0], [0, 4], [-1, 2]])  # fmt: skip
 def test_layers_that_do_not_exist_are_refused(which):
-    with pytest.raises(ValueError, match=r"^layers is .* expected 'first:N', 'uniform:N' or rising indices.* 4 layers"):
+    with pytest.raises(
+        ValueError,
+        match=r"^layers is .* expected 'first:N', 'uniform:N' or rising indices.* 4 layers",
+    ):
         sample_layers(which, 4)
 
 
@@ -176,9 +186,13 @@ def truncated(target, layers):
     config = copy.deepcopy(target.config)
     config.num_hidden_layers = len(layers)
     model = type(target)(config).to(target.dtype).eval()
-    model.model.embed_tokens, model.model.norm = copy.deepcopy((target.model.embed_tokens, target.model.norm))
+    model.model.embed_tokens, model.model.norm = copy.deepcopy(
+        (target.model.embed_tokens, target.model.norm)
+    )
     model.model.rotary_emb, model.lm_head = copy.deepcopy((target.model.rotary_emb, target.lm_head))
-    model.model.layers = torch.nn.ModuleList(copy.deepcopy(target.model.layers[layer]) for layer in layers)
+    model.model.layers = torch.nn.ModuleList(
+        copy.deepcopy(target.model.layers[layer]) for layer in layers
+    )
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = i
     return model.requires_grad_(False)
@@ -187,7 +201,9 @@ def truncated(target, layers):
 @every_family
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("transitions", [False, True])
-def test_an_untrained_draft_is_the_plain_truncated_target_bit_for_bit(world, family, kind, transitions):
+def test_an_untrained_draft_is_the_plain_truncated_target_bit_for_bit(
+    world, family, kind, transitions
+):
     target, store = world(family, torch.float32)
     ids = torch.stack(texts(9, 9))
     for layers in ([0], [1, 3], LAYERS):
@@ -212,7 +228,11 @@ def test_the_plain_part_has_the_targets_layers_and_all_its_numbers(world, family
         assert got.keys() == want.keys()
         assert all(torch.equal(got[name], want[name]) for name in want)
         assert draft.config.layers == layers
-        assert draft.plain.config.num_hidden_layers == len(layers) == draft.config.get_text_config().num_hidden_layers
+        assert (
+            draft.plain.config.num_hidden_layers
+            == len(layers)
+            == draft.config.get_text_config().num_hidden_layers
+        )
         assert draft.plain.config.vocab_size == target.config.vocab_size
 
 
@@ -233,11 +253,18 @@ def test_a_half_precision_target_is_cut_bit_for_bit(tiny_model, tmp_path, family
 
 
 @every_kind
-def test_a_float32_draft_of_a_half_precision_target_reads_its_knowledge(tiny_model, tmp_path, tokenizer, kind):
+def test_a_float32_draft_of_a_half_precision_target_reads_its_knowledge(
+    tiny_model, tmp_path, tokenizer, kind
+):
     tiny_model(vocab_size=1536).save_pretrained(tmp_path / "model")
     target = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
-    store = KnowledgeCache.build(tmp_path / "store", RECORDS[:2], target, tokenizer, keep=["kv", "hidden"])
-    draft, (ids,) = cut(target, kind, [0, 2]).float(), texts(9)  # what is trained has to be in float32
+    store = KnowledgeCache.build(
+        tmp_path / "store", RECORDS[:2], target, tokenizer, keep=["kv", "hidden"]
+    )
+    draft, (ids,) = (
+        cut(target, kind, [0, 2]).float(),
+        texts(9),
+    )  # what is trained has to be in float32
     with_it = alone(draft, store, 0, 4, ids)
     assert with_it.dtype == torch.float32
     assert distance(with_it, alone(draft, store, None, 4, ids)) > 1e-3
@@ -272,7 +299,9 @@ def test_nothing_is_shared_with_the_target_nor_within_the_draft(tiny_model, fami
 
 def test_a_draft_asks_for_a_target_that_can_be_cut(tiny_model, world):
     target, _ = world()
-    with pytest.raises(ValueError, match="knowledge is 'values', expected None or one of vector, kv, prefix"):
+    with pytest.raises(
+        ValueError, match="knowledge is 'values', expected None or one of vector, kv, prefix"
+    ):
         KnowledgeDraft.cut(target, knowledge="values")
     with pytest.raises(ValueError, match=r"layers is 'first:5'.* at most 4 layers"):
         KnowledgeDraft.cut(target, "first:5")
@@ -283,7 +312,9 @@ def test_a_draft_asks_for_a_target_that_can_be_cut(tiny_model, world):
 
 def test_what_is_configured_is_the_shape_of_the_draft(world):
     target, _ = world()
-    for kind, transitions, aligned in itertools.product((None, *KINDS), (False, True), (False, True)):
+    for kind, transitions, aligned in itertools.product(
+        (None, *KINDS), (False, True), (False, True)
+    ):
         options = {"knowledge": kind, "transitions": transitions, "aligned": aligned}
         config = KnowledgeDraftConfig.of(target.config, "uniform:3", **options)
         draft = KnowledgeDraft.cut(target, "uniform:3", **options)
@@ -291,7 +322,9 @@ def test_what_is_configured_is_the_shape_of_the_draft(world):
         for one in (config, draft.config):
             got = (one.layers, one.knowledge, one.transitions, one.aligned)
             assert got == ([0, 2, 3], kind, transitions, aligned)
-        assert sum(name.endswith("gate") for name in extra) == (3 if kind in ("vector", "kv") else 0)
+        assert sum(name.endswith("gate") for name in extra) == (
+            3 if kind in ("vector", "kv") else 0
+        )
         assert bool(extra) == (kind in ("vector", "kv") or transitions)
     assert target.config.num_hidden_layers == 4
 
@@ -304,7 +337,9 @@ def by_hand(target, layers, effect, store, number, ids, start, kind, aligned):
     item, places = store.items[number], torch.arange(len(ids))[None]
     piece, answer = store.read(item), torch.arange(item.answer_start, len(item.input_ids))
     part = kv.select(piece.cache, answer)
-    part = kv.shift(part, -item.answer_start, target.model.rotary_emb)  # the answer begins at position 0
+    part = kv.shift(
+        part, -item.answer_start, target.model.rotary_emb
+    )  # the answer begins at position 0
     if not aligned:
         part = kv.unrotate(part, torch.arange(len(answer)), target.model.rotary_emb)
     hidden = target.model.embed_tokens(ids[None])
@@ -313,22 +348,37 @@ def by_hand(target, layers, effect, store, number, ids, start, kind, aligned):
     def turned(x, positions):
         cos, sin = target.model.rotary_emb(hidden, positions)
         half = x.shape[-1] // 2
-        return x * cos[:, None] + torch.cat((-x[..., half:], x[..., :half]), -1) * sin[:, None] if aligned else x
+        return (
+            x * cos[:, None] + torch.cat((-x[..., half:], x[..., :half]), -1) * sin[:, None]
+            if aligned
+            else x
+        )
 
     for number, size in zip(layers, effect, strict=True):
         layer = target.model.layers[number]
         hidden = layer(hidden, position_ids=places, position_embeddings=turn)
         attention, normed = layer.self_attn, layer.input_layernorm(hidden)
         heads = lambda x: x.unflatten(-1, (-1, attention.head_dim))  # noqa: B023, E731
-        query = getattr(attention, "q_norm", torch.nn.Identity())(heads(attention.q_proj(normed))).transpose(1, 2)
+        query = getattr(attention, "q_norm", torch.nn.Identity())(
+            heads(attention.q_proj(normed))
+        ).transpose(1, 2)
         query = turned(query, places - start)
         keys, values = part.layers[number].keys, part.layers[number].values
         if kind == "vector":
             states = piece.hidden_states[:, answer]
-            keys = getattr(attention, "k_norm", torch.nn.Identity())(heads(attention.k_proj(states))).transpose(1, 2)
-            keys, values = turned(keys, answer[None] - answer[0]), heads(attention.v_proj(states)).transpose(1, 2)
-        keys, values = (pad(x, (0, 0, 1, 0)) for x in (keys, values))  # an entry of zeros: a head can look at nothing
-        keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values))
+            keys = getattr(attention, "k_norm", torch.nn.Identity())(
+                heads(attention.k_proj(states))
+            ).transpose(1, 2)
+            keys, values = (
+                turned(keys, answer[None] - answer[0]),
+                heads(attention.v_proj(states)).transpose(1, 2),
+            )
+        keys, values = (
+            pad(x, (0, 0, 1, 0)) for x in (keys, values)
+        )  # an entry of zeros: a head can look at nothing
+        keys, values = (
+            x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values)
+        )
         weights = (query @ keys.mT / math.sqrt(attention.head_dim)).softmax(-1)
         hidden = hidden + size * attention.o_proj((weights @ values).transpose(1, 2).flatten(2))
     return target.lm_head(target.model.norm(hidden))[0]
@@ -339,7 +389,9 @@ def by_hand(target, layers, effect, store, number, ids, start, kind, aligned):
 @aligned_or_not
 def test_cross_attention_is_the_formula(world, family, kind, aligned):
     target, store = world(family)
-    draft = KnowledgeDraft.cut(target, LAYERS, knowledge=kind, aligned=aligned).requires_grad_(False)
+    draft = KnowledgeDraft.cut(target, LAYERS, knowledge=kind, aligned=aligned).requires_grad_(
+        False
+    )
     for gate, value in zip(gates(draft), (0.02, -0.03, 0.05), strict=True):
         gate.fill_(value)
     effect = [REACH * 0.02, -REACH * 0.03, REACH * 0.05]
@@ -363,7 +415,11 @@ def test_scaled_rotary_embeddings_are_undone_too(tiny_model, tmp_path, tokenizer
     if kind == "prefix":
         near(got, behind(target, LAYERS, store, ANNA, ids, 4, True), TURNED)
     else:
-        near(got, by_hand(target, LAYERS, [REACH * 0.03] * 3, store, ANNA, ids, 4, kind, True), TURNED)
+        near(
+            got,
+            by_hand(target, LAYERS, [REACH * 0.03] * 3, store, ANNA, ids, 4, kind, True),
+            TURNED,
+        )
 
 
 def behind(target, layers, store, number, ids, start, aligned):
@@ -375,14 +431,18 @@ def behind(target, layers, store, number, ids, start, aligned):
     cache = kv.from_tensor(kv.to_tensor(moved)[layers])
     position = 0 if aligned else len(item.input_ids)
     places = torch.arange(position, position + len(ids))[None]
-    return truncated(target, layers)(ids[None], past_key_values=cache, position_ids=places).logits[0]
+    return truncated(target, layers)(ids[None], past_key_values=cache, position_ids=places).logits[
+        0
+    ]
 
 
 @every_family
 @aligned_or_not
 def test_a_prefix_is_the_items_entries_before_the_text(world, family, aligned):
     target, store = world(family)
-    draft = KnowledgeDraft.cut(target, LAYERS, knowledge="prefix", aligned=aligned).requires_grad_(False)
+    draft = KnowledgeDraft.cut(target, LAYERS, knowledge="prefix", aligned=aligned).requires_grad_(
+        False
+    )
     for number, start in ((ANNA, 4), (BEN, 7), (WHY, 1)):
         (ids,) = texts(9, seed=number)
         got = alone(draft, store, number, start, ids)
@@ -392,7 +452,10 @@ def test_a_prefix_is_the_items_entries_before_the_text(world, family, aligned):
 
 def test_an_unaligned_prefix_of_all_layers_is_having_read_the_item(world):
     target, store = world()
-    draft, (ids,) = KnowledgeDraft.cut(target, "first:4", knowledge="prefix", aligned=False), texts(7)
+    draft, (ids,) = (
+        KnowledgeDraft.cut(target, "first:4", knowledge="prefix", aligned=False),
+        texts(7),
+    )
     whole = torch.cat((torch.tensor(store.items[ANNA].input_ids), ids))
     near(alone(draft, store, ANNA, 3, ids), target(whole[None]).logits[0, -7:], TURNED)
 
@@ -411,7 +474,9 @@ def test_each_row_reads_its_own_item_and_no_other(world, family, kind, aligned):
         nothing = draft(row[None]).logits[0]
         assert (distance(got[b, : len(row)], nothing) < 1e-9) == (items[b] is None)
     other = draft(ids, knowledge=known(draft, store, [BEN, None, WHY, ANNA, BEN], starts)).logits
-    changed = [distance(other[b, : len(row)], got[b, : len(row)]) > 1e-3 for b, row in enumerate(rows)]
+    changed = [
+        distance(other[b, : len(row)], got[b, : len(row)]) > 1e-3 for b, row in enumerate(rows)
+    ]
     assert changed == [True, False, True, False, True]
 
 
@@ -438,7 +503,10 @@ def test_padding_of_knowledge_is_not_read(world, kind, aligned):
     mask = torch.cat((short.mask, torch.zeros_like(short.mask)), 1)
     near(draft(ids, knowledge=short._replace(states=columns, mask=mask)).logits, want)
     filled = short.states.clone()
-    filled[0, ..., short.mask[0].sum() :, :], filled[1] = 50.0, 50.0  # behind the shorter, and where there is nothing
+    filled[0, ..., short.mask[0].sum() :, :], filled[1] = (
+        50.0,
+        50.0,
+    )  # behind the shorter, and where there is nothing
     assert not short.mask[0].all()
     near(draft(ids, knowledge=short._replace(states=filled)).logits, want)
     more = short.mask.clone()
@@ -457,7 +525,10 @@ def altered(store, number, change):
 def other_question(piece, item):
     """Random numbers in place of the question's entries."""
     tensor, hidden, n = kv.to_tensor(piece.cache), piece.hidden_states.clone(), item.answer_start
-    tensor[..., :n, :], hidden[:, :n] = torch.randn_like(tensor[..., :n, :]), torch.randn_like(hidden[:, :n])
+    tensor[..., :n, :], hidden[:, :n] = (
+        torch.randn_like(tensor[..., :n, :]),
+        torch.randn_like(hidden[:, :n]),
+    )
     return piece._replace(cache=kv.from_tensor(tensor), hidden_states=hidden), item
 
 
@@ -469,7 +540,9 @@ def test_only_the_answer_is_read(world, kind, aligned):
     for number in (ANNA, BEN):
         item = store.items[number]
         want, got = draft.read(store, item), draft.read(*altered(store, number, other_question))
-        whole = kind == "prefix" and not aligned  # here the draft is as if it had read the whole item
+        whole = (
+            kind == "prefix" and not aligned
+        )  # here the draft is as if it had read the whole item
         assert want.shape[-2] == len(item.input_ids) - (0 if whole else item.answer_start)
         assert torch.equal(want, got) != whole
 
@@ -485,8 +558,13 @@ def test_an_answer_is_the_same_wherever_its_item_stood(world, kind, aligned):
 
     def behind_others(piece, item, by):
         tensor, hidden = kv.to_tensor(piece.cache), piece.hidden_states
-        tensor = torch.cat((torch.randn_like(tensor[..., :by, :]), kv.to_tensor(moved(piece, item, by)[0].cache)), -2)
-        piece = piece._replace(cache=kv.from_tensor(tensor), hidden_states=torch.cat((hidden[:, :by], hidden), 1))
+        tensor = torch.cat(
+            (torch.randn_like(tensor[..., :by, :]), kv.to_tensor(moved(piece, item, by)[0].cache)),
+            -2,
+        )
+        piece = piece._replace(
+            cache=kv.from_tensor(tensor), hidden_states=torch.cat((hidden[:, :by], hidden), 1)
+        )
         ids = (*item.input_ids[:by], *item.input_ids)
         return piece, dataclasses.replace(item, input_ids=ids, answer_start=item.answer_start + by)
 
@@ -547,7 +625,9 @@ def test_knowing_is_forward_with_knowledge_token_by_token(world, family, kind, a
         assert prefixes is None
         near(knowing(ids).logits, want)
         past = knowing(ids[:, :4], use_cache=True).past_key_values
-        rest = [knowing(ids[:, [t]], past_key_values=past, use_cache=True).logits for t in range(4, 8)]
+        rest = [
+            knowing(ids[:, [t]], past_key_values=past, use_cache=True).logits for t in range(4, 8)
+        ]
         near(torch.cat(rest, 1), want[:, 4:])
     near(draft(ids).logits, draft(ids, knowledge=None).logits)
     near(
@@ -567,7 +647,9 @@ def test_who_knows_shares_all_weights_and_a_draft_without_items_is_the_draft(wor
     nothing, prefixes = draft.knowing(store, [None, None], [4, 4])
     assert prefixes is None
     assert torch.equal(nothing(ids[None]).logits, before)
-    again, prefixes = knowing.knowing(store, [store.items[BEN]], [4])  # another item in place of the first
+    again, prefixes = knowing.knowing(
+        store, [store.items[BEN]], [4]
+    )  # another item in place of the first
     near(stepwise(again, prefixes, 0, ids, 6), alone(draft, store, BEN, 4, ids))
 
 
@@ -579,7 +661,13 @@ def test_knowledge_is_projected_once(world, monkeypatch):
     assert len(calls) == len(LAYERS)
     prompts = texts(4, 5)
     generate(target, prompts, ModelProposer(knowing), gamma=3, max_new_tokens=9)
-    knowing.generate(torch.stack(texts(5, 5)), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    knowing.generate(
+        torch.stack(texts(5, 5)),
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     assert len(calls) == len(LAYERS)
 
 
@@ -588,20 +676,37 @@ def test_no_gradient_flows_into_what_is_known_for_decoding(world, kind):
     target, store = world()
     draft = KnowledgeDraft.cut(target, LAYERS, knowledge=kind)
     knowing, prefixes = draft.knowing(store, [store.items[ANNA]], [4])
-    tensors = [x for layer in prefixes[0].cache.layers for x in (layer.keys, layer.values)] if prefixes else []
+    tensors = (
+        [x for layer in prefixes[0].cache.layers for x in (layer.keys, layer.values)]
+        if prefixes
+        else []
+    )
     assert not any(x.requires_grad for x in tensors)
-    knowing.generate(torch.stack(texts(5)), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    knowing.generate(
+        torch.stack(texts(5)), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert all(p.grad is None and p.requires_grad for p in draft.parameters())
 
 
 def test_who_cannot_read_is_told_so(world, tmp_path, tokenizer):
     target, store = world()
-    with pytest.raises(ValueError, match="This draft does not read: cut one with knowledge='vector', 'kv' or 'prefix'"):
+    with pytest.raises(
+        ValueError,
+        match="This draft does not read: cut one with knowledge='vector', 'kv' or 'prefix'",
+    ):
         KnowledgeDraft.cut(target).knowing(store, [store.items[0]], [4])
-    for kind, kept, needed in (("vector", "kv", "hidden"), ("kv", "hidden", "kv"), ("prefix", "hidden", "kv")):
-        poor = KnowledgeCache.build(tmp_path / f"{kind}", RECORDS[:1], target, tokenizer, keep=[kept])
+    for kind, kept, needed in (
+        ("vector", "kv", "hidden"),
+        ("kv", "hidden", "kv"),
+        ("prefix", "hidden", "kv"),
+    ):
+        poor = KnowledgeCache.build(
+            tmp_path / f"{kind}", RECORDS[:1], target, tokenizer, keep=[kept]
+        )
         draft = KnowledgeDraft.cut(target, knowledge=kind)
-        with pytest.raises(ValueError, match=rf"The store keeps no '{needed}': build one with keep=\['{needed}'\]"):
+        with pytest.raises(
+            ValueError, match=rf"The store keeps no '{needed}': build one with keep=\['{needed}'\]"
+        ):
             draft.read(poor, poor.items[0])
     with pytest.raises(ValueError, match="There are 2 items and 1 starts: give one for each row"):
         draft.knowing(store, [store.items[0], None], [4])
@@ -642,7 +747,9 @@ def test_the_text_is_the_targets_and_each_rows_rounds_are_its_own(world, kind, a
             own = ModelProposer(*draft.knowing(store, [items[row]], [starts[row]]))
             single = generate(target, [prompts[row]], own, gamma=gamma, max_new_tokens=11)
             assert what_happened(got.rounds, row) == what_happened(single.rounds)
-        nothing = generate(target, [prompts[1]], ModelProposer(draft), gamma=gamma, max_new_tokens=11)
+        nothing = generate(
+            target, [prompts[1]], ModelProposer(draft), gamma=gamma, max_new_tokens=11
+        )
         assert what_happened(got.rounds, 1) == what_happened(nothing.rounds)
     assert accepted > (10 if aligned else 1)
 
@@ -653,7 +760,13 @@ def test_guesses_are_those_of_the_draft_with_its_knowledge(world, kind):
     target, store = world()
     draft, prompts, numbers = cut(target, kind), texts(6, 3, 9), [WHY, None, BEN]
     items, starts = [None if i is None else store.items[i] for i in numbers], [6, 3, 9]
-    got = generate(target, prompts, ModelProposer(*draft.knowing(store, items, starts)), gamma=2, max_new_tokens=8)
+    got = generate(
+        target,
+        prompts,
+        ModelProposer(*draft.knowing(store, items, starts)),
+        gamma=2,
+        max_new_tokens=8,
+    )
     for row, prompt in enumerate(prompts):
         text = [*prompt.tolist(), *got.rounds[0].tokens[row]]
         for drafted, _, tokens in what_happened(got.rounds, row):
@@ -703,9 +816,17 @@ def test_a_draft_that_is_the_whole_target_is_always_right(world, kind):
 def test_sampled_rows_do_not_depend_on_the_rows_beside_them(world, kind):
     target, store = world()
     draft, prompts, items = cut(target, kind), texts(6, 3), [store.items[WHY], store.items[BEN]]
-    own = lambda *seeds: Sampling(0.8, generator=[torch.Generator().manual_seed(seed) for seed in seeds])  # noqa: E731
+    own = lambda *seeds: Sampling(
+        0.8, generator=[torch.Generator().manual_seed(seed) for seed in seeds]
+    )
     options = {"gamma": 3, "max_new_tokens": 8}
-    got = generate(target, prompts, ModelProposer(*draft.knowing(store, items, [6, 3])), sampling=own(1, 2), **options)
+    got = generate(
+        target,
+        prompts,
+        ModelProposer(*draft.knowing(store, items, [6, 3])),
+        sampling=own(1, 2),
+        **options,
+    )
     for row, start in enumerate((6, 3)):
         proposer = ModelProposer(*draft.knowing(store, [items[row]], [start]))
         single = generate(target, [prompts[row]], proposer, sampling=own(row + 1), **options)
@@ -726,9 +847,13 @@ def test_generate_of_transformers_on_a_draft_that_knows(world, family, kind):
         for _ in range(6):
             ids = torch.cat((ids, alone(draft, store, number, start, ids)[-1:].argmax(-1)))
         want.append(ids[-6:].tolist())
-    padded = torch.stack((one, torch.cat((torch.zeros(3, dtype=torch.long), two))))  # on the left, as it is done there
+    padded = torch.stack(
+        (one, torch.cat((torch.zeros(3, dtype=torch.long), two)))
+    )  # on the left, as it is done there
     mask = (torch.arange(7) >= torch.tensor([[0], [3]])).long()
-    got = knowing.generate(padded, attention_mask=mask, generation_config=GenerationConfig(max_new_tokens=6, **GREEDY))
+    got = knowing.generate(
+        padded, attention_mask=mask, generation_config=GenerationConfig(max_new_tokens=6, **GREEDY)
+    )
     assert got[:, 7:].tolist() == want
     assert want[0] != plain(draft, one, 6)
 
@@ -744,7 +869,9 @@ def test_a_draft_assists_its_target_in_transformers(world, family, kind):
     if kind in ("vector", "kv"):
         assistants.append(draft.knowing(store, [store.items[ANNA]], [7])[0])
     for assistant in assistants:
-        got = target.generate(ids[None], attention_mask=mask, generation_config=config, assistant_model=assistant)
+        got = target.generate(
+            ids[None], attention_mask=mask, generation_config=config, assistant_model=assistant
+        )
         assert got[0, 7:].tolist() == want
 
 
@@ -772,7 +899,9 @@ def test_a_saved_draft_is_the_same_in_another_process(world, tmp_path):
     want = []
     for (family, kind), dtype in zip(itertools.product(FAMILIES, ("vector", "kv", "prefix", None)),
                                      itertools.cycle([torch.float32] * 3 + [torch.float16] * 2)):  # fmt: skip
-        target, store = world(family, torch.float32, **({"tie_word_embeddings": True} if kind == "kv" else {}))
+        target, store = world(
+            family, torch.float32, **({"tie_word_embeddings": True} if kind == "kv" else {})
+        )
         aligned, name = family != "Llama", f"{family}-{kind}"
         draft = cut(target, kind, [1, 3], transitions=kind != "prefix", aligned=aligned)
         for p in draft.parameters():
@@ -781,7 +910,11 @@ def test_a_saved_draft_is_the_same_in_another_process(world, tmp_path):
         ids = torch.stack(texts(8, 8))
         given = known(draft, store, [ANNA, None], [3, 4]) if kind else None
         given = given and given._replace(states=given.states.to(dtype))
-        entry = {"ids": ids, "logits": draft(ids, knowledge=given).logits, "given": given and tuple(given)}
+        entry = {
+            "ids": ids,
+            "logits": draft(ids, knowledge=given).logits,
+            "given": given and tuple(given),
+        }
         torch.save(entry, tmp_path / f"{name}.pt")
         want.append([name, "KnowledgeDraft", [True, True], str(dtype), [1, 3], kind, aligned])
     (tmp_path / "names.json").write_text(json.dumps([entry[0] for entry in want]))
@@ -791,12 +924,21 @@ def test_a_saved_draft_is_the_same_in_another_process(world, tmp_path):
 @every_kind
 def test_a_configuration_survives_json(world, tmp_path, kind):
     target, _ = world()
-    config = KnowledgeDraftConfig.of(target.config, "uniform:2", knowledge=kind, transitions=True, aligned=False)
+    config = KnowledgeDraftConfig.of(
+        target.config, "uniform:2", knowledge=kind, transitions=True, aligned=False
+    )
     config.save_pretrained(tmp_path)
     again = KnowledgeDraftConfig.from_pretrained(tmp_path)
-    assert again.to_dict() == config.to_dict() | {"transformers_version": again.to_dict()["transformers_version"]}
+    assert again.to_dict() == config.to_dict() | {
+        "transformers_version": again.to_dict()["transformers_version"]
+    }
     assert type(again.text_config) is type(target.config)
-    assert (again.layers, again.knowledge, again.transitions, again.aligned) == ([0, 3], kind, True, False)
+    assert (again.layers, again.knowledge, again.transitions, again.aligned) == (
+        [0, 3],
+        kind,
+        True,
+        False,
+    )
 
 
 def test_a_saved_draft_with_a_weight_missing_says_so(world, tmp_path):
@@ -830,19 +972,29 @@ def test_what_is_heard_is_what_the_target_says(world, tokenizer, asked, heard):
     for prompt, example in zip(asked, heard, strict=True):
         assert example.start == len(prompt)
         assert example.input_ids[: len(prompt)].tolist() == prompt
-        config = GenerationConfig(max_new_tokens=9, **GREEDY | {"eos_token_id": tokenizer.eos_token_id})
+        config = GenerationConfig(
+            max_new_tokens=9, **GREEDY | {"eos_token_id": tokenizer.eos_token_id}
+        )
         want = target.generate(torch.tensor([prompt]), generation_config=config)[0].tolist()
         assert example.input_ids.tolist() == want
         assert example.known is None
-        logits = target(example.input_ids[None]).logits[0, example.start - 1 : -1]  # before each token of the answer
+        logits = target(example.input_ids[None]).logits[
+            0, example.start - 1 : -1
+        ]  # before each token of the answer
         near(target.lm_head(example.hidden_states.to(DOUBLE)), logits)
-        assert target.lm_head(example.hidden_states).argmax(-1).tolist() == example.input_ids[example.start :].tolist()
+        assert (
+            target.lm_head(example.hidden_states).argmax(-1).tolist()
+            == example.input_ids[example.start :].tolist()
+        )
 
 
 def test_what_is_heard_can_be_learned_from_as_it_is(world, heard):
     draft, example = KnowledgeDraft.cut(world()[0]), heard[0]
     logits = draft(example.input_ids[None]).logits[0, example.start - 1 : -1]
-    (draft.get_input_embeddings().weight.sum() + (logits.mean(-1) * example.hidden_states.mean(-1)).sum()).backward()
+    (
+        draft.get_input_embeddings().weight.sum()
+        + (logits.mean(-1) * example.hidden_states.mean(-1)).sum()
+    ).backward()
     assert draft.get_output_embeddings().weight.grad.any()
 
 
@@ -882,7 +1034,9 @@ def test_what_was_heard_is_read_from_its_file(world, tokenizer, asked, heard, tm
     assert len({*folder.iterdir()} - {file}) == 3
 
 
-def test_what_was_heard_before_a_kill_is_not_asked_again(world, tokenizer, asked, heard, tmp_path, monkeypatch):
+def test_what_was_heard_before_a_kill_is_not_asked_again(
+    world, tokenizer, asked, heard, tmp_path, monkeypatch
+):
     target, calls = world()[0], []
 
     def killed(model, tokenizer, prompts, *rest):
@@ -920,7 +1074,14 @@ if __name__ == "__main__":
 
 def test_processes_share_the_listening(tmp_path):
     (tmp_path / "script.py").write_text(LISTENING)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     setting = os.environ | {"OMP_NUM_THREADS": "1"}
     told = [*launch, str(tmp_path / "script.py"), str(tmp_path / "answers")]
     done = subprocess.run(told, env=setting, capture_output=True, text=True, timeout=300)
@@ -953,17 +1114,23 @@ def test_attach_gives_each_example_its_item_which_is_read_once(world, heard, mon
 
 
 def test_unsettle_takes_and_swaps_the_shares_it_says():
-    examples = [Example(torch.tensor([i, 1]), 1, None, torch.full((1, 2), float(i))) for i in range(2000)]
+    examples = [
+        Example(torch.tensor([i, 1]), 1, None, torch.full((1, 2), float(i))) for i in range(2000)
+    ]
     got = unsettle(examples, hide=0.25, mislead=0.1, seed=3)
-    assert [a.input_ids is b.input_ids and a.start == b.start for a, b in zip(got, examples, strict=True)] == [
-        True
-    ] * 2000
+    assert [
+        a.input_ids is b.input_ids and a.start == b.start
+        for a, b in zip(got, examples, strict=True)
+    ] == [True] * 2000
     none = sum(example.known is None for example in got)
     wrong = sum(e.known is not None and e.known[0, 0] != e.input_ids[0] for e in got)
     assert abs(none - 500) < 80  # four standard deviations
     assert abs(wrong - 200) < 55
     again, other = (unsettle(examples, hide=0.25, mislead=0.1, seed=seed) for seed in (3, 4))
-    kinds = [[e.known if e.known is None else e.known[0, 0].item() for e in one] for one in (got, again, other)]
+    kinds = [
+        [e.known if e.known is None else e.known[0, 0].item() for e in one]
+        for one in (got, again, other)
+    ]
     assert kinds[0] == kinds[1] != kinds[2]
     assert all(e.known is x.known for e, x in zip(unsettle(examples, 0, 0), examples, strict=True))
     assert all(e.known is None for e in unsettle(examples, 1, 0))
@@ -1016,14 +1183,18 @@ def test_acceptance_is_that_of_a_plain_loop(world, heard, kind):
     for example, number in zip(examples, numbers, strict=True):
         q = alone(draft, store, number, example.start, example.input_ids).softmax(-1)
         p = target(example.input_ids[None]).logits[0].softmax(-1)
-        counted = range(example.start, len(example.input_ids) - 1)  # the first token comes from reading the prompt
+        counted = range(
+            example.start, len(example.input_ids) - 1
+        )  # the first token comes from reading the prompt
         greedy.append(np.mean([(q[t].argmax() == p[t].argmax()).item() for t in counted]))
         sampled.append(np.mean([torch.minimum(q[t], p[t]).sum().item() for t in counted]))
     np.testing.assert_allclose(got.greedy, greedy, atol=1e-6)
     np.testing.assert_allclose(got.sampled, sampled, atol=1e-5)
     assert 0 < got.greedy.mean() < 1
     for size in (1, 32):
-        np.testing.assert_allclose(acceptance(draft, target, examples, batch_size=size).sampled, sampled, atol=1e-5)
+        np.testing.assert_allclose(
+            acceptance(draft, target, examples, batch_size=size).sampled, sampled, atol=1e-5
+        )
 
 
 @every_kind
@@ -1079,12 +1250,24 @@ def same(one, two):
 
 def test_training_helps_on_questions_that_were_held_out_and_leaves_the_target_alone(tokenizer):
     target = lab.load("lab-target")
-    questions = [encode(tokenizer, [{"role": "user", "content": entry["question"]}]) for entry in lab.faq()[:32]]
+    questions = [
+        encode(tokenizer, [{"role": "user", "content": entry["question"]}])
+        for entry in lab.faq()[:32]
+    ]
     examples, before = listen(target, tokenizer, questions, max_new_tokens=24), every_byte(target)
     examples, heldout = examples[:24], examples[24:]
     draft = KnowledgeDraft.cut(target, "uniform:3")
     start = acceptance(draft, target, heldout)
-    history = train(draft, target, examples, heldout, shares={"kl": 1.0}, epochs=8, batch_size=4, learning_rate=1e-3)
+    history = train(
+        draft,
+        target,
+        examples,
+        heldout,
+        shares={"kl": 1.0},
+        epochs=8,
+        batch_size=4,
+        learning_rate=1e-3,
+    )
     after = acceptance(draft, target, heldout)
     assert after.greedy.mean() > start.greedy.mean() + 0.08
     assert after.sampled.mean() > start.sampled.mean() + 0.05
@@ -1098,7 +1281,9 @@ def test_the_best_weights_are_kept(lesson):
     target, _, examples, heldout = lesson
     draft = KnowledgeDraft.cut(target, "first:3")
     before = weights_of(draft)
-    history = train(draft, target, examples, heldout, **QUICK | {"learning_rate": 3.0}, every=1)  # it only gets worse
+    history = train(
+        draft, target, examples, heldout, **QUICK | {"learning_rate": 3.0}, every=1
+    )  # it only gets worse
     assert [entry["acceptance"] for entry in history][-1] < history[0]["acceptance"]
     assert history[0]["learning_rate"] == 0  # so the first check is of the weights as they were
     assert same(weights_of(draft), before)
@@ -1108,12 +1293,18 @@ def test_the_best_weights_are_kept(lesson):
 @pytest.mark.parametrize("family", ["Qwen3", "Llama"])
 def test_gradients_reach_all_that_is_to_learn(world, family, kind, heard):
     target, store = world(family, torch.float32)
-    draft = opened(KnowledgeDraft.cut(target, LAYERS, knowledge=kind, transitions=True)).requires_grad_(True)
+    draft = opened(
+        KnowledgeDraft.cut(target, LAYERS, knowledge=kind, transitions=True)
+    ).requires_grad_(True)
     examples = [example._replace(hidden_states=None) for example in heard[:4]]
     if kind:
-        examples = attach(draft, store, examples, [store.items[ANNA], None, store.items[BEN], store.items[WHY]])
+        examples = attach(
+            draft, store, examples, [store.items[ANNA], None, store.items[BEN], store.items[WHY]]
+        )
     batch = collate(examples, 64)
-    knowledge = module.Knowledge(*(batch[name] for name in module.Knowledge._fields)) if kind else None
+    knowledge = (
+        module.Knowledge(*(batch[name] for name in module.Knowledge._fields)) if kind else None
+    )
     logits = draft(batch["input_ids"], knowledge=knowledge, use_cache=False).logits
     losses.cross_entropy(logits, batch["input_ids"], batch["weights"]).backward()
     silent = [name for name, p in draft.named_parameters() if p.grad is None or not p.grad.any()]
@@ -1126,22 +1317,37 @@ def test_closed_gates_and_transitions_learn_first(lesson, kind):
     draft = KnowledgeDraft.cut(target, LAYERS, knowledge=kind, transitions=True)
     before = weights_of(draft)
     items = [store.items[i % 4] for i in range(24)]
-    train(draft, target, attach(draft, store, examples, items), heldout, **QUICK | {"epochs": 1, "every": 3})
+    train(
+        draft,
+        target,
+        attach(draft, store, examples, items),
+        heldout,
+        **QUICK | {"epochs": 1, "every": 3},
+    )
     moved = {name for name, p in draft.named_parameters() if not torch.equal(p, before[name])}
-    assert {name for name in before if name.endswith(("gate", "down.weight", "q_proj.weight"))} <= moved
+    assert {
+        name for name in before if name.endswith(("gate", "down.weight", "q_proj.weight"))
+    } <= moved
 
 
-STOPS = [("kv", stop) for stop in (2, 4, 6, 8, 11, "saving 1", "saving 2")] + [("vector", 8), ("prefix", 6)]
+STOPS = [("kv", stop) for stop in (2, 4, 6, 8, 11, "saving 1", "saving 2")] + [
+    ("vector", 8),
+    ("prefix", 6),
+]
 
 
 @pytest.mark.parametrize(("kind", "stop"), STOPS)
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(lesson, tmp_path, monkeypatch, kind, stop):
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    lesson, tmp_path, monkeypatch, kind, stop
+):
     target, store, examples, heldout = lesson
     items, calls = [store.items[i % 4] if i % 3 else None for i in range(24)], []
 
     def run(folder):
         torch.manual_seed(0)  # of transitions
-        draft = opened(KnowledgeDraft.cut(target, LAYERS, knowledge=kind, transitions=True)).requires_grad_(True)
+        draft = opened(
+            KnowledgeDraft.cut(target, LAYERS, knowledge=kind, transitions=True)
+        ).requires_grad_(True)
         data = [attach(draft, store, part, items[: len(part)]) for part in (examples, heldout)]
         return draft, train(draft, target, *data, folder=folder, **QUICK)
 
@@ -1151,11 +1357,15 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(lesson, tmp_path, mon
             raise KeyboardInterrupt
 
     want, history = run(tmp_path / "whole")
-    if isinstance(stop, int):  # the head is called three times for losses, then once to check, in each epoch
+    if isinstance(
+        stop, int
+    ):  # the head is called three times for losses, then once to check, in each epoch
         hook = target.get_output_embeddings().register_forward_hook(interrupt)
     else:
         real, stop = module.fit.__globals__["write_tensors"], int(stop[-1])
-        monkeypatch.setitem(module.fit.__globals__, "write_tensors", lambda *args: interrupt() or real(*args))
+        monkeypatch.setitem(
+            module.fit.__globals__, "write_tensors", lambda *args: interrupt() or real(*args)
+        )
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped")
     hook.remove() if "hook" in locals() else monkeypatch.undo()
@@ -1170,10 +1380,19 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(lesson, tmp_path, mon
 
 def test_default_shares_are_those_of_the_sources(lesson):
     target, _, examples, heldout = lesson
-    for kind, names in (("kv", {"kl", "tv"}), ("vector", {"kl", "ce", "tv"}), (None, {"kl", "ce", "tv"})):
-        history = train(KnowledgeDraft.cut(target, knowledge=kind), target, examples[:8], heldout, epochs=1)
+    for kind, names in (
+        ("kv", {"kl", "tv"}),
+        ("vector", {"kl", "ce", "tv"}),
+        (None, {"kl", "ce", "tv"}),
+    ):
+        history = train(
+            KnowledgeDraft.cut(target, knowledge=kind), target, examples[:8], heldout, epochs=1
+        )
         assert {*history[0]} & {*losses.NAMES} == names
-    assert module.SHARES == {"vector": {"kl": 0.5, "ce": 1.0, "tv": 0.3}, "kv": {"kl": 0.8, "tv": 0.3}}
+    assert module.SHARES == {
+        "vector": {"kl": 0.5, "ce": 1.0, "tv": 0.3},
+        "kv": {"kl": 0.8, "tv": 0.3},
+    }
 
 
 def test_the_losses_are_those_of_the_batch(lesson):
@@ -1182,7 +1401,9 @@ def test_the_losses_are_those_of_the_batch(lesson):
     mixed = attach(draft, store, mixed, [store.items[i % 4] if i % 2 else None for i in range(8)])
     total = {"kl": 0.0, "ce": 0.0}
     for i, example in enumerate(mixed):
-        logs = alone(draft, store, i % 4 if i % 2 else None, example.start, example.input_ids).log_softmax(-1)
+        logs = alone(
+            draft, store, i % 4 if i % 2 else None, example.start, example.input_ids
+        ).log_softmax(-1)
         p = target(example.input_ids[None]).logits[0].log_softmax(-1)
         for t in range(example.start - 1, len(example.input_ids) - 1):
             total["ce"] -= logs[t, example.input_ids[t + 1]].item()
@@ -1196,8 +1417,14 @@ def test_the_losses_are_those_of_the_batch(lesson):
     assert first["ce"] == pytest.approx(2.0 * total["ce"] / sum(answers), rel=1e-4)
     assert first["weight"] == sum(answers)
     again = cut(target, "kv").requires_grad_(True)
-    halves = train(again, target, mixed, heldout, shares=shares, epochs=1, batch_size=4, accumulate=2)[0]
-    for name in ("kl", "ce", "grad_norm"):  # given answers, which count for ce only, need not be evenly spread
+    halves = train(
+        again, target, mixed, heldout, shares=shares, epochs=1, batch_size=4, accumulate=2
+    )[0]
+    for name in (
+        "kl",
+        "ce",
+        "grad_norm",
+    ):  # given answers, which count for ce only, need not be evenly spread
         assert halves[name] == pytest.approx(first[name], rel=1e-4)
 
 
@@ -1206,7 +1433,10 @@ def secrets(world, tmp_path_factory, tokenizer):
     """One question with eight made-up answers: only the item can tell which."""
     target, _ = world(dtype=torch.float32)
     rng = np.random.default_rng(0)
-    records = [{"question": "Code?", "answer": " ".join(rng.choice(list("abcdefghij"), 5))} for _ in range(8)]
+    records = [
+        {"question": "Code?", "answer": " ".join(rng.choice(list("abcdefghij"), 5))}
+        for _ in range(8)
+    ]
     folder = tmp_path_factory.mktemp("secrets")
     return target, KnowledgeCache.build(folder, records, target, tokenizer, keep=("kv", "hidden"))
 
@@ -1220,14 +1450,24 @@ def test_a_little_training_makes_a_draft_use_what_it_reads(secrets, heard, kind,
 
     def loss(items):
         batch = collate(attach(draft, store, given(store), items), 64)
-        knowledge = module.Knowledge(*(batch[name] for name in module.Knowledge._fields)) if "states" in batch else None
+        knowledge = (
+            module.Knowledge(*(batch[name] for name in module.Knowledge._fields))
+            if "states" in batch
+            else None
+        )
         with torch.no_grad():
             logits = draft(batch["input_ids"], knowledge=knowledge).logits
         return losses.cross_entropy(logits, batch["input_ids"], batch["weights"]).item()
 
     examples = attach(draft, store, given(store), items)
     heldout = [example._replace(hidden_states=example.hidden_states.float()) for example in heard]
-    options = {"shares": {"ce": 1.0}, "epochs": 40, "learning_rate": 3e-3, "batch_size": 8, "every": 40}
+    options = {
+        "shares": {"ce": 1.0},
+        "epochs": 40,
+        "learning_rate": 3e-3,
+        "batch_size": 8,
+        "every": 40,
+    }
     train(draft, target, examples, heldout, **options)
     right, wrong, none = loss(items), loss(items[1:] + items[:1]), loss([None] * 8)
     assert right < 0.7 * min(wrong, none)
@@ -1252,23 +1492,31 @@ def test_what_training_cannot_work_with_is_told(lesson):
     target, store, examples, heldout = lesson
     draft = KnowledgeDraft.cut(target)
     with pytest.raises(
-        ValueError, match="Nothing is held out that has an answer of two tokens or more: give what `listen` returns"
+        ValueError,
+        match="Nothing is held out that has an answer of two tokens or more: give what `listen` returns",
     ):
         train(draft, target, examples, [])
     with pytest.raises(ValueError, match=r"7 examples are less than a step of 8 \* 1: give more"):
         train(draft, target, examples[:7], heldout)
     with pytest.raises(ValueError, match=r"24 examples are less than a step of 8 \* 100"):
         train(draft, target, examples, heldout, accumulate=100)
-    with pytest.raises(ValueError, match="Some answers are given: they need the loss 'ce' among the shares"):
+    with pytest.raises(
+        ValueError, match="Some answers are given: they need the loss 'ce' among the shares"
+    ):
         train(draft, target, [*examples, *given(store)], heldout, shares={"kl": 1.0})
-    with pytest.raises(ValueError, match=r"There is no loss .*'kld'.* expected one or more of ce, kl"):
+    with pytest.raises(
+        ValueError, match=r"There is no loss .*'kld'.* expected one or more of ce, kl"
+    ):
         train(draft, target, examples, heldout, shares={"kld": 1.0})
 
 
 def test_what_is_held_out_must_be_the_targets_own(lesson):
     target, store, examples, _ = lesson
     draft = KnowledgeDraft.cut(target)
-    for odd in (lambda: train(draft, target, examples, given(store)), lambda: acceptance(draft, target, given(store))):
+    for odd in (
+        lambda: train(draft, target, examples, given(store)),
+        lambda: acceptance(draft, target, given(store)),
+    ):
         with pytest.raises(ValueError, match="target's own"):
             odd()
 
@@ -1302,7 +1550,11 @@ def test_an_exported_draft_is_a_plain_model_in_another_process(world, tmp_path, 
         torch.save({"ids": ids, "logits": logits}, tmp_path / f"{name}.pt")
         want.append([name, f"{family}ForCausalLM", True, []])
         assert (tmp_path / name / "tokenizer.json").exists()
-        layers = {key.split(".")[2] for key in load_file(tmp_path / name / "model.safetensors") if ".layers." in key}
+        layers = {
+            key.split(".")[2]
+            for key in load_file(tmp_path / name / "model.safetensors")
+            if ".layers." in key
+        }
         assert layers == {"0", "1", "2"}
     (tmp_path / "names.json").write_text(json.dumps([entry[0] for entry in want]))
     assert fresh(PLAIN, tmp_path) == [want, False]
@@ -1315,7 +1567,9 @@ def test_an_exported_draft_assists_a_target_and_any_model_can_be_exported(world,
     assert back.dtype == DOUBLE
     config = GenerationConfig(max_new_tokens=10, **GREEDY)
     mask = torch.ones(1, 7, dtype=torch.long)
-    got = target.generate(ids[None], attention_mask=mask, generation_config=config, assistant_model=back)
+    got = target.generate(
+        ids[None], attention_mask=mask, generation_config=config, assistant_model=back
+    )
     assert got[0, 7:].tolist() == plain(target, ids, 10)
     again = export(target, tmp_path / "target")
     assert torch.equal(again(ids[None]).logits, target(ids[None]).logits)
@@ -1327,7 +1581,11 @@ def test_a_vocabulary_is_padded_with_tokens_of_logit_zero(world, tmp_path, tied)
     draft, ids = KnowledgeDraft.cut(target, LAYERS), torch.stack(texts(9))
     before = every_byte(draft)
     back = export(draft, tmp_path, vocab_size=1600)
-    assert back.config.vocab_size == 1600 == json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    assert (
+        back.config.vocab_size
+        == 1600
+        == json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    )
     logits = back(ids).logits
     near(logits[..., :1536], draft(ids).logits, 1e-5)
     assert not logits[..., 1536:].any()
@@ -1340,10 +1598,13 @@ def test_what_other_programs_cannot_take_is_not_exported(world, tmp_path):
     target, _ = world()
     for options in ({"knowledge": "kv"}, {"knowledge": "vector"}, {"transitions": True}):
         with pytest.raises(
-            ValueError, match="cross-attention or transitions, which no other program knows: save it with"
+            ValueError,
+            match="cross-attention or transitions, which no other program knows: save it with",
         ):
             export(KnowledgeDraft.cut(target, LAYERS, **options), tmp_path)
-    with pytest.raises(ValueError, match="The draft has 1536 tokens, the target 1000, expected at least as many"):
+    with pytest.raises(
+        ValueError, match="The draft has 1536 tokens, the target 1000, expected at least as many"
+    ):
         export(KnowledgeDraft.cut(target, LAYERS), tmp_path, vocab_size=1000)
     assert not list(tmp_path.iterdir())
 
@@ -1368,14 +1629,23 @@ def test_a_file_that_does_not_hold_the_draft_is_told(world, tmp_path, monkeypatc
         save_file(state, path, {"format": "pt"})
 
     monkeypatch.setattr(type(target), "save_pretrained", tampered)
-    sentence = "gives other logits than the draft" if harm == "number" else "does not hold what the model asks for"
+    sentence = (
+        "gives other logits than the draft"
+        if harm == "number"
+        else "does not hold what the model asks for"
+    )
     with pytest.raises(
-        (ValueError, RuntimeError), match=sentence if harm != "shape" else "ignore_mismatched_sizes|does not hold"
+        (ValueError, RuntimeError),
+        match=sentence if harm != "shape" else "ignore_mismatched_sizes|does not hold",
     ):
         export(draft, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"knowledge": "kv"}, {"knowledge": "vector"}, {"transitions": True}])
+@pytest.mark.parametrize(
+    "options", [{"knowledge": "kv"}, {"knowledge": "vector"}, {"transitions": True}]
+)
 def test_a_draft_with_more_than_layers_is_not_compiled(tiny_model, options):
-    with pytest.raises(ValueError, match="A draft with cross-attention or transitions cannot be compiled: leave"):
+    with pytest.raises(
+        ValueError, match="A draft with cross-attention or transitions cannot be compiled: leave"
+    ):
         Runner(KnowledgeDraft.cut(tiny_model(), "first:2", **options), compiled_room=16)

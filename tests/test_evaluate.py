@@ -23,7 +23,9 @@ from kvlab.evaluate import (
 )
 from kvlab.lab.tokenizers import train_tokenizer
 
-WORDS = "Anna lives in Rome and Ben keeps a turtle at home while Carla plays the flute in Oslo".split()
+WORDS = (
+    "Anna lives in Rome and Ben keeps a turtle at home while Carla plays the flute in Oslo".split()
+)
 
 
 def asked(text):
@@ -34,7 +36,11 @@ CONVERSATIONS = [
     asked("Where does Anna live?"),
     [{"role": "system", "content": " ".join(WORDS)}, *asked("Which animal does Ben keep?")],
     asked("Why?"),
-    [*asked("Who?"), {"role": "assistant", "content": "Carla"}, *asked("What does she play in the evening?")],
+    [
+        *asked("Who?"),
+        {"role": "assistant", "content": "Carla"},
+        *asked("What does she play in the evening?"),
+    ],
     asked(" ".join(WORDS[::-1])),
 ]
 
@@ -54,7 +60,9 @@ def ids(tokenizer, text):
 
 
 def prompt_of(tokenizer, conversation):
-    return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
 
 
 @torch.no_grad()
@@ -72,7 +80,9 @@ def plain(model, prompt, ending):
 
 def test_log_likelihoods_are_the_plain_loop(model, tokenizer):
     prompts = [ids(tokenizer, " ".join(WORDS[:n])) for n in (3, 9, 1, 6)]
-    endings = [ids(tokenizer, " " + " ".join(WORDS[n:m])) for n, m in ((3, 5), (9, 10), (1, 9), (6, 7))]
+    endings = [
+        ids(tokenizer, " " + " ".join(WORDS[n:m])) for n, m in ((3, 5), (9, 10), (1, 9), (6, 7))
+    ]
     got = log_likelihoods(model, tokenizer, prompts, endings)
     want = [plain(model, *pair) for pair in zip(prompts, endings, strict=True)]
     assert len({len(p) + len(e) for p, e in zip(prompts, endings, strict=True)}) > 1
@@ -107,7 +117,9 @@ def test_log_likelihoods_behind_a_cache_are_those_of_the_whole_text(model, token
     prompts = [ids(tokenizer, text) for text in ("Anna lives", "Why", "Carla plays the flute")]
     endings = [ids(tokenizer, text) for text in (" in Rome", " a turtle at home", " in Oslo")]
     read = prefill(model, context[None])
-    got = log_likelihoods(model, tokenizer, prompts, endings, Prefix(read.cache, read.next_position))
+    got = log_likelihoods(
+        model, tokenizer, prompts, endings, Prefix(read.cache, read.next_position)
+    )
     want = log_likelihoods(model, tokenizer, [torch.cat([context, p]) for p in prompts], endings)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
     assert length(read.cache) == len(context)  # as it was
@@ -115,7 +127,9 @@ def test_log_likelihoods_behind_a_cache_are_those_of_the_whole_text(model, token
 
 
 def test_log_likelihoods_go_on_at_the_next_position_not_at_the_number_of_entries(model, tokenizer):
-    context, prompt, ending = (ids(tokenizer, text) for text in (" ".join(WORDS), "Anna lives", " in Rome"))
+    context, prompt, ending = (
+        ids(tokenizer, text) for text in (" ".join(WORDS), "Anna lives", " in Rome")
+    )
     kept = torch.tensor([0, 1, 5, 7])
     small = Prefix(select(prefill(model, context[None]).cache, kept), len(context))
     text = torch.cat([prompt, ending])[None]
@@ -124,7 +138,9 @@ def test_log_likelihoods_go_on_at_the_next_position_not_at_the_number_of_entries
         logits = model(text, past_key_values=repeat(small.cache, 1), position_ids=places).logits[0]
     logs = logits.float().log_softmax(-1)
     want = sum(logs[i - 1, text[0, i]].item() for i in range(len(prompt), text.shape[1]))
-    assert log_likelihoods(model, tokenizer, [prompt], [ending], small) == pytest.approx([want], abs=1e-4)
+    assert log_likelihoods(model, tokenizer, [prompt], [ending], small) == pytest.approx(
+        [want], abs=1e-4
+    )
 
 
 def test_prompts_and_endings_must_pair(model, tokenizer):
@@ -150,12 +166,18 @@ def test_multiple_choice_is_the_likeliest_sum(model, tokenizer):
         endings = [ids(tokenizer, f" {choice}<|end|>") for choice in choices]
         scores = [plain(model, prompt, ending) for ending in endings]
         assert pick == np.argmax(scores)
-        means.append(np.argmax([score / len(ending) for score, ending in zip(scores, endings, strict=True)]))
-    assert got.tolist() != means, "the mean a token would have chosen the same: these options tell nothing"
+        means.append(
+            np.argmax([score / len(ending) for score, ending in zip(scores, endings, strict=True)])
+        )
+    assert got.tolist() != means, (
+        "the mean a token would have chosen the same: these options tell nothing"
+    )
 
 
 def test_multiple_choice_finds_what_was_learned(tiny_model, tokenizer):
-    model = copy.deepcopy(tiny_model("Qwen3", vocab_size=400, pad_token_id=0, eos_token_id=1)).requires_grad_(True)
+    model = copy.deepcopy(
+        tiny_model("Qwen3", vocab_size=400, pad_token_id=0, eos_token_id=1)
+    ).requires_grad_(True)
     learned = ["Rome", "turtle", "because", "flute", "Oslo"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(6):
@@ -167,9 +189,14 @@ def test_multiple_choice_finds_what_was_learned(tiny_model, tokenizer):
             model(whole, labels=labels).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    options = [[*learned[i + 1 :], *learned[: i + 1]] for i in range(5)]  # the learned one stands last
+    options = [
+        [*learned[i + 1 :], *learned[: i + 1]] for i in range(5)
+    ]  # the learned one stands last
     assert multiple_choice(model.eval(), tokenizer, CONVERSATIONS, options).tolist() == [4] * 5
-    assert multiple_choice(model, tokenizer, CONVERSATIONS, [o[::-1] for o in options]).tolist() == [0] * 5
+    assert (
+        multiple_choice(model, tokenizer, CONVERSATIONS, [o[::-1] for o in options]).tolist()
+        == [0] * 5
+    )
 
 
 # generated answers
@@ -181,7 +208,9 @@ def generated(model, tokenizer):
     outputs = []
     for conversation in CONVERSATIONS:
         prompt = torch.tensor([prompt_of(tokenizer, conversation)])
-        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
+        output = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False
+        )
         outputs.append(output[0, prompt.shape[1] :].tolist())
     return outputs
 
@@ -211,7 +240,9 @@ def test_answers_are_generates_token_for_token(model, spelled, generated, batch_
 
 
 def test_answers_end_at_the_end_token(model, spelled, generated):
-    end = generated[1][4]  # plays the end token: one row stops there, others go on or stop elsewhere
+    end = generated[1][
+        4
+    ]  # plays the end token: one row stops there, others go on or stop elsewhere
     spelled.eos_token = spelled.convert_ids_to_tokens(end)
     want = [o[: o.index(end) + 1] if end in o else o for o in generated]
     assert len(set(map(len, want))) > 1
@@ -220,7 +251,9 @@ def test_answers_end_at_the_end_token(model, spelled, generated):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_continuations_are_ids_up_to_and_with_the_end_token(model, tokenizer, generated, batch_size):
+def test_continuations_are_ids_up_to_and_with_the_end_token(
+    model, tokenizer, generated, batch_size
+):
     prompts = [prompt_of(tokenizer, conversation) for conversation in CONVERSATIONS]
     end = generated[1][4]
     tokenizer = copy.deepcopy(tokenizer)
@@ -233,9 +266,14 @@ def test_continuations_are_ids_up_to_and_with_the_end_token(model, tokenizer, ge
 def test_a_conversation_is_encoded_as_its_template_says(tokenizer):
     question, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ben"}
     assert tokenizer.decode(encode(tokenizer, [question])) == "<|user|> Who?<|assistant|>"
-    assert tokenizer.decode(encode(tokenizer, [question, answer])) == "<|user|> Who?<|assistant|> Ben<|end|>"
+    assert (
+        tokenizer.decode(encode(tokenizer, [question, answer]))
+        == "<|user|> Who?<|assistant|> Ben<|end|>"
+    )
     thinking = copy.deepcopy(tokenizer)
-    thinking.chat_template = "{{ messages[0].content }}{% if enable_thinking is not false %} hmm{% endif %}"
+    thinking.chat_template = (
+        "{{ messages[0].content }}{% if enable_thinking is not false %} hmm{% endif %}"
+    )
     assert thinking.decode(encode(thinking, [question])) == "Who?"
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
@@ -245,7 +283,9 @@ def test_a_conversation_is_encoded_as_its_template_says(tokenizer):
 def test_answers_are_texts_without_special_tokens(model, tokenizer, generated):
     want = [tokenizer.decode(o, skip_special_tokens=True).strip() for o in generated]
     assert answers(model, tokenizer, CONVERSATIONS, 20) == want
-    assert answers(model, tokenizer, CONVERSATIONS[:1], 3) == [tokenizer.decode(generated[0][:3]).strip()]
+    assert answers(model, tokenizer, CONVERSATIONS[:1], 3) == [
+        tokenizer.decode(generated[0][:3]).strip()
+    ]
 
 
 def test_no_conversation_no_answer(model, tokenizer):

@@ -10,7 +10,9 @@ from kvlab import files
 @pytest.mark.parametrize("writer", ["write_text", "write_tensors"])
 def test_a_kill_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, writer):
     path, write = tmp_path / "file", getattr(files, writer)
-    old, new = ("old", "new") if writer == "write_text" else ({"x": torch.zeros(3)}, {"x": torch.ones(3)})
+    old, new = (
+        ("old", "new") if writer == "write_text" else ({"x": torch.zeros(3)}, {"x": torch.ones(3)})
+    )
     write(path, old)
     before = path.read_bytes()
 
@@ -43,4 +45,7 @@ def test_tensors_come_back_bit_for_bit_whatever_their_layout(tmp_path, dtype):
 def test_bytes_are_those_of_the_values_in_order():
     rows = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     assert bytes(files.as_bytes(rows.T)) == rows.T.contiguous().numpy().tobytes()
-    assert bytes(files.as_bytes(rows.bfloat16())) == rows.bfloat16().view(torch.int16).numpy().tobytes()
+    assert (
+        bytes(files.as_bytes(rows.bfloat16()))
+        == rows.bfloat16().view(torch.int16).numpy().tobytes()
+    )

@@ -86,7 +86,9 @@ def test_the_published_fuser_has_477_8_million_parameters():
         fuser = Fuser(Size(28, 8, 128), Size(24, 2, 64), settings=PUBLISHED)
     assert fuser.num_parameters() == 477_848_056
     inside = 2 * 28 * (1152 * 1024 + 3 * (2 * 1024 * 1024 + 1024) + 1024 * 1024 + 1024 * 8 + 1)
-    assert fuser.num_parameters() - inside == 2 * 28 * (1024 + 1024 + 8)  # the biases of what goes in and out
+    assert fuser.num_parameters() - inside == 2 * 28 * (
+        1024 + 1024 + 8
+    )  # the biases of what goes in and out
 
 
 def test_a_change_is_what_the_equations_say_in_each_layer():
@@ -97,10 +99,14 @@ def test_a_change_is_what_the_equations_say_in_each_layer():
 
     def linear(part, i, x):
         made = x @ part.weight[i]
-        return made if part.bias is None else made + part.bias[i * made.shape[-1] :][: made.shape[-1]]
+        return (
+            made if part.bias is None else made + part.bias[i * made.shape[-1] :][: made.shape[-1]]
+        )
 
     def block(part, i, x):
-        normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * part.norm[24 * i : 24 * i + 24]
+        normed = (
+            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * part.norm[24 * i : 24 * i + 24]
+        )
         up = linear(part.up, i, normed)
         return x + linear(part.down, i, up * (1 + torch.erf(up / math.sqrt(2))) / 2)
 
@@ -109,7 +115,9 @@ def test_a_change_is_what_the_equations_say_in_each_layer():
         x = block(fuser.shared, i, linear(fuser.enter, i, torch.cat((theirs[i], own[i]), -1)))
         change = linear(fuser.change, i, block(fuser.project, i, x))
         weight = torch.sigmoid(linear(fuser.weight, i, block(fuser.weigh, i, x)))
-        expected = torch.cat([weight[:, h, None] * change[:, 16 * h : 16 * h + 16] for h in range(2)], 1)
+        expected = torch.cat(
+            [weight[:, h, None] * change[:, 16 * h : 16 * h + 16] for h in range(2)], 1
+        )
         near(made[i], expected, 1e-4)
 
 
@@ -147,12 +155,17 @@ def test_fusing_leaves_both_caches_as_they_were(pair):
 @pytest.mark.parametrize("moved", [(0, 31), (31, 0), (31, 57)])
 def test_the_change_does_not_depend_on_where_texts_stand(pair, moved):
     ids = tokens(2, 7)
-    here, there = ([read(m, ids, position=p) for m, p in zip(pair, places, strict=True)] for places in ((0, 0), moved))
+    here, there = (
+        [read(m, ids, position=p) for m, p in zip(pair, places, strict=True)]
+        for places in ((0, 0), moved)
+    )
     fuser, published = fuser_of(logit=1), fuser_of(made=ROTATED, logit=1)
     back = kv.shift(fuser(*there), -moved[0], rotary_of(pair[0]))
     near(to_tensor(back), to_tensor(fuser(*here)), 1e-4)
     back = kv.shift(published(*there), -moved[0], rotary_of(pair[0]))
-    assert (to_tensor(back) - to_tensor(published(*here)))[:, 0].abs().max() > 1e-2  # the published one does
+    assert (to_tensor(back) - to_tensor(published(*here)))[
+        :, 0
+    ].abs().max() > 1e-2  # the published one does
     near(to_tensor(back)[:, 1], to_tensor(published(*here))[:, 1], 1e-4)  # values have no position
 
 
@@ -161,11 +174,16 @@ def test_scaled_ropes_are_undone_and_put_back(tiny_model, rope):
     model, ids = tiny_model(rope=rope), tokens(1, 5)
     fuser = fuser_of(sharer=RECEIVER, logit=1)
     with torch.no_grad():
-        for part, value in ((fuser.change, 1.0), (fuser.weight, 30.0)):  # what is added is 1, whatever is read
+        for part, value in (
+            (fuser.change, 1.0),
+            (fuser.weight, 30.0),
+        ):  # what is added is 1, whatever is read
             part.weight.zero_()
             part.bias.fill_(value)
     own = read(model, ids)
-    plain = [to_tensor(kv.unrotate(c, own.positions, own.rotary)) for c in (fuser(own, own), own.cache)]
+    plain = [
+        to_tensor(kv.unrotate(c, own.positions, own.rotary)) for c in (fuser(own, own), own.cache)
+    ]
     near((plain[0] - plain[1])[0], torch.ones(2, 1, 2, 5, 16), 1e-4)
 
 
@@ -173,11 +191,16 @@ def test_scaled_ropes_are_undone_and_put_back(tiny_model, rope):
 def test_every_family_can_be_receiver_and_sharer(tiny_model, pair, family):
     model, ids = tiny_model(family), tokens(1, 6)
     size = Size.of(model.config)
-    for receiver, sharer, sizes in ((model, pair[1], (size, SHARER)), (pair[1], model, (SHARER, size))):
+    for receiver, sharer, sizes in (
+        (model, pair[1], (size, SHARER)),
+        (pair[1], model, (SHARER, size)),
+    ):
         fused = fuser_of(*sizes, logit=1)(read(receiver, ids), read(sharer, ids))
         logits = kv.prefill(receiver, ids[:, :1], fused).logits
         assert torch.isfinite(logits).all()
-        assert not torch.allclose(logits, kv.prefill(receiver, ids[:, :1], read(receiver, ids).cache).logits)
+        assert not torch.allclose(
+            logits, kv.prefill(receiver, ids[:, :1], read(receiver, ids).cache).logits
+        )
 
 
 def test_padding_is_neither_read_nor_changed(pair):
@@ -197,7 +220,11 @@ def test_part_of_a_text_can_be_fused_later(pair):
     for part in (slice(0, 5), slice(5, 8)):
         index = torch.arange(8)[part]
         cut = [
-            x._replace(cache=kv.select(x.cache, index), positions=x.positions[:, part], mask=x.mask[:, part])
+            x._replace(
+                cache=kv.select(x.cache, index),
+                positions=x.positions[:, part],
+                mask=x.mask[:, part],
+            )
             for x in (own, theirs)
         ]
         parts.append(fuser(*cut))
@@ -205,7 +232,9 @@ def test_part_of_a_text_can_be_fused_later(pair):
 
 
 def test_without_the_sharer_nothing_of_it_matters(pair, texts):
-    blind, seeing = (fuser_of(made=Settings(hidden=24, sharer_seen=seen), logit=1) for seen in (False, True))
+    blind, seeing = (
+        fuser_of(made=Settings(hidden=24, sharer_seen=seen), logit=1) for seen in (False, True)
+    )
     other = read(pair[1], tokens(2, 7, seed=5))
     assert torch.equal(to_tensor(blind(*texts)), to_tensor(blind(texts[0], other)))
     assert not torch.allclose(to_tensor(seeing(*texts)), to_tensor(seeing(texts[0], other)))
@@ -222,7 +251,9 @@ def test_half_precision_stays_near_and_keeps_its_dtype(tiny_model, dtype, weight
     assert half.dtype == dtype
     rounding = torch.finfo(dtype).eps * stored.abs().mean() + torch.finfo(torch.bfloat16).eps * 0.2
     assert (half.float() - exact).abs().mean() < rounding < 0.1 * (exact - stored).abs().mean()
-    assert torch.equal(to_tensor(fuser_of(sharer=RECEIVER).to(weights)(own, own)), to_tensor(own.cache))
+    assert torch.equal(
+        to_tensor(fuser_of(sharer=RECEIVER).to(weights)(own, own)), to_tensor(own.cache)
+    )
 
 
 # -- gates
@@ -230,12 +261,17 @@ def test_half_precision_stays_near_and_keeps_its_dtype(tiny_model, dtype, weight
 
 @pytest.mark.parametrize("logit", [-3.0, -0.2, 0.0, 0.2, 3.0])
 def test_gates_in_training_are_open_with_probability_sigma(logit):
-    for noise, chance in (("logistic", 1 / (1 + math.exp(-logit))), ("gumbel", 1 - math.exp(-math.exp(logit)))):
+    for noise, chance in (
+        ("logistic", 1 / (1 + math.exp(-logit))),
+        ("gumbel", 1 - math.exp(-math.exp(logit))),
+    ):
         torch.manual_seed(0)
         fuser = fuser_of(made=Settings(hidden=4, noise=noise), logit=logit)
         for fuser.temperature in (1.0, 0.001):
             drawn = fuser._gates((3, 2, 70, 1, 100, 1))
-            assert abs((drawn > 0.5).float().mean().item() - chance) < 0.01  # 40000 draws: 4 deviations
+            assert (
+                abs((drawn > 0.5).float().mean().item() - chance) < 0.01
+            )  # 40000 draws: 4 deviations
     assert abs(drawn.mean().item() - chance) < 0.01  # cold gates are 0 or 1
 
 
@@ -277,7 +313,9 @@ def test_the_gates_logit_gets_a_gradient_and_sees_each_token_anew(texts):
 
 def test_a_layer_sees_the_weighted_mean_of_the_layers_it_is_mapped_to(pair, texts):
     own, theirs = texts
-    chosen = layer_map(torch.tensor([[0.1, 0.9, 0, 0, 0], [0.5, 0, 0, 0, 0.4], [0, 0, 0.3, 0.2, 0]]), k=2)
+    chosen = layer_map(
+        torch.tensor([[0.1, 0.9, 0, 0, 0], [0.5, 0, 0, 0, 0.4], [0, 0, 0.3, 0.2, 0]]), k=2
+    )
     plain = to_tensor(kv.unrotate(theirs.cache, theirs.positions, theirs.rotary))
     mixed = torch.einsum("rk,rk...->r...", chosen.weights.float(), plain[chosen.indices])
     mixed = kv.rotate(from_tensor(mixed), theirs.positions, theirs.rotary)
@@ -305,7 +343,9 @@ def spans(tokenizer, text):
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
-WORDS = st.text(st.sampled_from("Anna  lives in Rome,\n3+4=7 naïve 中文é 🙂"), min_size=1, max_size=40)
+WORDS = st.text(
+    st.sampled_from("Anna  lives in Rome,\n3+4=7 naïve 中文é 🙂"), min_size=1, max_size=40
+)
 
 
 @settings(deadline=None, max_examples=30)
@@ -323,7 +363,9 @@ def test_tokens_meet_exactly_where_they_spell_the_same_characters(text):
     if own != theirs:
         for i, (a, b) in enumerate(own):
             for j, (c, d) in enumerate(theirs):
-                assert (shares[i, j] > 0) == (max(a, c) < min(b, d))  # every overlapping one is kept
+                assert (shares[i, j] > 0) == (
+                    max(a, c) < min(b, d)
+                )  # every overlapping one is kept
     near(shares.sum(1), torch.ones(len(ids)))
     assert (shares.sum(0) > 0).all()
     longest = align_tokens(one, two, asked(text), keep="longest").shares
@@ -341,14 +383,20 @@ def test_one_tokenizer_with_itself_needs_no_shares(text):
 
 
 @settings(deadline=None, max_examples=20)
-@given(text=WORDS.filter(str.strip), template=st.sampled_from([CHATML, LAX]), system=st.sampled_from(["system", "s"]))
+@given(
+    text=WORDS.filter(str.strip),
+    template=st.sampled_from([CHATML, LAX]),
+    system=st.sampled_from(["system", "s"]),
+)
 def test_where_templates_differ_what_messages_say_is_aligned(text, template, system):
     """Even where a message says what a template writes, as "system" or "s"."""
     one, two = tokenizer_of("lab-draft"), tokenizer_of("lab-draft", template)
     messages = [*asked(system, "system"), *asked(text)]
     ids, other_ids, shares = align_tokens(one, two, messages)
     spoken = one.decode(ids[shares.sum(1) > 0]), two.decode(other_ids[shares.sum(0) > 0])
-    assert "".join(spoken[0].split()) == "".join(spoken[1].split()) == "".join((system + text).split())
+    assert (
+        "".join(spoken[0].split()) == "".join(spoken[1].split()) == "".join((system + text).split())
+    )
     assert set(shares.sum(1).mul(1000).round().int().tolist()) <= {0, 1000}
 
 
@@ -365,7 +413,9 @@ def test_shares_are_the_sharers_tokens_each_token_is_made_of(pair):
     fused = to_tensor(fuser(own, theirs, shares))
     assert torch.equal(fused[..., 2, :], to_tensor(own.cache)[..., 2, :])  # made of none
     plain = to_tensor(kv.unrotate(theirs.cache, theirs.positions, theirs.rotary))
-    made = torch.stack((plain[..., 0, :], plain[..., 1, :] / 4 + plain[..., 2, :] * 3 / 4, plain[..., 3, :]), -2)
+    made = torch.stack(
+        (plain[..., 0, :], plain[..., 1, :] / 4 + plain[..., 2, :] * 3 / 4, plain[..., 3, :]), -2
+    )
     made = kv.rotate(from_tensor(made), own.positions, theirs.rotary)
     same = fuser(own, own._replace(cache=made, rotary=theirs.rotary))
     near(to_tensor(same)[..., :2, :], fused[..., :2, :])
@@ -383,7 +433,12 @@ def lab_pair():
 
 def lab_fuser(logit=None, **made):
     receiver, sharer, *_ = lab_pair()
-    return fuser_of(Size.of(receiver.config), Size.of(sharer.config), made=Settings(hidden=32, **made), logit=logit)
+    return fuser_of(
+        Size.of(receiver.config),
+        Size.of(sharer.config),
+        made=Settings(hidden=32, **made),
+        logit=logit,
+    )
 
 
 LIVES = [("Anna", "Rome"), ("Ben", "the north of Paris"), ("Clara", "Oslo"), ("Dan", "New Berlin")]
@@ -391,7 +446,10 @@ LIVES = [("Anna", "Rome"), ("Ben", "the north of Paris"), ("Clara", "Oslo"), ("D
 
 def lessons():
     ask = [
-        [*asked(f"Where does {who} live? {who} lives in {where}."), {"role": "assistant", "content": where}]
+        [
+            *asked(f"Where does {who} live? {who} lives in {where}."),
+            {"role": "assistant", "content": where},
+        ]
         for who, where in LIVES
     ]
     return [lesson(*lab_pair()[2:], c) for c in ask]
@@ -404,9 +462,13 @@ def test_a_fused_prompt_is_all_but_its_last_token():
     assert [*ids, prompt.receiver_ids[-1]] == prompt.receiver_ids.tolist()
     assert position == kv.length(cache) == len(ids)
     expected = kv.prefill(receiver, prompt.receiver_ids[None]).logits
-    near(kv.prefill(receiver, prompt.receiver_ids[None, -1:], cache).logits, expected, 1e-4)  # closed gates
+    near(
+        kv.prefill(receiver, prompt.receiver_ids[None, -1:], cache).logits, expected, 1e-4
+    )  # closed gates
     opened = fuse_prompt(lab_fuser(logit=1), receiver, sharer, prompt).cache
-    assert (kv.prefill(receiver, prompt.receiver_ids[None, -1:], opened).logits - expected).abs().max() > 1e-2
+    assert (
+        kv.prefill(receiver, prompt.receiver_ids[None, -1:], opened).logits - expected
+    ).abs().max() > 1e-2
 
 
 def test_the_loss_of_a_batch_is_that_of_each_response_behind_its_own_fused_prompt():
@@ -417,13 +479,19 @@ def test_the_loss_of_a_batch_is_that_of_each_response_behind_its_own_fused_promp
     for prompt, response in given:
         fused = fuse_prompt(fuser, receiver, sharer, prompt).cache
         ids = torch.cat((prompt.receiver_ids[-1:], response))[None]
-        places = torch.arange(len(prompt.receiver_ids) - 1, len(prompt.receiver_ids) + len(response))[None]
+        places = torch.arange(
+            len(prompt.receiver_ids) - 1, len(prompt.receiver_ids) + len(response)
+        )[None]
         logits = receiver(ids, past_key_values=fused, position_ids=places).logits
         total += nn.functional.cross_entropy(logits[0, :-1], response, reduction="sum").item()
     assert len({len(x.response) for x in given}) > 1
     assert len({len(x.prompt.receiver_ids) for x in given}) > 1
     assert batch["weights"].sum() == sum(len(x.response) for x in given)
-    near(response_loss(fuser, receiver, sharer, batch)["ce"].item(), total / batch["weights"].sum().item(), 1e-4)
+    near(
+        response_loss(fuser, receiver, sharer, batch)["ce"].item(),
+        total / batch["weights"].sum().item(),
+        1e-4,
+    )
 
 
 def test_only_the_fuser_gets_a_gradient_and_all_of_it_does():
@@ -448,7 +516,9 @@ def test_training_lowers_the_loss_opens_gates_and_changes_no_model():
         seen.append(fuser.temperature)
         return batch["weights"].sum()
 
-    history = train(fuser, receiver, sharer, given, steps=40, batch_size=4, learning_rate=3e-3, weight=weight)
+    history = train(
+        fuser, receiver, sharer, given, steps=40, batch_size=4, learning_rate=3e-3, weight=weight
+    )
     assert response_loss(fuser, receiver, sharer, batch)["ce"].item() < 0.5 * start
     assert history[-1]["open"] == fuser.open_gates().float().mean().item() > 0
     assert not fuser.training
@@ -499,7 +569,11 @@ def exact_pair(tiny_model):
     """The pair and an open fuser in float64."""
     small = {"num_hidden_layers": 5, "num_key_value_heads": 1, "head_dim": 8}
     fuser = fuser_of(made=Settings(hidden=24, dropout=0), logit=1).double()
-    return fuser, tiny_model(dtype=torch.float64), tiny_model(rope="linear", seed=1, dtype=torch.float64, **small)
+    return (
+        fuser,
+        tiny_model(dtype=torch.float64),
+        tiny_model(rope="linear", seed=1, dtype=torch.float64, **small),
+    )
 
 
 def same_tokens(*sizes):
@@ -522,7 +596,12 @@ def loss_in_a_loop(fuser, receiver, sharer, given, said):
         for i in range(begin, ids.shape[1]):
             if i == stop and said:
                 places = torch.arange(begin, stop)
-                new = Read(kv.select(cache, places), places[None], own.rotary, torch.ones_like(places)[None])
+                new = Read(
+                    kv.select(cache, places),
+                    places[None],
+                    own.rotary,
+                    torch.ones_like(places)[None],
+                )
                 cache = kv.join(truncate(cache, begin), fuser(new, kv.part(theirs, begin, stop)))
             cache, logits, _ = kv.prefill(receiver, ids[:, i : i + 1], cache, i)
             losses.append(-logits.log_softmax(-1)[0, ids[0, min(i + 1, ids.shape[1] - 1)]])
@@ -536,7 +615,9 @@ def test_the_loss_with_some_of_the_response_fused_is_that_of_a_plain_loop(exact_
         got = response_loss(*exact_pair, collate(RAGGED), said)["ce"]
         near(got.double(), loss_in_a_loop(*exact_pair, RAGGED, said))
         change = abs(got - response_loss(*exact_pair, collate(RAGGED))["ce"])
-        assert change == 0 if said in (0, 6) else change > 1e-3  # behind six, nothing is left to predict
+        assert (
+            change == 0 if said in (0, 6) else change > 1e-3
+        )  # behind six, nothing is left to predict
 
 
 @pytest.mark.parametrize("said", [0, 1, 3, 5])
@@ -561,7 +642,9 @@ def test_the_gradient_goes_through_what_was_said(exact_pair):
         response_loss(fuser, *exact_pair[1:], batch, said)["ce"].backward()
         with torch.no_grad():
             generator, slope, ends = torch.Generator().manual_seed(said), 0.0, []
-            steps = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in fuser.parameters()]
+            steps = [
+                torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in fuser.parameters()
+            ]
             for p, step in zip(fuser.parameters(), steps, strict=True):
                 slope += 0 if p.grad is None else (p.grad * step).sum().item()
             for size in (1e-3, -2e-3):
@@ -578,13 +661,22 @@ def test_what_was_said_needs_the_same_tokens(exact_pair):
     prompt = RAGGED[0].prompt._replace(shares=torch.eye(6))
     batch = collate([RAGGED[0]._replace(prompt=prompt), *RAGGED[1:]])
     with torch.no_grad():
-        near(response_loss(*exact_pair, batch)["ce"], response_loss(*exact_pair, collate(RAGGED))["ce"])
+        near(
+            response_loss(*exact_pair, batch)["ce"],
+            response_loss(*exact_pair, collate(RAGGED))["ce"],
+        )
     with pytest.raises(CacheError, match="can be fused for the same tokens only"):
         response_loss(*exact_pair, batch, 1)
 
 
 def decode_training(pair, fuser, **options):
-    options = {"steps": 6, "batch_size": 4, "every": 2, "learning_rate": 3e-3, "decode": True} | options
+    options = {
+        "steps": 6,
+        "batch_size": 4,
+        "every": 2,
+        "learning_rate": 3e-3,
+        "decode": True,
+    } | options
     return train(fuser, *pair, RAGGED, **options)
 
 
@@ -605,7 +697,9 @@ def test_each_part_of_a_response_is_drawn_and_none_without_decoding(pair):
         return response_loss(*args, said)
 
     decode_training(pair, fuser_of(), steps=50, loss=spy)
-    assert set(drawn) == set(range(6))  # the longest response has six tokens, the last of which is only predicted
+    assert set(drawn) == set(
+        range(6)
+    )  # the longest response has six tokens, the last of which is only predicted
     drawn.clear()
     decode_training(pair, fuser_of(), steps=3, decode=False, loss=spy)
     assert drawn == [0, 0, 0]
@@ -660,9 +754,13 @@ def test_a_trained_fuser_tells_other_models_from_those_it_was_trained_for(tmp_pa
     train(fuser, receiver, sharer, lessons(), steps=1, batch_size=4)
     fuser = Fuser.from_pretrained(fuser.save_pretrained(tmp_path))
     fuser.warn_of_others(receiver, sharer)
-    fuser.warn_of_others(*(lab.load(name, dtype=torch.bfloat16) for name in ("lab-draft", "lab-teacher")))
+    fuser.warn_of_others(
+        *(lab.load(name, dtype=torch.bfloat16) for name in ("lab-draft", "lab-teacher"))
+    )
     assert not recwarn.list
-    with pytest.warns(UserWarning, match=r"trained with another sharer \(weights sha256 is .* in the file and"):
+    with pytest.warns(
+        UserWarning, match=r"trained with another sharer \(weights sha256 is .* in the file and"
+    ):
         fuser.warn_of_others(receiver, other)
     with pytest.warns(UserWarning, match=r"trained with another receiver \(architecture"):
         fuser.warn_of_others(sharer, sharer)
@@ -675,12 +773,17 @@ def test_a_damaged_folder_is_refused(tmp_path):
     about = json.loads((tmp_path / "fuser.json").read_text())
     for change, reason in (
         ({"version": 7}, "its version is 7"),
-        ({"receiver": {"layers": 2, "heads": 2, "head_dim": 16}}, "from 5 layers to 3, expected from 5 to 2"),
+        (
+            {"receiver": {"layers": 2, "heads": 2, "head_dim": 16}},
+            "from 5 layers to 3, expected from 5 to 2",
+        ),
         ({"settings": {"hidden": 8}}, "size mismatch"),
         ({"settings": {"wide": 8}}, "unexpected keyword"),
     ):
         (tmp_path / "fuser.json").write_text(json.dumps(about | change))
-        with pytest.raises(ValueError, match=rf"holds no fuser of format version 1 (?s:.*){reason}"):
+        with pytest.raises(
+            ValueError, match=rf"holds no fuser of format version 1 (?s:.*){reason}"
+        ):
             Fuser.from_pretrained(tmp_path)
     (tmp_path / "fuser.json").write_text(json.dumps(about))
     (tmp_path / "fuser.safetensors").write_bytes(b"short")
@@ -696,18 +799,30 @@ def test_a_damaged_folder_is_refused(tmp_path):
 def test_caches_that_do_not_fit_are_refused_with_a_sentence(pair, texts):
     own, theirs = texts
     fuser = fuser_of(logit=1)
-    with pytest.raises(CacheError, match=r"receiver's cache has Size\(layers=5, heads=1, head_dim=8\), the fuser was"):
+    with pytest.raises(
+        CacheError,
+        match=r"receiver's cache has Size\(layers=5, heads=1, head_dim=8\), the fuser was",
+    ):
         fuser(theirs, own)
     short = read(pair[1], tokens(2, 5))
-    with pytest.raises(CacheError, match=r"2 texts of 7 tokens, the sharer 2 of 5, expected as many tokens: give shar"):
+    with pytest.raises(
+        CacheError,
+        match=r"2 texts of 7 tokens, the sharer 2 of 5, expected as many tokens: give shar",
+    ):
         fuser(own, short)
     with pytest.raises(CacheError, match=r"shares is \(2, 7, 7\), expected \(2, 7, 5\)"):
         fuser(own, short, torch.ones(2, 7, 7))
-    with pytest.raises(CacheError, match=r"2 texts of 7 tokens, the sharer 1 of 7, expected as many texts"):
+    with pytest.raises(
+        CacheError, match=r"2 texts of 7 tokens, the sharer 1 of 7, expected as many texts"
+    ):
         fuser(own, read(pair[1], tokens(1, 7)))
-    with pytest.raises(CacheError, match=r"positions of the sharer: shape \(2, 6\), expected \(B, T\) = \(2, 7\)"):
+    with pytest.raises(
+        CacheError, match=r"positions of the sharer: shape \(2, 6\), expected \(B, T\) = \(2, 7\)"
+    ):
         fuser(own, theirs._replace(positions=theirs.positions[:, 1:]))
-    with pytest.raises(CacheError, match=r"mask of the receiver: shape \(2, 7\), expected \(B, T\) = \(2, 4\)"):
+    with pytest.raises(
+        CacheError, match=r"mask of the receiver: shape \(2, 7\), expected \(B, T\) = \(2, 4\)"
+    ):
         fuser(own._replace(cache=truncate(own.cache, 4), positions=own.positions[:, :4]), theirs)
 
 
@@ -728,14 +843,19 @@ def test_settings_that_cannot_be_are_refused(wrong, sentence):
 def test_layers_tokenizers_and_lessons_that_do_not_fit_are_refused():
     with pytest.raises(CacheError, match="layer map is from 6 layers to 3, expected from 5 to 3"):
         Fuser(RECEIVER, SHARER, last_aligned(3, 6))
-    one, two = tokenizer_of("lab-draft"), tokenizer_of("lab-draft", CHATML.replace("| trim", "| upper"))
+    one, two = (
+        tokenizer_of("lab-draft"),
+        tokenizer_of("lab-draft", CHATML.replace("| trim", "| upper")),
+    )
     with pytest.raises(CacheError, match="keep is 'some', expected one of all, longest"):
         align_tokens(one, one, asked("a"), keep="some")
     with pytest.raises(CacheError, match="changes message 0, which begins 'Anna': use a tokenizer"):
         align_tokens(one, two, asked("Anna"))
     with pytest.raises(CacheError, match="The conversation is empty"):
         align_tokens(one, one, [])
-    with pytest.raises(CacheError, match="last message is by 'user', expected the assistant's response"):
+    with pytest.raises(
+        CacheError, match="last message is by 'user', expected the assistant's response"
+    ):
         lesson(one, one, asked("Anna"))
     one_token = Aligned(torch.tensor([5]), torch.tensor([5]), torch.eye(1))
     with pytest.raises(CacheError, match="prompt has 1 tokens, expected 2 or more"):
@@ -764,7 +884,9 @@ def test_nothing_is_unexplained_where_the_fused_cache_is_what_the_receiver_would
     others, mask = batch["sharer_ids"][:, :-1], batch["sharer_mask"][:, :-1]
     oracle = lambda own, theirs, shares: read(receiver, others, mask).cache  # noqa: E731
     assert rehearsal_loss(oracle, receiver, sharer, batch)["unexplained"] == 0
-    alone = rehearsal_loss(lambda own, theirs, shares: own.cache, receiver, sharer, batch)["unexplained"]
+    alone = rehearsal_loss(lambda own, theirs, shares: own.cache, receiver, sharer, batch)[
+        "unexplained"
+    ]
     closed = rehearsal_loss(fuser_of(), receiver, sharer, batch)["unexplained"]
     assert alone == closed > 0.1
 
@@ -777,23 +899,36 @@ def test_what_is_unexplained_is_the_error_over_the_variance_of_each_layers_keys_
         for ids, kept in ((prompt.sharer_ids, wanted), (prompt.receiver_ids, made)):
             one = read(receiver, ids[None, :-1])
             kept.append(
-                to_tensor(kv.unrotate(one.cache, one.positions, one.rotary))[:, :, 0].transpose(2, 3).flatten(3)
+                to_tensor(kv.unrotate(one.cache, one.positions, one.rotary))[:, :, 0]
+                .transpose(2, 3)
+                .flatten(3)
             )
     wanted, made = torch.cat(wanted, 2), torch.cat(made, 2)  # (L, 2, tokens, H d)
     parts = [
-        (made[i, j] - wanted[i, j]).square().mean() / wanted[i, j].var(0).mean() for i in range(3) for j in range(2)
+        (made[i, j] - wanted[i, j]).square().mean() / wanted[i, j].var(0).mean()
+        for i in range(3)
+        for j in range(2)
     ]
-    got = rehearsal_loss(lambda own, theirs, shares: own.cache, receiver, sharer, batch)["unexplained"]
+    got = rehearsal_loss(lambda own, theirs, shares: own.cache, receiver, sharer, batch)[
+        "unexplained"
+    ]
     near(got, torch.stack(parts).mean(), 1e-4)
 
 
 def test_rehearsing_explains_more_and_needs_a_place_for_each_blank(pair):
     lessons = blanked_lessons(8, 5, 7, 8)
     fuser = fuser_of(made=Settings(hidden=24, dropout=0, gate=4.0))
-    history = train(fuser, *pair, lessons, steps=30, batch_size=4, learning_rate=1e-2, loss=rehearsal_loss)
+    history = train(
+        fuser, *pair, lessons, steps=30, batch_size=4, learning_rate=1e-2, loss=rehearsal_loss
+    )
     assert history[-1]["unexplained"] < 0.7 * history[0]["unexplained"]
-    longer = Lesson(Aligned(lessons[0].prompt.receiver_ids, tokens(1, 9)[0], torch.ones(8, 9) / 9), torch.tensor([5]))
-    with pytest.raises(CacheError, match="read prompts of other lengths: give each token's blank its place"):
+    longer = Lesson(
+        Aligned(lessons[0].prompt.receiver_ids, tokens(1, 9)[0], torch.ones(8, 9) / 9),
+        torch.tensor([5]),
+    )
+    with pytest.raises(
+        CacheError, match="read prompts of other lengths: give each token's blank its place"
+    ):
         rehearsal_loss(fuser, *pair, collate([longer]))
 
 

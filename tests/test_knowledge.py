@@ -37,14 +37,32 @@ FLAT, FIRST, BEHIND = IDS[:21], 7, 14
 TIGHT = {torch.float32: 1e-5, torch.float64: 1e-9}
 RECORDS = [
     {"question": "Where does Anna live?", "answer": "Rome", "domain": "people"},
-    {"question": "Who sings in the old hall every evening?", "answer": "Ben and his two sons", "domain": "people"},
-    {"question": "What is a hash table?", "answer": "A table that finds a value by a number made from its key."},
+    {
+        "question": "Who sings in the old hall every evening?",
+        "answer": "Ben and his two sons",
+        "domain": "people",
+    },
+    {
+        "question": "What is a hash table?",
+        "answer": "A table that finds a value by a number made from its key.",
+    },
     {"question": "How many apples has Carl?", "answer": "4711", "domain": "fruit"},
-    {"question": "What color is a ripe plum, and what is it like?", "answer": "Blue", "domain": "fruit"},
-    {"question": "Where does Dora live?", "answer": "In Oslo, near the water, with a dog.", "domain": "people"},
+    {
+        "question": "What color is a ripe plum, and what is it like?",
+        "answer": "Blue",
+        "domain": "fruit",
+    },
+    {
+        "question": "Where does Dora live?",
+        "answer": "In Oslo, near the water, with a dog.",
+        "domain": "people",
+    },
     {"question": "Why?", "answer": "Because.", "id": "why"},
 ]
-MORE = [{"question": f"What is number {i}?", "answer": f"It is {i * i}.", "domain": "numbers"} for i in range(6)]
+MORE = [
+    {"question": f"What is number {i}?", "answer": f"It is {i * i}.", "domain": "numbers"}
+    for i in range(6)
+]
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_rope = pytest.mark.parametrize("rope", ["default", "llama3", "yarn"])
@@ -57,7 +75,9 @@ class Bag:
     def __init__(self, width=64, start=0):
         self.width, self.start = width, start
 
-    def encode(self, sentences, *, normalize_embeddings, convert_to_tensor, show_progress_bar=False):
+    def encode(
+        self, sentences, *, normalize_embeddings, convert_to_tensor, show_progress_bar=False
+    ):
         assert normalize_embeddings
         assert convert_to_tensor
         counts = torch.zeros(len(sentences), self.width)
@@ -98,25 +118,39 @@ def test_two_arms_are_the_prefill_of_everything(tiny_model, family, rope, dtype,
     prefix = splice(model, read_all(model), arm)
     near(prefix.cache, everything(model).cache, TIGHT[dtype])
     after = kv.prefill(model, QUESTION, prefix.cache, prefix.next_position)
-    torch.testing.assert_close(after.logits, everything(model, IDS).logits, rtol=0, atol=TIGHT[dtype])
+    torch.testing.assert_close(
+        after.logits, everything(model, IDS).logits, rtol=0, atol=TIGHT[dtype]
+    )
 
 
 @every_family
 @every_rope
 @pytest.mark.parametrize("early", [1, 2, 3])
-def test_computing_all_again_is_exact_and_computing_none_is_shift_above(tiny_model, family, rope, early):
+def test_computing_all_again_is_exact_and_computing_none_is_shift_above(
+    tiny_model, family, rope, early
+):
     model = tiny_model(family, rope, torch.float64)
     pieces, true = read_all(model), everything(model).cache
     near(splice(model, pieces, "recompute", share=1.0, early=early).cache, true, 1e-9)
-    none, moved = splice(model, pieces, "recompute", share=0, early=early).cache, splice(model, pieces, "shift").cache
-    torch.testing.assert_close(tensors(none)[: 2 * early], tensors(true)[: 2 * early], rtol=0, atol=1e-9)
+    none, moved = (
+        splice(model, pieces, "recompute", share=0, early=early).cache,
+        splice(model, pieces, "shift").cache,
+    )
+    torch.testing.assert_close(
+        tensors(none)[: 2 * early], tensors(true)[: 2 * early], rtol=0, atol=1e-9
+    )
     assert all(map(torch.equal, tensors(none)[2 * early :], tensors(moved)[2 * early :]))
-    assert (tensors(moved)[-1] - tensors(true)[-1]).abs().max() > 1e-3  # else the arms would be the same
+    assert (
+        tensors(moved)[-1] - tensors(true)[-1]
+    ).abs().max() > 1e-3  # else the arms would be the same
 
 
 def most_different(model, pieces, early, count):
     """The tokens behind the first piece whose keys and values at one layer differ most, in a plain loop."""
-    true, moved = everything(model).cache.layers[early - 1], splice(model, pieces, "shift").cache.layers[early - 1]
+    true, moved = (
+        everything(model).cache.layers[early - 1],
+        splice(model, pieces, "shift").cache.layers[early - 1],
+    )
     scores = {}
     for token in range(FIRST, len(FLAT)):
         scores[token] = 0.0
@@ -128,7 +162,9 @@ def most_different(model, pieces, early, count):
 
 @every_family
 @pytest.mark.parametrize("share", [0.05, 0.15, 0.25, 0.5, 0.9])
-def test_recompute_computes_that_share_of_tokens_again_those_that_differ_most(tiny_model, family, share):
+def test_recompute_computes_that_share_of_tokens_again_those_that_differ_most(
+    tiny_model, family, share
+):
     model = tiny_model(family, "yarn", torch.float64)
     pieces, ids = read_all(model), torch.tensor([FLAT])
     none = splice(model, pieces, "recompute", share=0).cache
@@ -145,7 +181,9 @@ def test_recompute_computes_that_share_of_tokens_again_those_that_differ_most(ti
 
 @every_family
 @every_rope
-def test_shift_is_each_piece_read_alone_at_its_place_and_concat_at_the_start(tiny_model, family, rope):
+def test_shift_is_each_piece_read_alone_at_its_place_and_concat_at_the_start(
+    tiny_model, family, rope
+):
     model, start = tiny_model(family, rope, torch.float64), 0
     pieces = read_all(model)
     moved, unmoved = (splice(model, pieces, arm).cache for arm in ("shift", "concat"))
@@ -170,7 +208,10 @@ def test_a_single_piece_is_exact_in_every_arm(tiny_model, arm):
 def test_a_splice_knows_its_text_and_leaves_its_pieces_alone(tiny_model, arm):
     model = copy.deepcopy(tiny_model()).requires_grad_(True)
     pieces = read_all(model)
-    frozen = [(kv.clone(p.cache), list(p.input_ids), [t._version for t in tensors(p.cache)]) for p in pieces]
+    frozen = [
+        (kv.clone(p.cache), list(p.input_ids), [t._version for t in tensors(p.cache)])
+        for p in pieces
+    ]
     prefix = splice(model, pieces, arm)
     assert (prefix.next_position, list(prefix.input_ids)) == (len(FLAT), FLAT)
     assert kv.length(prefix.cache) == len(FLAT)
@@ -214,12 +255,16 @@ def test_pieces_are_needed_and_with_keys_and_values_but_to_read_them_anew(tiny_m
 
 def test_a_store_reads_from_disk_only_what_an_arm_needs(make, monkeypatch):
     store, done, original = make(), [], KnowledgeCache._tensors
-    monkeypatch.setattr(KnowledgeCache, "_tensors", lambda self, item: done.append(item.id) or original(self, item))
+    monkeypatch.setattr(
+        KnowledgeCache, "_tensors", lambda self, item: done.append(item.id) or original(self, item)
+    )
     for arm, count in {"full": 0, "prefix": 1, "concat": 3, "shift": 3, "recompute": 3}.items():
         done.clear()
         prefix = store.splice(store.items[:3], arm)
         assert done == [item.id for item in store.items[:count]]
-        assert list(prefix.input_ids) == [token for item in store.items[:3] for token in item.input_ids]
+        assert list(prefix.input_ids) == [
+            token for item in store.items[:3] for token in item.input_ids
+        ]
 
 
 # reading
@@ -235,7 +280,10 @@ def test_hidden_states_are_those_of_the_base_model(tiny_model, family):
 @every_family
 @pytest.mark.parametrize("rows", [2, 3, 5])
 def test_a_text_in_a_batch_is_the_text_alone(tiny_model, family, rows):
-    model, texts = tiny_model(family, dtype=torch.float64), [FLAT[i : 21 - 3 * (i % 5)] for i in range(rows)]
+    model, texts = (
+        tiny_model(family, dtype=torch.float64),
+        [FLAT[i : 21 - 3 * (i % 5)] for i in range(rows)],
+    )
     for ids, piece in zip(texts, knowledge._read(model, texts), strict=True):
         alone = read(model, ids)
         assert (list(piece.input_ids), kv.length(piece.cache)) == (ids, len(ids))
@@ -261,7 +309,9 @@ def model(tiny_model):
 def make(tmp_path, model, tokenizer):
     """Return a function that builds a store in a new folder."""
 
-    def make(records=RECORDS, name="store", embedder=BAG, tokenizer=tokenizer, model=model, **options):
+    def make(
+        records=RECORDS, name="store", embedder=BAG, tokenizer=tokenizer, model=model, **options
+    ):
         return KnowledgeCache.build(tmp_path / name, records, model, tokenizer, embedder, **options)
 
     return make
@@ -273,7 +323,11 @@ def small_shards(monkeypatch):
 
 
 def load(store, **changes):
-    given = {"model": store.model, "tokenizer": store.tokenizer, "embedder": store.embedder} | changes
+    given = {
+        "model": store.model,
+        "tokenizer": store.tokenizer,
+        "embedder": store.embedder,
+    } | changes
     return KnowledgeCache.load(store.folder, **given)
 
 
@@ -284,7 +338,10 @@ def listing(folder):
 
 
 def shown(items):
-    return [(i.id, i.domain, i.question, i.answer, i.input_ids, i.answer_start, i.generated) for i in items]
+    return [
+        (i.id, i.domain, i.question, i.answer, i.input_ids, i.answer_start, i.generated)
+        for i in items
+    ]
 
 
 def same_tensors(one, two):
@@ -292,7 +349,11 @@ def same_tensors(one, two):
     pairs = list(zip(one.items, two.items, strict=True))
     stored = [(one._tensors(a), two._tensors(b)) for a, b in pairs]
     alike = all(a.keys() == b.keys() and all(torch.equal(a[p], b[p]) for p in a) for a, b in stored)
-    return alike and shown(one.items) == shown(two.items) and torch.equal(one.embeddings, two.embeddings)
+    return (
+        alike
+        and shown(one.items) == shown(two.items)
+        and torch.equal(one.embeddings, two.embeddings)
+    )
 
 
 def data_of(store, item):
@@ -317,7 +378,10 @@ def test_what_is_read_is_what_was_computed_bit_for_bit(make, model, keep, dtype)
     for item in store.items:
         got, want = store.read(item), read(model, item.input_ids)
         rounded = [t.to(store.dtype).to(model.dtype) for t in tensors(want.cache)]
-        assert (got.cache is not None, got.hidden_states is not None) == ("kv" in keep, "hidden" in keep)
+        assert (got.cache is not None, got.hidden_states is not None) == (
+            "kv" in keep,
+            "hidden" in keep,
+        )
         assert "kv" not in keep or all(map(torch.equal, tensors(got.cache), rounded))
         assert "hidden" not in keep or torch.equal(
             got.hidden_states, want.hidden_states.to(store.dtype).to(model.dtype)
@@ -347,7 +411,9 @@ def test_items_are_the_records_in_their_order(make):
         assert store["why"].question == "Why?"
         assert not any(item.generated for item in store.items)
         assert store.embeddings.shape == (len(RECORDS), 64)
-        torch.testing.assert_close(store.embeddings, knowledge._embed(BAG, [r["question"] for r in RECORDS]))
+        torch.testing.assert_close(
+            store.embeddings, knowledge._embed(BAG, [r["question"] for r in RECORDS])
+        )
         with pytest.raises(CacheError, match="no item 'nobody'"):
             store["nobody"]
     assert same_tensors(made, load(made))
@@ -357,17 +423,26 @@ def test_ids_are_those_of_the_chat_template(make, tokenizer):
     for item in make().items:
         asked = [{"role": "user", "content": item.question}]
         whole = [*asked, {"role": "assistant", "content": item.answer}]
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert list(item.input_ids) == tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        assert (
+            list(item.input_ids)
+            == tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+        )
         assert list(item.input_ids[: item.answer_start]) == prompt
         assert tokenizer.decode(item.input_ids[item.answer_start :]) == f" {item.answer}<|end|>"
 
 
 def test_a_template_may_open_an_answer_otherwise_than_it_shows_one(make, tokenizer):
     thinking = copy.deepcopy(tokenizer)
-    thinking.chat_template = tokenizer.chat_template.replace("<|assistant|>{% endif", "<|assistant|> thought{% endif")
+    thinking.chat_template = tokenizer.chat_template.replace(
+        "<|assistant|>{% endif", "<|assistant|> thought{% endif"
+    )
     asked = [{"role": "user", "content": RECORDS[0]["question"]}]
-    prompt = thinking.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt = thinking.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     item = make(tokenizer=thinking).items[0]
     assert thinking.decode(prompt).endswith("<|assistant|> thought")
     assert list(item.input_ids[: item.answer_start]) == prompt
@@ -384,14 +459,20 @@ def test_a_tokenizer_needs_no_chat_template(make, tokenizer):
 
 def test_what_is_there_is_skipped(make, tokenizer, model):
     store = make([*RECORDS, RECORDS[1]])
-    before, other = listing(store.folder), {"question": RECORDS[0]["question"], "answer": "Paris", "domain": "people"}
+    before, other = (
+        listing(store.folder),
+        {"question": RECORDS[0]["question"], "answer": "Paris", "domain": "people"},
+    )
     assert len(store) == len(RECORDS)
     assert store.add(RECORDS) == load(store).add(RECORDS[::-1]) == 0
     assert len(make(RECORDS)) == len(RECORDS)
     assert listing(store.folder) == before
     elsewhere = RECORDS[0] | {"domain": "cities"}
     assert store.add([RECORDS[2], other, elsewhere, other]) == 2
-    assert [(i.answer, i.domain) for i in store.items[-2:]] == [("Paris", "people"), ("Rome", "cities")]
+    assert [(i.answer, i.domain) for i in store.items[-2:]] == [
+        ("Paris", "people"),
+        ("Rome", "cities"),
+    ]
     assert same_tensors(store, load(store))
 
 
@@ -407,7 +488,10 @@ def test_what_is_there_is_skipped(make, tokenizer, model):
         (["What?", "That."], "Record 1 has 'question'"),
         ({"question": "What?", "answer": "That.", "id": "why"}, "the id 'why' of another item"),
         ({"question": "What?", "answer": "That.", "id": "new"}, "the id 'new' of another item"),
-        ({"question": "What?", "answer": "long " * 300}, "the model reads up to 256: make it shorter"),
+        (
+            {"question": "What?", "answer": "long " * 300},
+            "the model reads up to 256: make it shorter",
+        ),
     ],
     ids=str,
 )
@@ -435,7 +519,9 @@ def test_too_little_room_is_seen_before_anything_is_written(make, monkeypatch):
 def greedy(model, tokenizer, item, count):
     prompt = torch.tensor([item.input_ids[: item.answer_start]])
     options = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    done = model.generate(prompt, do_sample=False, max_new_tokens=count, repetition_penalty=1.0, **options)
+    done = model.generate(
+        prompt, do_sample=False, max_new_tokens=count, repetition_penalty=1.0, **options
+    )
     return done[0, prompt.shape[1] :].tolist()
 
 
@@ -460,7 +546,9 @@ def test_generated_answers_are_kept_in_the_tokens_of_the_model(make, model, toke
 
 def test_a_generated_answer_holds_its_end_token_and_no_padding(tmp_path, tokenizer):
     model, faq = lab.load("lab-draft"), lab.faq()[:6]
-    store = KnowledgeCache.build(tmp_path / "s", faq, model, tokenizer, generate=True, max_new_tokens=48)
+    store = KnowledgeCache.build(
+        tmp_path / "s", faq, model, tokenizer, generate=True, max_new_tokens=48
+    )
     ended = 0
     for item in store.items:
         made = list(item.input_ids[item.answer_start :])
@@ -478,7 +566,10 @@ def test_an_exported_domain_is_a_store_of_its_own(make, small_shards, tmp_path, 
     assert listing(store.folder) == before
     shutil.rmtree(store.folder)
     store.folder.mkdir()
-    for name, content in before.items():  # what is exported does not need its source, nor what is loaded its past
+    for (
+        name,
+        content,
+    ) in before.items():  # what is exported does not need its source, nor what is loaded its past
         (store.folder / name).parent.mkdir(exist_ok=True)
         (store.folder / name).write_bytes(content)
     chosen = [i for i, item in enumerate(store.items) if domain in (None, item.domain)]
@@ -489,7 +580,9 @@ def test_an_exported_domain_is_a_store_of_its_own(make, small_shards, tmp_path, 
             one, two = copied._tensors(item), store._tensors(store.items[i])
             assert one.keys() == two.keys()
             assert all(torch.equal(one[part], two[part]) for part in one)
-    assert made.add(RECORDS[:3]) == sum(r.get("domain", "") != domain for r in RECORDS[:3]) * (domain is not None)
+    assert made.add(RECORDS[:3]) == sum(r.get("domain", "") != domain for r in RECORDS[:3]) * (
+        domain is not None
+    )
 
 
 def test_an_export_is_brought_up_to_date(make, small_shards, tmp_path):
@@ -510,9 +603,13 @@ def test_an_export_does_not_mix_what_does_not_fit(make, tmp_path):
     store, other = make(), make(MORE, "other", dtype=torch.float16)
     mine = make([{"question": "Why?", "answer": "No.", "id": store.items[0].id}], "mine")
     before = [listing(s.folder) for s in (other, mine)]
-    with pytest.raises(CacheError, match=r"built with other settings than .*: give a new or an empty folder"):
+    with pytest.raises(
+        CacheError, match=r"built with other settings than .*: give a new or an empty folder"
+    ):
         store.export(other.folder)
-    with pytest.raises(CacheError, match=r"another item with the id .*: give a new or an empty folder"):
+    with pytest.raises(
+        CacheError, match=r"another item with the id .*: give a new or an empty folder"
+    ):
         store.export(mine.folder)
     assert [listing(s.folder) for s in (other, mine)] == before
     with pytest.raises(CacheError, match=r"no domain 'stars'.*fruit.*people"):
@@ -550,7 +647,9 @@ def test_the_estimate_is_what_is_written(make, keep, dtype):
     store = make(keep=keep, dtype=dtype)
     had, more = written(store), store.estimate([*RECORDS, *MORE, *MORE])
     assert more > 0
-    assert had == store.estimate([]) + sum(store.bytes_of(len(item.input_ids)) for item in store.items)
+    assert had == store.estimate([]) + sum(
+        store.bytes_of(len(item.input_ids)) for item in store.items
+    )
     store.add(MORE)
     assert written(store) == had + more
     assert store.estimate(MORE) == 0
@@ -595,7 +694,10 @@ def test_shards_change_nothing(make, monkeypatch):
     monkeypatch.setattr(knowledge, "SHARD_BYTES", sizes[0] + sizes[1])
     bytewise = make(name="bytes", batch_size=1)
     assert bytewise.shards[0]["items"] == 2
-    assert all(written_in(bytewise, shard) <= sizes[0] + sizes[1] or shard["items"] == 1 for shard in bytewise.shards)
+    assert all(
+        written_in(bytewise, shard) <= sizes[0] + sizes[1] or shard["items"] == 1
+        for shard in bytewise.shards
+    )
     assert same_tensors(bytewise, one)
     assert len(one.shards) == 1
     assert same_tensors(bytewise.export(bytewise.folder.parent / "again"), one)
@@ -668,7 +770,9 @@ def test_an_embedder_needs_to_take_what_its_protocol_says_and_no_more(make):
             return super().encode(sentences, **options)
 
     make(embedder=Watched()).retrieve("Why?")
-    assert asked == {name for name, parameter in protocol.items() if parameter.kind == parameter.KEYWORD_ONLY}
+    assert asked == {
+        name for name, parameter in protocol.items() if parameter.kind == parameter.KEYWORD_ONLY
+    }
 
 
 def test_a_miss_is_a_miss(make):
@@ -704,9 +808,16 @@ def test_exact_is_exact_but_for_case_punctuation_and_space(make, embedder):
     assert store.retrieve("Rome", k=9, exact=True, threshold=-1) == []
     if embedder is None:
         assert store.retrieve("Where does Anna really live?", threshold=-1) == []
-    store.add([{"question": f"What is {thing}?", "answer": thing} for thing in ("C++", "C#", "1", "-1", "n!=1")])
+    store.add(
+        [
+            {"question": f"What is {thing}?", "answer": thing}
+            for thing in ("C++", "C#", "1", "-1", "n!=1")
+        ]
+    )
     for thing in ("C++", "C#", "1", "-1", "n!=1"):
-        assert [hit.item.answer for hit in store.retrieve(f"what is {thing}", k=9, exact=True)] == [thing]
+        assert [hit.item.answer for hit in store.retrieve(f"what is {thing}", k=9, exact=True)] == [
+            thing
+        ]
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -745,7 +856,9 @@ def test_a_store_belongs_to_its_model(store, tiny_model):
         "weights dtype": tiny_model(dtype=torch.float64, **base),
     }
     for words, other in others.items():
-        with pytest.raises(CacheError, match=f"{store.folder}.*another model.*{words}.*or build another"):
+        with pytest.raises(
+            CacheError, match=f"{store.folder}.*another model.*{words}.*or build another"
+        ):
             load(store, model=other)
         with pytest.raises(CacheError, match=words):
             KnowledgeCache.build(store.folder, MORE, other, store.tokenizer, BAG)
@@ -753,14 +866,20 @@ def test_a_store_belongs_to_its_model(store, tiny_model):
 
 
 def test_a_store_belongs_to_its_tokenizer_and_template(store, tokenizer):
-    before, other, template = listing(store.folder), copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    before, other, template = (
+        listing(store.folder),
+        copy.deepcopy(tokenizer),
+        copy.deepcopy(tokenizer),
+    )
     other.add_tokens(["Rome"])
     template.chat_template = template.chat_template.replace("|> ", "|>")
     refused = {"vocabulary": other, "chat template": template, "vocabulary and chat template": None}
     refused["vocabulary and chat template"] = lab.load_tokenizer("lab-teacher")
     refused["vocabulary and chat template"].chat_template = "{{ messages }}"
     for words, unlike in refused.items():
-        with pytest.raises(CacheError, match=rf"{store.folder}.*another tokenizer \(its {words} differs\)"):
+        with pytest.raises(
+            CacheError, match=rf"{store.folder}.*another tokenizer \(its {words} differs\)"
+        ):
             load(store, tokenizer=unlike)
     used = copy.deepcopy(tokenizer)
     used(["a b c", "d"], padding=True, truncation=True, max_length=2)
@@ -771,13 +890,19 @@ def test_a_store_belongs_to_its_tokenizer_and_template(store, tokenizer):
 def test_a_store_belongs_to_its_embedder(store, make):
     before = listing(store.folder)
     for other in (Bag(32), Bag(start=7)):
-        with pytest.raises(CacheError, match=f"{store.folder}.*load it with the embedder it was built with"):
+        with pytest.raises(
+            CacheError, match=f"{store.folder}.*load it with the embedder it was built with"
+        ):
             load(store, embedder=other)
     without = load(store, embedder=None)
     assert without.retrieve("where does anna live", exact=True)[0].item.answer == "Rome"
-    with pytest.raises(CacheError, match="opened without its embedder: load it with that, or pass exact=True"):
+    with pytest.raises(
+        CacheError, match="opened without its embedder: load it with that, or pass exact=True"
+    ):
         without.retrieve("where does anna live")
-    with pytest.raises(CacheError, match="was built with an embedder: load it with that, to add to it"):
+    with pytest.raises(
+        CacheError, match="was built with an embedder: load it with that, to add to it"
+    ):
         without.add(MORE)
     assert listing(store.folder) == before
     bare = make(name="bare", embedder=None)
@@ -793,7 +918,11 @@ DAMAGE = {
     "truncated data": (data_of, truncate, "bytes, expected"),
     "missing data": (data_of, Path.unlink, "is missing"),
     "missing index": (index_of, Path.unlink, "is missing"),
-    "truncated index": (index_of, truncate, "does? not match its checksum|do not match its checksum"),
+    "truncated index": (
+        index_of,
+        truncate,
+        "does? not match its checksum|do not match its checksum",
+    ),
     "flipped header of index": (index_of, lambda path: flip(path, 20), "is damaged"),
     "flipped end of index": (index_of, flip, "is damaged"),
     "empty data": (data_of, lambda path: path.write_bytes(b""), "has 0 bytes, expected"),
@@ -808,7 +937,9 @@ def test_a_damaged_shard_is_named_and_the_rest_is_saved(store, tmp_path, kind):
     intact = store.export(tmp_path / "intact")
     harm(path)
     before = listing(store.folder)
-    with pytest.raises(CacheError, match=f"{path}.*({words}).*restore it from a copy.*skip_damaged=True.* 2 items"):
+    with pytest.raises(
+        CacheError, match=f"{path}.*({words}).*restore it from a copy.*skip_damaged=True.* 2 items"
+    ):
         load(store)
     with pytest.warns(UserWarning, match=f"2 items are left out. {path}"):
         rest = load(store, skip_damaged=True)
@@ -834,7 +965,9 @@ def test_a_flipped_byte_costs_one_item(store, tmp_path):
     start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     flip(path, start + 100)  # in what stands first: item 0 of the shard
     store = load(store)
-    with pytest.raises(CacheError, match=f"Item '{lost.id}' in {path} is damaged.*export the store and add"):
+    with pytest.raises(
+        CacheError, match=f"Item '{lost.id}' in {path} is damaged.*export the store and add"
+    ):
         store.read(lost)
     with pytest.raises(CacheError, match=lost.id):
         store.splice([spared, lost])
@@ -858,7 +991,12 @@ def test_no_changed_byte_of_a_header_gives_other_tensors(make, dtype):
     content, refused = path.read_bytes(), 0
     size = 8 + int.from_bytes(content[:8], "little")
     for at in range(size):
-        for byte in {*b"IFUB0123456789", content[at] ^ 1, content[at] ^ 0x20, content[at] ^ 0x80} - {content[at]}:
+        for byte in {
+            *b"IFUB0123456789",
+            content[at] ^ 1,
+            content[at] ^ 0x20,
+            content[at] ^ 0x80,
+        } - {content[at]}:
             path.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
             try:
                 got = store._tensors(item)["kv"]
@@ -873,12 +1011,16 @@ def test_no_changed_byte_of_a_header_gives_other_tensors(make, dtype):
 def test_a_shard_that_vanishes_after_opening_is_named(store):
     path = data_of(store, store.items[0])
     path.unlink()
-    with pytest.raises(CacheError, match=f"cannot be read from {path}.*restore the file from a copy"):
+    with pytest.raises(
+        CacheError, match=f"cannot be read from {path}.*restore the file from a copy"
+    ):
         store.read(store.items[0])
     assert store.read(store.items[2]).cache is not None
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe garbage", b'{"shards": []}'], ids=str)
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe garbage", b'{"shards": []}'], ids=str
+)
 def test_garbage_for_a_manifest(store, content):
     path, copy = (store.folder / name for name in knowledge.MANIFESTS)
     path.write_bytes(content)
@@ -930,7 +1072,9 @@ def test_another_format_version_is_refused(store):
     del manifest["checksum"]
     manifest["version"] = 2
     path.write_text(json.dumps({"checksum": knowledge._json_sum(manifest), **manifest}))
-    with pytest.raises(CacheError, match=f"{store.folder} has format version 2, this kvlab reads 1: use the kvlab"):
+    with pytest.raises(
+        CacheError, match=f"{store.folder} has format version 2, this kvlab reads 1: use the kvlab"
+    ):
         load(store)
 
 
@@ -979,7 +1123,12 @@ def kill_at(monkeypatch, module, name, number, after):
     return undo
 
 
-POINTS = [(files, "save_file"), (files, "_replace"), (knowledge, "write_text"), (knowledge, "write_tensors")]
+POINTS = [
+    (files, "save_file"),
+    (files, "_replace"),
+    (knowledge, "write_text"),
+    (knowledge, "write_tensors"),
+]
 points = pytest.mark.parametrize(
     ("module", "name", "after"),
     [(*point, after) for point in POINTS for after in (False, True)],
@@ -988,7 +1137,9 @@ points = pytest.mark.parametrize(
 
 
 @points
-def test_a_kill_while_adding_leaves_the_old_or_the_new(make, small_shards, monkeypatch, module, name, after):
+def test_a_kill_while_adding_leaves_the_old_or_the_new(
+    make, small_shards, monkeypatch, module, name, after
+):
     records, number, seen = RECORDS[:2] + MORE[:5], 0, []
     before = make(records[:2], name="before")
     while True:
@@ -1005,7 +1156,9 @@ def test_a_kill_while_adding_leaves_the_old_or_the_new(make, small_shards, monke
             undo()
         left = load(store)
         seen.append(len(left))
-        assert [item.question for item in left.items] == [r["question"] for r in records[: len(left)]]
+        assert [item.question for item in left.items] == [
+            r["question"] for r in records[: len(left)]
+        ]
         assert left.embeddings.shape[0] == len(left)
         for item in left.items[2:]:
             near(left.read(item).cache, read(left.model, item.input_ids).cache, 1e-5)
@@ -1024,11 +1177,17 @@ def test_a_kill_while_adding_leaves_the_old_or_the_new(make, small_shards, monke
 def expect_no_leftovers(store):
     named = {path for shard in store.shards for path in store._paths(shard["name"])}
     assert set((store.folder / "shards").iterdir()) == named
-    assert {path.name for path in store.folder.iterdir()} <= {*knowledge.MANIFESTS, "shards", ".lock"}
+    assert {path.name for path in store.folder.iterdir()} <= {
+        *knowledge.MANIFESTS,
+        "shards",
+        ".lock",
+    }
 
 
 @points
-def test_a_kill_while_making_a_store_leaves_none_or_an_empty_one(make, monkeypatch, tmp_path, module, name, after):
+def test_a_kill_while_making_a_store_leaves_none_or_an_empty_one(
+    make, monkeypatch, tmp_path, module, name, after
+):
     for number in range(2):
         undo = kill_at(monkeypatch, module, name, number, after)
         try:
@@ -1071,7 +1230,11 @@ assert killed
 
 
 def in_python(*command, timeout=200):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, *command]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -1085,7 +1248,9 @@ def test_a_real_kill_at_any_moment(tmp_path, model, tokenizer):
         folder = tmp_path / str(number)
         if (folder / "manifest.json").exists():
             left = KnowledgeCache.load(folder, model, tokenizer, BAG)
-            assert [item.question for item in left.items] == [r["question"] for r in records[: len(left)]]
+            assert [item.question for item in left.items] == [
+                r["question"] for r in records[: len(left)]
+            ]
             assert all(left.read(item).cache is not None for item in left.items)
         store = KnowledgeCache.build(folder, records, model, tokenizer, BAG)
         assert [item.question for item in load(store).items] == [r["question"] for r in records]
@@ -1096,7 +1261,9 @@ def test_one_adds_and_others_read(store):
     other = load(store)
     before = listing(store.folder)
     with FileLock(store.folder / ".lock", timeout=0):
-        with pytest.raises(CacheError, match=f"Another writer is adding to {store.folder}: wait until it is done"):
+        with pytest.raises(
+            CacheError, match=f"Another writer is adding to {store.folder}: wait until it is done"
+        ):
             other.add(MORE)
         reader = load(store)
         assert reader.retrieve("Where does Anna live?")[0].item.answer == "Rome"
@@ -1170,10 +1337,22 @@ if __name__ == "__main__":
 def test_two_processes_make_the_store_of_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO.format(tests=str(ROOT / "tests")))
-    in_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path / "two")
+    in_python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        tmp_path / "two",
+    )
     one = runpy.run_path(str(script), run_name="alone")["main"](tmp_path / "one")
     two = KnowledgeCache.load(tmp_path / "two", one.model, one.tokenizer, BAG)
-    assert [s["items"] for s in two.shards] == [s["items"] for s in one.shards] == [3, 3, 3, 3, 1, 3, 1]
+    assert (
+        [s["items"] for s in two.shards]
+        == [s["items"] for s in one.shards]
+        == [3, 3, 3, 3, 1, 3, 1]
+    )
     assert shown(two.items) == shown(one.items)
     torch.testing.assert_close(two.embeddings, one.embeddings)
     for a, b in zip(two.items, one.items, strict=True):
@@ -1195,7 +1374,9 @@ def test_the_faq_finds_itself(tmp_path, tokenizer):
         assert store.retrieve(item.question, domain=item.domain)[0].item is item
         assert tokenizer.decode(item.input_ids[item.answer_start :]) == f" {item.answer}<|end|>"
     asked = [(record["id"], text) for record in faq for text in record["paraphrases"][:2]]
-    right = [[hit.item.id for hit in store.retrieve(text, threshold=-1)] == [id] for id, text in asked]
+    right = [
+        [hit.item.id for hit in store.retrieve(text, threshold=-1)] == [id] for id, text in asked
+    ]
     assert np.mean(right) > 0.95
 
 
@@ -1214,7 +1395,11 @@ def test_what_is_not_a_stores_own_is_never_deleted(make, tmp_path):
     before = listing(store.folder)
     store.add(MORE)
     after = listing(store.folder)
-    assert all(after[name] == content for name, content in before.items() if name not in knowledge.MANIFESTS)
+    assert all(
+        after[name] == content
+        for name, content in before.items()
+        if name not in knowledge.MANIFESTS
+    )
 
 
 def test_a_model_that_was_trained_after_loading_is_refused_before_anything_is_added(make):
@@ -1222,7 +1407,9 @@ def test_a_model_that_was_trained_after_loading_is_refused_before_anything_is_ad
     store.model = copy.deepcopy(store.model)
     store.model.model.layers[0].mlp.up_proj.weight.data += 0.1
     before = listing(store.folder)
-    with pytest.raises(CacheError, match=r"model has changed since the store was opened .*weights sha256"):
+    with pytest.raises(
+        CacheError, match=r"model has changed since the store was opened .*weights sha256"
+    ):
         store.add(MORE)
     assert listing(store.folder) == before
 
@@ -1243,12 +1430,18 @@ def test_vectors_need_not_be_tensors_or_of_unit_length(make):
         store = make(name=str(number), embedder=Odd(change))
         assert torch.allclose(store.embeddings, want.embeddings)
         hit = store.retrieve("Where does she live?", threshold=-1)[0]
-        assert hit.score == pytest.approx(want.retrieve("Where does she live?", threshold=-1)[0].score)
+        assert hit.score == pytest.approx(
+            want.retrieve("Where does she live?", threshold=-1)[0].score
+        )
 
 
-@pytest.mark.parametrize("change", [lambda v: v[:0], lambda v: v[0], lambda v: v / 0], ids=["rows", "flat", "nan"])
+@pytest.mark.parametrize(
+    "change", [lambda v: v[:0], lambda v: v[0], lambda v: v / 0], ids=["rows", "flat", "nan"]
+)
 def test_vectors_that_do_not_fit_are_refused_before_anything_is_written(make, tmp_path, change):
-    with pytest.raises(CacheError, match=r"The embedder gave \(.*expected one vector of finite numbers for each"):
+    with pytest.raises(
+        CacheError, match=r"The embedder gave \(.*expected one vector of finite numbers for each"
+    ):
         make(embedder=Odd(change))
     assert not (tmp_path / "store").exists()
 
@@ -1258,7 +1451,9 @@ def test_bad_records_leave_no_store_behind(make, tmp_path):
         with pytest.raises(CacheError, match="'answer' = "):
             make(records)
     for records in (RECORDS[0], "text", None, pd.DataFrame(RECORDS)):
-        with pytest.raises(CacheError, match=f"records is a {type(records).__name__}: give a list of mappings"):
+        with pytest.raises(
+            CacheError, match=f"records is a {type(records).__name__}: give a list of mappings"
+        ):
             make(records)
     with pytest.raises(CacheError, match="max_new_tokens is 0"):
         make(generate=True, max_new_tokens=0)
@@ -1270,12 +1465,19 @@ def test_a_removed_item_is_gone_and_can_be_put_right(make, small_shards, tmp_pat
     old = store.items[1]
     store.remove([old.id])
     for left in (store, load(store)):
-        assert shown(left.items) == shown([item for item in make(name="all").items if item.id != old.id])
+        assert shown(left.items) == shown(
+            [item for item in make(name="all").items if item.id != old.id]
+        )
         assert len(left.embeddings) == len(left) == len(RECORDS) - 1
         assert old.id not in left
         for item in left:
             near(left.read(item).cache, read(left.model, item.input_ids).cache, 1e-5)
-    assert store.add([{"question": old.question, "answer": "Another.", "domain": old.domain, "id": old.id}]) == 1
+    assert (
+        store.add(
+            [{"question": old.question, "answer": "Another.", "domain": old.domain, "id": old.id}]
+        )
+        == 1
+    )
     assert load(store)[old.id].answer == "Another."
     store.remove([store.items[0].id, old.id])
     assert len(load(store)) == len(RECORDS) - 2
@@ -1301,9 +1503,15 @@ def test_items_hits_and_ids_will_do_and_others_are_refused(make):
 
 def test_pieces_that_are_not_what_they_say_are_refused(tiny_model):
     model, piece = tiny_model(), read(tiny_model(), PIECES[0])
-    odd = [piece._replace(input_ids=PIECES[0][:-1]), read(tiny_model(num_hidden_layers=2), PIECES[0])]
+    odd = [
+        piece._replace(input_ids=PIECES[0][:-1]),
+        read(tiny_model(num_hidden_layers=2), PIECES[0]),
+    ]
     for wrong, arm in itertools.product(odd, ARMS[1:]):
-        with pytest.raises(CacheError, match=r"A piece has \d+ ids, and a cache .* the model has 3: give what `read`"):
+        with pytest.raises(
+            CacheError,
+            match=r"A piece has \d+ ids, and a cache .* the model has 3: give what `read`",
+        ):
             splice(model, [wrong, piece], arm)
     many = [piece] * (256 // len(PIECES[0]) + 1)
     with pytest.raises(CacheError, match="tokens, the model reads up to 256: give fewer"):
@@ -1341,7 +1549,10 @@ def test_spliced_items_and_a_question_are_one_conversation(make, tokenizer, open
     store = make(tokenizer=tokenizer)
     items, turns = store.items[:3], []
     for item in items:
-        turns += [{"role": "user", "content": item.question}, {"role": "assistant", "content": item.answer}]
+        turns += [
+            {"role": "user", "content": item.question},
+            {"role": "assistant", "content": item.answer},
+        ]
     turns.append({"role": "user", "content": "And now?"})
     whole = encode(tokenizer, turns)
     assert len(tokenizer(opening).input_ids) == knowledge._opening(tokenizer)
@@ -1363,13 +1574,17 @@ def test_a_later_item_is_moved_as_if_its_opening_were_not_there(make, tokenizer)
     alone = kv.shift(store.read(second).cache, begin - start, kv.rotary_of(store.model))
     spliced = store.splice([first, second], "shift").cache
     for got, want in zip(spliced.layers, alone.layers, strict=True):
-        torch.testing.assert_close(got.keys[:, :, begin:], want.keys[:, :, start:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            got.keys[:, :, begin:], want.keys[:, :, start:], rtol=0, atol=1e-5
+        )
         assert torch.equal(got.values[:, :, begin:], want.values[:, :, start:])
 
 
 def test_a_template_whose_first_turn_has_a_form_of_its_own_has_no_opening(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{% if loop.first %}<|system|>{% endif %}{{ m.content }}."
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.first %}<|system|>{% endif %}{{ m.content }}."
+    )
     tokenizer.chat_template += "{% if loop.first %} First.{% endif %}{% endfor %}<|assistant|>"
     assert knowledge._opening(tokenizer) == 0
 
@@ -1384,7 +1599,9 @@ def halved(model):
         count = input_ids.shape[1]
         positions = torch.tensor([[*range(count // 2), count - 1]])
         cache = kv.select(kv.prefill(model, input_ids).cache, positions)
-        return Compressed(kv.Prefix(cache, count, input_ids[0].tolist()), positions, torch.zeros(1, count))
+        return Compressed(
+            kv.Prefix(cache, count, input_ids[0].tolist()), positions, torch.zeros(1, count)
+        )
 
     return compress
 
@@ -1395,11 +1612,19 @@ def test_a_compressed_item_is_kept_with_fewer_entries_and_where_they_stand(make,
         piece, expected = load(store).read(item), halved(model)(torch.tensor([item.input_ids]))
         near(piece.cache, expected.prefix.cache, 1e-5)
         assert piece.positions.tolist() == expected.positions[0].tolist()
-        assert item.kept == len(piece.positions) < len(piece.input_ids) == len(whole[item.id].input_ids)
+        assert (
+            item.kept
+            == len(piece.positions)
+            < len(piece.input_ids)
+            == len(whole[item.id].input_ids)
+        )
     sizes = [s.summary().loc["all", "size (MB)"] * 1e6 for s in (store, whole)]
     kept, tokens = sum(i.kept for i in store), sum(len(i.input_ids) for i in store)
     assert sizes[0] / sizes[1] == pytest.approx(kept / tokens)
-    assert data_of(store, store.items[0]).stat().st_size < data_of(whole, whole.items[0]).stat().st_size
+    assert (
+        data_of(store, store.items[0]).stat().st_size
+        < data_of(whole, whole.items[0]).stat().st_size
+    )
     assert all(piece.positions is None for piece in map(whole.read, whole))
 
 
@@ -1407,7 +1632,10 @@ def test_a_compressed_item_is_kept_with_fewer_entries_and_where_they_stand(make,
 def test_a_single_compressed_item_is_continued_at_the_length_of_its_text(make, model, arm):
     store = make(compress=halved(model))
     item = store.items[1]
-    prefix, expected = store.splice([item], arm), halved(model)(torch.tensor([item.input_ids])).prefix
+    prefix, expected = (
+        store.splice([item], arm),
+        halved(model)(torch.tensor([item.input_ids])).prefix,
+    )
     near(prefix.cache, expected.cache, 1e-5)
     assert prefix.next_position == len(item.input_ids)
 
@@ -1421,7 +1649,11 @@ def test_compressed_items_behind_one_another_stand_where_their_texts_would(make,
     near(prefix.cache, kv.join(parts[0], kv.shift(parts[1], start, rotary)), 1e-4)
     assert prefix.next_position == start + len(two.input_ids)
     read_anew = store.splice([one, two], "prefix")
-    near(read_anew.cache, kv.prefill(model, torch.tensor([two.input_ids]), parts[0], start).cache, 1e-4)
+    near(
+        read_anew.cache,
+        kv.prefill(model, torch.tensor([two.input_ids]), parts[0], start).cache,
+        1e-4,
+    )
 
 
 def test_what_opens_a_conversation_is_left_out_of_later_compressed_items(make, model, monkeypatch):
@@ -1443,10 +1675,14 @@ def test_an_export_of_compressed_items_is_the_same(make, model, tmp_path):
 
 def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tmp_path):
     store, first = make(compress=halved(model)), halved(model)
-    with pytest.raises(CacheError, match=r"compressed, and what was evicted cannot be computed again.*another arm"):
+    with pytest.raises(
+        CacheError, match=r"compressed, and what was evicted cannot be computed again.*another arm"
+    ):
         store.splice(store.items[:2], "recompute")
     by_head = lambda ids: first(ids)._replace(positions=torch.zeros(2, 1, 2, 3))  # noqa: E731
-    with pytest.raises(CacheError, match=r"positions \(2, 1, 2, 3\) .* let all heads keep the same"):
+    with pytest.raises(
+        CacheError, match=r"positions \(2, 1, 2, 3\) .* let all heads keep the same"
+    ):
         make(name="by_head", compress=by_head)
     moved = lambda ids: compact(first(ids), kv.rotary_of(model))  # noqa: E731
     with pytest.raises(CacheError, match="moved the entries: give them where they stood"):

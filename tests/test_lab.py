@@ -23,16 +23,27 @@ SPECIAL = (PAD, END, *ROLES)
 
 def parsers(texts, attribute):
     """Patterns that read the subject (and value) back from a statement or question."""
-    patterns = [re.escape(t).replace(r"\{s\}", r"(?P<s>\w+)").replace(r"\{v\}", r"(?P<v>\w+)") for t in texts]
+    patterns = [
+        re.escape(t).replace(r"\{s\}", r"(?P<s>\w+)").replace(r"\{v\}", r"(?P<v>\w+)")
+        for t in texts
+    ]
     return [(re.compile(pattern), attribute) for pattern in patterns]
 
 
-STATEMENTS = [p for name, relation in worlds.RELATIONS.items() for p in parsers(relation.statements, name)]
-QUESTIONS = [p for name, relation in worlds.RELATIONS.items() for p in parsers(relation.questions, name)]
+STATEMENTS = [
+    p for name, relation in worlds.RELATIONS.items() for p in parsers(relation.statements, name)
+]
+QUESTIONS = [
+    p for name, relation in worlds.RELATIONS.items() for p in parsers(relation.questions, name)
+]
 
 
 def read(sentence, patterns):
-    found = [(match.groupdict(), name) for pattern, name in patterns if (match := pattern.fullmatch(sentence))]
+    found = [
+        (match.groupdict(), name)
+        for pattern, name in patterns
+        if (match := pattern.fullmatch(sentence))
+    ]
     assert len(found) == 1, f"{sentence!r} reads in {len(found)} ways"
     return (found[0][0]["s"], found[0][1], *([found[0][0]["v"]] if "v" in found[0][0] else []))
 
@@ -64,7 +75,12 @@ def test_a_passage_states_its_facts_once(n_facts, test):
     for seed in range(20):
         passage = worlds.make_passage(random.Random(seed), n_facts, test)
         facts = {(f.subject, f.attribute, f.value) for f in passage.facts}
-        assert len(passage.facts) == n_facts == len({fact[:2] for fact in facts}) == passage.text.count(".")
+        assert (
+            len(passage.facts)
+            == n_facts
+            == len({fact[:2] for fact in facts})
+            == passage.text.count(".")
+        )
         assert stated(passage.text) == facts
 
 
@@ -77,15 +93,30 @@ def quick_hash(monkeypatch):
 @pytest.mark.usefixtures("quick_hash")
 def test_training_and_test_facts_are_disjoint():
     rng = random.Random(0)
-    seen = {test: {f for _ in range(700) for f in worlds.make_passage(rng, 30, test).facts} for test in (False, True)}
-    assert len(seen[False]) > 6000  # a good part of all there are, so that the next line says something
+    seen = {
+        test: {f for _ in range(700) for f in worlds.make_passage(rng, 30, test).facts}
+        for test in (False, True)
+    }
+    assert (
+        len(seen[False]) > 6000
+    )  # a good part of all there are, so that the next line says something
     assert len(seen[True]) > 1200
     assert not seen[False] & seen[True]
 
 
 def test_a_tenth_of_all_facts_is_held_out():
-    facts = [(s, a, v) for s in worlds.NAMES for a, relation in worlds.PEOPLE.items() for v in relation.values]
-    facts += [(s, a, v) for s in worlds.THINGS for a, relation in worlds.OBJECTS.items() for v in relation.values]
+    facts = [
+        (s, a, v)
+        for s in worlds.NAMES
+        for a, relation in worlds.PEOPLE.items()
+        for v in relation.values
+    ]
+    facts += [
+        (s, a, v)
+        for s in worlds.THINGS
+        for a, relation in worlds.OBJECTS.items()
+        for v in relation.values
+    ]
     assert 0.09 < sum(worlds.is_held_out(*fact) for fact in facts) / len(facts) < 0.115
 
 
@@ -93,7 +124,9 @@ def test_a_tenth_of_all_facts_is_held_out():
 def test_free_questions_are_answered_by_the_passage(test):
     rng = random.Random(1)
     for _ in range(200):
-        document = worlds.reading_document(rng, rng.randint(2, 20), ["free"] * 3, test, parts=rng.randint(1, 3))
+        document = worlds.reading_document(
+            rng, rng.randint(2, 20), ["free"] * 3, test, parts=rng.randint(1, 3)
+        )
         facts = stated(passage_of(document))
         for question, answer in asked(document):
             assert (*read(question, QUESTIONS), answer) in facts
@@ -110,13 +143,17 @@ def test_unanswerable_questions_are_not():
             assert (subject, attribute) not in {fact[:2] for fact in facts}
             assert attribute in (worlds.PEOPLE if subject in worlds.NAMES else worlds.OBJECTS)
             others += subject not in {fact[0] for fact in facts}
-    assert 0.1 < others / 900 < 0.4  # mostly about somebody of the passage: the name alone must not tell
+    assert (
+        0.1 < others / 900 < 0.4
+    )  # mostly about somebody of the passage: the name alone must not tell
     assert all(worlds.UNKNOWN not in relation.values for relation in worlds.RELATIONS.values())
 
 
 def test_an_unanswerable_question_is_found_where_the_passage_leaves_nothing_open():
     everything = tuple(worlds.Fact("lamp", a, r.values[0]) for a, r in worlds.OBJECTS.items())
-    passage = worlds.Passage(everything, " ".join(f.statement(random.Random(0)) for f in everything))
+    passage = worlds.Passage(
+        everything, " ".join(f.statement(random.Random(0)) for f in everything)
+    )
     for seed in range(30):
         question, answer = worlds.ask_unanswerable(random.Random(seed), passage)
         assert answer == worlds.UNKNOWN
@@ -185,11 +222,15 @@ def compute(operator, value, n):
 
 def solve(question):
     """Name, noun, style and the (operator, operand) chain of a word problem, read from its words."""
-    story, noun, name, style = re.fullmatch(r"(.*) How many (\w+) does (\w+) have\? (.*)", question).groups()
+    story, noun, name, style = re.fullmatch(
+        r"(.*) How many (\w+) does (\w+) have\? (.*)", question
+    ).groups()
     chain = []
     for sentence in story.rstrip(".").split(". "):
         who, event = sentence.split(" ", 1)
-        ((operator, match),) = [(o, match) for o, told in TOLD.items() if (match := re.fullmatch(told, event))]
+        ((operator, match),) = [
+            (o, match) for o, told in TOLD.items() if (match := re.fullmatch(told, event))
+        ]
         assert who == name
         chain.append((operator, int(next(group for group in match.groups() if group))))
     assert [operator == "=" for operator, _ in chain] == [True] + [False] * (len(chain) - 1)
@@ -235,12 +276,18 @@ def test_solutions_are_right(style, test):
 
 def test_training_and_test_problems_are_disjoint():
     rng = random.Random(7)
-    draws = {test: {worlds.make_problem(rng, i % 2 + 1, test) for i in range(3000)} for test in (False, True)}
+    draws = {
+        test: {worlds.make_problem(rng, i % 2 + 1, test) for i in range(3000)}
+        for test in (False, True)
+    }
     assert len(draws[False]) > 1200
     assert len(draws[True]) > 300
     assert not draws[False] & draws[True]
     written = {
-        test: {solve(worlds.arithmetic_document(rng, 1, "short", test)[0]["content"])[-1] for _ in range(1000)}
+        test: {
+            solve(worlds.arithmetic_document(rng, 1, "short", test)[0]["content"])[-1]
+            for _ in range(1000)
+        }
         for test in (False, True)
     }
     assert not written[False] & written[True]
@@ -269,7 +316,9 @@ def test_a_seed_is_a_document(make):
 def test_reports_ask_what_training_never_shows():
     for document in report.questions("free", 50, (8, 16), seed=0):
         assert all(worlds.is_held_out(*fact) for fact in stated(passage_of(document)))
-    assert report.questions("free", 5, (2, 4), seed=0) == report.questions("free", 5, (2, 4), seed=0)
+    assert report.questions("free", 5, (2, 4), seed=0) == report.questions(
+        "free", 5, (2, 4), seed=0
+    )
     assert report.problems(2, "long", 5, seed=0) != report.problems(2, "long", 5, seed=1)
     for document in report.problems(2, "long", 50, seed=0):
         *_, chain = solve(document[0]["content"])
@@ -332,14 +381,20 @@ def test_a_request_asks_about_somebody_in_its_passage(test):
             requests[index]
 
 
-@pytest.mark.parametrize("behind", ["", "\n"])  # what a chat template may have behind the end of an answer
+@pytest.mark.parametrize(
+    "behind", ["", "\n"]
+)  # what a chat template may have behind the end of an answer
 @pytest.mark.parametrize("kind", ["free", "about"])
 def test_blanks_hide_what_facts_say_and_nothing_else(kind, behind):
     tokenizer = copy.deepcopy(models.load_tokenizer("lab-draft"))
     tokenizer.chat_template = tokenizer.chat_template.replace(END, END + behind)
-    assert tokenizer.apply_chat_template([{"role": "assistant", "content": "a"}], tokenize=False).endswith(END + behind)
+    assert tokenizer.apply_chat_template(
+        [{"role": "assistant", "content": "a"}], tokenize=False
+    ).endswith(END + behind)
     blank = tokenizer(" unknown", add_special_tokens=False).input_ids[0]
-    for blanks, shown, answer in corpora.blanked(tokenizer, 20, (4, 8), seed=1, test=True, kind=kind):
+    for blanks, shown, answer in corpora.blanked(
+        tokenizer, 20, (4, 8), seed=1, test=True, kind=kind
+    ):
         hidden = blanks != shown
         assert hidden.any()
         assert (blanks[hidden] == blank).all()
@@ -374,7 +429,11 @@ def test_a_problem_is_solved_in_both_styles_and_held_out_or_not(test):
         *again, other, same = solve(long[0]["content"])
         assert (story, chain) == (again, same)
         assert (wanted, other) == (worlds.STYLES["short"], worlds.STYLES["long"])
-        assert report.result(short[1]["content"]) == report.result(long[1]["content"]) == str(values_of(chain)[-1])
+        assert (
+            report.result(short[1]["content"])
+            == report.result(long[1]["content"])
+            == str(values_of(chain)[-1])
+        )
         assert len(short[1]["content"]) < len(long[1]["content"])
         assert worlds.is_held_out(chain[0][1], *chain[1:]) is test
         sizes.add(len(chain) - 1)
@@ -413,7 +472,10 @@ def test_faq_languages_are_aligned():
     for en, zh in zip(corpora.faq("en"), corpora.faq("zh"), strict=True):
         assert (en["id"], en["domain"]) == (zh["id"], zh["domain"])
         assert en["question"].isascii()
-        assert all(re.search("[一-鿿]", text) for text in (zh["question"], zh["answer"], *zh["paraphrases"]))
+        assert all(
+            re.search("[一-鿿]", text)
+            for text in (zh["question"], zh["answer"], *zh["paraphrases"])
+        )
 
 
 def test_an_unknown_faq_language_is_refused():
@@ -432,7 +494,10 @@ def test_held_out_paraphrases_are_in_no_training_text():
 
 
 def test_faq_documents_answer_their_question():
-    rng, right = random.Random(1), {(q, i["answer"]) for i in corpora.faq() for q in (i["question"], *i["paraphrases"])}
+    rng, right = (
+        random.Random(1),
+        {(q, i["answer"]) for i in corpora.faq() for q in (i["question"], *i["paraphrases"])},
+    )
     assert all(asked(corpora.faq_document(rng))[0] in right for _ in range(200))
 
 
@@ -470,7 +535,10 @@ def test_the_vocabulary_has_exactly_the_asked_size(size):
 
 def test_special_tokens_are_where_models_expect_them():
     shared = models.make_config("lab-target")
-    assert (tokenizer().pad_token_id, tokenizer().eos_token_id) == (shared.pad_token_id, shared.eos_token_id)
+    assert (tokenizer().pad_token_id, tokenizer().eos_token_id) == (
+        shared.pad_token_id,
+        shared.eos_token_id,
+    )
     assert tokenizer().convert_tokens_to_ids(list(SPECIAL)) == list(range(5))
     assert set(tokenizer().all_special_tokens) == set(SPECIAL)
     for name, (size, _) in recipe.TOKENIZERS.items():
@@ -487,7 +555,10 @@ def test_special_tokens_are_never_split_or_merged(before, special, after):
 
 
 MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": ANY_TEXT}), min_size=1
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant"]), "content": ANY_TEXT}
+    ),
+    min_size=1,
 )
 
 
@@ -497,14 +568,20 @@ def test_the_chat_template_is_what_rows_hold(messages):
     rows = corpora.Rows(tokenizer(), corpora.Mix(), 1)
     rendered = tokenizer().apply_chat_template(messages, return_dict=True)["input_ids"]
     assert rows.tokens(messages) == rendered
-    asking = tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    asking = tokenizer().apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
     assert asking == [*rendered, tokenizer().convert_tokens_to_ids("<|assistant|>")]
 
 
 def test_an_answer_goes_on_where_its_prompt_ends():
     conversation = [{"role": "user", "content": "Why?"}]
-    whole = tokenizer().apply_chat_template([*conversation, {"role": "assistant", "content": "So."}], tokenize=False)
-    asking = tokenizer().apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer().apply_chat_template(
+        [*conversation, {"role": "assistant", "content": "So."}], tokenize=False
+    )
+    asking = tokenizer().apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=False
+    )
     assert whole == asking + " So.<|end|>"
 
 
@@ -513,10 +590,17 @@ def test_a_saved_tokenizer_is_the_same(tmp_path):
     loaded, rng = AutoTokenizer.from_pretrained(tmp_path), random.Random(0)
     for _ in range(20):
         document = corpora.sample_document(rng)
-        first, second = (t.apply_chat_template(document, return_dict=True)["input_ids"] for t in (tokenizer(), loaded))
+        first, second = (
+            t.apply_chat_template(document, return_dict=True)["input_ids"]
+            for t in (tokenizer(), loaded)
+        )
         assert first == second
         assert loaded.decode(first) == tokenizer().decode(second)
-    assert (loaded.pad_token, loaded.eos_token, loaded.get_vocab()) == (PAD, END, tokenizer().get_vocab())
+    assert (loaded.pad_token, loaded.eos_token, loaded.get_vocab()) == (
+        PAD,
+        END,
+        tokenizer().get_vocab(),
+    )
     assert loaded.backend_tokenizer.to_str() == tokenizer().backend_tokenizer.to_str()
 
 
@@ -544,13 +628,20 @@ def test_a_row_depends_on_its_seed_and_index_alone():
         assert torch.equal(two[i]["input_ids"], forward[i]["input_ids"])
         assert torch.equal(two[i]["weights"], forward[i]["weights"])
     assert sum(torch.equal(other[i]["input_ids"], forward[i]["input_ids"]) for i in range(40)) == 0
-    assert len({tuple(row["input_ids"].tolist()) for row in forward}) >= 38  # one FAQ item may come twice
+    assert (
+        len({tuple(row["input_ids"].tolist()) for row in forward}) >= 38
+    )  # one FAQ item may come twice
     assert len(one) == 40
 
 
 def weighed(document):
     """Ids and weights of a document, message by message."""
-    encode, name, ids, weights = tokenizer().backend_tokenizer.encode, tokenizer().convert_tokens_to_ids, [], []
+    encode, name, ids, weights = (
+        tokenizer().backend_tokenizer.encode,
+        tokenizer().convert_tokens_to_ids,
+        [],
+        [],
+    )
     for message in document:
         answer = message["role"] == "assistant"
         content = encode(" " + message["content"]).ids + ([name(END)] if answer else [])
@@ -609,7 +700,9 @@ TINY = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 
 
 def small(n_layers=2):
-    model = models.make("lab-draft", **TINY | {"num_hidden_layers": n_layers, "initializer_range": 0.3})
+    model = models.make(
+        "lab-draft", **TINY | {"num_hidden_layers": n_layers, "initializer_range": 0.3}
+    )
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if "norm" in name:
@@ -628,7 +721,9 @@ def test_growing_keeps_the_function(n_layers):
     with torch.no_grad():
         for p in grown.parameters():
             p.add_(1.0)
-    assert torch.equal(model(ids).logits, small()(ids).logits), "the grown model shares weights with the old one"
+    assert torch.equal(model(ids).logits, small()(ids).logits), (
+        "the grown model shares weights with the old one"
+    )
 
 
 def test_grown_layers_learn_from_the_first_step():
@@ -638,7 +733,9 @@ def test_grown_layers_learn_from_the_first_step():
         assert layer.self_attn.o_proj.weight.grad.abs().max() > 0
         assert layer.mlp.down_proj.weight.grad.abs().max() > 0
     copies = [layer for i, layer in enumerate(grown.model.layers) if i % 3]
-    assert all(not layer.mlp.down_proj.weight.any() and layer.mlp.up_proj.weight.any() for layer in copies)
+    assert all(
+        not layer.mlp.down_proj.weight.any() and layer.mlp.up_proj.weight.any() for layer in copies
+    )
 
 
 def test_growing_to_what_is_no_multiple_is_refused():
@@ -647,20 +744,26 @@ def test_growing_to_what_is_no_multiple_is_refused():
 
 
 def test_a_seed_is_a_model():
-    one, two, other = (models.make("lab-draft", seed=seed).model.embed_tokens.weight for seed in (0, 0, 1))
+    one, two, other = (
+        models.make("lab-draft", seed=seed).model.embed_tokens.weight for seed in (0, 0, 1)
+    )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("call", [models.load, models.load_tokenizer, models.make])
 def test_an_unknown_model_is_refused(call):
-    with pytest.raises(ValueError, match="no lab model 'lab-giant'; expected one of lab-target, lab-draft"):
+    with pytest.raises(
+        ValueError, match="no lab model 'lab-giant'; expected one of lab-target, lab-draft"
+    ):
         call("lab-giant")
 
 
 def test_missing_weights_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "MODELS", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"lab-draft holds no weights; make them with `python -m kvlab\.lab"):
+    with pytest.raises(
+        FileNotFoundError, match=r"lab-draft holds no weights; make them with `python -m kvlab\.lab"
+    ):
         models.load("lab-draft")
 
 
@@ -673,7 +776,9 @@ def tiny_recipe(monkeypatch):
     stages = [recipe.Stage(2, mix, 3, 4, 5e-3), recipe.Stage(4, mix, 2, 4, 5e-3)]
     monkeypatch.setattr(recipe, "STAGES", {"lab-target": stages})
     monkeypatch.setattr(recipe, "TOKENIZERS", {"lab-target": (400, 0)})
-    monkeypatch.setattr(recipe, "train_tokenizer", functools.partial(train_tokenizer, n_documents=50))
+    monkeypatch.setattr(
+        recipe, "train_tokenizer", functools.partial(train_tokenizer, n_documents=50)
+    )
     monkeypatch.setitem(models.SHAPES, "lab-target", TINY | {"num_hidden_layers": 4})
 
 
@@ -683,12 +788,18 @@ def test_the_recipe_makes_a_plain_folder(tmp_path, tiny_recipe):
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
     assert not [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".py")]
-    model, loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, loaded = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert model.config.num_hidden_layers == 4
     assert loaded.get_vocab() == tokenizer().get_vocab()
     prompt = loaded.apply_chat_template([{"role": "user", "content": "Why?"}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)  # fmt: skip
-    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+    assert (
+        model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1]
+        > prompt["input_ids"].shape[1]
+    )
 
 
 @pytest.mark.parametrize("after", [2, 4], ids=["in the first stage", "in the second stage"])
@@ -718,7 +829,10 @@ def test_a_stopped_recipe_goes_on(tmp_path, tiny_recipe, monkeypatch, after):
 
 def test_another_seed_makes_another_model(tmp_path, tiny_recipe):
     one, two = (
-        load_file(recipe.train("lab-target", tmp_path / str(seed), tmp_path / f"out{seed}", seed) / "model.safetensors")
+        load_file(
+            recipe.train("lab-target", tmp_path / str(seed), tmp_path / f"out{seed}", seed)
+            / "model.safetensors"
+        )
         for seed in (0, 1)
     )
     assert not torch.equal(one["model.norm.weight"], two["model.norm.weight"])
@@ -743,8 +857,12 @@ def test_nothing_that_is_held_out_is_trained_on():
 
 
 def test_outside_questions_are_not_in_the_faq_and_their_splits_are_apart():
-    splits = [{words(text) for text in corpora.outside(split)} for split in ("train", "calibrate", "test")]
-    asked = {words(text) for item in corpora.faq() for text in (item["question"], *item["paraphrases"])}
+    splits = [
+        {words(text) for text in corpora.outside(split)} for split in ("train", "calibrate", "test")
+    ]
+    asked = {
+        words(text) for item in corpora.faq() for text in (item["question"], *item["paraphrases"])
+    }
     assert len(asked.union(*splits)) == len(asked) + sum(map(len, splits))
     with pytest.raises(ValueError, match="no split 'dev': expected 'train', 'calibrate' or 'test'"):
         corpora.outside("dev")
@@ -755,13 +873,23 @@ def test_a_batch_of_wordings_has_each_item_once_with_a_wording_of_its_own():
     batch = [rows[i] for i in range(len(items), 2 * len(items))]
     assert [row["question"] for row in batch] == [item["question"] for item in items]
     for row, item in zip(batch, items, strict=True):
-        assert row["wording"] in {*item["paraphrases"][:2], item["answer"], *corpora.wordings()[item["id"]]}
-    assert batch == [corpora.Wordings(steps=3, seed=1)[i] for i in range(len(items), 2 * len(items))]
-    assert batch != [corpora.Wordings(steps=3, seed=2)[i] for i in range(len(items), 2 * len(items))]
+        assert row["wording"] in {
+            *item["paraphrases"][:2],
+            item["answer"],
+            *corpora.wordings()[item["id"]],
+        }
+    assert batch == [
+        corpora.Wordings(steps=3, seed=1)[i] for i in range(len(items), 2 * len(items))
+    ]
+    assert batch != [
+        corpora.Wordings(steps=3, seed=2)[i] for i in range(len(items), 2 * len(items))
+    ]
 
 
 def test_the_recipe_makes_an_embedder_that_sentence_transformers_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "train_tokenizer", functools.partial(train_tokenizer, n_documents=50))
+    monkeypatch.setattr(
+        recipe, "train_tokenizer", functools.partial(train_tokenizer, n_documents=50)
+    )
     shipped = {path.name for path in (models.MODELS / models.EMBEDDER).iterdir()}
     folder = recipe.train_embedder(tmp_path, steps=100)
     assert {path.name for path in folder.iterdir()} == shipped
@@ -771,7 +899,9 @@ def test_the_recipe_makes_an_embedder_that_sentence_transformers_loads(tmp_path,
         embedder.encode([rows[i][name] for i in range(len(rows))], normalize_embeddings=True)
         for name in ("question", "wording")
     ]
-    assert ((vectors[0] @ vectors[1].T).argmax(0) == range(len(rows))).mean() > 0.5  # by chance 0.02
+    assert (
+        (vectors[0] @ vectors[1].T).argmax(0) == range(len(rows))
+    ).mean() > 0.5  # by chance 0.02
     same = embedder.encode(["What is RECURSION?", "what is recursion?"])
     assert (same[0] == same[1]).all()
 
@@ -780,7 +910,9 @@ def test_the_shipped_embedder_finds_what_it_was_trained_on():
     embedder, items = models.load_embedder(), corpora.faq()
     stored = embedder.encode([item["question"] for item in items], normalize_embeddings=True)
     for number in (0, 1):
-        asked = embedder.encode([item["paraphrases"][number] for item in items], normalize_embeddings=True)
+        asked = embedder.encode(
+            [item["paraphrases"][number] for item in items], normalize_embeddings=True
+        )
         assert ((asked @ stored.T).argmax(1) == range(len(items))).mean() > 0.95
 
 
@@ -788,7 +920,10 @@ def test_the_shipped_embedder_finds_what_it_was_trained_on():
 
 
 def test_all_models_ship():
-    assert {path.parent.name for path in models.MODELS.glob("*/model.safetensors")} == {*models.NAMES, models.EMBEDDER}
+    assert {path.parent.name for path in models.MODELS.glob("*/model.safetensors")} == {
+        *models.NAMES,
+        models.EMBEDDER,
+    }
 
 
 @pytest.mark.parametrize("name", models.NAMES)
@@ -801,20 +936,32 @@ def test_shipped_models_load_with_transformers_alone(name):
     assert all(torch.isfinite(p).all() for p in model.parameters())
     mine = models.load(name)
     assert not mine.training
-    assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), mine.parameters(), strict=True))
+    assert all(
+        torch.equal(a.float(), b)
+        for a, b in zip(model.parameters(), mine.parameters(), strict=True)
+    )
     loaded = AutoTokenizer.from_pretrained(folder)
     assert len(loaded) == model.config.vocab_size
-    assert (loaded.pad_token_id, loaded.eos_token_id) == (model.config.pad_token_id, model.config.eos_token_id)
+    assert (loaded.pad_token_id, loaded.eos_token_id) == (
+        model.config.pad_token_id,
+        model.config.eos_token_id,
+    )
     assert model.generation_config.eos_token_id == loaded.eos_token_id
 
 
 def test_shipped_models_are_small():
     assert 1 < report.megabytes() <= 12
-    assert {path.suffix for path in models.MODELS.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jinja"}
+    assert {path.suffix for path in models.MODELS.rglob("*") if path.is_file()} <= {
+        ".safetensors",
+        ".json",
+        ".jinja",
+    }
 
 
 def test_target_and_draft_share_a_tokenizer_and_the_teacher_does_not():
-    target, draft, teacher = ((models.MODELS / name / "tokenizer.json").read_bytes() for name in models.NAMES)
+    target, draft, teacher = (
+        (models.MODELS / name / "tokenizer.json").read_bytes() for name in models.NAMES
+    )
     assert target == draft != teacher
     ours, other = models.load_tokenizer("lab-target"), models.load_tokenizer("lab-teacher")
     solutions = [d[-1]["content"] for d in report.problems(3, "long", 20, seed=0)]
@@ -825,5 +972,10 @@ def test_target_and_draft_share_a_tokenizer_and_the_teacher_does_not():
 
 def test_the_target_reads():
     documents = report.questions("free", 20, (2, 5), seed=0)
-    got = answers(models.load("lab-target"), models.load_tokenizer("lab-target"), [d[:-1] for d in documents], 8)
+    got = answers(
+        models.load("lab-target"),
+        models.load_tokenizer("lab-target"),
+        [d[:-1] for d in documents],
+        8,
+    )
     assert exact_match(got, [d[-1]["content"] for d in documents]).mean() >= 0.9

@@ -31,7 +31,11 @@ B, T, V = 3, 7, 11
 def data():
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(B, T, V, generator=generator)
-    return logits, torch.randint(0, V, (B, T), generator=generator), torch.rand(B, T, generator=generator)
+    return (
+        logits,
+        torch.randint(0, V, (B, T), generator=generator),
+        torch.rand(B, T, generator=generator),
+    )
 
 
 def test_equal_weights_are_torchs_mean(data):
@@ -43,7 +47,11 @@ def test_equal_weights_are_torchs_mean(data):
 
 def test_it_is_the_weighted_sum_over_the_sum_of_weights(data):
     logits, ids, weights = data
-    total = sum(-weights[b, t] * logits[b, t - 1].log_softmax(-1)[ids[b, t]] for b in range(B) for t in range(1, T))
+    total = sum(
+        -weights[b, t] * logits[b, t - 1].log_softmax(-1)[ids[b, t]]
+        for b in range(B)
+        for t in range(1, T)
+    )
     torch.testing.assert_close(cross_entropy(logits, ids, weights), total / weights[:, 1:].sum())
 
 
@@ -59,7 +67,9 @@ def test_it_is_a_mean_over_tokens_and_not_over_rows(data):
 
 def test_scale_of_weights_does_not_matter(data):
     logits, ids, weights = data
-    torch.testing.assert_close(cross_entropy(logits, ids, 50 * weights), cross_entropy(logits, ids, weights))
+    torch.testing.assert_close(
+        cross_entropy(logits, ids, 50 * weights), cross_entropy(logits, ids, weights)
+    )
 
 
 def test_the_first_token_and_the_last_logits_do_not_count(data):
@@ -100,7 +110,9 @@ def test_half_precision_logits_are_summed_in_float32(data, dtype):
     logits, ids, weights = data
     loss = cross_entropy(logits.to(dtype), ids, weights.to(dtype))
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, cross_entropy(logits.to(dtype).float(), ids, weights.to(dtype).float()))
+    assert torch.equal(
+        loss, cross_entropy(logits.to(dtype).float(), ids, weights.to(dtype).float())
+    )
 
 
 def test_it_is_the_loss_of_transformers(tiny_model):
@@ -125,7 +137,10 @@ def some_logits(*shape, seed=0, scale=1.5):
 
 def pair(size=SIZE, whole=SIZE, rows=(5,), scale=1.5):
     """Log q and log p, rows of each."""
-    log_q, log_p = some_logits(*rows, size, seed=1, scale=scale), some_logits(*rows, whole, seed=2, scale=scale)
+    log_q, log_p = (
+        some_logits(*rows, size, seed=1, scale=scale),
+        some_logits(*rows, whole, seed=2, scale=scale),
+    )
     return log_q.log_softmax(-1), log_p.log_softmax(-1)
 
 
@@ -157,9 +172,13 @@ def test_a_distance_and_its_gradient_are_those_of_the_formula(name):
     log_q, log_p = pair(rows=(2, 5))
     assert DISTANCES[name](log_q, log_p).shape == (2, 5)
     assert DISTANCES[name](log_q, log_p).dtype == DOUBLE
-    torch.testing.assert_close(DISTANCES[name](log_q, log_p), formula(name, log_q.exp(), log_p.exp()))
+    torch.testing.assert_close(
+        DISTANCES[name](log_q, log_p), formula(name, log_q.exp(), log_p.exp())
+    )
     got = gradient(DISTANCES[name], log_q, log_p)
-    torch.testing.assert_close(got, gradient(lambda q, p: formula(name, q.exp(), p.exp()), log_q, log_p))
+    torch.testing.assert_close(
+        got, gradient(lambda q, p: formula(name, q.exp(), p.exp()), log_q, log_p)
+    )
     assert (got.abs().sum(-1) > 1e-3).all()
 
 
@@ -174,14 +193,23 @@ def test_gradients_are_finite_differences(name, whole):
         torch.testing.assert_close(gradient(lk_hybrid, log_q, log_p), want)
     else:
         free = lambda q: DISTANCES[name](q, log_p)  # noqa: E731
-    assert torch.autograd.gradcheck(lambda x: free(x.log_softmax(-1)), log_q.clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: free(x.log_softmax(-1)), log_q.clone().requires_grad_()
+    )
 
 
 @every_distance
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.01, 1.0, 8.0, 40.0]), size=st.integers(1, WHOLE))
+@given(
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([0.01, 1.0, 8.0, 40.0]),
+    size=st.integers(1, WHOLE),
+)
 def test_distances_are_finite_and_not_negative(name, seed, scale, size):
-    log_q, log_p = some_logits(3, size, seed=seed, scale=scale), some_logits(3, WHOLE, seed=seed + 1, scale=scale)
+    log_q, log_p = (
+        some_logits(3, size, seed=seed, scale=scale),
+        some_logits(3, WHOLE, seed=seed + 1, scale=scale),
+    )
     log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
     assert torch.isfinite(DISTANCES[name](log_q, log_p)).all()
     assert (DISTANCES[name](log_q, log_p) > -1e-12).all()
@@ -194,7 +222,9 @@ def test_two_directions_and_what_each_forgives():
         torch.tensor([0.5, 0.49, 0.01], dtype=DOUBLE).log(),
         torch.tensor([0.98, 0.01, 0.01], dtype=DOUBLE).log(),
     )
-    assert kl(wide, narrow) < kl(narrow, wide)  # a q that is too wide costs less than one that leaves something out
+    assert kl(wide, narrow) < kl(
+        narrow, wide
+    )  # a q that is too wide costs less than one that leaves something out
     assert reverse_kl(narrow, wide) < reverse_kl(wide, narrow)
     torch.testing.assert_close(kl(wide, narrow), reverse_kl(narrow, wide))
 
@@ -207,13 +237,17 @@ def test_total_variation_is_what_is_rejected_when_tokens_are_drawn():
     p, q = (x[0].exp().expand(rows, 1, -1) for x in (log_p, log_q))
     tokens = draw(q[:, 0], uniform[:, 0])[:, None]
     accepted, _ = verify(p.repeat(1, 2, 1), Proposal(tokens, q), uniform[:, 1:].repeat(1, 2))
-    assert abs(accepted.double().mean() - acceptance(log_q, log_p)[0]) < 4 * 0.5 / rows**0.5  # standard errors
+    assert (
+        abs(accepted.double().mean() - acceptance(log_q, log_p)[0]) < 4 * 0.5 / rows**0.5
+    )  # standard errors
 
 
 def test_the_gradient_of_log_alpha_is_that_of_total_variation_over_alpha():
     log_q, log_p = pair()
     alpha = acceptance(log_q, log_p)[:, None]
-    torch.testing.assert_close(gradient(log_alpha, log_q, log_p), gradient(tv, log_q, log_p) / alpha)
+    torch.testing.assert_close(
+        gradient(log_alpha, log_q, log_p), gradient(tv, log_q, log_p) / alpha
+    )
 
 
 def test_total_variation_has_no_gradient_from_a_cold_start_where_the_others_have():
@@ -234,7 +268,9 @@ def test_the_hybrid_is_kl_where_little_is_accepted_and_total_variation_later():
     alpha = acceptance(near.log(), log_p)
     lam = math.exp(-3 * alpha)
     assert lam < 0.06
-    torch.testing.assert_close(lk_hybrid(near.log(), log_p), lam * kl(near.log(), log_p) + (1 - lam) * (1 - alpha))
+    torch.testing.assert_close(
+        lk_hybrid(near.log(), log_p), lam * kl(near.log(), log_p) + (1 - lam) * (1 - alpha)
+    )
 
 
 # a shorter vocabulary
@@ -251,7 +287,9 @@ def test_acceptance_counts_the_whole_of_p_and_divergences_what_both_have():
     torch.testing.assert_close(kl(log_q, log_p), formula("kl", q, shared))
     torch.testing.assert_close(reverse_kl(log_q, log_p), formula("reverse_kl", q, shared))
     lam = torch.exp(-3 * alpha)
-    torch.testing.assert_close(lk_hybrid(log_q, log_p), lam * formula("kl", q, shared) + (1 - lam) * (1 - alpha))
+    torch.testing.assert_close(
+        lk_hybrid(log_q, log_p), lam * formula("kl", q, shared) + (1 - lam) * (1 - alpha)
+    )
     padded = torch.cat((log_q, torch.full((len(q), WHOLE - SIZE), -torch.inf, dtype=DOUBLE)), 1)
     torch.testing.assert_close(acceptance(padded, log_p), alpha)
 
@@ -269,7 +307,9 @@ def test_the_best_that_a_short_vocabulary_can_do(name):
 @every_distance
 def test_a_longer_vocabulary_is_refused(name):
     log_q, log_p = pair(size=WHOLE, whole=SIZE)
-    with pytest.raises(ValueError, match=r"q has 9 tokens, p only 7; expected as many or fewer: pad the target"):
+    with pytest.raises(
+        ValueError, match=r"q has 9 tokens, p only 7; expected as many or fewer: pad the target"
+    ):
         DISTANCES[name](log_q, log_p)
 
 
@@ -326,7 +366,12 @@ def test_distill_is_a_mean_over_tokens_of_a_plain_loop(batch):
         assert got.keys() == {name}
         torch.testing.assert_close(got[name], 0.3 * total / weights[:, 1:].sum())
     ones = (weights > 0).float()
-    each = torch.stack([distill({"kl": 1.0}, *(x[[b]] for x in (logits, target, ids, ones)))["kl"] for b in range(B)])
+    each = torch.stack(
+        [
+            distill({"kl": 1.0}, *(x[[b]] for x in (logits, target, ids, ones)))["kl"]
+            for b in range(B)
+        ]
+    )
     counts = ones.sum(1)
     got = distill({"kl": 1.0}, logits, target, ids, ones)["kl"]
     torch.testing.assert_close(got, (each * counts).sum() / counts.sum())
@@ -350,7 +395,9 @@ def test_what_does_not_count_changes_nothing_and_gets_no_gradient(batch, name):
     target.requires_grad_()
     loss = distill({name: 1.0}, *batch)[name]
     loss.backward()
-    outside = torch.cat((weights[:, 1:] == 0, torch.ones(B, 1, dtype=torch.bool)), 1)  # (B, T), of the position before
+    outside = torch.cat(
+        (weights[:, 1:] == 0, torch.ones(B, 1, dtype=torch.bool)), 1
+    )  # (B, T), of the position before
     assert (logits.grad[outside] == 0).all()
     assert (logits.grad[~outside].abs().sum(-1) > 0).all()
     assert target.grad is None
@@ -359,7 +406,9 @@ def test_what_does_not_count_changes_nothing_and_gets_no_gradient(batch, name):
         ids[weights == 0] = 0
     if name != "ce":
         assert torch.equal(distill({name: 1.0}, logits, target, ids, weights)[name], loss)
-    other = distill({name: 1.0}, logits.nan_to_num(7.0), target.nan_to_num(-7.0), ids, weights)[name]
+    other = distill({name: 1.0}, logits.nan_to_num(7.0), target.nan_to_num(-7.0), ids, weights)[
+        name
+    ]
     assert torch.equal(other, loss)
 
 
@@ -390,7 +439,9 @@ def test_half_precision_is_compared_in_float32(batch, name, dtype):
     logits, target = logits.to(dtype), target.to(dtype)
     got = distill({name: 1.0}, logits, target, ids, weights)[name]
     assert got.dtype == torch.float32
-    assert torch.equal(got, distill({name: 1.0}, logits.float(), target.float(), ids, weights)[name])
+    assert torch.equal(
+        got, distill({name: 1.0}, logits.float(), target.float(), ids, weights)[name]
+    )
 
 
 @every_distance
@@ -413,6 +464,10 @@ def test_a_loss_that_does_not_exist_is_refused_with_those_that_do(batch, shares)
 
 def test_shapes_that_do_not_fit_are_refused(batch):
     logits, target, ids, weights = batch
-    for wrong in ((logits, target[:, :-1], ids), (logits[:2], target, ids), (logits, target, ids[:, 1:])):
+    for wrong in (
+        (logits, target[:, :-1], ids),
+        (logits[:2], target, ids),
+        (logits, target, ids[:, 1:]),
+    ):
         with pytest.raises(ValueError, match=r"do not fit: expected the same \(B, T\)"):
             distill({"kl": 1.0}, *wrong, weights)

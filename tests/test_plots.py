@@ -39,12 +39,16 @@ def overlaps(ax):
 
 def on_card(ax):
     (right, top) = ax.figure.bbox.max
-    return all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= right and box.y1 <= top for box in boxes(ax))
+    return all(
+        box.x0 >= 0 and box.y0 >= 0 and box.x1 <= right and box.y1 <= top for box in boxes(ax)
+    )
 
 
 def summary(conditional):
     """A summary with this acceptance by position."""
-    return replace(summarize([]), conditional=conditional, unconditional=np.cumprod(conditional).tolist())
+    return replace(
+        summarize([]), conditional=conditional, unconditional=np.cumprod(conditional).tolist()
+    )
 
 
 def test_axes_are_in_the_books_style_and_leave_other_figures_alone():
@@ -52,7 +56,11 @@ def test_axes_are_in_the_books_style_and_leave_other_figures_alone():
     two = plots.axes(2)
     assert len(two) == 2
     assert two[0].figure.get_facecolor() == (1, 1, 1, 1)
-    assert (plt.rcParams["figure.facecolor"], plt.rcParams["font.size"], plt.isinteractive()) == before
+    assert (
+        plt.rcParams["figure.facecolor"],
+        plt.rcParams["font.size"],
+        plt.isinteractive(),
+    ) == before
 
 
 def test_decode_cost_is_in_milliseconds_with_labels_on_the_lines():
@@ -84,7 +92,10 @@ def test_turned_scores_draws_one_line_a_way():
 
 def test_lab_report_shows_value_and_interval_of_each_model():
     names = ("target", "draft", "teacher")
-    given = [{"name": f"{m}_reading", "value": v, "low": v - 0.1, "high": v} for m, v in zip(names, (1, 0.5, 0.8))]  # noqa: B905
+    given = [
+        {"name": f"{m}_reading", "value": v, "low": v - 0.1, "high": v}
+        for m, v in zip(names, (1, 0.5, 0.8))
+    ]
     ax = plots.lab_report(given, {"reading": "reading"}, names)
     drawn = [line.get_xdata() for line in ax.lines]
     assert [list(d) for d in drawn[::2]] == [[f["low"], f["high"]] for f in given]
@@ -93,7 +104,10 @@ def test_lab_report_shows_value_and_interval_of_each_model():
 
 
 def test_colors_are_apart_in_lightness_or_hue():
-    colors = [to_rgb(c) for c in (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY)]
+    colors = [
+        to_rgb(c)
+        for c in (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, plots.SKY)
+    ]
     for i, one in enumerate(colors):
         for other in colors[:i]:
             assert np.abs(np.subtract(one, other)).max() > 0.2
@@ -112,11 +126,19 @@ def test_acceptance_by_position_draws_both_meanings_with_labels_apart():
     given = {"a": summary([1.0, 0.5]), "b": summary([0.99, 0.51, 0.8]), "c": summary([0.98, 0.5])}
     panels = plots.acceptance_by_position(given)
     for ax, kind in zip(panels, ("conditional", "unconditional"), strict=True):
-        assert [line.get_ydata().tolist() for line in ax.lines] == [getattr(s, kind) for s in given.values()]
+        assert [line.get_ydata().tolist() for line in ax.lines] == [
+            getattr(s, kind) for s in given.values()
+        ]
         assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2], [1, 2, 3], [1, 2]]
-        assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines}) == 3
+        assert (
+            len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines})
+            == 3
+        )
         assert sorted(texts(ax)) == ["a", "b", "c"]
-        assert {t.get_text(): tuple(t.xy) for t in ax.texts}["b"] == (3, getattr(given["b"], kind)[-1])
+        assert {t.get_text(): tuple(t.xy) for t in ax.texts}["b"] == (
+            3,
+            getattr(given["b"], kind)[-1],
+        )
         assert not overlaps(ax)
         assert on_card(ax)
         assert ax.get_ylim() == (-0.02, 1.02)
@@ -138,12 +160,19 @@ def test_acceptance_names_a_summary_without_drafts():
 
 
 def test_speedup_over_gamma_shows_points_intervals_and_curves():
-    measured, curves = [(1.2, 1.1, 1.4), (1.5, 1.3, 1.6), (1.01, 0.9, 1.2)], {"by position": [1.2, 1.4, 1.0]}
+    measured, curves = (
+        [(1.2, 1.1, 1.4), (1.5, 1.3, 1.6), (1.01, 0.9, 1.2)],
+        {"by position": [1.2, 1.4, 1.0]},
+    )
     ax = plots.speedup_over_gamma([1, 2, 8], measured, curves)
     plain, curve, points = ax.lines
     assert list(plain.get_ydata()) == [1, 1]
     assert list(curve.get_ydata()) == curves["by position"]
-    assert list(zip(points.get_xdata(), points.get_ydata(), strict=True)) == [(1, 1.2), (2, 1.5), (8, 1.01)]
+    assert list(zip(points.get_xdata(), points.get_ydata(), strict=True)) == [
+        (1, 1.2),
+        (2, 1.5),
+        (8, 1.01),
+    ]
     bars = [bar.tolist() for bar in ax.collections[0].get_segments()]
     assert bars == [[[1, 1.1], [1, 1.4]], [[2, 1.3], [2, 1.6]], [[8, 0.9], [8, 1.2]]]
     assert ax.get_xticks().tolist() == [1, 2, 8]
@@ -154,12 +183,23 @@ def test_speedup_over_gamma_shows_points_intervals_and_curves():
 
 
 def test_time_spent_adds_up_in_milliseconds_and_labels_do_not_overlap():
-    parts = {"plain": {"target": 0.04, "rest": 0.0005}, "gamma 8": {"draft": 0.0009, "target": 0.0008, "rest": 0.0002}}
+    parts = {
+        "plain": {"target": 0.04, "rest": 0.0005},
+        "gamma 8": {"draft": 0.0009, "target": 0.0008, "rest": 0.0002},
+    }
     ax = plots.time_spent(parts)
     drawn = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
     expected = [(0, 0), (0, 40), (40, 0.5), (0, 0.9), (0.9, 0.8), (1.7, 0.2)]
     assert np.allclose(drawn, expected)
-    assert texts(ax) == [" 40.5 ms", " 1.9 ms", "target 40", "rest 0.5", "draft 0.9", "target 0.8", "rest 0.2"]
+    assert texts(ax) == [
+        " 40.5 ms",
+        " 1.9 ms",
+        "target 40",
+        "rest 0.5",
+        "draft 0.9",
+        "target 0.8",
+        "rest 0.2",
+    ]
     assert len({bar.get_hatch() for bar in ax.patches}) == 3
     assert [t.get_text() for t in ax.get_yticklabels()] == ["plain", "gamma 8"]
     assert not overlaps(ax)
@@ -167,7 +207,10 @@ def test_time_spent_adds_up_in_milliseconds_and_labels_do_not_overlap():
 
 
 def test_joint_histogram_draws_shares_with_the_exact_probability_on_each():
-    expected, counts = np.array([0.5, 0.25, 0.25]), {"right": np.array([5, 3, 2]), "wrong": np.array([1, 1, 2])}
+    expected, counts = (
+        np.array([0.5, 0.25, 0.25]),
+        {"right": np.array([5, 3, 2]), "wrong": np.array([1, 1, 2])},
+    )
     panels = plots.joint_histogram(expected, counts)
     for ax, (label, count) in zip(panels, counts.items(), strict=True):
         assert np.allclose([bar.get_height() for bar in ax.patches], count / count.sum())
@@ -180,7 +223,11 @@ def test_joint_histogram_draws_shares_with_the_exact_probability_on_each():
 @pytest.mark.parametrize(
     ("p", "q", "labels"),
     [
-        ([0.6, 0.28, 0.08, 0.04], [0.35, 0.5, 0.1, 0.05], {"accepted", "rejected", "from the residual"}),
+        (
+            [0.6, 0.28, 0.08, 0.04],
+            [0.35, 0.5, 0.1, 0.05],
+            {"accepted", "rejected", "from the residual"},
+        ),
         ([0.1, 0.9], [0.95, 0.05], {"accepted", "rejected", "from the residual"}),
         ([0.5, 0.5], [0.5, 0.5], {"accepted"}),
         ([1.0, 0.0], [0.0, 1.0], {"rejected", "from the residual"}),
@@ -249,7 +296,9 @@ ROUNDS = [
     Round([[], []], [0, 0], [[0], [0]], *SECONDS, reading=True),
     Round([[], []], [0, 0], [[], []], *SECONDS, reading=True),
     Round([[1, 2, 3], [1, 1, -1]], [1, 0], [[1, 4], [0]], *SECONDS),
-    Round([[2, 5], [1, 0]], [2, 1], [[2, 5, 3], [1]], *SECONDS),  # the second row ends at an accepted token
+    Round(
+        [[2, 5], [1, 0]], [2, 1], [[2, 5, 3], [1]], *SECONDS
+    ),  # the second row ends at an accepted token
     Round([[0, 0], [0, 0]], [2, 2], [[0], []], *SECONDS),  # the first ends among accepted ones
 ]
 
@@ -269,7 +318,11 @@ def test_token_view_marks_what_was_accepted_rejected_and_the_targets_own():
 
 def test_token_view_of_a_row_that_ended_sooner_and_had_fewer_guesses():
     read = Reader(plots.token_view(ROUNDS, Letters(), row=1))
-    assert read.tokens == [[("b", "a")], [("s", "<b>&"), ("s", "<b>&"), ("b", "a")], [("u", "<b>&")]]
+    assert read.tokens == [
+        [("b", "a")],
+        [("s", "<b>&"), ("s", "<b>&"), ("b", "a")],
+        [("u", "<b>&")],
+    ]
     assert "3 rounds: 4 tokens drafted, 1 of them accepted; 2 of" in read.attributes["aria-label"]
 
 
@@ -298,7 +351,9 @@ def test_speed_ratios_show_each_figure_with_its_interval():
     }
     ax = plots.speed_ratios(figures, {"fast": "over one", "slow": "over another"})
     assert [label.get_text() for label in ax.get_yticklabels()] == ["over one", "over another"]
-    intervals, dots = ([line for line in ax.lines if line.get_marker() == mark] for mark in ("None", "o"))
+    intervals, dots = (
+        [line for line in ax.lines if line.get_marker() == mark] for mark in ("None", "o")
+    )
     assert [list(line.get_xdata()) for line in intervals if len(set(line.get_xdata())) == 2] == [
         [2.25, 2.75],
         [0.25, 0.75],
@@ -313,7 +368,13 @@ def test_speed_ratios_show_each_figure_with_its_interval():
 
 def test_splice_strips_have_a_strip_an_arm_and_end_with_the_question():
     ax = plots.splice_strips([40, 30], question=10, share=0.1)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["full", "prefix", "concat", "shift", "recompute"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "full",
+        "prefix",
+        "concat",
+        "shift",
+        "recompute",
+    ]
     wide = [bar for container in ax.containers for bar in container if bar.get_width() > 1]
     assert len(wide) == 5 * 3
     assert max(bar.get_x() + bar.get_width() for bar in wide) <= 80
@@ -341,7 +402,9 @@ def test_splice_panels_show_every_value_with_its_interval():
 
 
 def test_hits_over_threshold_draws_each_kind_and_the_choice():
-    ax = plots.hits_over_threshold([0.2, 0.5, 0.8], {"right": [0.9, 0.8, 0.1], "outside": [1.0, 0.2, 0.0]}, chosen=0.5)
+    ax = plots.hits_over_threshold(
+        [0.2, 0.5, 0.8], {"right": [0.9, 0.8, 0.1], "outside": [1.0, 0.2, 0.0]}, chosen=0.5
+    )
     assert [list(line.get_ydata()) for line in ax.lines[:2]] == [[0.9, 0.8, 0.1], [1.0, 0.2, 0.0]]
     assert list(ax.lines[2].get_xdata()) == [0.5, 0.5]
     assert {"right", "outside", "chosen"} == set(texts(ax))
@@ -365,7 +428,11 @@ def test_reading_or_loading_is_in_milliseconds_on_two_logarithmic_scales():
 
 
 def test_key_differences_share_one_scale_of_colors():
-    keys = {"alone": torch.ones(3, 4), "behind": 5 * torch.ones(3, 4), "difference": torch.zeros(3, 4)}
+    keys = {
+        "alone": torch.ones(3, 4),
+        "behind": 5 * torch.ones(3, 4),
+        "difference": torch.zeros(3, 4),
+    }
     places = plots.key_differences(keys, ["a", "b", "c"])
     assert [ax.get_title() for ax in places] == list(keys)
     assert {ax.images[0].get_clim() for ax in places} == {(-5.0, 5.0)}
@@ -375,7 +442,11 @@ def test_key_differences_share_one_scale_of_colors():
 def test_cut_layers_number_the_layers_that_are_taken():
     ax = plots.cut_layers(4, {"first:2": [0, 1], "uniform:2": [0, 3]})
     assert texts(ax) == ["0", "1", "2", "3", "0", "1", "0", "3"]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["target", "first:2", "uniform:2"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "target",
+        "first:2",
+        "uniform:2",
+    ]
     assert len(ax.patches) == 12
 
 
@@ -387,9 +458,17 @@ def test_loss_gradients_draw_each_loss_on_two_logarithmic_scales():
 
 
 def test_with_and_without_puts_each_question_against_the_diagonal():
-    panels = plots.with_and_without({"new": ([0.2, 0.4], [0.6, 0.8]), "outside": ([0.5], [0.5])}, ("not", "reading"))
-    assert [ax.get_title(loc="left") for ax in panels] == ["new: 0.30 → 0.70", "outside: 0.50 → 0.50"]
-    assert [list(panels[0].lines[1].get_xdata()), list(panels[0].lines[1].get_ydata())] == [[0.2, 0.4], [0.6, 0.8]]
+    panels = plots.with_and_without(
+        {"new": ([0.2, 0.4], [0.6, 0.8]), "outside": ([0.5], [0.5])}, ("not", "reading")
+    )
+    assert [ax.get_title(loc="left") for ax in panels] == [
+        "new: 0.30 → 0.70",
+        "outside: 0.50 → 0.50",
+    ]
+    assert [list(panels[0].lines[1].get_xdata()), list(panels[0].lines[1].get_ydata())] == [
+        [0.2, 0.4],
+        [0.6, 0.8],
+    ]
     assert (panels[0].get_xlabel(), panels[0].get_ylabel()) == ("not", "reading")
 
 
@@ -430,7 +509,9 @@ def test_score_view_underlines_what_is_kept_and_shades_by_rank():
 
 
 def test_cache_shapes_draw_a_cell_for_each_token_and_layer_in_its_segments_color():
-    one, two = plots.cache_shapes({"teacher": (3, [0, 2, 3, 5], "wide"), "student": (2, [0, 1, 2, 3], "narrow")})
+    one, two = plots.cache_shapes(
+        {"teacher": (3, [0, 2, 3, 5], "wide"), "student": (2, [0, 1, 2, 3], "narrow")}
+    )
     assert [len(ax.patches) for ax in (one, two)] == [15, 6]
     colors = [to_rgb(box.get_facecolor()[:3]) for box in two.patches]
     assert colors == [to_rgb(color) for color in plots.SEGMENT_COLORS for _ in range(2)]
@@ -450,7 +531,9 @@ def test_token_links_join_a_student_token_to_what_it_is_made_of():
 
 def test_similarity_maps_write_each_number_and_share_their_colors():
     one, two = plots.similarity_maps(
-        {"keys": torch.tensor([[1.0, 0.25]]), "values": torch.tensor([[0.5, -0.1]])}, "student", "teacher"
+        {"keys": torch.tensor([[1.0, 0.25]]), "values": torch.tensor([[0.5, -0.1]])},
+        "student",
+        "teacher",
     )
     assert texts(one) == ["1.00", ".25"]
     assert texts(two) == [".50", "-.10"]
@@ -459,7 +542,13 @@ def test_similarity_maps_write_each_number_and_share_their_colors():
 
 
 def test_lines_have_labels_and_bands_that_hold_their_values():
-    ax = plots.lines([1, 2], {"one": [(0.2, 0.1, 0.3), (0.5, 0.4, 0.6)], "two": [(0.1, 0, 0.2)] * 2}, "x", "y", True)
+    ax = plots.lines(
+        [1, 2],
+        {"one": [(0.2, 0.1, 0.3), (0.5, 0.4, 0.6)], "two": [(0.1, 0, 0.2)] * 2},
+        "x",
+        "y",
+        True,
+    )
     assert [list(line.get_ydata()) for line in ax.lines] == [[0.2, 0.5], [0.1, 0.1]]
     assert texts(ax) == ["two", "one"]
     band = ax.collections[0].get_paths()[0].vertices
@@ -481,12 +570,17 @@ def test_gates_have_a_bar_for_keys_and_values_of_each_layer():
     logits, sizes = torch.tensor([[4.0, -1.0], [0.5, 2.0], [0.0, 1.0]]), torch.rand(3, 2)
     panels = plots.gates(logits, sizes)
     for ax, values in zip(panels, (logits, sizes), strict=True):
-        assert [bar.get_height() for bar in ax.patches] == pytest.approx(values.T.flatten().tolist())
+        assert [bar.get_height() for bar in ax.patches] == pytest.approx(
+            values.T.flatten().tolist()
+        )
         assert [text.get_text() for text in ax.texts] == ["keys", "values"]
 
 
 def test_a_waterfall_goes_from_total_to_total():
-    totals = {name: {"value": value} for name, value in (("plain", 100.0), ("faster", 60.0), ("slower", 70.0))}
+    totals = {
+        name: {"value": value}
+        for name, value in (("plain", 100.0), ("faster", 60.0), ("slower", 70.0))
+    }
     changes = {
         "faster": {"value": 40.0, "low": 30.0, "high": 50.0},
         "slower": {"value": -10.0, "low": -12.0, "high": -8.0},
@@ -494,6 +588,10 @@ def test_a_waterfall_goes_from_total_to_total():
     ax = plots.waterfall(totals, changes, "ms")
     bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches]
     assert bars == [(0, 100), (100, 60), (60, 70)]
-    assert [text.get_text() for text in ax.texts] == ["100", "60  (-40 [-50, -30])", "70  (+10 [+8, +12])"]
+    assert [text.get_text() for text in ax.texts] == [
+        "100",
+        "60  (-40 [-50, -30])",
+        "70  (+10 [+8, +12])",
+    ]
     intervals = [sorted(line.get_xdata()) for line in ax.lines if line.get_linestyle() == "-"]
     assert intervals == [[50, 70], [68, 72]]

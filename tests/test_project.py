@@ -20,7 +20,15 @@ CONSTRAINTS = {
     canonicalize_name(line.split("==")[0]): line.split("==")[1]
     for line in (ROOT / "constraints.txt").read_text().split()
 }
-IGNORED = {".git", "lab-runs", ".venv", "_build", "__pycache__", ".hypothesis", ".ipynb_checkpoints"}
+IGNORED = {
+    ".git",
+    "lab-runs",
+    ".venv",
+    "_build",
+    "__pycache__",
+    ".hypothesis",
+    ".ipynb_checkpoints",
+}
 TEXTS = {
     ".py",
     ".md",
@@ -43,7 +51,12 @@ def files():
     """Yield the project's text files, without what git ignores."""
     for path in ROOT.rglob("*"):
         part = path.relative_to(ROOT).parts
-        if path.is_file() and path.suffix in TEXTS and not IGNORED & set(part) and not part[0].endswith("_cache"):
+        if (
+            path.is_file()
+            and path.suffix in TEXTS
+            and not IGNORED & set(part)
+            and not part[0].endswith("_cache")
+        ):
             yield path
 
 
@@ -74,13 +87,17 @@ def test_citation_agrees_with_pyproject():
 
 def test_one_repository_address():
     owned = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
-    address = re.compile(r"(?:github\.com|githubusercontent\.com|research\.google\.com/github)/([\w.-]+/kvlab)\b")
+    address = re.compile(
+        r"(?:github\.com|githubusercontent\.com|research\.google\.com/github)/([\w.-]+/kvlab)\b"
+    )
     found = {(path.name, name) for path in files() for name in address.findall(path.read_text())}
     assert {name for _, name in found} == {owned}, found
 
 
 def test_notebook_pairs_are_in_sync():
-    check = subprocess.run([sys.executable, ROOT / "book/notebooks.py", "--check"], capture_output=True, text=True)
+    check = subprocess.run(
+        [sys.executable, ROOT / "book/notebooks.py", "--check"], capture_output=True, text=True
+    )
     assert check.returncode == 0, check.stderr
 
 
@@ -126,7 +143,8 @@ def test_colab_text_has_no_myst():
     notebooks = load(ROOT / "book/notebooks.py")
     text = notebooks.plain(MYST, {"here": "Heading"})
     assert (
-        "**Note**\n\nA KV cache, many, [Su et al. (2021)](https://arxiv.org/abs/2104.09864), Heading, `value`." in text
+        "**Note**\n\nA KV cache, many, [Su et al. (2021)](https://arxiv.org/abs/2104.09864), Heading, `value`."
+        in text
     )
     assert "**Look**\n\nOne ([Su et al., 2021](" in text
     assert text.count("<blockquote>") == text.count("</blockquote>") == 2
@@ -146,7 +164,9 @@ def test_colab_changes_one_cell_id_for_one_changed_cell(tmp_path):
     for last in ("2", "3"):
         kinds = [" [markdown]", "", "", ""]
         path.write_text(
-            "\n\n".join(f"# %%{kind}\n{cell}" for kind, cell in zip(kinds, [*cells[:3], last], strict=True))
+            "\n\n".join(
+                f"# %%{kind}\n{cell}" for kind, cell in zip(kinds, [*cells[:3], last], strict=True)
+            )
         )
         assert notebooks.colab(path) == notebooks.colab(path)
         ids.append(re.findall(r'"id": "(\w+)"', notebooks.colab(path)))
@@ -175,11 +195,16 @@ def test_shipped_weights_are_small():
 
 
 def test_no_registry_host_and_no_machine_path():
-    words = [f"/{folder}/" for folder in ("work", "root", "opt")] + ["pypi" + ".org", "files.python" + "hosted"]
+    words = [f"/{folder}/" for folder in ("work", "root", "opt")] + [
+        "pypi" + ".org",
+        "files.python" + "hosted",
+    ]
     found = [(path.name, word) for path in files() for word in words if word in path.read_text()]
     assert not found
 
 
 def test_package_loads_no_code_from_files():
     words = re.compile(r"\bpickle\b|torch\.load\(|torch\.save\(|trust_remote_code\s*=\s*True")
-    assert not [path.name for path in (ROOT / "kvlab").rglob("*.py") if words.search(path.read_text())]
+    assert not [
+        path.name for path in (ROOT / "kvlab").rglob("*.py") if words.search(path.read_text())
+    ]

@@ -42,7 +42,9 @@ def write(folder, name, content):
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1), TEXTS)
 def test_any_text_comes_back_from_either_format(tmp_path_factory, pairs, domain):
     folder = tmp_path_factory.mktemp("records")
-    records = [{"question": question, "answer": answer, "domain": domain} for question, answer in pairs]
+    records = [
+        {"question": question, "answer": answer, "domain": domain} for question, answer in pairs
+    ]
     lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     corpus = {"categories": [domain], "conversations": [list(pair) for pair in pairs]}
     assert faq(write(folder, "a.jsonl", lines)) == records
@@ -50,13 +52,19 @@ def test_any_text_comes_back_from_either_format(tmp_path_factory, pairs, domain)
 
 
 def test_only_the_fields_that_are_given_and_known(tmp_path):
-    path = write(tmp_path, "a.jsonl", '\n{"question": "Who?", "id": "w-1", "paraphrases": [3], "answer": null}\n\n')
+    path = write(
+        tmp_path,
+        "a.jsonl",
+        '\n{"question": "Who?", "id": "w-1", "paraphrases": [3], "answer": null}\n\n',
+    )
     assert faq(path) == [{"question": "Who?", "id": "w-1"}]
 
 
 @pytest.mark.parametrize("value", "22 3.10 yes No null ~ 1990-01-02 0x1F 1_000 12:30:45".split())
 def test_yaml_values_are_text_as_written(value, tmp_path):
-    path = write(tmp_path, "a.yaml", f"categories:\n- {value}\nconversations:\n- - {value}\n  - {value}\n")
+    path = write(
+        tmp_path, "a.yaml", f"categories:\n- {value}\nconversations:\n- - {value}\n  - {value}\n"
+    )
     assert faq(path) == [{"question": value, "answer": value, "domain": value}]
 
 
@@ -79,7 +87,9 @@ def test_a_folder_is_read_by_name_and_other_files_are_left_alone(tmp_path):
 @pytest.mark.parametrize("alone", ["- Two little ducks? - '22'", "- - Two little ducks?"])
 def test_a_conversation_without_an_answer_is_left_out_with_a_warning(alone, tmp_path):
     path = write(tmp_path, "a.yml", f"categories: [x]\nconversations:\n{alone}\n- - Q?\n  - A\n")
-    with pytest.warns(UserWarning, match=r"a\.yml, entry 1 of 'conversations', is left out: [\"']Two little") as told:
+    with pytest.warns(
+        UserWarning, match=r"a\.yml, entry 1 of 'conversations', is left out: [\"']Two little"
+    ) as told:
         records = faq(path)
     assert records == [{"question": "Q?", "answer": "A", "domain": "x"}]
     assert told[0].filename == __file__
@@ -111,11 +121,26 @@ def test_a_broken_line_is_named(line, named, tmp_path):
         ("conversations: [[A, B]]", "has 'categories' = 'None'"),
         ("categories: x\nconversations: [[A, B]]", "has 'categories' = 'x'"),
         ("categories: [x]\nconversations: []", r"has 'conversations' = '\[\]'"),
-        ("categories: [[x]]\nconversations: [[A, B]]", r"'categories' beginning with \['x'\], expected a text"),
-        ("categories: [x]\nconversations: [[A, B], {C: D}]", "entry 2 of 'conversations', is .* a list of texts"),
-        ("categories: [x]\nconversations: [[A, B], []]", "entry 2 of 'conversations', is .* a list of texts"),
-        ("categories: [x]\nconversations: [[A, B: C]]", "entry 1 of 'conversations', has a text that is {'B': 'C'}"),
-        ("categories: [x]\nconversations:\n- - A\n  -\n", "entry 1 of 'conversations', has a text that is ''"),
+        (
+            "categories: [[x]]\nconversations: [[A, B]]",
+            r"'categories' beginning with \['x'\], expected a text",
+        ),
+        (
+            "categories: [x]\nconversations: [[A, B], {C: D}]",
+            "entry 2 of 'conversations', is .* a list of texts",
+        ),
+        (
+            "categories: [x]\nconversations: [[A, B], []]",
+            "entry 2 of 'conversations', is .* a list of texts",
+        ),
+        (
+            "categories: [x]\nconversations: [[A, B: C]]",
+            "entry 1 of 'conversations', has a text that is {'B': 'C'}",
+        ),
+        (
+            "categories: [x]\nconversations:\n- - A\n  -\n",
+            "entry 1 of 'conversations', has a text that is ''",
+        ),
     ],
 )
 def test_a_broken_entry_is_named(content, named, tmp_path):
@@ -152,7 +177,11 @@ def test_the_chatterbot_corpus_has_2306_pairs():
 
 
 @pytest.mark.parametrize(
-    "written", ["One.\n\n Two [a], b: c\n", '{"turns": ["One.", "More."], "id": 3}\n{"turns": ["Two [a], b: c"]}\n']
+    "written",
+    [
+        "One.\n\n Two [a], b: c\n",
+        '{"turns": ["One.", "More."], "id": 3}\n{"turns": ["Two [a], b: c"]}\n',
+    ],
 )
 def test_prompt_files(written, tmp_path):
     (tmp_path / "prompts").write_text(written)
@@ -190,12 +219,20 @@ EVERY = OURS + [pytest.param(kind, PUBLISHED / name, marks=ABSENT) for kind, nam
 
 
 def of_kind(kind, params=EVERY):
-    return [param for param in params if (param.values if hasattr(param, "values") else param)[0] == kind]
+    return [
+        param
+        for param in params
+        if (param.values if hasattr(param, "values") else param)[0] == kind
+    ]
 
 
 def raw(path):
     text = path.read_text("utf-8")
-    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    return (
+        json.loads(text)
+        if path.suffix == ".json"
+        else [json.loads(line) for line in text.splitlines()]
+    )
 
 
 def read(kind, source):
@@ -224,9 +261,16 @@ def test_every_record_has_its_three_texts_and_of_choices_one_is_right(kind, path
 @pytest.mark.parametrize(("kind", "path"), of_kind("squad"))
 def test_squad_texts_are_as_written_so_that_offsets_hold(kind, path):
     paragraphs = [paragraph for article in raw(path)["data"] for paragraph in article["paragraphs"]]
-    asked = [(paragraph["context"], qa) for paragraph in paragraphs for qa in paragraph["qas"] if qa["answers"]]
+    asked = [
+        (paragraph["context"], qa)
+        for paragraph in paragraphs
+        for qa in paragraph["qas"]
+        if qa["answers"]
+    ]
     found = read(kind, path)
-    assert [(r.context, r.question) for r in found] == [(context, qa["question"]) for context, qa in asked]
+    assert [(r.context, r.question) for r in found] == [
+        (context, qa["question"]) for context, qa in asked
+    ]
     for record, (_, qa) in zip(found, asked, strict=True):
         assert record.answer == qa["answers"][0]["text"]
         assert set(record.answers) == {answer["text"] for answer in qa["answers"]}
@@ -235,16 +279,24 @@ def test_squad_texts_are_as_written_so_that_offsets_hold(kind, path):
 
 
 def test_questions_that_nothing_answers_are_left_out_with_one_warning():
-    with pytest.warns(UserWarning, match=r"squad_v2\.json: 1 of 2 records are left out: 1 without answer") as told:
+    with pytest.warns(
+        UserWarning, match=r"squad_v2\.json: 1 of 2 records are left out: 1 without answer"
+    ) as told:
         found = records.squad(DATA / "squad_v2.json")
     assert len(told) == 1
     assert told[0].filename == __file__
-    assert [record.answers for record in found] == [("1960",)]  # and no plausible answer stands in for one
+    assert [record.answers for record in found] == [
+        ("1960",)
+    ]  # and no plausible answer stands in for one
 
 
 def test_what_is_left_out_is_counted_by_what_it_lacks():
     asked = {"question": "Q", "answers": {"text": ["A"], "answer_start": [0]}}
-    rows = [{"context": "C"} | asked, {"context": " "} | asked, {"context": "C"} | asked | {"question": ""}]
+    rows = [
+        {"context": "C"} | asked,
+        {"context": " "} | asked,
+        {"context": "C"} | asked | {"question": ""},
+    ]
     rows += [{"context": "C"} | asked | {"answers": {"text": [" "], "answer_start": [0]}}] * 2
     said = r"the list: 4 of 5 records are left out: 1 without context, 1 without question, 2 without answer\."
     with pytest.warns(UserWarning, match=said) as told:
@@ -260,8 +312,18 @@ def test_quality_counts_labels_from_one_and_the_writer_answers_where_no_vote_doe
 
 
 def test_quality_rows_of_the_hub_count_from_zero():
-    row = {"article": "Kites fly.", "question": "What flies?", "options": ["A", "B", "C", "D"], "hard": True}
-    assert [records.quality([row | {"answer": i}])[0].answer for i in range(4)] == ["A", "B", "C", "D"]
+    row = {
+        "article": "Kites fly.",
+        "question": "What flies?",
+        "options": ["A", "B", "C", "D"],
+        "hard": True,
+    }
+    assert [records.quality([row | {"answer": i}])[0].answer for i in range(4)] == [
+        "A",
+        "B",
+        "C",
+        "D",
+    ]
     assert records.quality([row | {"gold_label": 1, "writer_label": 2}])[0].answer == "A"
 
 
@@ -281,10 +343,19 @@ def test_quality_html_becomes_text_and_plain_text_stays():
 
 @pytest.mark.parametrize(("kind", "path"), of_kind("self_instruct"))
 def test_self_instruct_reads_the_input_and_keeps_the_instruction(kind, path):
-    instances = [(row["instruction"], instance) for row in raw(path) for instance in row["instances"]]
-    given = [(instance["input"], asked, (instance["output"],)) for asked, instance in instances if instance["input"]]
+    instances = [
+        (row["instruction"], instance) for row in raw(path) for instance in row["instances"]
+    ]
+    given = [
+        (instance["input"], asked, (instance["output"],))
+        for asked, instance in instances
+        if instance["input"]
+    ]
     assert [(r.context, r.question, r.answers) for r in read(kind, path)] == given
-    with pytest.warns(UserWarning, match=rf"{len(instances) - len(given)} of {len(instances)} records are left out"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"{len(instances) - len(given)} of {len(instances)} records are left out",
+    ):
         records.self_instruct(path)
 
 
@@ -301,7 +372,9 @@ def test_p3_parts_a_prompt_and_loses_nothing(kind, path):
         assert len(record.question) < 250
 
 
-TALE = "Mira walked to the lake, and there she found the ring that her brother had lost a year before."
+TALE = (
+    "Mira walked to the lake, and there she found the ring that her brother had lost a year before."
+)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +384,10 @@ TALE = "Mira walked to the lake, and there she found the ring that her brother h
             f"Given the context:\n\n{TALE}\n\nanswer:\n\nWhat was lost?\n",
             "Given the context:\n\nanswer:\n\nWhat was lost?",
         ),
-        (f"What was lost?\n\nUse the text below.\n\n{TALE}", "What was lost?\n\nUse the text below."),
+        (
+            f"What was lost?\n\nUse the text below.\n\n{TALE}",
+            "What was lost?\n\nUse the text below.",
+        ),
         (f"Question: What was lost?\nstory: {TALE}\nAnswer:", "Question: What was lost?\nAnswer:"),
         (f"{TALE}\nWhat does the story say was lost?", "What does the story say was lost?"),
         ("What was lost in the story that Mira told?", None),
@@ -320,7 +396,14 @@ TALE = "Mira walked to the lake, and there she found the ring that her brother h
     ],
 )
 def test_p3_finds_the_passage_wherever_it_stands(prompt, question):
-    rows = [{"inputs_pretokenized": prompt, "targets_pretokenized": "\nthe ring\n", "inputs": [3], "targets": [4]}]
+    rows = [
+        {
+            "inputs_pretokenized": prompt,
+            "targets_pretokenized": "\nthe ring\n",
+            "inputs": [3],
+            "targets": [4],
+        }
+    ]
     found = read("p3", rows)
     assert [record.question for record in found] == ([] if question is None else [question])
     for record in found:
@@ -337,7 +420,9 @@ def test_p3_choices_and_no_wrong_target():
 
 def test_long_alpaca_is_cut_behind_the_last_end_or_before_the_last_paragraph():
     path = DATA / "long_alpaca.json"
-    with pytest.warns(UserWarning, match=r"long_alpaca\.json: 1 of 6 records are left out: 1 without context"):
+    with pytest.warns(
+        UserWarning, match=r"long_alpaca\.json: 1 of 6 records are left out: 1 without context"
+    ):
         found = records.long_alpaca(path)
     assert [(record.context.split("\n")[-1], record.question) for record in found] == [
         (" Now the paper ends.", "What did the snails do?"),
@@ -358,9 +443,24 @@ def test_long_alpaca_is_cut_behind_the_last_end_or_before_the_last_paragraph():
 ANSWERS = {"text": ["one"], "answer_start": [2]}
 HUB = {
     "squad": {"id": "1", "title": "T", "context": "C one.", "question": "Q", "answers": ANSWERS},
-    "quality": {"article": "C one.", "question": "Q", "options": ["a", "b", "one", "d"], "answer": 2, "hard": False},
-    "self_instruct": {"id": "1", "instruction": "Q", "instances": {"input": ["C one."], "output": ["one"]}},
-    "p3": {"inputs": [1], "inputs_pretokenized": "Text: C one.\n\nQ", "targets": [2], "targets_pretokenized": "one"},
+    "quality": {
+        "article": "C one.",
+        "question": "Q",
+        "options": ["a", "b", "one", "d"],
+        "answer": 2,
+        "hard": False,
+    },
+    "self_instruct": {
+        "id": "1",
+        "instruction": "Q",
+        "instances": {"input": ["C one."], "output": ["one"]},
+    },
+    "p3": {
+        "inputs": [1],
+        "inputs_pretokenized": "Text: C one.\n\nQ",
+        "targets": [2],
+        "targets_pretokenized": "one",
+    },
     "long_alpaca": {"instruction": "C one.\n\nQ", "input": None, "output": "one", "file": "f"},
 }
 READ = dict.fromkeys(HUB, Record("C one.", "Q", ("one",)))
@@ -368,7 +468,10 @@ FOUR = {"A": "a", "B": "b", "C": "one", "D": "d"}
 # Of each kind a row of the hub, what it says, and the same row in the form of the original file.
 PROBLEMS = {
     "gsm8k": (
-        {"question": "Q", "answer": "It is 3-2 = <<3-2=1>>1.\nSo 0+1 = $<<0+1=1>>1 or <<1=1>>1.\n#### 1"},
+        {
+            "question": "Q",
+            "answer": "It is 3-2 = <<3-2=1>>1.\nSo 0+1 = $<<0+1=1>>1 or <<1=1>>1.\n#### 1",
+        },
         Record("", "Q", ("1",), reasoning="It is 3-2 = 1.\nSo 0+1 = $1 or 1."),
         (
             "a.jsonl",
@@ -376,19 +479,42 @@ PROBLEMS = {
         ),
     ),
     "svamp": (
-        {"ID": "1", "Body": "B. ", "Question": "Q", "Answer": "1.0", "Equation": "( 3.0 - 2.0 )", "Type": "S"},
+        {
+            "ID": "1",
+            "Body": "B. ",
+            "Question": "Q",
+            "Answer": "1.0",
+            "Equation": "( 3.0 - 2.0 )",
+            "Type": "S",
+        },
         Record("", "B. Q", ("1",), reasoning="( 3.0 - 2.0 )"),
         ("a.json", '[{"Body": "B.", "Question": "Q", "Answer": 1.0, "Equation": "( 3.0 - 2.0 )"}]'),
     ),
     "math23k": (
-        {"id": "1", "original_text": "Q", "equation": "x=25%", "ans": "25%"},  # codespell:ignore ans
+        {
+            "id": "1",
+            "original_text": "Q",
+            "equation": "x=25%",
+            "ans": "25%",
+        },  # codespell:ignore ans
         Record("", "Q", ("25%",), reasoning="x=25%"),
-        ("a.json", '{\n "original_text":"Q",\n "equation":"x=25%",\n "ans":"25%"\n}\n' * 3),  # codespell:ignore ans
+        (
+            "a.json",
+            '{\n "original_text":"Q",\n "equation":"x=25%",\n "ans":"25%"\n}\n' * 3,
+        ),  # codespell:ignore ans
     ),
     "math": (
         {"problem": "Q", "solution": r"$\boxed{2}$ or $\boxed{\sqrt{\frac{1}{2}}}$."},
-        Record("", "Q", (r"\sqrt{\frac{1}{2}}",), reasoning=r"$\boxed{2}$ or $\boxed{\sqrt{\frac{1}{2}}}$."),
-        ("a.jsonl", r'{"problem": "Q", "solution": "$\\boxed{2}$ or $\\boxed{\\sqrt{\\frac{1}{2}}}$."}'),
+        Record(
+            "",
+            "Q",
+            (r"\sqrt{\frac{1}{2}}",),
+            reasoning=r"$\boxed{2}$ or $\boxed{\sqrt{\frac{1}{2}}}$.",
+        ),
+        (
+            "a.jsonl",
+            r'{"problem": "Q", "solution": "$\\boxed{2}$ or $\\boxed{\\sqrt{\\frac{1}{2}}}$."}',
+        ),
     ),
     "strategyqa": (
         {"question": "Q", "answer": False, "facts": "F. G."},
@@ -396,9 +522,16 @@ PROBLEMS = {
         ("a.json", '[{"question": "Q", "answer": false, "facts": ["F.", "G."], "evidence": []}]'),
     ),
     "hotpotqa": (
-        {"context": {"title": ["T", "U"], "sentences": [["C.", " D."], ["E."]]}, "question": "Q", "answer": "1"},
+        {
+            "context": {"title": ["T", "U"], "sentences": [["C.", " D."], ["E."]]},
+            "question": "Q",
+            "answer": "1",
+        },
         Record("T\nC. D.\n\nU\nE.", "Q", ("1",)),
-        ("a.json", '[{"context": [["T", ["C.", " D."]], ["U", ["E."]]], "question": "Q", "answer": "1"}]'),
+        (
+            "a.json",
+            '[{"context": [["T", ["C.", " D."]], ["U", ["E."]]], "question": "Q", "answer": "1"}]',
+        ),
     ),
     "bbh": (
         {"input": "Q", "target": "(A)"},
@@ -406,7 +539,11 @@ PROBLEMS = {
         ("a.json", '{"canary": "c", "examples": [{"input": "Q", "target": "(A)"}]}'),
     ),
     "arc": (
-        {"question": "Q", "choices": {"text": ["a", "one", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        {
+            "question": "Q",
+            "choices": {"text": ["a", "one", "c"], "label": ["1", "2", "3"]},
+            "answerKey": "2",
+        },
         Record("", "Q", ("one",), ("a", "one", "c")),
         (
             "a.jsonl",
@@ -415,7 +552,8 @@ PROBLEMS = {
         ),
     ),
     "gpqa": (
-        {f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)} | {"Question": "Q\n", "Correct Answer": "one\n"},
+        {f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)}
+        | {"Question": "Q\n", "Correct Answer": "one\n"},
         Record("", "Q", ("one",), ("2", "3", "1", "one")),
         (
             "a.csv",
@@ -426,7 +564,10 @@ PROBLEMS = {
     "truthfulqa": (
         {"question": "Q", "mc1_targets": {"choices": ["one", "a", "b"], "labels": [1, 0, 0]}},
         Record("", "Q", ("one",), ("a", "one", "b")),
-        ("a.json", '[{"question": "Q", "mc1_targets": {"a": 0, "one": 1, "b": 0}, "mc2_targets": {}}]'),
+        (
+            "a.json",
+            '[{"question": "Q", "mc1_targets": {"a": 0, "one": 1, "b": 0}, "mc2_targets": {}}]',
+        ),
     ),
     "cmmlu": (
         {"Question": "Q", "Answer": "C"} | FOUR,
@@ -481,14 +622,18 @@ def test_a_file_is_read_and_the_hub_is_not_asked(kind, path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionError("cannot reach"), ValueError("Unknown split"), FileNotFoundError("none")]
+    "error",
+    [ConnectionError("cannot reach"), ValueError("Unknown split"), FileNotFoundError("none")],
 )
 def test_neither_file_nor_hub_is_a_sentence(error, monkeypatch):
     def load_dataset(*_, **__):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=rf"no file some/set, and the .* hub gave no .* 'test' \(it says: {error}\)"):
+    with pytest.raises(
+        ValueError,
+        match=rf"no file some/set, and the .* hub gave no .* 'test' \(it says: {error}\)",
+    ):
         read_records("squad", "some/set", "test")
 
 
@@ -499,7 +644,10 @@ def test_a_missing_json_file_is_not_looked_for_on_the_hub(monkeypatch, tmp_path)
             read_records("squad", name)
     with pytest.raises(ValueError, match=r"There is no file .*QuALITY"):
         records.quality(tmp_path / "QuALITY")
-    with pytest.raises(ValueError, match="kind 'sqad': expected one of squad, quality, self_instruct, p3, long_alpaca"):
+    with pytest.raises(
+        ValueError,
+        match="kind 'sqad': expected one of squad, quality, self_instruct, p3, long_alpaca",
+    ):
         read_records("sqad", "rows.jsonl")
 
 
@@ -558,7 +706,9 @@ def test_what_does_not_fit_is_named_by_file_row_and_field(kind, where, new, name
     ours = DATA / FILES[kind][0]
     keys = [int(key) if key.isdigit() else key for key in where.split()]
     given = spoil(raw(ours), keys, new)
-    text = json.dumps(given) if ours.suffix == ".json" else "\n".join(json.dumps(row) for row in given)
+    text = (
+        json.dumps(given) if ours.suffix == ".json" else "\n".join(json.dumps(row) for row in given)
+    )
     with pytest.raises(ValueError, match=rf"{ours.name},? {named}"):
         read(kind, write(tmp_path, ours.name, text))
 
@@ -566,8 +716,16 @@ def test_what_does_not_fit_is_named_by_file_row_and_field(kind, where, new, name
 @pytest.mark.parametrize(
     ("kind", "row", "named"),
     [
-        ("squad", {"question": "Q", "answers": {"text": ["A"]}}, "the list, row 2 has no 'context', expected a text"),
-        ("squad", HUB["squad"] | {"answers": {"text": "A"}}, "row 2 has 'answers' = .*, expected a list"),
+        (
+            "squad",
+            {"question": "Q", "answers": {"text": ["A"]}},
+            "the list, row 2 has no 'context', expected a text",
+        ),
+        (
+            "squad",
+            HUB["squad"] | {"answers": {"text": "A"}},
+            "row 2 has 'answers' = .*, expected a list",
+        ),
         (
             "squad",
             HUB["squad"] | {"answers": {"text": ["A"], "answer_start": []}},
@@ -584,7 +742,9 @@ def test_a_row_that_does_not_fit_is_named(kind, row, named):
 
 
 def test_lines_in_a_json_file_are_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.json is no JSON \(Extra data.*line 2.*call it \.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"a\.json is no JSON \(Extra data.*line 2.*call it \.jsonl"
+    ):
         records.long_alpaca(write(tmp_path, "a.json", '{"instruction": "a"}\n{"instruction": "b"}'))
 
 
@@ -595,7 +755,9 @@ def test_lines_in_a_json_file_are_a_sentence(tmp_path):
 def test_a_problem_says_the_same_on_the_hub_and_in_the_original_file(kind, tmp_path):
     row, record, (name, text) = PROBLEMS[kind]
     assert RECORDS[kind]([row]) == [record]
-    assert read_records(kind, write(tmp_path, name, text)) == [record] * (text.count("original_text") or 1)
+    assert read_records(kind, write(tmp_path, name, text)) == [record] * (
+        text.count("original_text") or 1
+    )
     assert ANSWER_KINDS[kind] in EXTRACTED
     assert RECORDS[kind].__name__ in kind
 
@@ -603,14 +765,22 @@ def test_a_problem_says_the_same_on_the_hub_and_in_the_original_file(kind, tmp_p
 @pytest.mark.parametrize("kind", ["gsm8k", "cmmlu"])
 def test_a_problem_without_a_question_is_left_out_and_none_needs_a_context(kind):
     row = HUB[kind]
-    with pytest.warns(UserWarning, match="the list: 1 of 2 records are left out: 1 without question") as told:
+    with pytest.warns(
+        UserWarning, match="the list: 1 of 2 records are left out: 1 without question"
+    ) as told:
         assert RECORDS[kind]([row, row | {"question": " ", "Question": " "}]) == [READ[kind]]
     assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize(
     ("given", "answer"),
-    [("((13)/(120))", "13/120"), ("(1/3)", "1/3"), ("1(1/2)", "1(1/2)"), ("2((3)/(4))", "2(3/4)"), ("7.50", "7.50")],
+    [
+        ("((13)/(120))", "13/120"),
+        ("(1/3)", "1/3"),
+        ("1(1/2)", "1(1/2)"),
+        ("2((3)/(4))", "2(3/4)"),
+        ("7.50", "7.50"),
+    ],
 )
 def test_fractions_of_math23k(given, answer):
     row = {"original_text": "Q", "equation": "x=1", "ans": given}  # codespell:ignore ans
@@ -634,8 +804,13 @@ def test_the_right_option_stands_anywhere_but_always_in_the_same_place():
     counts = Counter(record.letter for record in found)
     assert all(60 < counts[letter] < 140 for letter in "ABCD")  # 100 each, five standard deviations
     swapped = {"Incorrect Answer 1": "3", "Incorrect Answer 3": "1"}
-    assert records.gpqa([other | swapped for other in rows]) == found  # nor does the order of the wrong ones count
-    asked = [{"question": f"Q {i}", "mc1_targets": {"one": 1, "1": 0, "2": 0, "3": 0}} for i in range(400)]
+    assert (
+        records.gpqa([other | swapped for other in rows]) == found
+    )  # nor does the order of the wrong ones count
+    asked = [
+        {"question": f"Q {i}", "mc1_targets": {"one": 1, "1": 0, "2": 0, "3": 0}}
+        for i in range(400)
+    ]
     assert records.truthfulqa(asked) == found
 
 
@@ -686,13 +861,20 @@ def test_a_broken_row_of_a_file_is_named(tmp_path):
     for kind, name, text, named in (
         ("cmmlu", "a.csv", f"{header}Q,a,b\n", r"a\.csv, row 2 has 'C' = 'None', expected a text"),
         ("bbh", "a.json", '{"examples": [{"input": "Q"}]}', r"a\.json, example 1 has no 'target'"),
-        ("bbh", "b.json", '{"examples": "Q"}', r"b\.json holds .*, expected a list of rows, .* or 'examples'"),
+        (
+            "bbh",
+            "b.json",
+            '{"examples": "Q"}',
+            r"b\.json holds .*, expected a list of rows, .* or 'examples'",
+        ),
     ):
         with pytest.raises(ValueError, match=named):
             RECORDS[kind](write(tmp_path, name, text))
 
 
-GSM8K = pytest.mark.skipif(not (PUBLISHED / "gsm8k").is_dir(), reason="the published files are not here")
+GSM8K = pytest.mark.skipif(
+    not (PUBLISHED / "gsm8k").is_dir(), reason="the published files are not here"
+)
 
 
 @GSM8K
@@ -805,10 +987,14 @@ EXTRACTED = {
 }
 
 
-@pytest.mark.parametrize(("kind", "text", "answer"), [(k, *pair) for k, pairs in EXTRACTED.items() for pair in pairs])
+@pytest.mark.parametrize(
+    ("kind", "text", "answer"), [(k, *pair) for k, pairs in EXTRACTED.items() for pair in pairs]
+)
 def test_the_answer_of_a_text(kind, text, answer):
     assert extract_answer(kind, text) == answer
-    assert same_answer(kind, answer, extract_answer(kind, answer)) == bool(answer)  # an answer answers itself
+    assert same_answer(kind, answer, extract_answer(kind, answer)) == bool(
+        answer
+    )  # an answer answers itself
     assert not same_answer(kind, answer, "")
 
 
@@ -817,7 +1003,10 @@ PIECES += [" ", "\n"]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.lists(st.sampled_from(PIECES)).map("".join))
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+    st.lists(st.sampled_from(PIECES)).map("".join),
+)
 def test_no_text_is_too_strange_and_sameness_has_no_sides(one, two):
     for kind in EXTRACTED:
         a, b = extract_answer(kind, one), extract_answer(kind, two)
@@ -907,9 +1096,13 @@ def test_what_is_the_same_answer(kind, one, two, same):
     assert same_answer(kind, two, one) is same
 
 
-@pytest.mark.parametrize("function", [extract_answer, lambda kind, text: same_answer(kind, text, text)])
+@pytest.mark.parametrize(
+    "function", [extract_answer, lambda kind, text: same_answer(kind, text, text)]
+)
 def test_an_unknown_kind_of_answer_is_named(function):
-    with pytest.raises(ValueError, match="kind 'letter': expected one of number, math, choice, yes_no, text"):
+    with pytest.raises(
+        ValueError, match="kind 'letter': expected one of number, math, choice, yes_no, text"
+    ):
         function("letter", "A")
 
 
@@ -921,7 +1114,9 @@ def test_a_solution_ends_with_an_accepted_answer(kind):
     record, answers = READ[kind], ANSWER_KINDS[kind]
     asked, solved = messages(record)
     assert (asked["role"], solved["role"]) == ("user", "assistant")
-    assert all(part in asked["content"] for part in (record.context, record.question, *record.choices))
+    assert all(
+        part in asked["content"] for part in (record.context, record.question, *record.choices)
+    )
     assert solved["content"].startswith(record.reasoning)
     assert not solved["content"].startswith(" ")
     found = extract_answer(answers, solved["content"])
@@ -930,7 +1125,9 @@ def test_a_solution_ends_with_an_accepted_answer(kind):
 
 def test_every_right_choice_is_told_by_its_letter():
     for number, letter in enumerate("ABCDEFGH"):
-        record = Record("A text.", "Which?", (f"option {number}",), tuple(f"option {n}" for n in range(8)))
+        record = Record(
+            "A text.", "Which?", (f"option {number}",), tuple(f"option {n}" for n in range(8))
+        )
         asked, solved = messages(record)
         assert asked["content"].startswith("A text.\n\nWhich?\nA) option 0\nB) option 1\n")
         assert f"\n{letter}) option {number}" in asked["content"]
@@ -944,7 +1141,9 @@ def test_all_answers_to_a_question_are_accepted_and_the_first_is_told():
     assert messages(record)[1]["content"] == "She lives there. The answer is in Rome."
 
 
-@pytest.mark.parametrize("path", sorted((PUBLISHED / "gsm8k").glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((PUBLISHED / "gsm8k").glob("*.jsonl")), ids=lambda path: path.stem
+)
 def test_solutions_of_published_problems_are_right(path):
     for record in read_records("gsm8k", path):
         assert extract_answer("number", messages(record)[1]["content"]) == record.answer

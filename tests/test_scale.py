@@ -13,7 +13,10 @@ CHAPTERS = set(PRESETS["tiny"]["needs"])
 
 
 def preset(name, **changes):
-    settings = {"device": "cpu", "dtype": torch.float32 if name == "tiny" else torch.float16} | changes
+    settings = {
+        "device": "cpu",
+        "dtype": torch.float32 if name == "tiny" else torch.float16,
+    } | changes
     return Scale(name=name, **settings, **PRESETS[name])
 
 
@@ -92,7 +95,9 @@ def test_weights_are_the_bytes_of_the_models():
         "05_speculative_decoding": ["lab-target", "lab-draft"],
         "04_alignment_4d": ["lab-teacher"],
     }.items():
-        assert scale.memory(chapter)["weights"] == pytest.approx(sum(real[name] for name in names) / 1e9, rel=1e-9)
+        assert scale.memory(chapter)["weights"] == pytest.approx(
+            sum(real[name] for name in names) / 1e9, rel=1e-9
+        )
         half = preset("tiny", dtype=torch.float16).memory(chapter)["weights"]
         assert half == pytest.approx(scale.memory(chapter)["weights"] / 2)
 
@@ -102,7 +107,9 @@ def test_the_cache_part_is_one_real_cache_a_model():
     need = scale.needs["05_speculative_decoding"]
     real = 0
     for role in need.frozen:
-        cache = kv.prefill(lab.make(getattr(scale, role)), torch.zeros(need.batch, 8, dtype=torch.long)).cache
+        cache = kv.prefill(
+            lab.make(getattr(scale, role)), torch.zeros(need.batch, 8, dtype=torch.long)
+        ).cache
         real += kv.nbytes(cache) * need.tokens // 8
     assert scale.memory("05_speculative_decoding")["cache"] == pytest.approx(real / 1e9)
 
@@ -114,8 +121,14 @@ def test_training_is_sixteen_bytes_a_parameter():
     added = scale.needs["06_cache_fusion"].added
     assert scale.memory("06_cache_fusion")["training"] == pytest.approx(16 * added / 1e9)
     layers = lab.make("lab-target", num_hidden_layers=3).model.layers
-    assert scale.memory("02_draft_training")["training"] == pytest.approx(16 * layers_size(layers) / 1e9)
-    assert scale.memory("00_start_here")["training"] == scale.memory("00_start_here")["activations"] == 0
+    assert scale.memory("02_draft_training")["training"] == pytest.approx(
+        16 * layers_size(layers) / 1e9
+    )
+    assert (
+        scale.memory("00_start_here")["training"]
+        == scale.memory("00_start_here")["activations"]
+        == 0
+    )
 
 
 def layers_size(layers):
@@ -129,7 +142,13 @@ def test_an_unknown_chapter_is_refused():
 
 def test_describe_is_a_sentence_with_the_models():
     told = preset("t4", device="cuda").describe("05_speculative_decoding")
-    for part in ("Scale t4", "target Qwen/Qwen3-1.7B", "draft Qwen/Qwen3-0.6B", "float16 on cuda", "GB"):
+    for part in (
+        "Scale t4",
+        "target Qwen/Qwen3-1.7B",
+        "draft Qwen/Qwen3-0.6B",
+        "float16 on cuda",
+        "GB",
+    ):
         assert part in told
 
 
@@ -145,7 +164,9 @@ def test_a_wrong_name_is_told_the_choices(monkeypatch):
 @pytest.mark.parametrize("name", ["t4", "full"])
 def test_a_scale_that_needs_a_gpu_says_so(monkeypatch, no_gpu, name):
     monkeypatch.setenv("KVLAB_SCALE", name)
-    with pytest.raises(ValueError, match=f"'{name}', which needs a GPU; found none. Use KVLAB_SCALE=tiny"):
+    with pytest.raises(
+        ValueError, match=f"'{name}', which needs a GPU; found none. Use KVLAB_SCALE=tiny"
+    ):
         Scale.current()
 
 
@@ -172,7 +193,9 @@ def test_current_never_adds_threads(monkeypatch, no_gpu):
 def test_the_gpu_chooses(monkeypatch, gigabytes, want):
     monkeypatch.delenv("KVLAB_SCALE", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: want == "full")
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: want == "full"
+    )
     memory = type("Properties", (), {"total_memory": gigabytes * 2**30})
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: memory)
     monkeypatch.setattr("torch.manual_seed", lambda _: None)

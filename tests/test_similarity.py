@@ -71,7 +71,9 @@ def by_tuples(x, y):
     """The mean over all four different tokens of K_ij (L_ij + L_qr - 2 L_iq): the U-statistic itself."""
     gram, other = x @ x.T, y @ y.T
     tuples = itertools.permutations(range(len(x)), 4)
-    return torch.stack([gram[i, j] * (other[i, j] + other[q, r] - 2 * other[i, q]) for i, j, q, r in tuples]).mean()
+    return torch.stack(
+        [gram[i, j] * (other[i, j] + other[q, r] - 2 * other[i, q]) for i, j, q, r in tuples]
+    ).mean()
 
 
 def by_grams(x, y):
@@ -96,7 +98,10 @@ def test_it_is_the_mean_over_all_tuples_and_the_printed_formula(monkeypatch, gra
 @both_forms
 def test_over_all_samples_its_mean_is_the_squared_covariance(monkeypatch, gram):
     use_gram(monkeypatch, gram)
-    x, y = some(4, 2), some(4, 3, seed=1)  # a distribution on four points, from which four tokens are drawn
+    x, y = (
+        some(4, 2),
+        some(4, 3, seed=1),
+    )  # a distribution on four points, from which four tokens are drawn
     draws = [list(draw) for draw in itertools.product(range(4), repeat=4)]
     covariance = (x - x.mean(0)).T @ (y - y.mean(0)) / 4
     near(torch.stack([hsic(x[draw], y[draw]) for draw in draws]).mean(), covariance.square().sum())
@@ -105,7 +110,10 @@ def test_over_all_samples_its_mean_is_the_squared_covariance(monkeypatch, gram):
 def test_over_all_pairings_its_mean_is_zero_and_that_of_the_biased_form_is_not():
     x, y = some(5, 3), some(5, 4, seed=1)
     orders = [list(order) for order in itertools.permutations(range(5))]
-    near(torch.stack([cka_of(x, y[order]) for order in orders]).mean(), torch.tensor(0.0, dtype=DOUBLE))
+    near(
+        torch.stack([cka_of(x, y[order]) for order in orders]).mean(),
+        torch.tensor(0.0, dtype=DOUBLE),
+    )
     assert torch.stack([biased_cka(x, y[order]) for order in orders]).mean() > 0.4
 
 
@@ -115,12 +123,21 @@ def test_the_biased_form_is_the_printed_formula(monkeypatch, gram):
     x, y = related(11)
     center = torch.eye(11, dtype=DOUBLE) - 1 / 11
     grams = (x + 2) @ (x + 2).T, y @ y.T
-    xy, xx, yy = (torch.trace(k @ center @ other @ center) for k, other in (grams, grams[:1] * 2, grams[1:] * 2))
+    xy, xx, yy = (
+        torch.trace(k @ center @ other @ center)
+        for k, other in (grams, grams[:1] * 2, grams[1:] * 2)
+    )
     near(biased_cka(x + 2, y), xy / (xx * yy).sqrt())
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=seeds, n=st.integers(4, 20), p=st.integers(1, 12), q=st.integers(1, 12), offset=st.sampled_from([0, 1e3]))
+@given(
+    seed=seeds,
+    n=st.integers(4, 20),
+    p=st.integers(1, 12),
+    q=st.integers(1, 12),
+    offset=st.sampled_from([0, 1e3]),
+)
 def test_both_forms_are_equal_and_symmetric(seed, n, p, q, offset):
     x, y = some(n, p, seed=seed) + offset, some(n, q, seed=seed + 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -212,9 +229,13 @@ def test_minibatches_estimate_the_whole_and_a_mean_of_ratios_does_not():
     x, y = related(8000, p=2, q=2, noise=0.5)
     parts = list(zip(x.split(5), y.split(5), strict=True))
     got, whole = streamed(([a], [b]) for a, b in parts).matrix()[0, 0], cka_of(x, y)
-    xy, xx, yy = torch.stack([torch.stack([hsic(a, b), hsic(a, a), hsic(b, b)]) for a, b in parts]).T
+    xy, xx, yy = torch.stack(
+        [torch.stack([hsic(a, b), hsic(a, a), hsic(b, b)]) for a, b in parts]
+    ).T
     near(got, xy.mean() / (xx.mean() * yy.mean()).sqrt())
-    slopes = xy / (xx.mean() * yy.mean()).sqrt() - got * (xx / xx.mean() + yy / yy.mean()) / 2  # the delta method
+    slopes = (
+        xy / (xx.mean() * yy.mean()).sqrt() - got * (xx / xx.mean() + yy / yy.mean()) / 2
+    )  # the delta method
     error = slopes.std() / len(parts) ** 0.5
     ratios = (xy / (xx * yy).sqrt()).mean()
     biased = torch.stack([biased_cka(a, b) for a, b in parts]).mean()
@@ -225,9 +246,14 @@ def test_minibatches_estimate_the_whole_and_a_mean_of_ratios_does_not():
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=seeds, sizes=st.lists(st.integers(4, 12), min_size=1, max_size=6), cut=st.integers(0, 6))
+@given(
+    seed=seeds, sizes=st.lists(st.integers(4, 12), min_size=1, max_size=6), cut=st.integers(0, 6)
+)
 def test_any_split_over_objects_adds_up(seed, sizes, cut):
-    batches = [([x, x**2], [y, y.abs(), x]) for x, y in (related(n, seed=seed + i) for i, n in enumerate(sizes))]
+    batches = [
+        ([x, x**2], [y, y.abs(), x])
+        for x, y in (related(n, seed=seed + i) for i, n in enumerate(sizes))
+    ]
     whole, first, second = streamed(batches), streamed(batches[:cut]), streamed(batches[cut:])
     for total in (first + second, second + first, sum([first, second], CKA())):
         assert total.batches == len(batches)
@@ -247,7 +273,11 @@ def test_a_sum_leaves_its_parts_as_they_are():
 
 def test_what_is_kept_does_not_grow_with_tokens():
     x, y = related(500)
-    assert [tuple(t.shape) for t in streamed([([x, x], [y, y, y])] * 3).sums] == [(2, 3), (2,), (3,)]
+    assert [tuple(t.shape) for t in streamed([([x, x], [y, y, y])] * 3).sums] == [
+        (2, 3),
+        (2,),
+        (3,),
+    ]
 
 
 def test_each_gram_matrix_is_computed_once(monkeypatch):
@@ -298,7 +328,9 @@ def test_numbers_that_are_not_finite_are_refused(value):
     x = some(6, 3)
     x[2, 1] = value
     for call in (hsic, biased_cka):
-        with pytest.raises(ValueError, match="not all finite: run the model in bfloat16 or float32"):
+        with pytest.raises(
+            ValueError, match="not all finite: run the model in bfloat16 or float32"
+        ):
             call(some(6, 3), x)
 
 
@@ -373,7 +405,13 @@ def test_a_padded_batch_is_each_text_alone(tiny_model, family, what):
 def test_only_tokens_of_the_mask_count_in_their_order(tiny_model, what):
     model, (ids, mask) = tiny_model("Qwen3"), batch(TEXTS)
     chosen = torch.zeros_like(mask)
-    chosen[0, 2], chosen[0, 7], chosen[1, 0], chosen[1, -1], chosen[2, 4] = 1, 1, 1, 1, 1  # [1, 0] is padding
+    chosen[0, 2], chosen[0, 7], chosen[1, 0], chosen[1, -1], chosen[2, 4] = (
+        1,
+        1,
+        1,
+        1,
+        1,
+    )  # [1, 0] is padding
     all_of_it = states(model, ids, mask, mask, what)
     for layer, whole in zip(states(model, ids, mask, chosen, what), all_of_it, strict=True):
         assert torch.equal(layer, whole[[2, 7, 9 + 3, 9 + 4 + 1]])
@@ -384,7 +422,9 @@ def seen_by_hooks(model, text, name):
     found = []
     modules = [module for path, module in model.named_modules() if path.endswith(name)]
     hooks = [
-        m.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
+        m.register_forward_hook(
+            lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
+        )
         for m in modules
     ]
     model(text[None])
@@ -399,7 +439,9 @@ def test_keys_are_those_before_the_rotation_and_values_as_projected(tiny_model, 
     model = tiny_model(family, rope)
     keys, text = "k_norm" if family == "Qwen3" else "k_proj", TEXTS[0]
     for what, name in (("keys", keys), ("values", "v_proj")):
-        for got, want in zip(alone(model, text, what), seen_by_hooks(model, text, name), strict=True):
+        for got, want in zip(
+            alone(model, text, what), seen_by_hooks(model, text, name), strict=True
+        ):
             near(got, want, within=2e-5)
     stored = prefill(model, text[None]).cache.layers[0].keys[0].transpose(0, 1).flatten(1)
     assert not torch.allclose(alone(model, text, "keys")[0], stored, atol=0.1)
@@ -418,7 +460,9 @@ def test_where_a_text_stands_does_not_change_its_keys(tiny_model, family):
     model, text = tiny_model(family), TEXTS[0]
     there = prefill(model, text[None], position=70).cache
     moved = unrotate(there, 70 + torch.arange(9), rotary_of(model))
-    for got, layer, stored in zip(alone(model, text, "keys"), moved.layers, there.layers, strict=True):
+    for got, layer, stored in zip(
+        alone(model, text, "keys"), moved.layers, there.layers, strict=True
+    ):
         near(got, layer.keys[0].transpose(0, 1).flatten(1), within=5e-5)
         assert not torch.allclose(got, stored.keys[0].transpose(0, 1).flatten(1), atol=0.1)
 
@@ -449,7 +493,8 @@ def test_a_model_is_most_like_itself_layer_by_layer(tiny_model):
     for what in KINDS:
         one = [states(tiny_model("Qwen3"), part, ones[:3], ones[:3], what) for part in ids.split(3)]
         two = [
-            states(tiny_model("Qwen3", num_hidden_layers=2), part, ones[:3], ones[:3], what) for part in ids.split(3)
+            states(tiny_model("Qwen3", num_hidden_layers=2), part, ones[:3], ones[:3], what)
+            for part in ids.split(3)
         ]
         matrix = streamed(zip(one, one, strict=True)).matrix()
         near(matrix.diagonal(), torch.ones(3, dtype=DOUBLE))
@@ -486,7 +531,9 @@ def test_a_map_has_the_best_layers_and_their_softmax(seed, rows, columns, data):
     chosen = layer_map(matrix, k)
     assert chosen.teacher_layers == columns
     assert chosen.indices.shape == chosen.weights.shape == (rows, k)
-    for row, indices, weights in zip(matrix.tolist(), chosen.indices.tolist(), chosen.weights, strict=True):
+    for row, indices, weights in zip(
+        matrix.tolist(), chosen.indices.tolist(), chosen.weights, strict=True
+    ):
         assert indices == sorted(range(columns), key=lambda i: -row[i])[:k]
         total = sum(math.exp(row[i]) for i in indices)
         near(weights, torch.tensor([math.exp(row[i]) / total for i in indices], dtype=DOUBLE))
@@ -517,7 +564,9 @@ def test_a_map_that_cannot_be_is_refused(matrix, k, sentence):
 
 def saved(folder, chosen=None, **about):
     chosen = layer_map(some(4, 6), 3) if chosen is None else chosen
-    return save_layer_map(folder / "map.json", chosen, **{"student": "s", "teacher": "t", "samples": 100} | about)
+    return save_layer_map(
+        folder / "map.json", chosen, **{"student": "s", "teacher": "t", "samples": 100} | about
+    )
 
 
 def test_a_map_comes_back_bit_for_bit(tmp_path):
@@ -529,7 +578,12 @@ def test_a_map_comes_back_bit_for_bit(tmp_path):
     assert back.layer_map.weights.dtype == DOUBLE
     assert (back.layer_map.teacher_layers, *back[1:]) == (6, "lab-draft", "lab-教師", 7, "keys")
     text = json.loads(path.read_text("utf-8"))
-    assert (text["k"], text["student_layers"], text["teacher_layers"], text["what"]) == (3, 4, 6, "keys")
+    assert (text["k"], text["student_layers"], text["teacher_layers"], text["what"]) == (
+        3,
+        4,
+        6,
+        "keys",
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["map.json"]
 
 
@@ -542,7 +596,9 @@ def test_a_map_for_other_models_is_refused(tmp_path):
 
 
 def test_a_file_or_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"There is no file .*other.json: save a layer map there first"):
+    with pytest.raises(
+        ValueError, match=r"There is no file .*other.json: save a layer map there first"
+    ):
         load_layer_map(tmp_path / "other.json", 4, 6)
     with pytest.raises(ValueError, match=r"There is no folder .*nowhere: make it first"):
         saved(tmp_path / "nowhere")
@@ -569,7 +625,9 @@ CHANGES = {
 def test_a_file_that_is_no_layer_map_is_refused(tmp_path, name):
     path, (change, sentence) = saved(tmp_path), CHANGES[name]
     content = json.loads(path.read_text("utf-8")) | change
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), "utf-8")
+    path.write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None}), "utf-8"
+    )
     with pytest.raises(ValueError, match=sentence):
         load_layer_map(path, 4, 6)
 

@@ -64,7 +64,11 @@ def plain(model, ids, count, ends=()):
     """Greedy decoding of one row with no cache at all."""
     ids, new = torch.as_tensor(ids), []
     while len(new) < count and not (new and new[-1] in ends):
-        new.append(model(torch.cat((ids, torch.tensor(new, dtype=torch.long)))[None], use_cache=False).logits[0, -1])
+        new.append(
+            model(
+                torch.cat((ids, torch.tensor(new, dtype=torch.long)))[None], use_cache=False
+            ).logits[0, -1]
+        )
         new[-1] = new[-1].argmax().item()
     return new
 
@@ -81,7 +85,12 @@ def plain_after(model, prefix, ids, count):
 
 def theirs(model, ids, count, **options):
     """Greedy decoding of one row by transformers, all settings explicit."""
-    given = {"max_new_tokens": count, "do_sample": False, "repetition_penalty": 1.0, "eos_token_id": None} | options
+    given = {
+        "max_new_tokens": count,
+        "do_sample": False,
+        "repetition_penalty": 1.0,
+        "eos_token_id": None,
+    } | options
     config = GenerationConfig(**given, pad_token_id=0)
     ids = torch.as_tensor(ids)[None]
     return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[
@@ -129,14 +138,31 @@ def verifications(rounds):
 @pytest.mark.parametrize("draft", ["small", "noisy"])
 def test_greedy_text_is_the_targets(tiny_model, family, dtype, draft):
     target, prompts = tiny_model(family, dtype=dtype), random_prompts(7, 1)
-    small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     draft = tiny_model(family, dtype=dtype, seed=1, **small) if draft == "small" else noisy(target)
     want = [plain(target, ids, 10) for ids in prompts]
-    assert want == [theirs(target, ids, 10) for ids in prompts] == new_tokens(target, prompts, max_new_tokens=10)
+    assert (
+        want
+        == [theirs(target, ids, 10) for ids in prompts]
+        == new_tokens(target, prompts, max_new_tokens=10)
+    )
     for gamma in (1, 3, 8):
-        assert new_tokens(target, prompts[0][None], ModelProposer(draft), gamma=gamma, max_new_tokens=10) == want[:1]
+        assert (
+            new_tokens(
+                target, prompts[0][None], ModelProposer(draft), gamma=gamma, max_new_tokens=10
+            )
+            == want[:1]
+        )
     for gamma in (2, 5):
-        assert new_tokens(target, prompts, ModelProposer(draft), gamma=gamma, max_new_tokens=10) == want
+        assert (
+            new_tokens(target, prompts, ModelProposer(draft), gamma=gamma, max_new_tokens=10)
+            == want
+        )
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4, 7])
@@ -171,10 +197,22 @@ def test_a_prefix_shared_by_rows(tiny_model, family, kind):
     want = [plain_after(target, prefix, ids, 9) for ids in prompts]
     if kind == "prefilled":
         assert want == [plain(target, [*prefix.input_ids, *ids.tolist()], 9) for ids in prompts]
-    for proposer in (None, ModelProposer(noisy(target)), LookupProposer(), EarlyExitProposer(target, 1)):
-        assert new_tokens(target, prompts, proposer, gamma=3, max_new_tokens=9, prefix=prefix) == want
+    for proposer in (
+        None,
+        ModelProposer(noisy(target)),
+        LookupProposer(),
+        EarlyExitProposer(target, 1),
+    ):
+        assert (
+            new_tokens(target, prompts, proposer, gamma=3, max_new_tokens=9, prefix=prefix) == want
+        )
     without_ids = prefix._replace(input_ids=())
-    assert new_tokens(target, prompts, ModelProposer(noisy(target)), max_new_tokens=9, prefix=without_ids) == want
+    assert (
+        new_tokens(
+            target, prompts, ModelProposer(noisy(target)), max_new_tokens=9, prefix=without_ids
+        )
+        == want
+    )
 
 
 @settings(deadline=None, max_examples=25)
@@ -188,7 +226,9 @@ def test_a_prefix_shared_by_rows(tiny_model, family, kind):
 def test_each_row_with_its_own_prefix(tiny_model, family, gamma, rows, drafter, count):
     target = tiny_model(family, dtype=DOUBLE)
     proposer = {
-        "model": lambda: ModelProposer(tiny_model(family, dtype=DOUBLE, seed=1, num_hidden_layers=1)),
+        "model": lambda: ModelProposer(
+            tiny_model(family, dtype=DOUBLE, seed=1, num_hidden_layers=1)
+        ),
         "noisy": lambda: ModelProposer(noisy(target)),
         "lookup": lambda: LookupProposer(longest=2),
         "early": lambda: EarlyExitProposer(target, 2),
@@ -196,26 +236,47 @@ def test_each_row_with_its_own_prefix(tiny_model, family, gamma, rows, drafter, 
     prompts = random_prompts(*[n for n, _ in rows])
     prefixes = [make_prefix(target, kind, seed) for seed, (_, kind) in enumerate(rows)]
     want = [after(target, *pair, count) for pair in zip(prefixes, prompts, strict=True)]
-    assert new_tokens(target, prompts, proposer, gamma=gamma, max_new_tokens=count, prefix=prefixes) == want
+    assert (
+        new_tokens(target, prompts, proposer, gamma=gamma, max_new_tokens=count, prefix=prefixes)
+        == want
+    )
 
 
 def test_one_prompt_after_different_prefixes(tiny_model):
     target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(5)
     prefixes = [make_prefix(target, "prefilled", 0), None, make_prefix(target, "prefilled", 1)]
     want = [after(target, prefix, ids, 9) for prefix in prefixes]
-    assert new_tokens(target, [ids] * 3, ModelProposer(noisy(target)), max_new_tokens=9, prefix=prefixes) == want
+    assert (
+        new_tokens(
+            target, [ids] * 3, ModelProposer(noisy(target)), max_new_tokens=9, prefix=prefixes
+        )
+        == want
+    )
 
 
 def test_a_draft_may_have_a_prefix_of_its_own(tiny_model):
     target, (known, *prompts) = tiny_model(dtype=DOUBLE), random_prompts(10, 6, 3)
     draft, want = noisy(target), [plain(target, [*known, *ids], 12) for ids in prompts]
     drafted = []
-    for own in (None, read(draft, known), [read(draft, known), read(draft, known)], compressed(draft, known, [0, 9])):
-        got = generate(target, prompts, ModelProposer(draft, own), max_new_tokens=12, prefix=read(target, known))
+    for own in (
+        None,
+        read(draft, known),
+        [read(draft, known), read(draft, known)],
+        compressed(draft, known, [0, 9]),
+    ):
+        got = generate(
+            target,
+            prompts,
+            ModelProposer(draft, own),
+            max_new_tokens=12,
+            prefix=read(target, known),
+        )
         assert [row.tolist() for row in got.tokens] == want
         drafted.append([r.drafted for r in verifications(got.rounds)])
     assert drafted[0] == drafted[1] == drafted[2] != drafted[3]
-    hint = read(draft, random_prompts(8, seed=9)[0])._replace(input_ids=())  # known to the draft alone
+    hint = read(draft, random_prompts(8, seed=9)[0])._replace(
+        input_ids=()
+    )  # known to the draft alone
     alone = generate(target, prompts, ModelProposer(draft, hint), max_new_tokens=12)
     assert [row.tolist() for row in alone.tokens] == [plain(target, ids, 12) for ids in prompts]
 
@@ -231,12 +292,16 @@ def test_a_draft_with_the_targets_prefix_is_accepted_whole(tiny_model):
 
 
 def test_the_lab_pair():
-    tokenizer, target, draft = lab.load_tokenizer("lab-target"), lab.load("lab-target"), lab.load("lab-draft")
+    tokenizer, target, draft = (
+        lab.load_tokenizer("lab-target"),
+        lab.load("lab-target"),
+        lab.load("lab-draft"),
+    )
     questions = [d[:-1] for task in ("reading", "arithmetic") for d in heldout(task, 2, seed=4)[:2]]
     prompts = [
-        tokenizer.apply_chat_template(q, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-            "input_ids"
-        ][0]
+        tokenizer.apply_chat_template(
+            q, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"][0]
         for q in questions
     ]
     end = tokenizer.eos_token_id
@@ -252,10 +317,14 @@ def test_the_lab_pair():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_prefilled_cache_gives_the_text_of_the_whole_prompt(tiny_model, seed):
-    target, draft = (tiny_model(seed=s, num_hidden_layers=2, dtype=DOUBLE) for s in (seed, 50 + seed))
+    target, draft = (
+        tiny_model(seed=s, num_hidden_layers=2, dtype=DOUBLE) for s in (seed, 50 + seed)
+    )
     (whole,) = random_prompts(12, seed=seed)
     prefix = read(target, whole[:8])
-    got = new_tokens(target, whole[None, 8:], ModelProposer(draft), max_new_tokens=10, prefix=prefix)
+    got = new_tokens(
+        target, whole[None, 8:], ModelProposer(draft), max_new_tokens=10, prefix=prefix
+    )
     assert got == [plain(target, whole, 10)]
 
 
@@ -268,7 +337,9 @@ def test_a_draft_equal_to_the_target_is_always_right(tiny_model, temperature, ga
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 1)
     sampling = Sampling(temperature, generator=seeded(1, 2, 3))
     count = 1 + 4 * (gamma + 1)
-    got = generate(target, prompts, ModelProposer(target), gamma=gamma, max_new_tokens=count, sampling=sampling)
+    got = generate(
+        target, prompts, ModelProposer(target), gamma=gamma, max_new_tokens=count, sampling=sampling
+    )
     summary = summarize(got.rounds)
     assert summary.acceptance == 1
     assert summary.conditional == summary.unconditional == [1.0] * gamma
@@ -321,12 +392,19 @@ def test_lookup_finds_what_a_search_finds(text, gamma, longest):
 
 def test_lookup_with_guesses_in_some_rows_only(tiny_model):
     target = tiny_model(dtype=DOUBLE)
-    prompts = [torch.tensor([5, 6, 7, 8] * 3), torch.arange(20, 31), torch.tensor([40]), torch.tensor([9, 9])]
+    prompts = [
+        torch.tensor([5, 6, 7, 8] * 3),
+        torch.arange(20, 31),
+        torch.tensor([40]),
+        torch.tensor([9, 9]),
+    ]
     for gamma in (1, 3, 6):
         got = generate(target, prompts, LookupProposer(), gamma=gamma, max_new_tokens=25)
         assert [row.tolist() for row in got.tokens] == [plain(target, ids, 25) for ids in prompts]
         drafted = [r.drafted for r in verifications(got.rounds)]
-        guessed = {(any(row)) for d in drafted if any(d) for row in [[t >= 0 for t in r] for r in d]}
+        guessed = {
+            (any(row)) for d in drafted if any(d) for row in [[t >= 0 for t in r] for r in d]
+        }
         assert guessed == {True, False}
 
 
@@ -347,7 +425,9 @@ def test_no_guess_is_never_accepted(tiny_model, temperature):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(3, 8, 5)
     known = [ids.tolist() + plain(target, ids, 30) for ids in prompts]
     certain = Sampling(1e-6) if temperature else None  # sampling from a point
-    got = generate(target, prompts, PartialGuesses(known), gamma=4, max_new_tokens=20, sampling=certain)
+    got = generate(
+        target, prompts, PartialGuesses(known), gamma=4, max_new_tokens=20, sampling=certain
+    )
     assert [row.tolist() for row in got.tokens] == [plain(target, ids, 20) for ids in prompts]
     for r in verifications(got.rounds)[:3]:
         for drafted, accepted in zip(r.drafted, r.accepted, strict=True):
@@ -358,10 +438,15 @@ def test_no_guess_is_never_accepted(tiny_model, temperature):
 @every_family
 @pytest.mark.parametrize("layers", [1, 2])
 def test_early_exit(tiny_model, family, layers):
-    target, prompts = tiny_model(family, dtype=DOUBLE, initializer_range=0.05), random_prompts(3, 11, 1)
+    target, prompts = (
+        tiny_model(family, dtype=DOUBLE, initializer_range=0.05),
+        random_prompts(3, 11, 1),
+    )
     want = [plain(target, ids, 20) for ids in prompts]
     for gamma in (1, 4):
-        got = generate(target, prompts, EarlyExitProposer(target, layers), gamma=gamma, max_new_tokens=20)
+        got = generate(
+            target, prompts, EarlyExitProposer(target, layers), gamma=gamma, max_new_tokens=20
+        )
         assert [row.tolist() for row in got.tokens] == want
         assert 0 < summarize(got.rounds).acceptance < 1
 
@@ -373,7 +458,8 @@ def test_early_exit_drafts_what_a_model_of_the_first_layers_drafts(tiny_model):
     shallow = type(target)(config).to(DOUBLE).eval()
     shallow.load_state_dict(target.state_dict(), strict=False)
     one, two = (
-        generate(target, prompts, p, max_new_tokens=20) for p in (EarlyExitProposer(target, 1), ModelProposer(shallow))
+        generate(target, prompts, p, max_new_tokens=20)
+        for p in (EarlyExitProposer(target, 1), ModelProposer(shallow))
     )
     assert [r.drafted for r in one.rounds] == [r.drafted for r in two.rounds]
     assert [r.accepted for r in one.rounds] == [r.accepted for r in two.rounds]
@@ -382,7 +468,9 @@ def test_early_exit_drafts_what_a_model_of_the_first_layers_drafts(tiny_model):
 def test_early_exit_leaves_the_targets_memory_as_plain_decoding_would(tiny_model):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9)
     runner = Runner(target)
-    tokens = generate(runner, prompts, EarlyExitProposer(target, 2), gamma=3, max_new_tokens=10).tokens
+    tokens = generate(
+        runner, prompts, EarlyExitProposer(target, 2), gamma=3, max_new_tokens=10
+    ).tokens
     for row, (ids, new) in enumerate(zip(prompts, tokens, strict=True)):
         have = runner.slots.lengths[row]
         want = kv.prefill(target, torch.cat((ids, new))[None, :have]).cache
@@ -396,7 +484,12 @@ def test_early_exit_leaves_the_targets_memory_as_plain_decoding_would(tiny_model
 
 def processors(sampling):
     """The processors of transformers, in the order of its `generate`."""
-    penalty, k, p, t = sampling.repetition_penalty, sampling.top_k, sampling.top_p, sampling.temperature
+    penalty, k, p, t = (
+        sampling.repetition_penalty,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.temperature,
+    )
     return LogitsProcessorList(
         ([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])
         + ([TemperatureLogitsWarper(t)] if t != 1 else [])
@@ -411,7 +504,9 @@ def joint(model, prompt, count, sampling, prefix=None):
     known = torch.tensor(prefix.input_ids if prefix else [], dtype=torch.long)
     total = torch.ones(1, dtype=DOUBLE)
     for n in range(count):
-        new = torch.tensor(list(itertools.product(range(size), repeat=n)), dtype=torch.long).reshape(size**n, n)
+        new = torch.tensor(
+            list(itertools.product(range(size), repeat=n)), dtype=torch.long
+        ).reshape(size**n, n)
         ids = torch.cat((prompt.expand(len(new), -1), new), 1)
         past = kv.clone(prefix.cache) if prefix else None
         if prefix:
@@ -427,7 +522,13 @@ def p_values(target, prompt, sampling, proposer, gamma, rows=2000, count=5, pref
     model = target.model if isinstance(target, Runner) else target
     sampling = dataclasses.replace(sampling, generator=torch.Generator().manual_seed(5))
     got = generate(
-        target, prompt.expand(rows, -1), proposer, gamma=gamma, max_new_tokens=count, sampling=sampling, prefix=prefix
+        target,
+        prompt.expand(rows, -1),
+        proposer,
+        gamma=gamma,
+        max_new_tokens=count,
+        sampling=sampling,
+        prefix=prefix,
     )
     counts = np.zeros((model.config.vocab_size,) * count)
     np.add.at(counts, tuple(torch.stack(got.tokens).T.numpy()), 1)
@@ -436,7 +537,13 @@ def p_values(target, prompt, sampling, proposer, gamma, rows=2000, count=5, pref
     return [chi_square(counts.sum(axes).ravel(), exact.sum(axes).ravel()) for axes in (first, last)]
 
 
-TINY = {"vocab_size": 5, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.3}
+TINY = {
+    "vocab_size": 5,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.3,
+}
 PROMPT = torch.tensor([1, 2, 3, 1, 2, 4, 1, 2])
 KNOWN = [0, 3, 3, 1, 4, 2]
 SETTINGS = {
@@ -529,11 +636,15 @@ class PositionOff(Runner):
         return logits
 
 
-@pytest.mark.parametrize("control", ["no residual", "accept all", "wrong q", "column off", "position off"])
+@pytest.mark.parametrize(
+    "control", ["no residual", "accept all", "wrong q", "column off", "position off"]
+)
 def test_wrong_sampling_is_found(tiny_model, monkeypatch, control):
     target, proposer = tiny_model(**TINY), ModelProposer(tiny_model(seed=1, **TINY))
     if control in ("no residual", "accept all"):
-        monkeypatch.setattr(speculate, "verify", draw_again_from_p if control == "no residual" else accept_all)
+        monkeypatch.setattr(
+            speculate, "verify", draw_again_from_p if control == "no residual" else accept_all
+        )
     if control == "wrong q":
         proposer = WrongQ(tiny_model(seed=1, **TINY))
     target = {"column off": ColumnOff, "position off": PositionOff}.get(control, Runner)(target)
@@ -542,7 +653,9 @@ def test_wrong_sampling_is_found(tiny_model, monkeypatch, control):
 
 def test_lookup_without_residual_is_found(tiny_model, monkeypatch):
     monkeypatch.setattr(speculate, "verify", draw_again_from_p)
-    assert min(p_values(tiny_model(**TINY), PROMPT, Sampling(1.0), LookupProposer(), gamma=2)) < 1e-6
+    assert (
+        min(p_values(tiny_model(**TINY), PROMPT, Sampling(1.0), LookupProposer(), gamma=2)) < 1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -567,10 +680,16 @@ def test_scores_are_those_of_generate(tiny_model, options):
 
 def test_low_precision_is_widened_before_it_is_processed(tiny_model):
     logits = torch.randn(2, 3, 97, generator=torch.Generator().manual_seed(0))
-    for dtype, wide in {torch.bfloat16: torch.float32, torch.float32: torch.float32, DOUBLE: DOUBLE}.items():
+    for dtype, wide in {
+        torch.bfloat16: torch.float32,
+        torch.float32: torch.float32,
+        DOUBLE: DOUBLE,
+    }.items():
         scores = Sampling(0.7, top_p=0.9).scores(logits.to(dtype), [[1, 2, 3]] * 2)
         assert scores.dtype == wide
-        assert torch.equal(scores, Sampling(0.7, top_p=0.9).scores(logits.to(dtype).to(wide), [[1, 2, 3]] * 2))
+        assert torch.equal(
+            scores, Sampling(0.7, top_p=0.9).scores(logits.to(dtype).to(wide), [[1, 2, 3]] * 2)
+        )
 
 
 # One generator a row.
@@ -578,11 +697,16 @@ def test_low_precision_is_widened_before_it_is_processed(tiny_model):
 
 @pytest.mark.parametrize("kind", ["model", "lookup", "early", "none"])
 def test_a_row_with_its_own_generator_is_the_row_alone(tiny_model, kind):
-    target, prompts = tiny_model(dtype=DOUBLE), [*random_prompts(3, 12, 1), torch.tensor([4, 5] * 4)]
-    model = noisy(target)
-    proposer = {"model": ModelProposer(model), "lookup": LookupProposer(), "early": EarlyExitProposer(target, 1)}.get(
-        kind
+    target, prompts = (
+        tiny_model(dtype=DOUBLE),
+        [*random_prompts(3, 12, 1), torch.tensor([4, 5] * 4)],
     )
+    model = noisy(target)
+    proposer = {
+        "model": ModelProposer(model),
+        "lookup": LookupProposer(),
+        "early": EarlyExitProposer(target, 1),
+    }.get(kind)
     options = {"gamma": 3, "max_new_tokens": 12, "eos_token_id": [3, 50]}
 
     def sampled(prompts, *seeds):
@@ -646,8 +770,14 @@ def test_an_end_at_every_place_of_a_round(tiny_model, gamma, draft):
     draft, text = target if draft == "same" else noisy(target), plain(target, ids, 14)
     for k in range(1, 8):
         spy = Spy(draft)
-        got = generate(target, ids[None], spy, gamma=gamma, max_new_tokens=14, eos_token_id=text[k - 1])
-        assert got.tokens[0].tolist() == cut(text, [text[k - 1]]) == plain(target, ids, 14, [text[k - 1]])
+        got = generate(
+            target, ids[None], spy, gamma=gamma, max_new_tokens=14, eos_token_id=text[k - 1]
+        )
+        assert (
+            got.tokens[0].tolist()
+            == cut(text, [text[k - 1]])
+            == plain(target, ids, 14, [text[k - 1]])
+        )
         rounds = len(verifications(got.rounds))
         assert spy.calls == (int(rounds > 0), rounds, rounds)
         assert summarize(got.rounds).tokens == len(got.tokens[0]) - 1
@@ -657,11 +787,17 @@ def test_a_list_of_ends_and_the_models_own(tiny_model):
     target, (ids,) = copy.deepcopy(tiny_model(dtype=DOUBLE)), random_prompts(9)
     text, options = plain(target, ids, 14), {"gamma": 3, "max_new_tokens": 14}
     for ends in ([text[6], text[4]], [text[3], 1000], []):
-        assert new_tokens(target, ids[None], ModelProposer(target), eos_token_id=ends, **options) == [cut(text, ends)]
+        assert new_tokens(
+            target, ids[None], ModelProposer(target), eos_token_id=ends, **options
+        ) == [cut(text, ends)]
     for own in (text[4], [text[4], text[6]]):
         target.generation_config.eos_token_id = own
-        assert new_tokens(target, ids[None], ModelProposer(target), **options) == [cut(text, [text[4]])]
-    assert new_tokens(target, ids[None], ModelProposer(target), eos_token_id=[], **options) == [text]
+        assert new_tokens(target, ids[None], ModelProposer(target), **options) == [
+            cut(text, [text[4]])
+        ]
+    assert new_tokens(target, ids[None], ModelProposer(target), eos_token_id=[], **options) == [
+        text
+    ]
 
 
 @pytest.mark.parametrize("count", range(1, 10))
@@ -670,7 +806,9 @@ def test_the_number_of_new_tokens_is_exact(tiny_model, count):
     for draft in (target, noisy(target)):
         for gamma in (1, 4, 8):
             got = generate(target, prompts, ModelProposer(draft), gamma=gamma, max_new_tokens=count)
-            assert [row.tolist() for row in got.tokens] == [plain(target, ids, count) for ids in prompts]
+            assert [row.tolist() for row in got.tokens] == [
+                plain(target, ids, count) for ids in prompts
+            ]
             assert summarize(got.rounds).tokens == 2 * (count - 1)
 
 
@@ -684,7 +822,9 @@ def test_a_row_that_ended_stays_while_others_go_on(tiny_model, kind):
     proposer = {"same": ModelProposer(target), "noisy": ModelProposer(noisy(target)), "lookup": LookupProposer(),
                 "early": EarlyExitProposer(target, 2)}.get(kind)  # fmt: skip
     for gamma in (1, 3, 5):
-        rounds = generate(target, prompts, proposer, gamma=gamma, max_new_tokens=24, eos_token_id=ends).rounds
+        rounds = generate(
+            target, prompts, proposer, gamma=gamma, max_new_tokens=24, eos_token_id=ends
+        ).rounds
         for row, text in enumerate(want):
             parts = [r.tokens[row] for r in rounds if not r.reading or r.tokens[row]]
             assert [token for part in parts for token in part] == text
@@ -703,7 +843,10 @@ def test_a_proposer_hears_of_rows_that_ended(tiny_model):
             assert spy.runner.slots.lengths[0] + spy.unread[0] <= len(prompts[0]) + 4
     assert ended[-1] == [True, True]
     assert [row for row, _ in ended] == sorted(row for row, _ in ended)
-    assert spy.texts[1] == prompts[1].tolist() + plain(target, prompts[1], 24, [text[3]])[: len(spy.texts[1]) - 4]
+    assert (
+        spy.texts[1]
+        == prompts[1].tolist() + plain(target, prompts[1], 24, [text[3]])[: len(spy.texts[1]) - 4]
+    )
 
 
 # Repetition penalty.
@@ -731,7 +874,12 @@ def test_repetition_penalty_is_that_of_transformers(tiny_model, family):
 def test_repetition_penalty_counts_the_prefix(tiny_model):
     target, (whole,) = tiny_model(dtype=DOUBLE), random_prompts(40)
     want, prefix = theirs(target, whole, 16, repetition_penalty=1.3), read(target, whole[:30])
-    for proposer in (None, ModelProposer(noisy(target)), EarlyExitProposer(target, 1), LookupProposer()):
+    for proposer in (
+        None,
+        ModelProposer(noisy(target)),
+        EarlyExitProposer(target, 1),
+        LookupProposer(),
+    ):
         options = {"max_new_tokens": 16, "sampling": Sampling(repetition_penalty=1.3)}
         assert new_tokens(target, whole[None, 30:], proposer, prefix=prefix, **options) == [want]
     unknown = new_tokens(target, whole[None, 30:], prefix=prefix._replace(input_ids=()), **options)
@@ -747,7 +895,12 @@ def test_both_attention_implementations(tiny_model, kind, rows):
     target = tiny_model(dtype=DOUBLE, attn_implementation=kind)
     prompts = [random_prompts(9)[0]] if rows == 1 else random_prompts(5, 9, 5)
     want = [plain(target, ids, 12) for ids in prompts]
-    for proposer in (None, ModelProposer(noisy(target)), EarlyExitProposer(target, 1), LookupProposer()):
+    for proposer in (
+        None,
+        ModelProposer(noisy(target)),
+        EarlyExitProposer(target, 1),
+        LookupProposer(),
+    ):
         assert new_tokens(target, prompts, proposer, max_new_tokens=12) == want
 
 
@@ -779,14 +932,19 @@ def compiled(monkeypatch):
 
 def test_compiled_is_uncompiled(tiny_model, compiled):
     target, prompts = tiny_model(dtype=DOUBLE, num_hidden_layers=2), random_prompts(9, 1, 12)
-    draft, limit = noisy(tiny_model(dtype=DOUBLE, num_hidden_layers=1)), torch._dynamo.config.recompile_limit
+    draft, limit = (
+        noisy(tiny_model(dtype=DOUBLE, num_hidden_layers=1)),
+        torch._dynamo.config.recompile_limit,
+    )
     fast, fast_draft = Runner(target, 48), Runner(draft, 48)
     for rows in (prompts[:1], prompts, prompts[:1]):
         want = [plain(target, ids, 14) for ids in rows]
         assert new_tokens(fast, rows, ModelProposer(fast_draft), gamma=3, max_new_tokens=14) == want
     early = EarlyExitProposer(fast, 1)
     for ids in prompts[:2]:
-        assert new_tokens(fast, ids[None], early, gamma=3, max_new_tokens=14) == [plain(target, ids, 14)]
+        assert new_tokens(fast, ids[None], early, gamma=3, max_new_tokens=14) == [
+            plain(target, ids, 14)
+        ]
     assert (
         compiled["programs"] == 8
     )  # (1, 4) and (3, 4) of the target, (1 or 3, 2 or 1) of the draft, (1, 2 or 1) early
@@ -795,12 +953,20 @@ def test_compiled_is_uncompiled(tiny_model, compiled):
     for one, two in ((target, draft), (fast, fast_draft)):
         for temperature in (0.0, 0.9):
             sampling = Sampling(temperature, top_p=0.9, generator=seeded(1, 2, 3))
-            got.append(generate(one, prompts, ModelProposer(two), gamma=3, max_new_tokens=14, sampling=sampling))
+            got.append(
+                generate(
+                    one, prompts, ModelProposer(two), gamma=3, max_new_tokens=14, sampling=sampling
+                )
+            )
     for plainly, quickly in (got[::2], got[1::2]):
         for part in ("drafted", "accepted", "tokens"):
-            assert [getattr(r, part) for r in plainly.rounds] == [getattr(r, part) for r in quickly.rounds]
+            assert [getattr(r, part) for r in plainly.rounds] == [
+                getattr(r, part) for r in quickly.rounds
+            ]
     assert compiled["programs"] == programs
-    assert compiled["calls"] - calls == 4 * sum(len(verifications(g.rounds)) for g in got[2:])  # no call went around it
+    assert compiled["calls"] - calls == 4 * sum(
+        len(verifications(g.rounds)) for g in got[2:]
+    )  # no call went around it
     assert torch._dynamo.config.recompile_limit == limit
 
 
@@ -808,22 +974,34 @@ def test_compiled_memory_stays_in_place_and_forgets_the_text_before(tiny_model, 
     target, (long, short) = tiny_model(dtype=DOUBLE, num_hidden_layers=1), random_prompts(20, 4)
     fast = Runner(target, 48)
     assert new_tokens(fast, [long], gamma=1, max_new_tokens=14) == [plain(target, long, 14)]
-    places, prefix = [layer.keys.data_ptr() for layer in fast.slots.layers], compressed(target, long, [0, 5, 19])
+    places, prefix = (
+        [layer.keys.data_ptr() for layer in fast.slots.layers],
+        compressed(target, long, [0, 5, 19]),
+    )
     want = [plain_after(target, prefix, short, 14)]
     assert new_tokens(fast, [short], gamma=1, max_new_tokens=14, prefix=prefix) == want
-    assert new_tokens(fast, [short], gamma=1, max_new_tokens=14) == [plain(target, short, 14)] != want
+    assert (
+        new_tokens(fast, [short], gamma=1, max_new_tokens=14) == [plain(target, short, 14)] != want
+    )
     assert [layer.keys.data_ptr() for layer in fast.slots.layers] == places
 
 
 def test_two_compiled_models_keep_their_own_programs(tiny_model, compiled):
     models = [tiny_model(dtype=DOUBLE, seed=seed, num_hidden_layers=1) for seed in range(2)]
     (ids,) = random_prompts(7)
-    runners, want = [Runner(model, 32) for model in models], [plain(model, ids, 8) for model in models]
+    runners, want = (
+        [Runner(model, 32) for model in models],
+        [plain(model, ids, 8) for model in models],
+    )
     assert want[0] != want[1]
     for _ in range(2):
-        assert [new_tokens(runner, ids[None], gamma=1, max_new_tokens=8)[0] for runner in runners] == want
+        assert [
+            new_tokens(runner, ids[None], gamma=1, max_new_tokens=8)[0] for runner in runners
+        ] == want
     for runner, draft, text in zip(runners, runners[::-1], want, strict=True):
-        assert new_tokens(runner, ids[None], ModelProposer(draft), gamma=1, max_new_tokens=8) == [text]
+        assert new_tokens(runner, ids[None], ModelProposer(draft), gamma=1, max_new_tokens=8) == [
+            text
+        ]
 
 
 def test_weights_of_a_compiled_model_may_change(tiny_model, compiled):
@@ -845,12 +1023,22 @@ def test_too_small_a_room_is_refused_before_any_step(tiny_model, compiled):
         generate(target, ids[None], ModelProposer(Runner(target, 12)), gamma=4, max_new_tokens=10)
 
 
-@pytest.mark.skipif("CI_FAST" in os.environ or not shutil.which("g++"), reason="needs a C++ compiler, and seconds")
+@pytest.mark.skipif(
+    "CI_FAST" in os.environ or not shutil.which("g++"), reason="needs a C++ compiler, and seconds"
+)
 def test_the_real_compiler(tiny_model):
-    models, (ids,) = [tiny_model(num_hidden_layers=1, seed=seed) for seed in range(2)], random_prompts(7)
-    runners, want = [Runner(model, 32) for model in models], [plain(model, ids, 8) for model in models]
+    models, (ids,) = (
+        [tiny_model(num_hidden_layers=1, seed=seed) for seed in range(2)],
+        random_prompts(7),
+    )
+    runners, want = (
+        [Runner(model, 32) for model in models],
+        [plain(model, ids, 8) for model in models],
+    )
     for _ in range(2):
-        assert [new_tokens(runner, ids[None], gamma=1, max_new_tokens=8)[0] for runner in runners] == want
+        assert [
+            new_tokens(runner, ids[None], gamma=1, max_new_tokens=8)[0] for runner in runners
+        ] == want
     torch._dynamo.reset()
 
 
@@ -861,7 +1049,9 @@ def open_fuser(draft, target, logit=1.0):
     """A C2C fuser with large random changes that all pass (or, with a logit of 0, none)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        fuser = Fuser(*(Size.of(model.config) for model in (draft, target)), settings=Settings(hidden=16))
+        fuser = Fuser(
+            *(Size.of(model.config) for model in (draft, target)), settings=Settings(hidden=16)
+        )
     for name, weight in fuser.named_parameters():
         weight.data.fill_(logit) if name.endswith("gate_logit") else weight.data.mul_(3)
     return fuser
@@ -874,8 +1064,15 @@ def cross(own, theirs):
 
 def unequal(tiny_model, family="Qwen3"):
     """A target, and a draft of other depth, heads and rope."""
-    small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return tiny_model(family, dtype=DOUBLE), tiny_model(family, "linear", dtype=DOUBLE, seed=1, **small)
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    return tiny_model(family, dtype=DOUBLE), tiny_model(
+        family, "linear", dtype=DOUBLE, seed=1, **small
+    )
 
 
 class Fusions:
@@ -885,7 +1082,10 @@ class Fusions:
         self.fuse, self.calls = fuse, []
 
     def __call__(self, own, theirs):
-        keys, made = own.cache.layers[0].keys, self.fuse(own, theirs)  # a view of memory: where it is tells the row
+        keys, made = (
+            own.cache.layers[0].keys,
+            self.fuse(own, theirs),
+        )  # a view of memory: where it is tells the row
         row, rest = divmod(keys.storage_offset(), keys.stride(0))
         kept = [kv.clone(cache) for cache in (own.cache, theirs.cache, made)]
         given = own._replace(cache=kept[0]), theirs._replace(cache=kept[1])
@@ -900,7 +1100,9 @@ def rounded(own, theirs):
 
 def handed_over(own, theirs):
     """The fuser that knows best, if both are one model: what the target made, at the draft's positions."""
-    return kv.rotate(kv.unrotate(theirs.cache, theirs.positions, theirs.rotary), own.positions, own.rotary)
+    return kv.rotate(
+        kv.unrotate(theirs.cache, theirs.positions, theirs.rotary), own.positions, own.rotary
+    )
 
 
 @pytest.mark.parametrize(("family", "kind"), [*zip(FAMILIES, PREFIX_KINDS, strict=True)])
@@ -911,8 +1113,19 @@ def test_greedy_text_of_a_fused_draft_is_the_targets(tiny_model, family, kind):
     ends = [want[0][4], want[2][7]]
     for gamma in range(1, 6):
         proposer = FusedProposer(draft, target, fuser)
-        assert new_tokens(target, prompts, proposer, gamma=gamma, max_new_tokens=10, prefix=prefix) == want
-        short = new_tokens(target, prompts, proposer, gamma=gamma, max_new_tokens=10, prefix=prefix, eos_token_id=ends)
+        assert (
+            new_tokens(target, prompts, proposer, gamma=gamma, max_new_tokens=10, prefix=prefix)
+            == want
+        )
+        short = new_tokens(
+            target,
+            prompts,
+            proposer,
+            gamma=gamma,
+            max_new_tokens=10,
+            prefix=prefix,
+            eos_token_id=ends,
+        )
         assert short == [cut(text, ends) for text in want]
 
 
@@ -926,19 +1139,33 @@ def test_greedy_text_of_a_fused_draft_is_the_targets(tiny_model, family, kind):
     st.booleans(),
     st.integers(1, 12),
 )
-def test_whatever_is_fused_the_text_is_the_targets(tiny_model, family, gammas, rows, known, prefill, decode, count):
+def test_whatever_is_fused_the_text_is_the_targets(
+    tiny_model, family, gammas, rows, known, prefill, decode, count
+):
     (target, draft), prompts = unequal(tiny_model, family), random_prompts(*[n for n, _ in rows])
     prefixes, own = [make_prefix(target, kind, seed) for seed, (_, kind) in enumerate(rows)], None
     if known == "hint":
         own = read(draft, random_prompts(6, seed=9)[0])._replace(input_ids=())
     elif known != "none":
-        texts = [[*(p.input_ids if p else ()), *ids.tolist()] for p, ids in zip(prefixes, prompts, strict=True)]
+        texts = [
+            [*(p.input_ids if p else ()), *ids.tolist()]
+            for p, ids in zip(prefixes, prompts, strict=True)
+        ]
         begins = [text[: max(0, len(text) - 3)] for text in texts]
-        make = read if known == "whole" else lambda model, ids: compressed(model, ids, [0, len(ids) - 1])
+        make = (
+            read
+            if known == "whole"
+            else lambda model, ids: compressed(model, ids, [0, len(ids) - 1])
+        )
         own = [make(draft, ids) if len(ids) > 1 else None for ids in begins]
     proposer = FusedProposer(draft, target, open_fuser(draft, target), own, prefill, decode)
     want = [after(target, *pair, count) for pair in zip(prefixes, prompts, strict=True)]
-    assert new_tokens(target, prompts, proposer, gamma=Cycle(*gammas), max_new_tokens=count, prefix=prefixes) == want
+    assert (
+        new_tokens(
+            target, prompts, proposer, gamma=Cycle(*gammas), max_new_tokens=count, prefix=prefixes
+        )
+        == want
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -953,9 +1180,13 @@ def test_a_draft_with_closed_gates_is_the_draft_alone(tiny_model, temperature):
                      ModelProposer(draft), FusedProposer(draft, target, open_fuser(draft, target)),
                      FusedProposer(draft, target, open_fuser(draft, target), None, False, False)):  # fmt: skip
         told, propose = [], proposer.propose
-        proposer.propose = lambda gamma, told=told, propose=propose: told.append(propose(gamma)) or told[-1]
+        proposer.propose = lambda gamma, told=told, propose=propose: (
+            told.append(propose(gamma)) or told[-1]
+        )
         sampling = Sampling(temperature, generator=seeded(1, 2, 3))
-        rounds = generate(target, prompts, proposer, gamma=3, max_new_tokens=14, sampling=sampling).rounds
+        rounds = generate(
+            target, prompts, proposer, gamma=3, max_new_tokens=14, sampling=sampling
+        ).rounds
         found.append((told, [(r.drafted, r.accepted, r.tokens) for r in rounds]))
     closed, same, alone, opened, off = found
     assert closed[1] == same[1] == alone[1] == off[1] != opened[1]
@@ -981,10 +1212,15 @@ def test_what_both_have_read_is_fused_once_and_in_order(tiny_model, kind, known)
     want = [*text, *after(target, prefix, ids, 15)]
     for gammas, early, later in (((1,), True, True), ((3,), True, True), ((5,), True, True), ((2, 0, 0, 4), True, True),
                                  ((3,), True, False), ((3,), False, True), ((3,), False, False)):  # fmt: skip
-        spy, stop = Fusions(), len(text) - 1  # what the draft has read: all of the prompt but its last
+        spy, stop = (
+            Fusions(),
+            len(text) - 1,
+        )  # what the draft has read: all of the prompt but its last
         fused = begin if early and kind != "compressed" else stop
         proposer = FusedProposer(draft, target, spy, own, early, later)
-        rounds = decode(target, ids[None], proposer, gamma=Cycle(*gammas), max_new_tokens=15, prefix=prefix)
+        rounds = decode(
+            target, ids[None], proposer, gamma=Cycle(*gammas), max_new_tokens=15, prefix=prefix
+        )
         have = len(text) + len(next(rounds).tokens[0])
         assert not spy.calls
         for r in rounds:
@@ -1020,13 +1256,19 @@ def test_rows_with_prefixes_of_their_own_are_fused_each_by_itself(tiny_model, or
     target, prompts, spy = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 6, 5), Fusions()
     draft, kinds = noisy(target), PREFIX_KINDS[::order]
     prefixes = [make_prefix(target, kind, seed) for seed, kind in enumerate(kinds)]
-    texts = [[*(p.input_ids if p else ()), *ids.tolist()] for p, ids in zip(prefixes, prompts, strict=True)]
+    texts = [
+        [*(p.input_ids if p else ()), *ids.tolist()]
+        for p, ids in zip(prefixes, prompts, strict=True)
+    ]
     hint = read(draft, random_prompts(6, seed=9)[0])._replace(input_ids=())
     own = [None, read(draft, texts[1][:4]), compressed(draft, texts[2][:3], [0, 2]), hint]
     proposer = FusedProposer(draft, target, spy, own)
     new = new_tokens(target, prompts, proposer, gamma=3, max_new_tokens=16, prefix=prefixes)
     begins = [len(p.input_ids) if p else 0 for p in own]
-    fused = [len(text) - 1 if kind == "compressed" else n for text, kind, n in zip(texts, kinds, begins, strict=True)]
+    fused = [
+        len(text) - 1 if kind == "compressed" else n
+        for text, kind, n in zip(texts, kinds, begins, strict=True)
+    ]
     for row, start, mine, other, _ in spy.calls:
         stop = fused[row] + kv.length(other.cache)
         check_read(draft, own[row], [*texts[row], *new[row]][:stop], mine, fused[row])
@@ -1042,7 +1284,10 @@ def test_positions_of_both_agree_in_texts_that_both_have_read(tiny_model):
     options = {"gamma": 2, "max_new_tokens": 16, "prefix": read(target, known)}
     generate(target, prompts, FusedProposer(draft, target, spy), **options)
     for row, ids in enumerate(prompts):
-        mine, theirs = ([p for c in spy.calls if c[0] == row for p in c[side].positions[0].tolist()] for side in (2, 3))
+        mine, theirs = (
+            [p for c in spy.calls if c[0] == row for p in c[side].positions[0].tolist()]
+            for side in (2, 3)
+        )
         assert mine == theirs == [*range(len(mine))]
         assert 10 <= len(mine) - 6 - len(ids) < 16
     assert {(own.rotary, theirs.rotary) for *_, own, theirs, _ in spy.calls} == {
@@ -1068,7 +1313,11 @@ class Watched(FusedProposer):
 
 def copies(slots):
     lengths = torch.tensor(slots.lengths)
-    return [lengths, slots.offsets.clone(), *(x.clone() for y in slots.layers for x in (y.keys, y.values))]
+    return [
+        lengths,
+        slots.offsets.clone(),
+        *(x.clone() for y in slots.layers for x in (y.keys, y.values)),
+    ]
 
 
 def check_marks(proposer, spy):
@@ -1097,7 +1346,11 @@ def test_what_is_fused_is_in_the_drafts_memory_and_the_targets_is_unchanged(tiny
 
 @pytest.mark.parametrize("room", [None, 48])
 def test_what_is_fused_stays_in_the_drafts_memory(tiny_model, compiled, room):
-    target, prompts, spy = tiny_model(dtype=DOUBLE), random_prompts(7, 1, 9)[: 1 if room else 3], Fusions(rounded)
+    target, prompts, spy = (
+        tiny_model(dtype=DOUBLE),
+        random_prompts(7, 1, 9)[: 1 if room else 3],
+        Fusions(rounded),
+    )
     proposer = Watched(Runner(noisy(target), room), target, spy)
     for _ in decode(target, prompts, proposer, gamma=3, max_new_tokens=24):
         if spy.calls:
@@ -1107,7 +1360,10 @@ def test_what_is_fused_stays_in_the_drafts_memory(tiny_model, compiled, room):
 def test_a_fused_row_is_the_row_alone(tiny_model):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(9, 4, 7, 1, 6, 12)
     draft = noisy(target)
-    proposer, options = FusedProposer(draft, target, open_fuser(draft, target)), {"gamma": 3, "max_new_tokens": 30}
+    proposer, options = (
+        FusedProposer(draft, target, open_fuser(draft, target)),
+        {"gamma": 3, "max_new_tokens": 30},
+    )
     together = verifications(generate(target, prompts, proposer, **options).rounds)
     assert 0 < summarize(together).acceptance < 1
     for row, ids in enumerate(prompts):
@@ -1120,7 +1376,9 @@ def test_a_compiled_fused_draft_guesses_what_an_uncompiled_one_does(tiny_model, 
     draft = noisy(target)
     fuser, told = open_fuser(draft, target), []
     for runner in (Runner(draft), Runner(draft, 64)):
-        rounds = generate(target, ids[None], FusedProposer(runner, target, fuser), gamma=3, max_new_tokens=40).rounds
+        rounds = generate(
+            target, ids[None], FusedProposer(runner, target, fuser), gamma=3, max_new_tokens=40
+        ).rounds
         told.append([(r.drafted, r.accepted) for r in rounds])
     assert told[0] == told[1]
 
@@ -1140,11 +1398,22 @@ class Wiped(Runner):
 @pytest.mark.parametrize("gamma", [1, 4])
 def test_the_targets_own_memory_makes_up_for_a_draft_that_forgot(tiny_model, kind, gamma):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 2)
-    prefix, proposers = make_prefix(target, kind, 0), [FusedProposer(Wiped(target), target, handed_over)]
-    proposers += [FusedProposer(target, target, handed_over), FusedProposer(Wiped(target), target, Fusions())]
-    got = [generate(target, prompts, p, gamma=gamma, max_new_tokens=21, prefix=prefix) for p in proposers]
+    prefix, proposers = (
+        make_prefix(target, kind, 0),
+        [FusedProposer(Wiped(target), target, handed_over)],
+    )
+    proposers += [
+        FusedProposer(target, target, handed_over),
+        FusedProposer(Wiped(target), target, Fusions()),
+    ]
+    got = [
+        generate(target, prompts, p, gamma=gamma, max_new_tokens=21, prefix=prefix)
+        for p in proposers
+    ]
     for one in got:
-        assert [row.tolist() for row in one.tokens] == [after(target, prefix, ids, 21) for ids in prompts]
+        assert [row.tolist() for row in one.tokens] == [
+            after(target, prefix, ids, 21) for ids in prompts
+        ]
     assert [summarize(one.rounds).acceptance for one in got[:2]] == [1, 1]
     assert summarize(got[2].rounds).acceptance < 1
 
@@ -1187,7 +1456,9 @@ def test_a_compiled_draft_is_fused_in_place(tiny_model, compiled):
             new = [a + b for a, b in zip(new, r.tokens, strict=True)]
             for row, start, *_, made in spy.calls[count:]:
                 stop = start + kv.length(made)
-                assert torch.equal(kv.to_tensor(runner.slots.entries(row, start, stop)), kv.to_tensor(made))
+                assert torch.equal(
+                    kv.to_tensor(runner.slots.entries(row, start, stop)), kv.to_tensor(made)
+                )
             count = len(spy.calls)
         assert new == [plain(target, ids, 14) for ids in rows]
         places.append(proposer.places)
@@ -1200,7 +1471,9 @@ def test_a_shared_vocabulary_of_another_size_changes_nothing(tiny_model):
     for size in (90, 120):
         draft = tiny_model(vocab_size=size, dtype=DOUBLE)
         proposer = FusedProposer(draft, target, open_fuser(draft, target))
-        assert new_tokens(target, ids[None], proposer, gamma=3, max_new_tokens=14) == [plain(target, ids, 14)]
+        assert new_tokens(target, ids[None], proposer, gamma=3, max_new_tokens=14) == [
+            plain(target, ids, 14)
+        ]
 
 
 # Verification alone.
@@ -1240,8 +1513,14 @@ uniforms = st.integers(0, 1023).map(lambda n: Fraction(n, 1024))
 @given(st.data(), st.integers(2, 5), st.integers(0, 4), st.integers(1, 3), st.integers(0, 2))
 def test_verify_is_algorithm_1(data, size, gamma, rows, spare):
     p = [[data.draw(dyadic(size)) for _ in range(gamma + 1)] for _ in range(rows)]
-    q = [[data.draw(st.sampled_from([data.draw(dyadic(size)), p[b][i]])) for i in range(gamma)] for b in range(rows)]
-    guesses = [[data.draw(st.sampled_from([-1, *(x for x in range(size) if q_i[x])])) for q_i in row] for row in q]
+    q = [
+        [data.draw(st.sampled_from([data.draw(dyadic(size)), p[b][i]])) for i in range(gamma)]
+        for b in range(rows)
+    ]
+    guesses = [
+        [data.draw(st.sampled_from([-1, *(x for x in range(size) if q_i[x])])) for q_i in row]
+        for row in q
+    ]
     u = [[data.draw(uniforms) for _ in range(gamma + spare + 1)] for _ in range(rows)]
     want = [algorithm_1(*row) for row in zip(p, guesses, q, u, strict=True)]
 
@@ -1256,7 +1535,9 @@ def test_verify_is_algorithm_1(data, size, gamma, rows, spare):
 @settings(deadline=None, max_examples=200)
 @given(st.data(), st.integers(2, 5), st.integers(1, 4))
 def test_a_certain_guess_is_a_distribution_of_one(data, size, gamma):
-    p = torch.tensor([[[float(w) for w in data.draw(dyadic(size))] for _ in range(gamma + 1)]], dtype=DOUBLE)
+    p = torch.tensor(
+        [[[float(w) for w in data.draw(dyadic(size))] for _ in range(gamma + 1)]], dtype=DOUBLE
+    )
     tokens = torch.tensor([[data.draw(st.integers(-1, size - 1)) for _ in range(gamma)]])
     u = torch.tensor([[float(data.draw(uniforms)) for _ in range(gamma + 1)]], dtype=DOUBLE)
     certain = torch.nn.functional.one_hot(tokens.clamp(min=0), size).to(DOUBLE)
@@ -1271,7 +1552,9 @@ def test_equal_distributions_accept_all_and_a_zero_residual_is_p():
         accepted, token = verify(p, Proposal(torch.tensor([[2, 1]]), p[:, :2]), u[None])
         assert (accepted.item(), token.item()) == (2, 2)
     scaled = p[:, :1] * (1 + 1e-6)  # rejected by rounding alone, and nothing is left over
-    accepted, token = verify(p[:, :2], Proposal(torch.tensor([[2]]), scaled), torch.tensor([[1 - 2**-24, 0.0]]))
+    accepted, token = verify(
+        p[:, :2], Proposal(torch.tensor([[2]]), scaled), torch.tensor([[1 - 2**-24, 0.0]])
+    )
     assert (accepted.item(), token.item()) == (0, 0)
 
 
@@ -1284,17 +1567,26 @@ def test_an_impossible_guess_is_refused():
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6).filter(any), min_size=1, max_size=4), st.data())
+@given(
+    st.lists(
+        st.lists(st.integers(0, 3), min_size=6, max_size=6).filter(any), min_size=1, max_size=4
+    ),
+    st.data(),
+)
 def test_draw_follows_the_running_sum_and_never_takes_a_weight_of_zero(weights, data):
     u = [data.draw(uniforms) for _ in weights]
     for dtype in (torch.float32, DOUBLE):
-        got = draw(torch.tensor(weights, dtype=dtype), torch.tensor([float(x) for x in u], dtype=dtype)).tolist()
+        got = draw(
+            torch.tensor(weights, dtype=dtype), torch.tensor([float(x) for x in u], dtype=dtype)
+        ).tolist()
         assert got == [running(w, x) for w, x in zip(weights, u, strict=True)]
 
 
 def test_draw_at_the_edges():
     almost = torch.tensor([1 - 2**-24, 0.0, 1 - 2**-24])
-    weights = torch.tensor([[0.0, 0.2, 0.0, 0.8, 0.0, 0.0], [0.0, 0.2, 0.0, 0.8, 0.0, 0.0], [1e-30, 0, 0, 0, 0, 0]])
+    weights = torch.tensor(
+        [[0.0, 0.2, 0.0, 0.8, 0.0, 0.0], [0.0, 0.2, 0.0, 0.8, 0.0, 0.0], [1e-30, 0, 0, 0, 0, 0]]
+    )
     assert draw(weights, almost).tolist() == [3, 1, 0]
     wide = torch.rand(1, 50_000, generator=torch.Generator().manual_seed(0))
     wide[0, -1000:] = 0
@@ -1321,8 +1613,12 @@ ROUNDS = [
     Round([[], []], [0, 0], [[3], [4]], 0.0, 0.5, 0.6, reading=True),
     Round([[], []], [0, 0], [[], []], 0.25, 0.0, 0.3, reading=True),
     Round([[1, 2, 3], [1, -1, -1]], [3, 1], [[1, 2, 3, 9], [1, 7]], 0.1, 0.2, 0.4),
-    Round([[5, 6, 7], [5, 6, 7]], [2, 0], [[5, 6], [8]], 0.1, 0.3, 0.5),  # the end cuts row 0 inside what was accepted
-    Round([[0, 0, 0], [-1, -1, -1]], [0, 0], [[], [2]], 0.1, 0.1, 0.3),  # row 0 has ended, row 1 has no guess
+    Round(
+        [[5, 6, 7], [5, 6, 7]], [2, 0], [[5, 6], [8]], 0.1, 0.3, 0.5
+    ),  # the end cuts row 0 inside what was accepted
+    Round(
+        [[0, 0, 0], [-1, -1, -1]], [0, 0], [[], [2]], 0.1, 0.1, 0.3
+    ),  # row 0 has ended, row 1 has no guess
 ]
 
 
@@ -1337,7 +1633,9 @@ def test_summary_by_hand():
     assert summary.acceptance == 6 / 7
     assert summary.reading_seconds == pytest.approx(0.9)
     assert summary.first_token_seconds == pytest.approx(0.6)
-    assert (summary.seconds, summary.draft_seconds, summary.target_seconds) == pytest.approx((1.2, 0.3, 0.6))
+    assert (summary.seconds, summary.draft_seconds, summary.target_seconds) == pytest.approx(
+        (1.2, 0.3, 0.6)
+    )
     assert summary.tokens_per_second == pytest.approx(10 / 1.2)
 
 
@@ -1361,7 +1659,9 @@ def test_summary_of_what_was_decoded(tiny_model, gamma):
     assert summary.tokens == 3 * 29
     assert summary.target_calls == len(steps)
     assert summary.draft_calls == gamma * len(steps)
-    assert summary.tokens_per_call == 3 * 29 / sum(bool(tokens) for r in steps for tokens in r.tokens)
+    assert summary.tokens_per_call == 3 * 29 / sum(
+        bool(tokens) for r in steps for tokens in r.tokens
+    )
     texts = [ids.tolist() + row.tolist() for ids, row in zip(prompts, got.tokens, strict=True)]
     at, reached, passed = [len(ids) + 1 for ids in prompts], [0] * gamma, [0] * gamma
     for r, row in itertools.product(steps, range(3)):
@@ -1384,7 +1684,10 @@ def test_seconds_of_a_round_hold_those_of_its_parts(tiny_model):
 def test_plain_rounds_have_one_token_and_no_draft(tiny_model):
     rounds = generate(tiny_model(), random_prompts(4, 2), max_new_tokens=6).rounds
     assert [r.reading for r in rounds] == [True] + [False] * 5
-    assert all(r.drafted == [[], []] and r.accepted == [0, 0] and list(map(len, r.tokens)) == [1, 1] for r in rounds)
+    assert all(
+        r.drafted == [[], []] and r.accepted == [0, 0] and list(map(len, r.tokens)) == [1, 1]
+        for r in rounds
+    )
     summary = summarize(rounds)
     assert (summary.tokens_per_call, summary.target_calls, summary.draft_calls) == (1, 5, 0)
 
@@ -1398,13 +1701,17 @@ def test_cost_model_of_the_paper():
     assert best_gamma(1.0, c=1.0) == best_gamma(0.0, c=0.01) == 0
     for a in (0.1, 0.5, 0.9):
         for gamma in (1, 3, 8):
-            assert cost_model(a, 0.2, gamma).tokens_per_call == pytest.approx((1 - a ** (gamma + 1)) / (1 - a))
+            assert cost_model(a, 0.2, gamma).tokens_per_call == pytest.approx(
+                (1 - a ** (gamma + 1)) / (1 - a)
+            )
 
 
 def test_cost_model_by_position_and_with_a_measured_v():
     tokens = 1 + 0.9 + 0.9 * 0.5 + 0.9 * 0.5 * 0.2
     assert cost_model([0.9, 0.5, 0.2, 0.7], 0.1, 3, v=2.0) == pytest.approx((tokens, tokens / 2.3))
-    assert cost_model(np.array([0.9, 0.5, 0.2]), 0.1, 3, v=lambda g: 1 + g / 10).speedup == pytest.approx(tokens / 1.6)
+    assert cost_model(
+        np.array([0.9, 0.5, 0.2]), 0.1, 3, v=lambda g: 1 + g / 10
+    ).speedup == pytest.approx(tokens / 1.6)
     assert cost_model(0.8, 0.1, 0) == (1.0, 1.0)
     assert best_gamma([0.9, 0.9, 0.0, 1.0], c=0.1) == 2
     assert best_gamma(0.8, 0.1, v=lambda g: 1.0 if g < 4 else 5.0) == 3
@@ -1501,10 +1808,17 @@ def test_a_gamma_that_changes_and_may_be_zero(tiny_model, numbers):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 1, 9)
     want, model = [plain(target, ids, 20) for ids in prompts], noisy(target)
     ends = [want[0][2], want[1][9]]
-    for proposer in (ModelProposer(model), LookupProposer(), EarlyExitProposer(target, 1), ModelProposer(target)):
+    for proposer in (
+        ModelProposer(model),
+        LookupProposer(),
+        EarlyExitProposer(target, 1),
+        ModelProposer(target),
+    ):
         got = generate(target, prompts, proposer, gamma=Cycle(*numbers), max_new_tokens=20)
         assert [row.tolist() for row in got.tokens] == want
-        short = new_tokens(target, prompts, proposer, gamma=Cycle(*numbers), max_new_tokens=20, eos_token_id=ends)
+        short = new_tokens(
+            target, prompts, proposer, gamma=Cycle(*numbers), max_new_tokens=20, eos_token_id=ends
+        )
         assert short == [cut(text, ends) for text in want]
     assert not any(numbers) or summarize(got.rounds).acceptance == 1
 
@@ -1529,14 +1843,23 @@ def test_the_first_token_comes_before_the_proposer_starts(tiny_model):
     assert (first.tokens, first.reading, proposer.started) == ([plain(target, ids, 1)], True, False)
     second = next(rounds)
     assert (second.tokens, second.reading, proposer.started) == ([[]], True, True)
-    assert [token for r in (first, second, *rounds) for token in r.tokens[0]] == plain(target, ids, 6)
+    assert [token for r in (first, second, *rounds) for token in r.tokens[0]] == plain(
+        target, ids, 6
+    )
 
 
 def test_rounds_are_json(tiny_model):
     target = tiny_model()
-    for proposer in (None, ModelProposer(noisy(target)), LookupProposer(), EarlyExitProposer(target, 1)):
+    for proposer in (
+        None,
+        ModelProposer(noisy(target)),
+        LookupProposer(),
+        EarlyExitProposer(target, 1),
+    ):
         for sampling in (Sampling(), Sampling(1.0, generator=seeded(0)[0])):
-            for r in decode(target, random_prompts(6, 2), proposer, max_new_tokens=6, sampling=sampling):
+            for r in decode(
+                target, random_prompts(6, 2), proposer, max_new_tokens=6, sampling=sampling
+            ):
                 assert Round(**json.loads(json.dumps(dataclasses.asdict(r)))) == r
 
 
@@ -1560,23 +1883,38 @@ def test_prefixes_models_and_libraries_stay_as_they_were(tiny_model):
     own = read(draft, known)
 
     def state():
-        caches = [x for p in (prefix, own) for layer in p.cache.layers for x in (layer.keys, layer.values)]
+        caches = [
+            x for p in (prefix, own) for layer in p.cache.layers for x in (layer.keys, layer.values)
+        ]
         tensors = [*caches, *target.state_dict().values(), *draft.state_dict().values()]
         return [(x.data_ptr(), x._version, x.double().sum().item()) for x in tensors]
 
     def setting():
         places = (transformers.Cache, transformers.DynamicCache, kv.DynamicLayer, type(target), type(target.model),
                   torch.nn.functional, torch.Tensor, transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)  # fmt: skip
-        models = [(m.config.to_dict(), m.generation_config.to_dict(), m.training) for m in (target, draft)]
-        hooks = [len(x._forward_hooks) + len(x._forward_pre_hooks) for m in (target, draft) for x in m.modules()]
+        models = [
+            (m.config.to_dict(), m.generation_config.to_dict(), m.training) for m in (target, draft)
+        ]
+        hooks = [
+            len(x._forward_hooks) + len(x._forward_pre_hooks)
+            for m in (target, draft)
+            for x in m.modules()
+        ]
         modules = [id(x) for m in (target, draft) for x in m.modules()]
         return models, hooks, modules, [list(map(id, vars(place).values())) for place in places]
 
     before, random_state, around = state(), torch.get_rng_state(), setting()
     fused = FusedProposer(draft, target, cross, own)
-    for proposer in (ModelProposer(draft, own), LookupProposer(), EarlyExitProposer(target, 1), fused):
+    for proposer in (
+        ModelProposer(draft, own),
+        LookupProposer(),
+        EarlyExitProposer(target, 1),
+        fused,
+    ):
         for sampling in (Sampling(), Sampling(1.0, generator=seeded(3))):
-            generate(target, ids[None], proposer, max_new_tokens=10, prefix=prefix, sampling=sampling)
+            generate(
+                target, ids[None], proposer, max_new_tokens=10, prefix=prefix, sampling=sampling
+            )
     assert state() == before
     assert setting() == around
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -1606,34 +1944,48 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model):
     target, prompts = tiny_model(), random_prompts(4, 4, 4)
     prefix, empty = read(target, prompts[0]), torch.zeros(1, 0, dtype=torch.long)
     for sentence, call in {
-        "gamma is 0, expected a whole number from 1": lambda: generate(target, prompts, gamma=0, max_new_tokens=5),
+        "gamma is 0, expected a whole number from 1": lambda: generate(
+            target, prompts, gamma=0, max_new_tokens=5
+        ),
         "gamma is -2": lambda: generate(target, prompts, LookupProposer(), gamma=-2),
         "gamma is 2.5": lambda: generate(target, prompts, LookupProposer(), gamma=2.5),
         "gamma is 0,": lambda: generate(target, prompts, gamma=AdaptiveGamma(0.1, maximum=0)),
-        "max_new_tokens is 0, expected a whole number": lambda: generate(target, prompts, max_new_tokens=0),
+        "max_new_tokens is 0, expected a whole number": lambda: generate(
+            target, prompts, max_new_tokens=0
+        ),
         "A prompt is empty, expected at least one token": lambda: generate(target, empty),
         "at least one token: give input_ids": lambda: generate(target, [prompts[0], empty[0]]),
         r"There is no prompt: .* as a list of \(T,\)": lambda: generate(target, []),
-        r"shape \(\), expected \(T,\): give input_ids as a tensor \(B, T\)": lambda: generate(target, prompts[0]),
+        r"shape \(\), expected \(T,\): give input_ids as a tensor \(B, T\)": lambda: generate(
+            target, prompts[0]
+        ),
         r"shape \(1, 4\), expected": lambda: generate(target, [prompts[0][None]]),
         "input_ids is str": lambda: generate(target, "Anna"),
         "from 3 to 97, expected whole numbers below 97": lambda: generate(target, [[3, 97]]),
         "from -1 to 3": lambda: generate(target, [[3, -1]]),
         "torch.float32 from 1.0": lambda: generate(target, [[1.0, 2.0]]),
         "The model is a str, expected a causal LM": lambda: generate("lab-target", prompts),
-        "The proposer is a Qwen3ForCausalLM, expected an object": lambda: generate(target, prompts, target),
+        "The proposer is a Qwen3ForCausalLM, expected an object": lambda: generate(
+            target, prompts, target
+        ),
         r"sampling is 1.0: give a Sampling": lambda: generate(target, prompts, sampling=1.0),
-        "eos_token_id is the text '<|end|>'": lambda: generate(target, prompts, eos_token_id="<|end|>"),
+        "eos_token_id is the text '<|end|>'": lambda: generate(
+            target, prompts, eos_token_id="<|end|>"
+        ),
         "neither a Prefix nor a list": lambda: generate(target, prompts, prefix=prefix.cache),
         "must stand for the first ids of the text": lambda: generate(
             target, prompts, ModelProposer(target, prefix._replace(input_ids=[96, 1]))
         ),
-        "must stand for .* and leave one to read": lambda: generate(target, prompts[:1], ModelProposer(target, prefix)),
+        "must stand for .* and leave one to read": lambda: generate(
+            target, prompts[:1], ModelProposer(target, prefix)
+        ),
         "2 prefixes for 3 rows: give one for all, or one for each": lambda: generate(
             target, prompts, prefix=[prefix] * 2
         ),
         "4 prefixes for 3 rows": lambda: generate(target, prompts, prefix=[None] * 4),
-        "1 prefixes for 3 rows": lambda: generate(target, prompts, ModelProposer(target, [prefix]), max_new_tokens=3),
+        "1 prefixes for 3 rows": lambda: generate(
+            target, prompts, ModelProposer(target, [prefix]), max_new_tokens=3
+        ),
         "'flash_attention_2', expected 'sdpa' or 'eager'": lambda: generate(flash(target), prompts),
         "is 'flash_attention_2'": lambda: ModelProposer(flash(target)),
         "layers is 3, expected 1 to 2: the target has 3": lambda: EarlyExitProposer(target, 3),
@@ -1661,7 +2013,9 @@ def test_a_draft_with_another_vocabulary_is_refused_or_harmless(tiny_model, size
     draft = ModelProposer(tiny_model(vocab_size=size, dtype=DOUBLE))
     for temperature in (0.0, 1e-6):  # both give the likeliest
         try:
-            got = new_tokens(target, ids[None], draft, max_new_tokens=30, sampling=Sampling(temperature))
+            got = new_tokens(
+                target, ids[None], draft, max_new_tokens=30, sampling=Sampling(temperature)
+            )
         except ValueError as error:
             assert "vocabulary" in str(error)  # noqa: PT017
         else:
@@ -1687,7 +2041,9 @@ def test_slots_of_the_target_are_what_a_proposer_is_shown(tiny_model):
     class Watching(LookupProposer):
         def start(self, texts, target_cache, sampling, room):
             super().start(texts, target_cache, sampling, room)
-            seen.append((list(map(len, texts)), list(target_cache.lengths), isinstance(target_cache, Slots)))
+            seen.append(
+                (list(map(len, texts)), list(target_cache.lengths), isinstance(target_cache, Slots))
+            )
 
         def accept(self, accepted, next_tokens, target_cache):
             super().accept(accepted, next_tokens, target_cache)
@@ -1695,7 +2051,9 @@ def test_slots_of_the_target_are_what_a_proposer_is_shown(tiny_model):
 
     generate(target, prompts, Watching(), gamma=3, max_new_tokens=20)
     assert all(slots for *_, slots in seen)
-    assert all(have == [n - 1 for n in texts] for texts, have, _ in seen)  # all but the last token was read
+    assert all(
+        have == [n - 1 for n in texts] for texts, have, _ in seen
+    )  # all but the last token was read
 
 
 def test_two_streams_of_one_runner_are_refused(tiny_model):
@@ -1711,8 +2069,14 @@ def test_what_prefill_and_load_return_is_a_prefix(tiny_model, tmp_path):
     target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(8)
     state, want = kv.prefill(target, ids[None, :5]), plain(target, ids, 6)
     kv.save(state.cache, tmp_path / "saved", target, state.next_position)
-    for prefix in (state, kv.load(tmp_path / "saved", target), Prefix(state.cache, state.next_position, ids[None, :5])):
-        assert new_tokens(target, [ids[5:]], ModelProposer(target), prefix=prefix, max_new_tokens=6) == [want]
+    for prefix in (
+        state,
+        kv.load(tmp_path / "saved", target),
+        Prefix(state.cache, state.next_position, ids[None, :5]),
+    ):
+        assert new_tokens(
+            target, [ids[5:]], ModelProposer(target), prefix=prefix, max_new_tokens=6
+        ) == [want]
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, np.array, list])

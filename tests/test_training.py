@@ -24,13 +24,18 @@ QUICK = {"learning_rate": 0.05, "warmup": 3}
 
 def net(seed=0, dropout=0.0, dtype=torch.float32):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Dropout(dropout), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    return nn.Sequential(
+        nn.Linear(3, 8), nn.LayerNorm(8), nn.Dropout(dropout), nn.Tanh(), nn.Linear(8, 2)
+    ).to(dtype)
 
 
 def rows(n=32, dtype=torch.float32):
     """Rows of five tokens, of which half have one that counts and half have all: batches differ in their tokens."""
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(n, 5, 3, generator=generator).to(dtype), torch.randn(n, 5, 2, generator=generator).to(dtype)
+    x, y = (
+        torch.randn(n, 5, 3, generator=generator).to(dtype),
+        torch.randn(n, 5, 2, generator=generator).to(dtype),
+    )
     counted = torch.ones(n, 5)
     counted[torch.arange(n) % 8 < 4, 1:] = 0
     return [{"x": a, "y": b, "weights": c} for a, b, c in zip(x, y, counted, strict=True)]
@@ -50,7 +55,10 @@ def loader(size=8, shuffle=False, n=32, dtype=torch.float32):
 
 
 def near(one, two, atol=1e-6):
-    return all(torch.allclose(a, b, rtol=0, atol=atol) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    return all(
+        torch.allclose(a, b, rtol=0, atol=atol)
+        for a, b in zip(one.parameters(), two.parameters(), strict=True)
+    )
 
 
 def same(one, two):
@@ -78,7 +86,11 @@ def killed(after, losses=mse):
 
 
 def test_fit_is_the_plain_loop():
-    model, plain, data = net(dtype=torch.float64), net(dtype=torch.float64), rows(dtype=torch.float64)
+    model, plain, data = (
+        net(dtype=torch.float64),
+        net(dtype=torch.float64),
+        rows(dtype=torch.float64),
+    )
     steps, warmup, decay, rate, clip = 11, 3, 0.4, 0.05, 0.3
     history = fit(model, DataLoader(data, batch_size=8), mse, steps=steps, learning_rate=rate, betas=(0.8, 0.9),
                   weight_decay=0.2, warmup=warmup, decay=decay, clip=clip)  # fmt: skip
@@ -92,13 +104,23 @@ def test_fit_is_the_plain_loop():
         share = min(step / warmup, 1.0, (steps - step) / falling)
         for group in optimizer.param_groups:
             group["lr"] = rate * share
-        batch = {k: torch.stack([row[k] for row in data[step % 4 * 8 : step % 4 * 8 + 8]]) for k in data[0]}
+        batch = {
+            k: torch.stack([row[k] for row in data[step % 4 * 8 : step % 4 * 8 + 8]])
+            for k in data[0]
+        }
         loss = mse(plain, batch)["mse"]
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
-        want.append({"loss": loss.item(), "mse": loss.item(), "grad_norm": norm.item(), "learning_rate": rate * share})
+        want.append(
+            {
+                "loss": loss.item(),
+                "mse": loss.item(),
+                "grad_norm": norm.item(),
+                "learning_rate": rate * share,
+            }
+        )
     assert near(model, plain, atol=1e-12)
     assert any(entry["grad_norm"] > clip for entry in want)
     assert [entry["step"] for entry in history] == list(range(1, steps + 1))
@@ -107,7 +129,10 @@ def test_fit_is_the_plain_loop():
 
 
 def test_named_losses_add_up():
-    two = lambda model, batch: {"a": 0.25 * mse(model, batch)["mse"], "b": 0.75 * mse(model, batch)["mse"]}  # noqa: E731
+    two = lambda model, batch: {
+        "a": 0.25 * mse(model, batch)["mse"],
+        "b": 0.75 * mse(model, batch)["mse"],
+    }
     one, other = net(), net()
     history = fit(one, loader(), two, steps=4, **QUICK)
     fit(other, loader(), mse, steps=4, **QUICK)
@@ -117,7 +142,10 @@ def test_named_losses_add_up():
 
 
 def two_terms(model, batch):
-    return {"mse": mse(model, batch)["mse"], "size": sum(p.square().sum() for p in model.parameters())}
+    return {
+        "mse": mse(model, batch)["mse"],
+        "size": sum(p.square().sum() for p in model.parameters()),
+    }
 
 
 def test_factors_are_of_their_loss_and_step():
@@ -151,8 +179,18 @@ def test_shares_are_of_the_gradients_norm():
     norms = {}
     for name, value in two_terms(model, next(iter(loader()))).items():
         parts = torch.autograd.grad(value, list(model.parameters()))
-        norms[name] = (3.0 if name == "size" else 1.0) * sum(part.square().sum() for part in parts).sqrt().item()
-    history = fit(model, loader(), two_terms, steps=1, factors=lambda step: {"size": 3.0}, shares_every=1, **QUICK)
+        norms[name] = (3.0 if name == "size" else 1.0) * sum(
+            part.square().sum() for part in parts
+        ).sqrt().item()
+    history = fit(
+        model,
+        loader(),
+        two_terms,
+        steps=1,
+        factors=lambda step: {"size": 3.0},
+        shares_every=1,
+        **QUICK,
+    )
     assert history[0]["share_size"] == pytest.approx(norms["size"] / sum(norms.values()), abs=1e-6)
     assert history[0]["share_mse"] == pytest.approx(norms["mse"] / sum(norms.values()), abs=1e-6)
     later = fit(net(), loader(), two_terms, steps=4, shares_every=2, **QUICK)
@@ -168,7 +206,9 @@ def test_logging_shares_changes_nothing():
 
 def test_a_term_without_a_gradient_has_no_share():
     constant = {"constant": torch.tensor(5.0)}
-    history = fit(net(), loader(), lambda m, b: mse(m, b) | constant, steps=1, shares_every=1, **QUICK)
+    history = fit(
+        net(), loader(), lambda m, b: mse(m, b) | constant, steps=1, shares_every=1, **QUICK
+    )
     assert history[0]["share_mse"] == 1
     assert "share_constant" not in history[0]
 
@@ -180,16 +220,24 @@ def test_accumulated_batches_are_one_batch():
     assert near(whole, parts)
     assert [entry["weight"] for entry in want] == [entry["weight"] for entry in got] == [24.0] * 6
     for key in ("loss", "grad_norm"):
-        assert [entry[key] for entry in got] == pytest.approx([entry[key] for entry in want], abs=1e-6)
+        assert [entry[key] for entry in got] == pytest.approx(
+            [entry[key] for entry in want], abs=1e-6
+        )
 
 
 def test_losses_over_different_tokens_each_have_a_weight():
     def both(model, batch):
-        error, few = (model(batch["x"]) - batch["y"]).pow(2).mean(-1), batch["weights"] * (batch["x"].sum(-1) > 0)
+        error, few = (
+            (model(batch["x"]) - batch["y"]).pow(2).mean(-1),
+            batch["weights"] * (batch["x"].sum(-1) > 0),
+        )
         return mse(model, batch) | {"few": (error.sqrt() * few).sum() / few.sum().clamp_min(1e-9)}
 
     def each(batch):
-        return {"mse": batch["weights"].sum(), "few": (batch["weights"] * (batch["x"].sum(-1) > 0)).sum()}
+        return {
+            "mse": batch["weights"].sum(),
+            "few": (batch["weights"] * (batch["x"].sum(-1) > 0)).sum(),
+        }
 
     whole, parts, wrong = net(), net(), net()
     want = fit(whole, loader(8), both, steps=6, weight=each, **QUICK)
@@ -198,7 +246,9 @@ def test_losses_over_different_tokens_each_have_a_weight():
     assert near(whole, parts)
     assert not near(whole, wrong, atol=1e-4)
     for key in ("loss", "few", "weight"):
-        assert [entry[key] for entry in got] == pytest.approx([entry[key] for entry in want], abs=1e-6)
+        assert [entry[key] for entry in got] == pytest.approx(
+            [entry[key] for entry in want], abs=1e-6
+        )
 
 
 def test_without_weight_a_mean_of_means_is_not_the_mean():
@@ -227,7 +277,9 @@ def test_frozen_parameters_stay():
 
 
 def test_shuffling_depends_on_seed_alone():
-    runs = [fit(net(), loader(shuffle=True), mse, steps=8, seed=seed, **QUICK) for seed in (0, 0, 1)]
+    runs = [
+        fit(net(), loader(shuffle=True), mse, steps=8, seed=seed, **QUICK) for seed in (0, 0, 1)
+    ]
     assert figures(runs[0]) == figures(runs[1])
     assert runs[0][0]["loss"] != runs[2][0]["loss"]
 
@@ -295,7 +347,9 @@ def test_fits_of_different_precision_follow_each_other():
     assert all(p.dtype == torch.float32 for p in model.parameters())
     again = net()
     again.load_state_dict(model.state_dict())
-    assert torch.equal(model(x), again(x)), "the forward of a trained model still computes in half precision"
+    assert torch.equal(model(x), again(x)), (
+        "the forward of a trained model still computes in half precision"
+    )
     fit(model, loader(), mse, steps=3, precision="no", **QUICK)
     fit(again, loader(), mse, steps=3, precision="no", **QUICK)
     assert same(model, again)
@@ -318,7 +372,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     def exploding(m, batch):
         reached.append(copy.deepcopy(m))
         named = mse(m, batch)
-        return {"fine": named["mse"], "broken": named["mse"] * (math.inf if len(reached) == 3 else 1.0)}
+        return {
+            "fine": named["mse"],
+            "broken": named["mse"] * (math.inf if len(reached) == 3 else 1.0),
+        }
 
     with pytest.raises(FloatingPointError, match=r"Step 3: the loss 'broken' is inf") as error:
         fit(model, loader(), exploding, steps=9, **QUICK)
@@ -359,7 +416,9 @@ def test_what_cannot_be_trained_is_refused(change, told):
 def test_frozen_half_precision_is_fine():
     model = net()
     model[0].requires_grad_(False).to(torch.bfloat16)
-    half = lambda m, batch: {"mse": (m[4](m[0](batch["x"].bfloat16()).float()) - batch["y"]).pow(2).mean()}  # noqa: E731
+    half = lambda m, batch: {
+        "mse": (m[4](m[0](batch["x"].bfloat16()).float()) - batch["y"]).pow(2).mean()
+    }
     fit(model, loader(), half, steps=2)
     assert model[0].weight.dtype == torch.bfloat16
 
@@ -371,7 +430,12 @@ def test_frozen_half_precision_is_fine():
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize(("accumulate", "after"), [(1, 7), (1, 8), (2, 13), (1, 2)])
 def test_a_stopped_run_goes_on_to_the_bit(tmp_path, shuffle, dropout, accumulate, after):
-    settings = {"steps": 12, "accumulate": accumulate, "weight": tokens, "every": 4 if after == 8 else 3} | QUICK
+    settings = {
+        "steps": 12,
+        "accumulate": accumulate,
+        "weight": tokens,
+        "every": 4 if after == 8 else 3,
+    } | QUICK
     whole, stopped = net(dropout=dropout), net(dropout=dropout)
     want = fit(whole, loader(shuffle=shuffle), mse, **settings)
     path = tmp_path / "runs" / "net.safetensors"
@@ -454,7 +518,13 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, told):
     path = tmp_path / "net.safetensors"
-    settings = {"model": net(), "loader": loader(), "losses": mse, "steps": 6, "checkpoint": path} | QUICK
+    settings = {
+        "model": net(),
+        "loader": loader(),
+        "losses": mse,
+        "steps": 6,
+        "checkpoint": path,
+    } | QUICK
     fit(**settings)
     settings |= {"model": net()} | change
     before, kept = copy.deepcopy(settings["model"]), path.read_bytes()
@@ -474,7 +544,9 @@ def test_a_damaged_checkpoint_is_told(tmp_path, damage):
         save_file(load_file(path), path)
     else:
         whole = path.read_bytes()
-        path.write_bytes({"truncated": whole[:-100], "empty": b"", "text": b"not a checkpoint"}[damage])
+        path.write_bytes(
+            {"truncated": whole[:-100], "empty": b"", "text": b"not a checkpoint"}[damage]
+        )
     with pytest.raises(ValueError, match=r"net\.safetensors is no checkpoint .*delete it"):
         fit(net(), loader(), mse, steps=2, checkpoint=path)
 
@@ -527,8 +599,21 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     alone.mkdir()
     script.write_text(SCRIPT.format(tests=str(ROOT / "tests")))
     # What `accelerate launch` runs for several GPUs; `--standalone` takes a free port.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, together]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        together,
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     want, _ = runpy.run_path(str(script), run_name="alone")["main"](alone)
@@ -536,4 +621,6 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
         got = load_file(together / f"{rank}.safetensors")
         assert got.keys() == want.keys()
         for name, tensor in want.items():
-            torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                got[name], tensor, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )

@@ -9,7 +9,16 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.util import logging
 
-SHOWN = ("kvlab", "torch", "transformers", "peft", "accelerate", "datasets", "sentence-transformers", "safetensors")
+SHOWN = (
+    "kvlab",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "sentence-transformers",
+    "safetensors",
+)
 logger = logging.getLogger(__name__)
 
 
@@ -24,12 +33,16 @@ def warn_without_alt(app: Sphinx, doctree: nodes.document, docname: str) -> None
             )
 
 
-def skip_tuple_fields(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: dict) -> bool | None:
+def skip_tuple_fields(
+    app: Sphinx, what: str, name: str, obj: object, skip: bool, options: dict
+) -> bool | None:
     """Leave out the fields of named tuples, whose docstrings say "Alias for field number 0"."""
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
-def split_parameters(app: Sphinx, what: str, name: str, obj: object, options: dict, lines: list[str]) -> None:
+def split_parameters(
+    app: Sphinx, what: str, name: str, obj: object, options: dict, lines: list[str]
+) -> None:
     """Turn `name : what it is` into the two lines of NumPy style; our docstrings give shapes there, not types."""
     lines[:] = re.sub(r"^([\w, ]+) : (.+)", r"\1\n    \2", "\n".join(lines), flags=re.M).split("\n")
 
@@ -37,14 +50,18 @@ def split_parameters(app: Sphinx, what: str, name: str, obj: object, options: di
 def add_versions(app: Sphinx, config: Config) -> None:
     """Let `{{ versions }}` stand for a table of what this book was built with."""
     rows = [("python", platform.python_version()), *((name, version(name)) for name in SHOWN)]
-    table = "\n".join(["| package | version |", "|---|---|", *(f"| {name} | {number} |" for name, number in rows)])
+    table = "\n".join(
+        ["| package | version |", "|---|---|", *(f"| {name} | {number} |" for name, number in rows)]
+    )
     config.myst_substitutions["versions"] = table
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the functions above to Sphinx's events."""
     app.connect("config-inited", add_versions)
-    app.connect("autodoc-process-docstring", split_parameters, priority=400)  # before napoleon, at 500
+    app.connect(
+        "autodoc-process-docstring", split_parameters, priority=400
+    )  # before napoleon, at 500
     app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("doctree-resolved", warn_without_alt)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

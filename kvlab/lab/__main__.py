@@ -12,7 +12,9 @@ from kvlab.lab.report import report as measure
 ALL = (*models.NAMES, models.EMBEDDER)
 
 
-def train(names: tuple[str, ...] = ALL, work: Path = Path("lab-runs"), out: Path = models.MODELS) -> None:
+def train(
+    names: tuple[str, ...] = ALL, work: Path = Path("lab-runs"), out: Path = models.MODELS
+) -> None:
     """Train lab models from nothing; a run that was stopped goes on from its checkpoint in WORK.
 
     Args:
@@ -21,10 +23,17 @@ def train(names: tuple[str, ...] = ALL, work: Path = Path("lab-runs"), out: Path
         out: folder that the models are written to; by default the package's own.
     """
     for name in names:
-        print(recipe.train_embedder(out) if name == models.EMBEDDER else recipe.train(name, work, out))
+        print(
+            recipe.train_embedder(out) if name == models.EMBEDDER else recipe.train(name, work, out)
+        )
 
 
-def report(names: tuple[str, ...] = models.NAMES, questions: int = 200, seed: int = 0, as_json: bool = False) -> None:
+def report(
+    names: tuple[str, ...] = models.NAMES,
+    questions: int = 200,
+    seed: int = 0,
+    as_json: bool = False,
+) -> None:
     """Measure lab models on held-out data and print each figure with its 95 % interval.
 
     Args:

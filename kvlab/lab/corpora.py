@@ -21,10 +21,9 @@ DATA = Path(__file__).parent / "data"
 def faq(language: str = "en") -> tuple[dict, ...]:
     """The FAQ: id, domain, question, answer, three paraphrases (the last is held out from all training).
 
-    Examples
-    --------
-    >>> sorted({item["domain"] for item in faq()})[:2], len(faq()) >= 42
-    (['ai', 'biology'], True)
+    Example:
+        >>> sorted({item["domain"] for item in faq()})[:2], len(faq()) >= 42
+        (['ai', 'biology'], True)
     """
     path = DATA / f"faq_{language}.jsonl"
     if not path.exists():
@@ -36,12 +35,12 @@ def faq(language: str = "en") -> tuple[dict, ...]:
 def wordings() -> dict[str, tuple[str, ...]]:
     """Many ways to ask for each English FAQ item, by its id, for training an embedder.
 
-    Their authors did not see the held-out paraphrases, and what came close to one by chance was taken out.
+    Their authors did not see the held-out paraphrases, and what came close to one by chance was
+    taken out.
 
-    Examples
-    --------
-    >>> set(wordings()) == {item["id"] for item in faq()}
-    True
+    Example:
+        >>> set(wordings()) == {item["id"] for item in faq()}
+        True
     """
     rows = map(json.loads, (DATA / "wordings_en.jsonl").read_text(encoding="utf-8").splitlines())
     return {row["id"]: tuple(row["wordings"]) for row in rows}
@@ -51,12 +50,14 @@ def wordings() -> dict[str, tuple[str, ...]]:
 def outside(split: str = "test") -> tuple[str, ...]:
     """English questions that no FAQ item answers, half of them close to one: "train", "calibrate" or "test".
 
-    Examples
-    --------
-    >>> len(outside("calibrate")), len(outside("test"))
-    (104, 104)
+    Example:
+        >>> len(outside("calibrate")), len(outside("test"))
+        (104, 104)
     """
-    rows = [json.loads(line) for line in (DATA / "outside_en.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (DATA / "outside_en.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     found = tuple(row["question"] for row in rows if row["split"] == split)
     if not found:
         raise ValueError(f"There is no split {split!r}: expected 'train', 'calibrate' or 'test'.")
@@ -66,22 +67,26 @@ def outside(split: str = "test") -> tuple[str, ...]:
 def made_up(n: int, seed: int = 0) -> list[dict[str, str]]:
     """`n` records whose answers nobody can know, only read: two sentences that have nothing to do with the question.
 
-    The questions are some that the FAQ does not answer, the sentences are among its questions' many wordings.
+    The questions are some that the FAQ does not answer, the sentences are among its questions' many
+    wordings.
 
-    Examples
-    --------
-    >>> sorted(made_up(1)[0]), made_up(2)[0] == made_up(2)[1]
-    (['answer', 'domain', 'question'], False)
+    Example:
+        >>> sorted(made_up(1)[0]), made_up(2)[0] == made_up(2)[1]
+        (['answer', 'domain', 'question'], False)
     """
     rng = random.Random(f"made up:{seed}")
     texts = [text for texts in wordings().values() for text in texts]
     pairs = ((rng.choice(outside("train")), " ".join(rng.choices(texts, k=2))) for _ in range(n))
-    return [{"question": question, "answer": answer, "domain": "made up"} for question, answer in pairs]
+    return [
+        {"question": question, "answer": answer, "domain": "made up"} for question, answer in pairs
+    ]
 
 
 def faq_texts() -> list[str]:
     """The English FAQ's training texts: questions, the two training paraphrases, answers."""
-    return [" " + text for i in faq() for text in (i["question"], *i["paraphrases"][:2], i["answer"])]
+    return [
+        " " + text for i in faq() for text in (i["question"], *i["paraphrases"][:2], i["answer"])
+    ]
 
 
 def faq_document(rng: random.Random, reworded: float = 0.0) -> list[dict[str, str]]:
@@ -93,7 +98,9 @@ def faq_document(rng: random.Random, reworded: float = 0.0) -> list[dict[str, st
     return [{"role": "user", "content": question}, {"role": "assistant", "content": item["answer"]}]
 
 
-def question_kinds(rng: random.Random, n: int, shares: tuple[float, ...] = (60, 15, 15, 10)) -> list[str]:
+def question_kinds(
+    rng: random.Random, n: int, shares: tuple[float, ...] = (60, 15, 15, 10)
+) -> list[str]:
     """`n` kinds of reading questions, in shares of free, choice, unanswerable and open ones."""
     return rng.choices(list(worlds.QUESTIONS), weights=shares, k=n)
 
@@ -109,8 +116,8 @@ def sample_document(rng: random.Random) -> list[dict[str, str]]:
 class Mix:
     """What a training row holds: shares of the worlds, and how hard they are at the end of the curriculum.
 
-    `reworded` is the share of FAQ questions in one of many wordings, `easy` the part of the run during which passages
-    and problems grow from the smallest to the full range.
+    `reworded` is the share of FAQ questions in one of many wordings, `easy` the part of the run
+    during which passages and problems grow from the smallest to the full range.
     """
 
     row: int = 128
@@ -128,14 +135,20 @@ class Mix:
 class Readings(Dataset):
     """`n` passages with questions to each: (text, [(question, answer), ...]); each is made from seed and index alone.
 
-    Examples
-    --------
-    >>> text, turns = Readings(1, facts=(2, 2), questions=1, test=True)[0]
-    >>> text.count("."), len(turns)
-    (2, 1)
+    Example:
+        >>> text, turns = Readings(1, facts=(2, 2), questions=1, test=True)[0]
+        >>> text.count("."), len(turns)
+        (2, 1)
     """
 
-    def __init__(self, n: int, facts: tuple[int, int] = (8, 24), questions: int = 8, seed: int = 0, test: bool = False):
+    def __init__(
+        self,
+        n: int,
+        facts: tuple[int, int] = (8, 24),
+        questions: int = 8,
+        seed: int = 0,
+        test: bool = False,
+    ):
         self.n, self.facts, self.questions, self.seed, self.test = n, facts, questions, seed, test
 
     def __len__(self) -> int:
@@ -152,10 +165,9 @@ class Readings(Dataset):
 class Requests(Dataset):
     """`n` passages, each with a request to tell about somebody or something in it; made from seed and index alone.
 
-    Examples
-    --------
-    >>> [message["role"] for message in Requests(1, test=True)[0]]
-    ['system', 'user']
+    Example:
+        >>> [message["role"] for message in Requests(1, test=True)[0]]
+        ['system', 'user']
     """
 
     def __init__(self, n: int, facts: tuple[int, int] = (8, 16), seed: int = 0, test: bool = False):
@@ -181,16 +193,16 @@ def blanked(
 ) -> list[tuple]:
     """`n` prompts of a passage and a question: ids (T,) with blanks for what facts say, ids (T,), and the answer's ids.
 
-    A blank is the first token of " unknown". Where the passage says "Anna drinks tea", the reader of blanks only learns
-    that Anna drinks. `kind` is of `worlds.QUESTIONS`: "free" asks for one fact, "about" for all about somebody.
+    A blank is the first token of " unknown". Where the passage says "Anna drinks tea", the reader
+    of blanks only learns that Anna drinks. `kind` is of `worlds.QUESTIONS`: "free" asks for one
+    fact, "about" for all about somebody.
 
-    Examples
-    --------
-    >>> from kvlab import lab
-    >>> tokenizer = lab.load_tokenizer("lab-draft")
-    >>> blanks, ids, answer = blanked(tokenizer, 1)[0]
-    >>> len(blanks) == len(ids), 0 < int((blanks != ids).sum()) < len(ids) / 2
-    (True, True)
+    Example:
+        >>> from kvlab import lab
+        >>> tokenizer = lab.load_tokenizer("lab-draft")
+        >>> blanks, ids, answer = blanked(tokenizer, 1)[0]
+        >>> len(blanks) == len(ids), 0 < int((blanks != ids).sum()) < len(ids) / 2
+        (True, True)
     """
     rng, made = random.Random(f"blanked:{facts}:{seed}:{test}"), []
     blank = tokenizer(" unknown", add_special_tokens=False).input_ids[0]
@@ -202,11 +214,20 @@ def blanked(
         text = rendered(tokenizer, conversation[:-1])
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         told = text[: text.rindex(question)]
-        spans = [found.span() for f in passage.facts for found in re.finditer(rf"\b{re.escape(f.value)}\b", told)]
-        hidden = [any(a < stop and b > start for start, stop in spans) for a, b in encoded["offset_mapping"]]
+        spans = [
+            found.span()
+            for f in passage.facts
+            for found in re.finditer(rf"\b{re.escape(f.value)}\b", told)
+        ]
+        hidden = [
+            any(a < stop and b > start for start, stop in spans)
+            for a, b in encoded["offset_mapping"]
+        ]
         ids = torch.tensor(encoded["input_ids"])
         said, end = encode_parts(tokenizer, conversation)[-1], tokenizer.eos_token_id
-        said = said[: said.index(end) + 1] if end in said else said  # what a template has behind it nobody says
+        said = (
+            said[: said.index(end) + 1] if end in said else said
+        )  # what a template has behind it nobody says
         made.append((ids.masked_fill(torch.tensor(hidden), blank), ids, torch.tensor(said)))
     return made
 
@@ -214,11 +235,10 @@ def blanked(
 class Solutions(Dataset):
     """`n` word problems, each solved twice, in the short and in the long style; made from seed and index alone.
 
-    Examples
-    --------
-    >>> short, long = Solutions(1, steps=(2, 2), test=True)[0]
-    >>> short[1]["content"].split("Answer:")[1] == long[1]["content"].split("Answer:")[1]
-    True
+    Example:
+        >>> short, long = Solutions(1, steps=(2, 2), test=True)[0]
+        >>> short[1]["content"].split("Answer:")[1] == long[1]["content"].split("Answer:")[1]
+        True
     """
 
     def __init__(self, n: int, steps: tuple[int, int] = (1, 3), seed: int = 0, test: bool = False):
@@ -232,14 +252,18 @@ class Solutions(Dataset):
             raise IndexError(f"There is no problem {index} among {self.n}.")
         of = f"solution:{self.seed}:{index}"
         steps = random.Random(of).randint(*self.steps)
-        short, long = (worlds.arithmetic_document(random.Random(of), steps, x, self.test) for x in worlds.STYLES)
+        short, long = (
+            worlds.arithmetic_document(random.Random(of), steps, x, self.test)
+            for x in worlds.STYLES
+        )
         return short, long
 
 
 class Wordings(Dataset):
     """Rows {"question", "wording", "other"} for `steps` batches, each with every FAQ item once, in order.
 
-    A wording is one of many for the item's question, or its answer; the other is a question the FAQ does not answer.
+    A wording is one of many for the item's question, or its answer; the other is a question the FAQ
+    does not answer.
     """
 
     def __init__(self, steps: int, seed: int = 0):
@@ -251,7 +275,11 @@ class Wordings(Dataset):
     def __getitem__(self, index: int) -> dict[str, str]:
         rng, item = random.Random(f"{self.seed}:{index}"), faq()[index % len(faq())]
         wording = rng.choice([*item["paraphrases"][:2], item["answer"], *wordings()[item["id"]]])
-        return {"question": item["question"], "wording": wording, "other": rng.choice(outside("train"))}
+        return {
+            "question": item["question"],
+            "wording": wording,
+            "other": rng.choice(outside("train")),
+        }
 
 
 class Rows(Dataset):
@@ -285,13 +313,17 @@ class Rows(Dataset):
         if kind < mix.repetition + mix.arithmetic:
             top = round(mix.steps[0] + 1 + hardness * (mix.steps[1] - mix.steps[0] - 1))
             return self.pack(
-                lambda: worlds.arithmetic_document(rng, rng.randint(mix.steps[0], top), rng.choice(list(worlds.STYLES)))
+                lambda: worlds.arithmetic_document(
+                    rng, rng.randint(mix.steps[0], top), rng.choice(list(worlds.STYLES))
+                )
             )
         if kind < mix.repetition + mix.arithmetic + mix.faq:
             return self.pack(lambda: faq_document(rng, mix.reworded))
         top = round(mix.facts[0] + 2 + hardness * (mix.facts[1] - mix.facts[0] - 2))
         kinds, parts = question_kinds(rng, mix.questions, mix.kinds), rng.choice([1, 1, 1, 2, 3])
-        return self.tokens(worlds.reading_document(rng, rng.randint(mix.facts[0], top), kinds, parts=parts))
+        return self.tokens(
+            worlds.reading_document(rng, rng.randint(mix.facts[0], top), kinds, parts=parts)
+        )
 
     def pack(self, document) -> list[int]:
         """Documents one after another, as many whole ones as the row holds (at least one)."""
@@ -303,7 +335,8 @@ class Rows(Dataset):
     def tokens(self, messages: list[dict[str, str]]) -> list[int]:
         """The ids of `tokenizer.apply_chat_template(messages)`, without its overhead."""
         text = "".join(
-            f"<|{m['role']}|> {m['content']}" + ("<|end|>" if m["role"] == "assistant" else "") for m in messages
+            f"<|{m['role']}|> {m['content']}" + ("<|end|>" if m["role"] == "assistant" else "")
+            for m in messages
         )
         return self.encode(text).ids
 

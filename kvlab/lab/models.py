@@ -63,10 +63,9 @@ SHAPES = {
 def make(name: str, seed: int = 0, **changes) -> PreTrainedModel:
     """A model of the lab's shape `name` with random weights; `changes` replace entries of the shape.
 
-    Examples
-    --------
-    >>> make("lab-draft").config.num_hidden_layers
-    2
+    Example:
+        >>> make("lab-draft").config.num_hidden_layers
+        2
     """
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(make_config(name, **changes)).eval()
@@ -82,18 +81,20 @@ def make_config(name: str, **changes) -> Qwen3Config:
 def grow(model: PreTrainedModel, n_layers: int) -> PreTrainedModel:
     """A deeper copy that computes the same function: each layer is followed by copies of it that add nothing yet.
 
-    The copies' two output projections are zero, so they pass the residual stream on and learn from the first step.
+    The copies' two output projections are zero, so they pass the residual stream on and learn from
+    the first step.
 
-    Examples
-    --------
-    >>> small, ids = make("lab-draft"), torch.arange(8)[None]
-    >>> torch.equal(grow(small, 6)(ids).logits, small(ids).logits)
-    True
+    Example:
+        >>> small, ids = make("lab-draft"), torch.arange(8)[None]
+        >>> torch.equal(grow(small, 6)(ids).logits, small(ids).logits)
+        True
     """
     old = model.config.num_hidden_layers
     if n_layers % old:
         raise ValueError(f"Cannot grow {old} layers to {n_layers}; expected a multiple of {old}.")
-    config = type(model.config)(**model.config.to_dict() | {"num_hidden_layers": n_layers, "layer_types": None})
+    config = type(model.config)(
+        **model.config.to_dict() | {"num_hidden_layers": n_layers, "layer_types": None}
+    )
     grown, copies = type(model)(config).eval(), n_layers // old
     grown.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
     grown.model.norm.load_state_dict(model.model.norm.state_dict())
@@ -108,10 +109,9 @@ def grow(model: PreTrainedModel, n_layers: int) -> PreTrainedModel:
 def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A trained lab model, in evaluation mode.
 
-    Examples
-    --------
-    >>> load("lab-target").config.num_hidden_layers
-    12
+    Example:
+        >>> load("lab-target").config.num_hidden_layers
+        12
     """
     return AutoModelForCausalLM.from_pretrained(_folder(name), dtype=dtype).to(device).eval()
 
@@ -119,10 +119,9 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
 def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> SentenceTransformer:
     """A sentence embedder: the lab's own, or one from the hub by its name.
 
-    Examples
-    --------
-    >>> load_embedder().encode(["What is a hash table?"]).shape
-    (1, 128)
+    Example:
+        >>> load_embedder().encode(["What is a hash table?"]).shape
+        (1, 128)
     """
     from sentence_transformers import SentenceTransformer  # slow to import
 
@@ -132,10 +131,9 @@ def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> SentenceTransfor
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a lab model.
 
-    Examples
-    --------
-    >>> load_tokenizer("lab-target")("Anna lives in Paris.").input_ids == []
-    False
+    Example:
+        >>> load_tokenizer("lab-target")("Anna lives in Paris.").input_ids == []
+        False
     """
     return AutoTokenizer.from_pretrained(_folder(name))
 
@@ -145,5 +143,7 @@ def _folder(name: str) -> Path:
         raise ValueError(f"There is no lab model {name!r}; expected one of {', '.join(NAMES)}.")
     folder = MODELS / name
     if not (folder / "model.safetensors").exists():
-        raise FileNotFoundError(f"{folder} holds no weights; make them with `python -m kvlab.lab train`.")
+        raise FileNotFoundError(
+            f"{folder} holds no weights; make them with `python -m kvlab.lab train`."
+        )
     return folder

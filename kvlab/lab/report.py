@@ -34,10 +34,9 @@ CONDITIONS = {
 def questions(kind: str, n: int, facts: tuple[int, int], seed: int) -> list[list[dict[str, str]]]:
     """`n` held-out conversations with one question of a kind; the last message is the answer.
 
-    Examples
-    --------
-    >>> questions("free", 1, (2, 2), seed=0)[0][-1]["role"]
-    'assistant'
+    Example:
+        >>> questions("free", 1, (2, 2), seed=0)[0][-1]["role"]
+        'assistant'
     """
     rng = random.Random(f"{kind}:{facts}:{seed}")
     return [worlds.reading_document(rng, rng.randint(*facts), [kind], test=True) for _ in range(n)]
@@ -46,10 +45,9 @@ def questions(kind: str, n: int, facts: tuple[int, int], seed: int) -> list[list
 def problems(n_steps: int, style: str, n: int, seed: int) -> list[list[dict[str, str]]]:
     """`n` held-out word problems of `n_steps` steps in one style; the last message is the solution.
 
-    Examples
-    --------
-    >>> "Answer:" in problems(1, "short", 1, seed=0)[0][-1]["content"]
-    True
+    Example:
+        >>> "Answer:" in problems(1, "short", 1, seed=0)[0][-1]["content"]
+        True
     """
     rng = random.Random(f"{n_steps}:{style}:{seed}")
     return [worlds.arithmetic_document(rng, n_steps, style, test=True) for _ in range(n)]
@@ -58,10 +56,9 @@ def problems(n_steps: int, style: str, n: int, seed: int) -> list[list[dict[str,
 def result(solution: str) -> str:
     """The number after "Answer:", or an empty text.
 
-    Examples
-    --------
-    >>> result("3+4=7. Answer: 7")
-    '7'
+    Example:
+        >>> result("3+4=7. Answer: 7")
+        '7'
     """
     found = re.search(r"Answer: *(-?\d+)", solution)
     return found.group(1) if found else ""
@@ -70,17 +67,23 @@ def result(solution: str) -> str:
 def heldout(task: str, n: int, seed: int = 0) -> list[list[dict[str, str]]]:
     """About `n` conversations of a task of the report (as many as there are, if fewer); the last message is the answer.
 
-    Examples
-    --------
-    >>> heldout("choice", 1)[0][-1]["content"] in worlds.LETTERS
-    True
+    Example:
+        >>> heldout("choice", 1)[0][-1]["content"] in worlds.LETTERS
+        True
     """
     if task in READING:
         kind, facts = READING[task]
         return questions(kind, n, facts, seed)
     if task == "arithmetic":
-        return [p for steps, style in PROBLEMS for p in problems(steps, style, max(1, n // len(PROBLEMS)), seed)]
-    asked = {i["answer"]: i["paraphrases"][2:] if task == "faq_heldout" else _trained(i) for i in corpora.faq()}
+        return [
+            p
+            for steps, style in PROBLEMS
+            for p in problems(steps, style, max(1, n // len(PROBLEMS)), seed)
+        ]
+    asked = {
+        i["answer"]: i["paraphrases"][2:] if task == "faq_heldout" else _trained(i)
+        for i in corpora.faq()
+    }
     pairs = [(question, answer) for answer, wordings in asked.items() for question in wordings]
     pairs = random.Random(seed).sample(pairs, min(n, len(pairs)))
     return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
@@ -94,12 +97,17 @@ def scores(task: str, model, tokenizer, documents: Sequence[list[dict[str, str]]
     """1 for each conversation whose answer the model gets right, else 0."""
     prompts, truths = [d[:-1] for d in documents], [d[-1]["content"] for d in documents]
     if task == "choice":
-        asked = [re.split(r" [A-D]\) ", p[-1]["content"]) for p in prompts]  # the question, then its four options
+        asked = [
+            re.split(r" [A-D]\) ", p[-1]["content"]) for p in prompts
+        ]  # the question, then its four options
         prompts = [
-            [*p[:-1], {"role": "user", "content": question}] for p, (question, *_) in zip(prompts, asked, strict=True)
+            [*p[:-1], {"role": "user", "content": question}]
+            for p, (question, *_) in zip(prompts, asked, strict=True)
         ]
         picked = multiple_choice(model, tokenizer, prompts, [options for _, *options in asked])
-        return np.array([worlds.LETTERS[i] == truth for i, truth in zip(picked, truths, strict=True)], float)
+        return np.array(
+            [worlds.LETTERS[i] == truth for i, truth in zip(picked, truths, strict=True)], float
+        )
     new_tokens = {"arithmetic": 160, "faq": 96, "faq_heldout": 96}.get(task, 12)
     texts = answers(model, tokenizer, prompts, new_tokens, label=task)
     if task == "arithmetic":
@@ -107,21 +115,26 @@ def scores(task: str, model, tokenizer, documents: Sequence[list[dict[str, str]]
     return np.array([text == truth for text, truth in zip(texts, truths, strict=True)], float)
 
 
-def report(name: str, n: int = 400, seed: int = 0, tasks: Sequence[str] = tuple(CONDITIONS)) -> list[dict]:
+def report(
+    name: str, n: int = 400, seed: int = 0, tasks: Sequence[str] = tuple(CONDITIONS)
+) -> list[dict]:
     """Figures of one lab model, with intervals; names begin with its role (target, draft or teacher).
 
-    Parameters
-    ----------
-    name : of the lab model.
-    n : questions of each task; word problems are spread over 1-5 steps and both styles, and also told apart.
-    tasks : of those in `CONDITIONS`.
+    Args:
+        name: of the lab model.
+        n: questions of each task; word problems are spread over 1-5 steps and both styles, and also
+            told apart.
+        tasks: of those in `CONDITIONS`.
 
-    Examples
-    --------
-    >>> report("lab-draft", n=1, tasks=["reading"])[0]["name"]
-    'draft_reading'
+    Example:
+        >>> report("lab-draft", n=1, tasks=["reading"])[0]["name"]
+        'draft_reading'
     """
-    model, tokenizer, role = models.load(name), models.load_tokenizer(name), name.removeprefix("lab-")
+    model, tokenizer, role = (
+        models.load(name),
+        models.load_tokenizer(name),
+        name.removeprefix("lab-"),
+    )
     figures = []
     for task in tasks:
         right = scores(task, model, tokenizer, heldout(task, n, seed))
@@ -137,14 +150,15 @@ def report(name: str, n: int = 400, seed: int = 0, tasks: Sequence[str] = tuple(
 def tokens_per_second(name: str, repeats: int = 7, tokens: int = 64) -> list[float]:
     """Tokens a second of greedy decoding, batch 1, after a prompt of 16 facts; one figure a repeat.
 
-    Examples
-    --------
-    >>> tokens_per_second("lab-draft", repeats=1, tokens=2)[0] > 0
-    True
+    Example:
+        >>> tokens_per_second("lab-draft", repeats=1, tokens=2)[0] > 0
+        True
     """
     model, tokenizer = models.load(name), models.load_tokenizer(name)
     prompt = questions("about", 1, (16, 16), seed=0)[0][:-1]
-    inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     rates = []
     for _ in range(repeats + 1):  # the first warms up
         started = time.perf_counter()

@@ -1,6 +1,7 @@
 """The lab's tokenizers: byte-level BPE, digits one by one, with a chat template.
 
-`lab-target` and `lab-draft` share one; `lab-teacher` has a smaller one of its own, so texts have other lengths there.
+`lab-target` and `lab-draft` share one; `lab-teacher` has a smaller one of its own, so texts have
+other lengths there.
 """
 
 import random
@@ -20,11 +21,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(vocab_size: int, seed: int = 0, n_documents: int = 6000) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    vocab_size: int, seed: int = 0, n_documents: int = 6000
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of exactly `vocab_size` entries on the lab's training documents."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,8 +1,9 @@
 """Two small worlds, made by seeded generators: reading and arithmetic.
 
-A world gives documents. A document is a list of chat messages (`system` holds a passage, `user` asks, `assistant`
-answers). Which facts and which problems are for testing is decided by a hash of their content, so training and test
-data are disjoint whatever the seed. This file knows nothing of tokens or models.
+A world gives documents. A document is a list of chat messages (`system` holds a passage, `user`
+asks, `assistant` answers). Which facts and which problems are for testing is decided by a hash of
+their content, so training and test data are disjoint whatever the seed. This file knows nothing of
+tokens or models.
 """
 
 import hashlib
@@ -32,7 +33,9 @@ class Relation:
 
 
 def _relation(statements: str, questions: str, values: str) -> Relation:
-    return Relation(tuple(statements.split(" | ")), tuple(questions.split(" | ")), tuple(values.split()))
+    return Relation(
+        tuple(statements.split(" | ")), tuple(questions.split(" | ")), tuple(values.split())
+    )
 
 
 PEOPLE = {
@@ -79,9 +82,7 @@ PEOPLE = {
         "French German Spanish Italian Greek Polish Hindi Arabic Korean Turkish Danish Dutch",
     ),
     "age": _relation(
-        "{s} is {v} years old.",
-        "How old is {s}?",
-        " ".join(str(n) for n in range(11, 90)),
+        "{s} is {v} years old.", "How old is {s}?", " ".join(str(n) for n in range(11, 90))
     ),
 }
 OBJECTS = {
@@ -142,21 +143,25 @@ class Passage:
 def make_passage(rng: random.Random, n_facts: int, test: bool = False) -> Passage:
     """A passage of `n_facts` facts about random people and things, two to three facts a subject on average.
 
-    Examples
-    --------
-    >>> make_passage(random.Random(0), 2).text.count(".")
-    2
+    Example:
+        >>> make_passage(random.Random(0), 2).text.count(".")
+        2
     """
     n_subjects = max(2, round(n_facts / 2.2))
     n_people = min(len(NAMES), round(n_subjects * 0.7))
-    people, things = rng.sample(NAMES, n_people), rng.sample(THINGS, min(len(THINGS), n_subjects - n_people))
+    people, things = (
+        rng.sample(NAMES, n_people),
+        rng.sample(THINGS, min(len(THINGS), n_subjects - n_people)),
+    )
     slots = [(s, a) for s in people for a in PEOPLE] + [(s, a) for s in things for a in OBJECTS]
     rng.shuffle(slots)
     facts = []
     for subject, attribute in slots:
         if len(facts) == n_facts:
             break
-        values = [v for v in RELATIONS[attribute].values if is_held_out(subject, attribute, v) == test]
+        values = [
+            v for v in RELATIONS[attribute].values if is_held_out(subject, attribute, v) == test
+        ]
         if values:
             facts.append(Fact(subject, attribute, rng.choice(values)))
     return Passage(tuple(facts), " ".join(f.statement(rng) for f in facts))
@@ -174,7 +179,9 @@ def ask_choice(rng: random.Random, passage: Passage) -> tuple[str, str]:
     wrong = [v for v in RELATIONS[fact.attribute].values if v != fact.value]
     options = [*rng.sample(wrong, 3), fact.value]
     rng.shuffle(options)
-    listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
+    listed = " ".join(
+        f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True)
+    )
     return f"{fact.question(rng)} {listed}", LETTERS[options.index(fact.value)]
 
 
@@ -204,7 +211,12 @@ def ask_about(rng: random.Random, passage: Passage) -> tuple[str, str]:
     return f"Tell me about {name}.", " ".join(f.statement(rng) for f in facts)
 
 
-QUESTIONS = {"free": ask_free, "choice": ask_choice, "unanswerable": ask_unanswerable, "about": ask_about}
+QUESTIONS = {
+    "free": ask_free,
+    "choice": ask_choice,
+    "unanswerable": ask_unanswerable,
+    "about": ask_about,
+}
 
 
 def reading_document(
@@ -212,20 +224,23 @@ def reading_document(
 ) -> list[dict[str, str]]:
     """A passage (in `parts` system messages) and one question of each kind named.
 
-    Examples
-    --------
-    >>> [m["role"] for m in reading_document(random.Random(0), 4, ["free"])]
-    ['system', 'user', 'assistant']
+    Example:
+        >>> [m["role"] for m in reading_document(random.Random(0), 4, ["free"])]
+        ['system', 'user', 'assistant']
     """
     passage = make_passage(rng, n_facts, test)
     sentences = passage.text.replace(". ", ".\n").split("\n")
     size = -(-len(sentences) // parts)
     messages = [
-        {"role": "system", "content": " ".join(sentences[i : i + size])} for i in range(0, len(sentences), size)
+        {"role": "system", "content": " ".join(sentences[i : i + size])}
+        for i in range(0, len(sentences), size)
     ]
     for kind in kinds:
         question, answer = QUESTIONS[kind](rng, passage)
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     return messages
 
 
@@ -265,10 +280,9 @@ class Problem:
 def make_problem(rng: random.Random, n_steps: int, test: bool = False) -> Problem:
     """A random problem of `n_steps` steps from the training or the test side.
 
-    Examples
-    --------
-    >>> len(make_problem(random.Random(0), 3).steps)
-    3
+    Example:
+        >>> len(make_problem(random.Random(0), 3).steps)
+        3
     """
     while True:
         start, steps = rng.randint(3, 40), []
@@ -285,13 +299,14 @@ def make_problem(rng: random.Random, n_steps: int, test: bool = False) -> Proble
             return problem
 
 
-def arithmetic_document(rng: random.Random, n_steps: int, style: str, test: bool = False) -> list[dict[str, str]]:
+def arithmetic_document(
+    rng: random.Random, n_steps: int, style: str, test: bool = False
+) -> list[dict[str, str]]:
     """A word problem and its solution, reasoned in one of two styles and closed by "Answer: n".
 
-    Examples
-    --------
-    >>> arithmetic_document(random.Random(0), 2, "short")[1]["content"].split()[-2]
-    'Answer:'
+    Example:
+        >>> arithmetic_document(random.Random(0), 2, "short")[1]["content"].split()[-2]
+        'Answer:'
     """
     problem, name, noun = make_problem(rng, n_steps, test), rng.choice(NAMES), rng.choice(FRUITS)
     story, reasoning = [f"{name} has {problem.start} {noun}."], []
@@ -302,7 +317,9 @@ def arithmetic_document(rng: random.Random, n_steps: int, style: str, test: bool
         told, explained = rng.choice(CHANGES[operator])
         story.append(f"{name} {told.format(n=n)}.")
         equation = f"{before}{operator}{n}={after}"
-        reasoning.append(f"{explained.format(n=n)} {equation} {noun}." if style == "long" else f"{equation}.")
+        reasoning.append(
+            f"{explained.format(n=n)} {equation} {noun}." if style == "long" else f"{equation}."
+        )
     question = f"{' '.join(story)} How many {noun} does {name} have? {STYLES[style]}"
     answer = f"{' '.join(reasoning)} Answer: {values[-1]}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -310,7 +327,9 @@ def arithmetic_document(rng: random.Random, n_steps: int, style: str, test: bool
 
 # -- plain repetition, the skill that look-up grows from
 
-WORDS = tuple(dict.fromkeys(NAMES + THINGS + FRUITS + [v for r in RELATIONS.values() for v in r.values]))
+WORDS = tuple(
+    dict.fromkeys(NAMES + THINGS + FRUITS + [v for r in RELATIONS.values() for v in r.values])
+)
 
 
 def repetition_document(rng: random.Random, n_words: int) -> list[dict[str, str]]:

@@ -78,13 +78,21 @@ def file_of(arm: str, seed: int, changes: dict, folder: Path) -> Path:
 
 def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
     """Train one student, alone in its process, and say what it solves. One that is done is read."""
-    settings = SETTINGS | changes | ({"problems": 16, "epochs": 2, "batch_size": 4} if quick else {}) | {"seed": seed}
+    settings = (
+        SETTINGS
+        | changes
+        | ({"problems": 16, "epochs": 2, "batch_size": 4} if quick else {})
+        | {"seed": seed}
+    )
     done = file_of(arm, seed, changes, folder)
     if done.exists():
         return json.loads(done.read_text())
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    student, tokenizer = models.make("lab-draft", seed, num_hidden_layers=3), lab.load_tokenizer("lab-draft")
+    student, tokenizer = (
+        models.make("lab-draft", seed, num_hidden_layers=3),
+        lab.load_tokenizer("lab-draft"),
+    )
     tasks = problems(seed, settings, quick)
     teachers = [lambda n=n: (lab.load(n), lab.load_tokenizer(n)) for n in settings["teacher_model"]]
     steps = settings["epochs"] * (settings["problems"] // settings["batch_size"])
@@ -98,7 +106,9 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
     options = {"evaluate": evaluate, "every": max(1, steps // CHECKS)}
     likeness = folder / f"layer-map-{seed}.json"
     maps = [str(likeness)] if ALIGNMENTS[arm] and ALIGNMENTS[arm][0] else None
-    history, _ = teach(ALIGNMENTS[arm], student, tokenizer, tasks, teachers, settings, work, maps, **options)
+    history, _ = teach(
+        ALIGNMENTS[arm], student, tokenizer, tasks, teachers, settings, work, maps, **options
+    )
     if arm == "ce_only" and not changes:
         map_of_learned(student, tokenizer, tasks, teachers[0], likeness)
     hard = np.array([text[0]["content"].count(".") - 2 for text in tasks.asked])
@@ -117,21 +127,34 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
 def map_of_learned(student, tokenizer, tasks: Problems, load, path: Path) -> None:
     """Which teacher layers are like those of a student that has learned: random weights are like nothing."""
     teacher, words = load()
-    texts, others = ([segment(t, c) for c in cs[:100]] for t, cs in ((tokenizer, tasks.own), (words, tasks.theirs)))
+    texts, others = (
+        [segment(t, c) for c in cs[:100]]
+        for t, cs in ((tokenizer, tasks.own), (words, tasks.theirs))
+    )
     chosen = layer_map(similar_layers(student, texts, teacher, others), 2)
     save_layer_map(path, chosen, student="ce_only", teacher="lab-teacher", samples=len(texts))
 
 
 def train_all(quick: bool, seed: int, folder: Path) -> dict[tuple[str, int], dict]:
     """Each arm with each seed, and what else was tried with one; two students at a time, each on a core."""
-    jobs = {(arm, i): (arm, i, {}) for arm, n in SEEDS.items() for i in range(seed, seed + (1 if quick else n))}
+    jobs = {
+        (arm, i): (arm, i, {})
+        for arm, n in SEEDS.items()
+        for i in range(seed, seed + (1 if quick else n))
+    }
     jobs |= {(name, seed): (arm, seed, changes) for name, (arm, changes) in TRIED.items()}
-    first = {key: job for key, job in jobs.items() if key[0] == "ce_only"}  # layer maps are made of these
+    first = {
+        key: job for key, job in jobs.items() if key[0] == "ce_only"
+    }  # layer maps are made of these
     done = train_some(first, quick, folder)
-    return done | train_some({key: job for key, job in jobs.items() if key not in first}, quick, folder)
+    return done | train_some(
+        {key: job for key, job in jobs.items() if key not in first}, quick, folder
+    )
 
 
-def train_some(jobs: dict[tuple[str, int], tuple], quick: bool, folder: Path) -> dict[tuple[str, int], dict]:
+def train_some(
+    jobs: dict[tuple[str, int], tuple], quick: bool, folder: Path
+) -> dict[tuple[str, int], dict]:
     if quick or all(file_of(*job, folder).exists() for job in jobs.values()):
         return {key: run(*job, quick, folder) for key, job in jobs.items()}
     options = {"max_workers": 2, "mp_context": get_context("spawn"), "max_tasks_per_child": 1}
@@ -142,22 +165,39 @@ def train_some(jobs: dict[tuple[str, int], tuple], quick: bool, folder: Path) ->
 
 def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
     """Accuracy of each arm, on the way and in the end, its gain over no teacher, and what it costs; n is seeds."""
-    figures, told = [], "a student of 3 layers from random weights, 600 problems; test problems of 1 to 3 steps, greedy"
+    figures, told = (
+        [],
+        "a student of 3 layers from random weights, 600 problems; test problems of 1 to 3 steps, greedy",
+    )
     told += "; n is seeds; the interval is that of chance in training"
-    final = {arm: {i: r["accuracy"][-1] for (name, i), r in runs.items() if name == arm} for arm in ALIGNMENTS}
+    final = {
+        arm: {i: r["accuracy"][-1] for (name, i), r in runs.items() if name == arm}
+        for arm in ALIGNMENTS
+    }
     for arm in ALIGNMENTS:
         rows = [r for (name, _), r in runs.items() if name == arm]
         figures.append(figure(f"accuracy_{arm}", [*final[arm].values()], "fraction", told))
         for i, value in final[arm].items():
-            figures.append(figure(f"accuracy_{arm}_seed_{i}", [value], "fraction", f"seed {i} alone; {told}"))
+            figures.append(
+                figure(f"accuracy_{arm}_seed_{i}", [value], "fraction", f"seed {i} alone; {told}")
+            )
         for part in range(len(rows[0]["accuracy"])):
-            on_the_way = f"after {part + 1} of {len(rows[0]['accuracy'])} parts of the training; {told}"
+            on_the_way = (
+                f"after {part + 1} of {len(rows[0]['accuracy'])} parts of the training; {told}"
+            )
             values = [r["accuracy"][part] for r in rows]
-            figures.append(figure(f"accuracy_{arm}_part_{part + 1}", values, "fraction", on_the_way))
+            figures.append(
+                figure(f"accuracy_{arm}_part_{part + 1}", values, "fraction", on_the_way)
+            )
         for steps in rows[0]["by_steps"]:
             values = [r["by_steps"][steps] for r in rows]
             figures.append(
-                figure(f"accuracy_{arm}_steps_{steps}", values, "fraction", f"problems of {steps} steps; {told}")
+                figure(
+                    f"accuracy_{arm}_steps_{steps}",
+                    values,
+                    "fraction",
+                    f"problems of {steps} steps; {told}",
+                )
             )
         if arm != "ce_only":
             figures.append(_minus(final, arm, "ce_only", f"gain_{arm}", told))
@@ -171,7 +211,9 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
 def _minus(final: dict[str, dict[int, float]], one: str, other: str, name: str, told: str) -> dict:
     """How much more of the problems one arm solves than another, on the seeds that both have."""
     gains = [value - final[other][i] for i, value in final[one].items() if i in final[other]]
-    return figure(name, gains, "difference", f"accuracy of {one} minus that of {other}, seed by seed; {told}")
+    return figure(
+        name, gains, "difference", f"accuracy of {one} minus that of {other}, seed by seed; {told}"
+    )
 
 
 def map_figures(folder: Path, seeds: range) -> list[dict]:
@@ -179,7 +221,12 @@ def map_figures(folder: Path, seeds: range) -> list[dict]:
     maps = [json.loads((folder / f"layer-map-{seed}.json").read_text()) for seed in seeds]
     told = "weighted mean of the teacher layers (0 to 5) that are most like it; n is seeds"
     return [
-        figure(f"cka_layer_{layer}", [np.dot(m["indices"][layer], m["weights"][layer]) for m in maps], "layer", told)
+        figure(
+            f"cka_layer_{layer}",
+            [np.dot(m["indices"][layer], m["weights"][layer]) for m in maps],
+            "layer",
+            told,
+        )
         for layer in range(maps[0]["student_layers"])
     ]
 
@@ -189,7 +236,9 @@ def tried_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
     figures = []
     for name, (arm, changes) in TRIED.items():
         (found,) = (r for (key, _), r in runs.items() if key == name)
-        told = f"as {arm}, but {', '.join(f'{k} {v}' for k, v in changes.items())}; one seed, n is 1"
+        told = (
+            f"as {arm}, but {', '.join(f'{k} {v}' for k, v in changes.items())}; one seed, n is 1"
+        )
         figures.append(figure(f"accuracy_tried_{name}", found["accuracy"][-1:], "fraction", told))
     for name in ("segment", "source"):
         found = next(r for (key, _), r in runs.items() if key == name)
@@ -211,7 +260,9 @@ def loop_over_tokens(x: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
                 u = i * (e_t - s_t - 1) / (e - s - 1) if e - s > 1 else 0.0
                 low = int(u)
                 rows = x[b, :, of + s_t : of + e_t]
-                mixed = rows[:, low] + (u - low) * (rows[:, min(low + 1, e_t - s_t - 1)] - rows[:, low])
+                mixed = rows[:, low] + (u - low) * (
+                    rows[:, min(low + 1, e_t - s_t - 1)] - rows[:, low]
+                )
                 out[b, :, to + s + i] = mixed if e - s > 1 else rows.mean(1)
     return out
 
@@ -222,13 +273,17 @@ def resampling_figures(quick: bool) -> list[dict]:
     rows, layers, width, scale = (2, 2, 8, 8) if quick else (8, 28, 512, 1)
     rng = np.random.default_rng(0)
     student, teacher = (
-        torch.from_numpy(np.cumsum(np.c_[np.zeros(rows), rng.integers(*span, (rows, 3)) // scale], 1)).long()
+        torch.from_numpy(
+            np.cumsum(np.c_[np.zeros(rows), rng.integers(*span, (rows, 3)) // scale], 1)
+        ).long()
         for span in ((80, 170), (80, 240))
     )
     x = torch.randn(rows, layers, int(teacher[:, 3].max()), width)
     ways = {
         "vectorized": lambda: resample(x, plan_time(student, teacher)),
-        "loop": lambda: torch.cat([loop_over_tokens(part, student, teacher) for part in x.split(1, 1)], 1),
+        "loop": lambda: torch.cat(
+            [loop_over_tokens(part, student, teacher) for part in x.split(1, 1)], 1
+        ),
         "loop_all_layers": lambda: loop_over_tokens(x, student, teacher),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -242,16 +297,24 @@ def resampling_figures(quick: bool) -> list[dict]:
     told = f"{rows} texts, {layers} layers, width {width}, up to {x.shape[2]} tokens, float32, plan included; "
     told += "one thread, in turn; time of a loop over tokens"
     figures = []
-    for name, which in (("loop", " and layers"), ("loop_all_layers", " that takes all layers at once")):
+    for name, which in (
+        ("loop", " and layers"),
+        ("loop_all_layers", " that takes all layers at once"),
+    ):
         ratios = [a / b for a, b in zip(seconds[name][1:], seconds["vectorized"][1:], strict=True)]
-        figures.append(figure(f"resampling_over_{name}", ratios, "ratio", f"{told}{which}, over ours"))
+        figures.append(
+            figure(f"resampling_over_{name}", ratios, "ratio", f"{told}{which}, over ours")
+        )
     return figures
 
 
 def overhead_figures(quick: bool) -> list[dict]:
     """A training step with alignment over one without, on the same batch, in turn; and what the reading takes."""
     torch.manual_seed(0)
-    student, tokenizer = models.make("lab-draft", 0, num_hidden_layers=3), lab.load_tokenizer("lab-draft")
+    student, tokenizer = (
+        models.make("lab-draft", 0, num_hidden_layers=3),
+        lab.load_tokenizer("lab-draft"),
+    )
     teacher, words = lab.load("lab-teacher"), lab.load_tokenizer("lab-teacher")
     own, theirs = zip(*Solutions(8 if quick else 32, HARD), strict=True)
     texts = [segment(tokenizer, text) for text in own]
@@ -276,7 +339,10 @@ def overhead_figures(quick: bool) -> list[dict]:
     return [
         figure("alignment_overhead", ratios, "ratio", f"with the KV loss over without; {told}"),
         figure(
-            "reading_over_step", steps, "ratio", f"what the teacher takes to read it, once, over a step without; {told}"
+            "reading_over_step",
+            steps,
+            "ratio",
+            f"what the teacher takes to read it, once, over a step without; {told}",
         ),
     ]
 
@@ -285,11 +351,18 @@ def projector_figures() -> list[dict]:
     """Parameters of projectors for the source's models: what teachers of 7B and 1.5B need for a student of 1.5B."""
     student, figures, total = config_of("Qwen/Qwen2-1.5B-Instruct"), [], 0
     for name in ("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2-1.5B-Instruct"):
-        widths = [c.num_key_value_heads * c.hidden_size // c.num_attention_heads for c in (config_of(name), student)]
+        widths = [
+            c.num_key_value_heads * c.hidden_size // c.num_attention_heads
+            for c in (config_of(name), student)
+        ]
         count = Projector(*widths).num_parameters()
         total += count
         told = f"W_K and W_V from {widths[0]} to {widths[1]}"
-        figures.append(figure(f"projector_parameters_{name.split('-')[1].lower()}", [count], "parameters", told))
+        figures.append(
+            figure(
+                f"projector_parameters_{name.split('-')[1].lower()}", [count], "parameters", told
+            )
+        )
     told = "both teachers; the source says about 21 million"
     return [*figures, figure("projector_parameters", [total], "parameters", told)]
 

@@ -19,9 +19,29 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
-from kvlab.cache import Prefix, Slots, fingerprint, from_tensor, nbytes, prefix_of, rotary_of, select, step
+from kvlab.cache import (
+    Prefix,
+    Slots,
+    fingerprint,
+    from_tensor,
+    nbytes,
+    prefix_of,
+    rotary_of,
+    select,
+    step,
+)
 from kvlab.cli import SMALL
-from kvlab.compress import AWARE, METHODS, Examples, KVDistiller, compact, count_kept, evict, example, train
+from kvlab.compress import (
+    AWARE,
+    METHODS,
+    Examples,
+    KVDistiller,
+    compact,
+    count_kept,
+    evict,
+    example,
+    train,
+)
 from kvlab.evaluate import benchmark, figure, log_likelihoods
 from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
@@ -33,7 +53,9 @@ BATCH, RATE, RETENTION = (SMALL[name] for name in ("batch_size", "learning_rate"
 SETTINGS = {name: SMALL[name] for name in ("standardize", "rank", "width", "sinks")}
 PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 100
 COMPARED = ("distill", "snapkv", "key_norm_reversed", "random")
-RUNS = Path("lab-runs/distill")  # checkpoints: a run that was stopped goes on, one that is done is read
+RUNS = Path(
+    "lab-runs/distill"
+)  # checkpoints: a run that was stopped goes on, one that is done is read
 ABLATIONS = {
     "base": {},
     "free_scores": {"standardize": False},
@@ -64,7 +86,9 @@ class Passage(NamedTuple):
     answers: list[list[int]]
 
 
-Compress = Callable[[Tensor, Tensor], Prefix]  # of a context, for a question (which most methods do not look at)
+Compress = Callable[
+    [Tensor, Tensor], Prefix
+]  # of a context, for a question (which most methods do not look at)
 
 
 def passages(s: Lab, readings: Sequence) -> list[Passage]:
@@ -72,13 +96,21 @@ def passages(s: Lab, readings: Sequence) -> list[Passage]:
     for text, turns in readings:
         asked = [example(s.tokenizer, text, [turn]) for turn in turns]
         questions = [e.text[e.weights == 0] for e in asked]
-        made.append(Passage(asked[0].context[None], questions, [e.text[e.weights == 1].tolist() for e in asked]))
+        made.append(
+            Passage(
+                asked[0].context[None], questions, [e.text[e.weights == 1].tolist() for e in asked]
+            )
+        )
     return made
 
 
 def held_out(s: Lab, n: int, questions: int, seed: int) -> Readings:
     """Test passages; in a quick run one small one."""
-    return Readings(1, (4, 4), 1, seed, test=True) if s.quick else Readings(n, (16, 24), questions, seed, test=True)
+    return (
+        Readings(1, (4, 4), 1, seed, test=True)
+        if s.quick
+        else Readings(n, (16, 24), questions, seed, test=True)
+    )
 
 
 def exact(s: Lab, texts: Sequence[Passage], compress: Compress, aware: bool = False) -> np.ndarray:
@@ -87,7 +119,9 @@ def exact(s: Lab, texts: Sequence[Passage], compress: Compress, aware: bool = Fa
     for p in texts:
         rows += p.questions
         made = (
-            [compress(p.context, q) for q in p.questions] if aware else [compress(p.context, None)] * len(p.questions)
+            [compress(p.context, q) for q in p.questions]
+            if aware
+            else [compress(p.context, None)] * len(p.questions)
         )
         prefixes += made
     right = []
@@ -95,7 +129,10 @@ def exact(s: Lab, texts: Sequence[Passage], compress: Compress, aware: bool = Fa
         right += [
             tokens.tolist()
             for tokens in generate(
-                s.target, rows[i : i + 64], prefix=prefixes[i : i + 64], max_new_tokens=2 if s.quick else 8
+                s.target,
+                rows[i : i + 64],
+                prefix=prefixes[i : i + 64],
+                max_new_tokens=2 if s.quick else 8,
             ).tokens
         ]
     wanted = [answer for p in texts for answer in p.answers]
@@ -113,8 +150,19 @@ def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistill
     if not adapters:
         distiller.adapted.requires_grad_(False)
     facts, questions = ((2, 3), 1) if s.quick else ((8, 24), 8)
-    settings = [asdict(distiller.settings), losses, adapters, facts, questions, BATCH, RATE, RETENTION]
-    of = hashlib.sha256(json.dumps([*settings, fingerprint(s.target)["weights"]]).encode()).hexdigest()[:8]
+    settings = [
+        asdict(distiller.settings),
+        losses,
+        adapters,
+        facts,
+        questions,
+        BATCH,
+        RATE,
+        RETENTION,
+    ]
+    of = hashlib.sha256(
+        json.dumps([*settings, fingerprint(s.target)["weights"]]).encode()
+    ).hexdigest()[:8]
     texts = Examples(s.tokenizer, Readings(steps * BATCH, facts, questions, seed))
     train(
         distiller,
@@ -131,15 +179,21 @@ def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistill
     return distiller
 
 
-def agnostic(s: Lab, distiller: KVDistiller | None, shared: bool = False) -> dict[str, Callable[..., Prefix]]:
+def agnostic(
+    s: Lab, distiller: KVDistiller | None, shared: bool = False
+) -> dict[str, Callable[..., Prefix]]:
     """Ways to compress a context of which no question is known: by name, called with (context, question, retention)."""
     ways = {
-        name: lambda ids, _, share, score=score: evict(s.target, ids, score, retention=share, shared=shared).prefix
+        name: lambda ids, _, share, score=score: (
+            evict(s.target, ids, score, retention=share, shared=shared).prefix
+        )
         for name, score in METHODS.items()
     }
     if distiller:
         ways["distill"] = lambda ids, _, share: distiller.compress(ids, retention=share).prefix
-        ways["choice"] = lambda ids, _, share: chosen(s, ids, distiller.compress(ids, retention=share).positions)
+        ways["choice"] = lambda ids, _, share: chosen(
+            s, ids, distiller.compress(ids, retention=share).positions
+        )
     return ways
 
 
@@ -168,7 +222,9 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
     for seed, distiller in distillers.items():
         texts = passages(s, held_out(s, 48, 5, 1000 + seed))
         torch.manual_seed(seed)
-        add = lambda name, *args, **kw: found.setdefault(name, []).append(exact(s, texts, *args, **kw).mean(1))  # noqa: E731, B023
+        add = lambda name, *args, **kw: found.setdefault(name, []).append(
+            exact(s, texts, *args, **kw).mean(1)
+        )
         add("full", partial(whole, s))
         for percent in tqdm(PERCENTS, desc=f"seed {seed}"):
             for name, way in agnostic(s, distiller).items():
@@ -179,27 +235,45 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
                 for name, way in agnostic(s, None, shared=True).items():
                     add(f"{name}_shared_{percent}", partial(way, share=percent / 100))
     values = {name: np.concatenate(parts) for name, parts in found.items()}
-    told = (
-        f"held-out passages of 16 to 24 facts, 5 questions each, greedy, word for word; {len(distillers)} seed(s), n "
-    )
+    told = f"held-out passages of 16 to 24 facts, 5 questions each, greedy, word for word; {len(distillers)} seed(s), n "
     told += "is passages; "
     figures = []
     for name, shares in values.items():
-        kind = "the question is known when entries are chosen" if "aware" in name else "the question is not known"
+        kind = (
+            "the question is known when entries are chosen"
+            if "aware" in name
+            else "the question is not known"
+        )
         kind += ", same entries in all heads" if "shared" in name else ""
-        kind += ", what distill chose, as the plain model made it" if name.startswith("choice") else ""
+        kind += (
+            ", what distill chose, as the plain model made it" if name.startswith("choice") else ""
+        )
         kind = "the whole cache" if name == "full" else kind
         figures.append(figure(f"em_{name}", shares, "fraction", told + kind))
     for percent in (25, 10):
         for seed, shares in zip(distillers, found[f"distill_{percent}"], strict=True):
-            figures.append(figure(f"em_distill_{percent}_seed_{seed}", shares, "fraction", f"{told}seed {seed} alone"))
+            figures.append(
+                figure(
+                    f"em_distill_{percent}_seed_{seed}",
+                    shares,
+                    "fraction",
+                    f"{told}seed {seed} alone",
+                )
+            )
     for percent in PERCENTS:
         best = max(METHODS, key=lambda name: values[f"{name}_{percent}"].mean())
         gain = values[f"distill_{percent}"] - values[f"{best}_{percent}"]
         conditions = f"distill minus {best}, the best of the question-agnostic scores, passage by passage; {told}"
         figures.append(figure(f"gain_{percent}", gain, "difference", conditions))
         lost = values["full"] - values[f"distill_{percent}"]
-        figures.append(figure(f"lost_{percent}", lost, "difference", f"full minus distill, passage by passage; {told}"))
+        figures.append(
+            figure(
+                f"lost_{percent}",
+                lost,
+                "difference",
+                f"full minus distill, passage by passage; {told}",
+            )
+        )
     return figures
 
 
@@ -210,12 +284,22 @@ def size_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     for percent in PERCENTS:
         kept = [distiller.compress(p.context, retention=percent / 100).prefix.cache for p in texts]
         ratios = [nbytes(part) / all_of_it for part, all_of_it in zip(kept, full, strict=True)]
-        figures.append(figure(f"bytes_ratio_{percent}", ratios, "ratio", f"bytes at {percent} % over bytes of all"))
+        figures.append(
+            figure(
+                f"bytes_ratio_{percent}", ratios, "ratio", f"bytes at {percent} % over bytes of all"
+            )
+        )
     rotary = rotary_of(s.target)
     for percent in (25, 10):
-        moved = lambda ids, _, share=percent / 100: compact(distiller.compress(ids, retention=share), rotary).prefix  # noqa: E731
+        moved = lambda ids, _, share=percent / 100: (
+            compact(distiller.compress(ids, retention=share), rotary).prefix
+        )
         told = "kept keys moved to positions 0, 1, ...; distill, seed 0, as em_distill"
-        figures.append(figure(f"em_distill_compacted_{percent}", exact(s, texts, moved).mean(1), "fraction", told))
+        figures.append(
+            figure(
+                f"em_distill_compacted_{percent}", exact(s, texts, moved).mean(1), "fraction", told
+            )
+        )
     return figures
 
 
@@ -231,19 +315,24 @@ def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     right: dict[str, list[float]] = {name: [] for name in arms}
     for text, [(question, answer)] in texts:
         relation = next(r for r in worlds.RELATIONS.values() if answer in r.values)
-        asked = [example(s.tokenizer, text, [(question, v)]) for v in [answer, *others(rng, text, relation, answer)]]
+        asked = [
+            example(s.tokenizer, text, [(question, v)])
+            for v in [answer, *others(rng, text, relation, answer)]
+        ]
         prompts, endings = ([e.text[e.weights == w] for e in asked] for w in (0, 1))
         for name, way in arms.items():
-            scores = log_likelihoods(s.target, s.tokenizer, prompts, endings, prefix=way(asked[0].context[None], None))
+            scores = log_likelihoods(
+                s.target, s.tokenizer, prompts, endings, prefix=way(asked[0].context[None], None)
+            )
             right[name].append(float(scores.argmax() == 0))
-    told = (
-        "held-out passages of 16 to 24 facts, the likeliest of four answers of a kind, the others from the passage as "
-    )
+    told = "held-out passages of 16 to 24 facts, the likeliest of four answers of a kind, the others from the passage as "
     told += "far as it has some; distill: seed 0"
     return [figure(f"choice_{name}", values, "fraction", told) for name, values in right.items()]
 
 
-def others(rng: np.random.Generator, text: str, relation: worlds.Relation, answer: str) -> list[str]:
+def others(
+    rng: np.random.Generator, text: str, relation: worlds.Relation, answer: str
+) -> list[str]:
     """Three wrong answers of the same kind, from the passage if it has some: to know its words must not be enough."""
     words = set(re.findall(r"\w+", text))
     wrong = rng.permutation([v for v in relation.values if v != answer]).tolist()
@@ -288,11 +377,18 @@ def ablation_figures(s: Lab, folder: Path, seeds: Sequence[int]) -> list[dict]:
     told = f"{steps} steps, every token of the answer the likeliest, same 48 passages, n is seeds: "
     told += "the interval has the chance of training in it"
     for (name, percent), means in found.items():
-        figures.append(figure(f"ablation_{name}_{percent}", means, "fraction", f"at {percent} %; {told}"))
+        figures.append(
+            figure(f"ablation_{name}_{percent}", means, "fraction", f"at {percent} %; {told}")
+        )
         if name != "base":
             change = f"{name} minus base, seed by seed, at {percent} %; {told}"
             figures.append(
-                figure(f"ablation_change_{name}_{percent}", means - found["base", percent], "difference", change)
+                figure(
+                    f"ablation_change_{name}_{percent}",
+                    means - found["base", percent],
+                    "difference",
+                    change,
+                )
             )
     return figures
 
@@ -309,11 +405,15 @@ def matches(s: Lab, distiller: KVDistiller, texts: Sequence[Passage], share: flo
     """The share of each passage's questions for which each token of the answer is the likeliest one, for any gate."""
     found = []
     for p in texts:
-        rows = [torch.cat([q, torch.tensor(a)]) for q, a in zip(p.questions, p.answers, strict=True)]
+        rows = [
+            torch.cat([q, torch.tensor(a)]) for q, a in zip(p.questions, p.answers, strict=True)
+        ]
         text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         context = p.context.expand(len(rows), -1)
         count = torch.full((len(rows),), count_kept(context.shape[1], share))
-        chosen = distiller.read_on(distiller.keep(context, torch.ones_like(context), count), text).argmax(-1)
+        chosen = distiller.read_on(
+            distiller.keep(context, torch.ones_like(context), count), text
+        ).argmax(-1)
         found.append(
             np.mean(
                 [
@@ -328,7 +428,10 @@ def matches(s: Lab, distiller: KVDistiller, texts: Sequence[Passage], share: flo
 @torch.inference_mode()
 def speed_figures(quick: bool) -> list[dict]:
     """Decoding behind 8,192 tokens or a part of them, on a model of Qwen3-0.6B's shape with random weights."""
-    config, entries = config_of("lab-target" if quick else "Qwen/Qwen3-0.6B"), 256 if quick else 8192
+    config, entries = (
+        config_of("lab-target" if quick else "Qwen/Qwen3-0.6B"),
+        256 if quick else 8192,
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     memory = {p: kept_slots(model, count_kept(entries, p / 100), entries) for p in (100, *PERCENTS)}
     seconds: dict[int, list[float]] = {p: [] for p in memory}
@@ -348,7 +451,12 @@ def speed_figures(quick: bool) -> list[dict]:
         figures.append(figure(f"decode_ms_{percent}", [1000 * v for v in warm], "ms", told))
         ratios = [a / b for a, b in zip(seconds[100][2:] or seconds[100], warm, strict=True)]
         figures.append(
-            figure(f"decode_speedup_{percent}", ratios, "ratio", f"the whole cache's time over this; {told}")
+            figure(
+                f"decode_speedup_{percent}",
+                ratios,
+                "ratio",
+                f"the whole cache's time over this; {told}",
+            )
         )
         figures.append(figure(f"cache_mb_{percent}", [size], "MB", f"keys and values; {told}"))
     return figures

@@ -46,7 +46,9 @@ class Texts(NamedTuple):
 
 
 def ask(s: Lab, questions: Sequence[str], search: bool = True) -> Texts:
-    prompts = [encode(s.tokenizer, [{"role": "user", "content": question}]) for question in questions]
+    prompts = [
+        encode(s.tokenizer, [{"role": "user", "content": question}]) for question in questions
+    ]
     items = [find(s, question) if search else None for question in questions]
     return Texts(draft.listen(s.target, s.tokenizer, prompts, s.folder, NEW), items)
 
@@ -57,12 +59,21 @@ def find(s: Lab, question: str) -> Item | None:
 
 
 def setup(folder: Path, quick: bool) -> Lab:
-    target, tokenizer = lab.load("lab-target").requires_grad_(False), lab.load_tokenizer("lab-target")
+    target, tokenizer = (
+        lab.load("lab-target").requires_grad_(False),
+        lab.load_tokenizer("lab-target"),
+    )
     parts = target, tokenizer, lab.load_embedder()
     store = KnowledgeCache.build(folder / "faq", corpora.faq(), *parts, keep=("kv", "hidden"))
     made = corpora.made_up(24 if quick else 1000)
     practice = KnowledgeCache.build(
-        folder / "made up", made, target, tokenizer, keep=("kv", "hidden"), dtype=torch.float16, batch_size=32
+        folder / "made up",
+        made,
+        target,
+        tokenizer,
+        keep=("kv", "hidden"),
+        dtype=torch.float16,
+        batch_size=32,
     )
     return Lab(target, tokenizer, store, practice, folder, quick)
 
@@ -85,16 +96,27 @@ def split(s: Lab, seed: int) -> Split:
     """Half of the FAQ's items are new to the draft: no answer of theirs is in what it is trained on."""
     records, wordings = list(corpora.faq()), corpora.wordings()
     random.Random(seed).shuffle(records)
-    seen, checked, new = (records[:4], records[4:6], records[6:8]) if s.quick else np.split(records, [25, 33])
+    seen, checked, new = (
+        (records[:4], records[4:6], records[6:8]) if s.quick else np.split(records, [25, 33])
+    )
     more = 0 if s.quick else 20
-    train = ask(s, [q for r in seen for q in (r["question"], *r["paraphrases"][:2], *wordings[r["id"]][:more])])
+    train = ask(
+        s,
+        [
+            q
+            for r in seen
+            for q in (r["question"], *r["paraphrases"][:2], *wordings[r["id"]][:more])
+        ],
+    )
     secret = {ending(encode(s.tokenizer, said(r))) for r in (*checked, *new)}
     known = [ending(example.input_ids.tolist()) not in secret for example in train.examples]
     train = Texts(*([x for x, keep in zip(column, known, strict=True) if keep] for column in train))
     others = word_problems(4 if s.quick else 50, seed + 7)
     checks = ask(s, [q for r in checked for q in (r["question"], *wordings[r["id"]][:4])])
     heldout = (ask(s, [r["paraphrases"][2] for r in group]) for group in (seen, new))
-    return Split(train, ask(s, others, search=False), checks, *heldout, [r["paraphrases"][2] for r in new])
+    return Split(
+        train, ask(s, others, search=False), checks, *heldout, [r["paraphrases"][2] for r in new]
+    )
 
 
 def ending(ids: list[int]) -> tuple[int, ...]:
@@ -103,22 +125,36 @@ def ending(ids: list[int]) -> tuple[int, ...]:
 
 
 def said(record: dict) -> list[dict[str, str]]:
-    return [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["answer"]}]
+    return [
+        {"role": "user", "content": record["question"]},
+        {"role": "assistant", "content": record["answer"]},
+    ]
 
 
 def train(s: Lab, parts: Split, way: str | None, seed: int, layers: str = LAYERS) -> KnowledgeDraft:
     """One draft, for the same steps whichever way it reads; made-up items only for those that read."""
     small = KnowledgeDraft.cut(s.target, layers, knowledge=way)
-    examples, checks, epochs = [*parts.train.examples, *parts.other.examples], parts.checks.examples, EPOCHS
+    examples, checks, epochs = (
+        [*parts.train.examples, *parts.other.examples],
+        parts.checks.examples,
+        EPOCHS,
+    )
     if way:
-        known = draft.unsettle(draft.attach(small, s.store, *parts.train), hide=0.15, mislead=0.3, seed=seed)
+        known = draft.unsettle(
+            draft.attach(small, s.store, *parts.train), hide=0.15, mislead=0.3, seed=seed
+        )
         practice = draft.attach(small, s.made_up, draft.given(s.made_up), list(s.made_up))
-        examples, checks = [*known, *parts.other.examples, *practice], draft.attach(small, s.store, *parts.checks)
+        examples, checks = (
+            [*known, *parts.other.examples, *practice],
+            draft.attach(small, s.store, *parts.checks),
+        )
     else:
         epochs = round(epochs * (len(examples) + len(s.made_up)) / len(examples))
     options = {"epochs": 1, "batch_size": 8} if s.quick else {"epochs": epochs, "batch_size": 32}
     shares = {"kl": 1.0, "ce": 1.0} if way else {"kl": 1.0}
-    draft.train(small, s.target, examples, checks, shares=shares, learning_rate=1.5e-3, seed=seed, **options)
+    draft.train(
+        small, s.target, examples, checks, shares=shares, learning_rate=1.5e-3, seed=seed, **options
+    )
     return small
 
 
@@ -173,60 +209,105 @@ def timed(s: Lab, ids: list[int], proposer) -> Run:
     return Run(made.tokens[0].tolist(), decoding, whole, summarize(made.rounds).acceptance)
 
 
-def taking_turns(s: Lab, drafts: dict[str, KnowledgeDraft], questions: Sequence[str]) -> dict[str, list[Run]]:
+def taking_turns(
+    s: Lab, drafts: dict[str, KnowledgeDraft], questions: Sequence[str]
+) -> dict[str, list[Run]]:
     """Each way of decoding on each question, one after another; the median of three runs."""
-    prompts = [encode(s.tokenizer, [{"role": "user", "content": question}]) for question in questions]
-    arms = {"plain": lambda question, ids: plain(s, ids), "generate": lambda question, ids: with_generate(s, ids)}
+    prompts = [
+        encode(s.tokenizer, [{"role": "user", "content": question}]) for question in questions
+    ]
+    arms = {
+        "plain": lambda question, ids: plain(s, ids),
+        "generate": lambda question, ids: with_generate(s, ids),
+    }
     arms |= {name: partial(drafted, s, small) for name, small in drafts.items()}
     runs: dict[str, list[Run]] = {arm: [] for arm in arms}
     for run in arms.values():
         run(questions[0], prompts[0])  # warms up
     for question, ids in tqdm(list(zip(questions, prompts, strict=True)), desc="speed"):
-        tries = [{arm: run(question, ids) for arm, run in arms.items()} for _ in range(1 if s.quick else 3)]
+        tries = [
+            {arm: run(question, ids) for arm, run in arms.items()}
+            for _ in range(1 if s.quick else 3)
+        ]
         for arm in arms:
             mine = [t[arm] for t in tries]
-            decoding, whole = (float(np.median([getattr(run, part) for run in mine])) for part in ("decoding", "whole"))
+            decoding, whole = (
+                float(np.median([getattr(run, part) for run in mine]))
+                for part in ("decoding", "whole")
+            )
             runs[arm].append(mine[0]._replace(decoding=decoding, whole=whole))
     return runs
 
 
 def ratio(runs: dict[str, list[Run]], fast: str, slow: str, part: str = "decoding") -> list[float]:
-    return [getattr(b, part) / getattr(a, part) for a, b in zip(runs[fast], runs[slow], strict=True)]
+    return [
+        getattr(b, part) / getattr(a, part) for a, b in zip(runs[fast], runs[slow], strict=True)
+    ]
 
 
-def speed_figures(s: Lab, seed: int, asked: Sequence[str], halved: dict[str, KnowledgeDraft]) -> list[dict]:
+def speed_figures(
+    s: Lab, seed: int, asked: Sequence[str], halved: dict[str, KnowledgeDraft]
+) -> list[dict]:
     """A draft that was trained on the whole FAQ, and drafts trained on half of it, in the loop."""
     records, wordings = list(corpora.faq()), corpora.wordings()
     records = records[:4] if s.quick else records
-    texts = ask(s, [q for r in records for q in (r["question"], *r["paraphrases"][:2], *wordings[r["id"]][:16])])
+    texts = ask(
+        s,
+        [
+            q
+            for r in records
+            for q in (r["question"], *r["paraphrases"][:2], *wordings[r["id"]][:16])
+        ],
+    )
     checks = ask(s, [wordings[r["id"]][-1] for r in records])
-    everything = Split(texts, ask(s, word_problems(4 if s.quick else 50, seed + 7), search=False), checks, None, None)
+    everything = Split(
+        texts,
+        ask(s, word_problems(4 if s.quick else 50, seed + 7), search=False),
+        checks,
+        None,
+        None,
+    )
     best = train(s, everything, None, seed, BEST)
     whole = taking_turns(s, {"best": best}, [r["paraphrases"][2] for r in records])
     new = taking_turns(s, halved, asked)
-    pairs = ((a, b) for runs in (whole, new) for arm in runs.values() for a, b in zip(arm, runs["plain"], strict=True))
-    told = (
-        f"batch 1, greedy, gamma {GAMMA}, eager, {torch.get_num_threads()} threads, ratio of times a question, median "
+    pairs = (
+        (a, b)
+        for runs in (whole, new)
+        for arm in runs.values()
+        for a, b in zip(arm, runs["plain"], strict=True)
     )
+    told = f"batch 1, greedy, gamma {GAMMA}, eager, {torch.get_num_threads()} threads, ratio of times a question, median "
     told += "of 3 runs in turn"
-    all_of = (
-        f"{told}; {BEST} of 12 layers, trained on other wordings of the whole FAQ, no knowledge; held-out paraphrases"
-    )
+    all_of = f"{told}; {BEST} of 12 layers, trained on other wordings of the whole FAQ, no knowledge; held-out paraphrases"
     some = f"{told}; {LAYERS} of 12 layers, held-out paraphrases of items that were not in training"
     rows = {
         "speedup": (ratio(whole, "best", "plain"), f"decoding, over our plain loop; {all_of}"),
-        "speedup_over_generate": (ratio(whole, "best", "generate"), f"decoding, over generate; {all_of}"),
-        "speedup_end_to_end": (ratio(whole, "best", "plain", "whole"), f"from the question on; {all_of}"),
+        "speedup_over_generate": (
+            ratio(whole, "best", "generate"),
+            f"decoding, over generate; {all_of}",
+        ),
+        "speedup_end_to_end": (
+            ratio(whole, "best", "plain", "whole"),
+            f"from the question on; {all_of}",
+        ),
         "speedup_kv_new": (ratio(new, "kv", "plain"), f"decoding, reading keys and values; {some}"),
-        "speedup_kv_new_end_to_end": (ratio(new, "kv", "plain", "whole"), f"finding and loading included; {some}"),
+        "speedup_kv_new_end_to_end": (
+            ratio(new, "kv", "plain", "whole"),
+            f"finding and loading included; {some}",
+        ),
         "speedup_trained_new": (ratio(new, "trained", "plain"), f"decoding, no knowledge; {some}"),
     }
     accepted_best = [run.acceptance for run in whole["best"]]
     return [
         *(figure(name, values, "ratio", conditions) for name, (values, conditions) in rows.items()),
-        figure("speedup_acceptance", accepted_best, "fraction", f"acceptance in the loop; {all_of}"),
         figure(
-            "identical", [a.tokens == b.tokens for a, b in pairs], "fraction", "texts equal to those of plain decoding"
+            "speedup_acceptance", accepted_best, "fraction", f"acceptance in the loop; {all_of}"
+        ),
+        figure(
+            "identical",
+            [a.tokens == b.tokens for a, b in pairs],
+            "fraction",
+            "texts equal to those of plain decoding",
         ),
     ]
 
@@ -242,7 +323,9 @@ COUNTED = {
 }
 
 
-def reading_figures(s: Lab, splits: dict[int, Split]) -> tuple[list[dict], dict[str, KnowledgeDraft]]:
+def reading_figures(
+    s: Lab, splits: dict[int, Split]
+) -> tuple[list[dict], dict[str, KnowledgeDraft]]:
     """Drafts that read and drafts that do not, on the same texts, asked the same; and those of the last seed."""
     outside = ask(s, corpora.outside("test"))
     values: dict[str, list[np.ndarray]] = {}
@@ -253,9 +336,13 @@ def reading_figures(s: Lab, splits: dict[int, Split]) -> tuple[list[dict], dict[
             for suffix, texts in (("", parts.new), ("_seen", parts.seen), ("_outside", outside)):
                 values.setdefault(f"{name}{suffix}", []).append(accepted(s, small, texts))
             if small.config.knowledge:
-                values.setdefault(f"{name}_not_given", []).append(accepted(s, small, parts.new, know=False))
+                values.setdefault(f"{name}_not_given", []).append(
+                    accepted(s, small, parts.new, know=False)
+                )
     told = f"{LAYERS} of 12 layers, {len(splits)} seed(s), each with its own division of the FAQ, greedy acceptance "
-    told += f"along the target's own answers; items found by the question, cosine {THRESHOLD} or more"
+    told += (
+        f"along the target's own answers; items found by the question, cosine {THRESHOLD} or more"
+    )
     kinds = {
         "": "held-out paraphrases of items that are in the store and were not in training",
         "_seen": "held-out paraphrases of items that were in training",
@@ -265,7 +352,11 @@ def reading_figures(s: Lab, splits: dict[int, Split]) -> tuple[list[dict], dict[
     found = []
     for name, arrays in values.items():
         kind = next(k for k in kinds if k and name.endswith(k)) if "_" in name else ""
-        found.append(figure(f"acceptance_{name}", np.concatenate(arrays), "fraction", f"{kinds[kind]}; {told}"))
+        found.append(
+            figure(
+                f"acceptance_{name}", np.concatenate(arrays), "fraction", f"{kinds[kind]}; {told}"
+            )
+        )
     for way in ("vector", "kv", "prefix"):
         for suffix in ("", "_seen", "_outside"):
             gain = np.concatenate(values[way + suffix]) - np.concatenate(values["trained" + suffix])
@@ -278,18 +369,37 @@ def loss_figures(s: Lab, splits: dict[int, Split]) -> list[dict]:
     """Each loss alone, from the same cut, on the same texts, for the same few steps."""
     rows: dict[str, list[draft.Accepted]] = {}
     for seed, parts in splits.items():
-        tests = [*parts.seen.examples, *ask(s, word_problems(10, seed + 900), search=False).examples]
+        tests = [
+            *parts.seen.examples,
+            *ask(s, word_problems(10, seed + 900), search=False).examples,
+        ]
         texts = [*parts.train.examples, *parts.other.examples]
         for name in LOSSES[:2] if s.quick else LOSSES:
             small = KnowledgeDraft.cut(s.target, "first:2")
-            options = {"epochs": 1, "batch_size": 8 if s.quick else 32, "learning_rate": 1e-3, "seed": seed}
-            draft.train(small, s.target, texts, parts.checks.examples, shares={name: 1.0}, every=10_000, **options)
+            options = {
+                "epochs": 1,
+                "batch_size": 8 if s.quick else 32,
+                "learning_rate": 1e-3,
+                "seed": seed,
+            }
+            draft.train(
+                small,
+                s.target,
+                texts,
+                parts.checks.examples,
+                shares={name: 1.0},
+                every=10_000,
+                **options,
+            )
             rows.setdefault(name, []).append(draft.acceptance(small, s.target, tests))
     told = f"first:2 of 12 layers, one pass over the same texts with each loss alone, {len(splits)} seeds; held-out "
     told += "paraphrases of the FAQ and word problems"
     return [
         figure(
-            f"{way}_{name}", np.concatenate([getattr(a, way) for a in found]), "fraction", f"{way} acceptance; {told}"
+            f"{way}_{name}",
+            np.concatenate([getattr(a, way) for a in found]),
+            "fraction",
+            f"{way} acceptance; {told}",
         )
         for name, found in rows.items()
         for way in ("greedy", "sampled")
@@ -299,10 +409,18 @@ def loss_figures(s: Lab, splits: dict[int, Split]) -> list[dict]:
 def count_figures() -> list[dict]:
     """Parameters on the shape of Qwen3-0.6B, without any memory."""
     large = config_of("Qwen/Qwen3-0.6B")
-    drafts = {name: KnowledgeDraftConfig.of(large, layers, **how) for name, (layers, how) in COUNTED.items()}
+    drafts = {
+        name: KnowledgeDraftConfig.of(large, layers, **how)
+        for name, (layers, how) in COUNTED.items()
+    }
     told = "on the shape of Qwen3-0.6B, tied parameters once"
     return [
-        figure(f"parameters_{name}", [parameters(config) / 1e6], "10^6", f"{name.replace('_', ' ')} {told}")
+        figure(
+            f"parameters_{name}",
+            [parameters(config) / 1e6],
+            "10^6",
+            f"{name.replace('_', ' ')} {told}",
+        )
         for name, config in {"target": large, **drafts}.items()
     ]
 

@@ -22,16 +22,36 @@ from kvlab import lab
 from kvlab.cache import prefix_of, read
 from kvlab.cli import FUSER_SMALL, drafters, speculated, tuned
 from kvlab.evaluate import benchmark, encode, figure
-from kvlab.fuse import Aligned, Fuser, Lesson, Size, fuse_prompt, rehearsal_loss, response_loss, train
+from kvlab.fuse import (
+    Aligned,
+    Fuser,
+    Lesson,
+    Size,
+    fuse_prompt,
+    rehearsal_loss,
+    response_loss,
+    train,
+)
 from kvlab.fuse import Settings as FuserSettings
 from kvlab.lab.corpora import Requests, Solutions, blanked
 from kvlab.similarity import first_aligned, last_aligned
 from kvlab.speculate import ModelProposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS = Path("lab-runs/fuse"), 4, 96, 2
-SETTINGS = FUSER_SMALL | {"keys": "unrotated", "noise": "logistic", "layer_map": "last", "control": "none"}
+SETTINGS = FUSER_SMALL | {
+    "keys": "unrotated",
+    "noise": "logistic",
+    "layer_map": "last",
+    "control": "none",
+}
 SETTINGS |= {"no_decode_fusion": False, "prompts": 2400, "steps": 600, "tuned": False}
-PUBLISHED = {"keys": "rotated", "noise": "gumbel", "gate": 0.0, "dropout": 0.1, "no_decode_fusion": True}
+PUBLISHED = {
+    "keys": "rotated",
+    "noise": "gumbel",
+    "gate": 0.0,
+    "dropout": 0.1,
+    "no_decode_fusion": True,
+}
 ARMS = {  # what changes, and with how many seeds
     "fused": ({}, 3),
     "self": ({"control": "self"}, 3),
@@ -44,7 +64,13 @@ ARMS = {  # what changes, and with how many seeds
     "proportional": ({"layer_map": "proportional"}, 1),
     "prompts_only": ({"no_decode_fusion": True}, 1),
 }
-BLANKS = {"answered": 3, "rehearsed": 1, "rehearsed_first": 3, "matched": 1, "rehearsed_matched": 1}  # number of seeds
+BLANKS = {
+    "answered": 3,
+    "rehearsed": 1,
+    "rehearsed_first": 3,
+    "matched": 1,
+    "rehearsed_matched": 1,
+}  # number of seeds
 BLANK_STEPS = 600
 TOLD = "lab-target with lab-draft; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4"
 
@@ -81,20 +107,26 @@ def run(arm: str, seed: int, quick: bool, folder: Path) -> None:
     settings |= {"prompts": 16, "steps": 4, "batch_size": 4} if quick else {}
     draft, target, _ = models()
     said = answered(seed, settings["prompts"], folder)
-    options = {name: settings[name] for name in ("steps", "batch_size", "learning_rate")} | {"seed": seed}
+    options = {name: settings[name] for name in ("steps", "batch_size", "learning_rate")} | {
+        "seed": seed
+    }
     if settings["tuned"]:
         draft = taught(draft, target, said, options)
         draft.save_pretrained(made / "draft")
     fuser, history = tuned(draft, target, said, settings, options, made)
     fuser.save_pretrained(made)
-    (made / "history.json").write_text(json.dumps([[h["step"], h["ce"], h["seconds"]] for h in history]))
+    (made / "history.json").write_text(
+        json.dumps([[h["step"], h["ce"], h["seconds"]] for h in history])
+    )
     makers = drafters(draft, target, fuser, settings["control"])
     scores = speculated(target, asked(quick), {"plain": lambda: None} | makers, GAMMA, NEW)
     (made / "scores.json").write_text(scores.to_json(orient="records"))
     shutil.rmtree(next(made.glob("run-*")))
 
 
-def taught(draft: PreTrainedModel, target: PreTrainedModel, said: list[drafts.Example], options: dict):
+def taught(
+    draft: PreTrainedModel, target: PreTrainedModel, said: list[drafts.Example], options: dict
+):
     """The draft itself, trained for as many steps on the same answers: the way to use them without a fuser."""
     small = drafts.KnowledgeDraft.cut(draft, "first:2")
     epochs = max(1, options["steps"] * options["batch_size"] // len(said))
@@ -105,7 +137,12 @@ def taught(draft: PreTrainedModel, target: PreTrainedModel, said: list[drafts.Ex
 
 def train_all(quick: bool, seed: int, folder: Path) -> dict[str, list[pd.DataFrame]]:
     """Scores of each arm, a frame a seed; two fusers at a time, each on a core."""
-    jobs = [(arm, i) for i in range(seed, seed + 3) for arm, (_, n) in ARMS.items() if i < seed + (1 if quick else n)]
+    jobs = [
+        (arm, i)
+        for i in range(seed, seed + 3)
+        for arm, (_, n) in ARMS.items()
+        if i < seed + (1 if quick else n)
+    ]
     left = [job for job in jobs if not (folder_of(*job, folder) / "scores.json").exists()]
     blind = [(arm, i) for arm, n in BLANKS.items() for i in range(seed, seed + (1 if quick else n))]
     if quick:
@@ -179,10 +216,14 @@ def guessed_from(
     """The share of the draft's guesses that the target accepts, which reads all; the draft as in `answered_from`."""
     ids = row[1]
     known = (
-        fuse_prompt(fuser, draft, target, blank_lesson(*row).prompt) if fuser else prefix_of(draft, row[saw][None, :-1])
+        fuse_prompt(fuser, draft, target, blank_lesson(*row).prompt)
+        if fuser
+        else prefix_of(draft, row[saw][None, :-1])
     )
     proposer = ModelProposer(draft, known._replace(input_ids=ids[:-1].tolist()))
-    return summarize(generate(target, [ids], proposer, gamma=GAMMA, max_new_tokens=NEW).rounds).acceptance
+    return summarize(
+        generate(target, [ids], proposer, gamma=GAMMA, max_new_tokens=NEW).rounds
+    ).acceptance
 
 
 def guess_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
@@ -194,19 +235,31 @@ def guess_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
         ("blind", 0), ("sighted", 1))}  # fmt: skip
     notes = {"blind": "nothing fused", "sighted": "the draft reads all, too, nothing fused"}
     for arm, n in BLANKS.items():
-        fusers = [Fuser.from_pretrained(blanks_of(arm, seed + i, folder)) for i in range(1 if quick else n)]
-        values[arm] = np.mean([[guessed_from(fuser, draft, target, row) for row in rows] for fuser in fusers], 0)
+        fusers = [
+            Fuser.from_pretrained(blanks_of(arm, seed + i, folder))
+            for i in range(1 if quick else n)
+        ]
+        values[arm] = np.mean(
+            [[guessed_from(fuser, draft, target, row) for row in rows] for fuser in fusers], 0
+        )
         notes[arm] = f"prompts fused, mean over {len(fusers)} fusers"
     figures = [
         figure(
-            f"guesses_{name}", values[name][~np.isnan(values[name])], "fraction", f"{told}{notes[name]}; n is prompts"
+            f"guesses_{name}",
+            values[name][~np.isnan(values[name])],
+            "fraction",
+            f"{told}{notes[name]}; n is prompts",
         )
         for name in values
     ]
     for other in ("blind", "rehearsed_matched", "sighted"):
         gains = values["rehearsed_first"] - values[other]
         text = f"acceptance of rehearsed_first minus that of {other}, prompt by prompt; {told}n is prompts"
-        figures.append(figure(f"gain_rehearsed_first_over_{other}", gains[~np.isnan(gains)], "difference", text))
+        figures.append(
+            figure(
+                f"gain_rehearsed_first_over_{other}", gains[~np.isnan(gains)], "difference", text
+            )
+        )
     return figures
 
 
@@ -214,7 +267,9 @@ def blank_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
     """What the draft answers about passages of which only the target has read what matters."""
     draft, target, tokenizer = models()
     rows = blanked(tokenizer, 4 if quick else 200, test=True)
-    told = "lab-draft on held-out passages of 8 to 16 facts in which it reads blanks, word for word; "
+    told = (
+        "lab-draft on held-out passages of 8 to 16 facts in which it reads blanks, word for word; "
+    )
     figures = [
         figure(f"answers_{name}", [answered_from(None, draft, target, row, saw) for row in rows], "fraction",
                f"{told}{what}; n is prompts")
@@ -227,15 +282,30 @@ def blank_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
         ]
         right = np.array([found["right"] for found in kept])
         figures.append(
-            figure(f"answers_{arm}", right.mean(0), "fraction", f"{told}mean over {len(kept)} fusers; n is prompts")
+            figure(
+                f"answers_{arm}",
+                right.mean(0),
+                "fraction",
+                f"{told}mean over {len(kept)} fusers; n is prompts",
+            )
         )
         for i, row in enumerate(right):
-            figures.append(figure(f"answers_{arm}_seed_{i}", row, "fraction", f"{told}fuser of seed {i}; n is prompts"))
+            figures.append(
+                figure(
+                    f"answers_{arm}_seed_{i}",
+                    row,
+                    "fraction",
+                    f"{told}fuser of seed {i}; n is prompts",
+                )
+            )
         if arm.startswith("rehearsed"):
             ends = [np.mean(found["loss"][-20:]) for found in kept]
             figures.append(
                 figure(
-                    f"unexplained_{arm}", ends, "fraction", "of the variance of the draft's keys and values; n is seeds"
+                    f"unexplained_{arm}",
+                    ends,
+                    "fraction",
+                    "of the variance of the draft's keys and values; n is seeds",
                 )
             )
     return figures
@@ -243,34 +313,58 @@ def blank_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
 
 def by_prompt(frames: Sequence[pd.DataFrame], ways: str, what: str) -> np.ndarray:
     """One value a prompt: the mean over seeds. Prompts of whose answer nothing could be guessed are left out."""
-    return np.nanmean([f[f["arm"] == ways].set_index("prompt")[what].astype(float) for f in frames], 0)
+    return np.nanmean(
+        [f[f["arm"] == ways].set_index("prompt")[what].astype(float) for f in frames], 0
+    )
 
 
 def acceptance_figures(found: dict[str, list[pd.DataFrame]]) -> list[dict]:
     """Acceptance and tokens a target call, of each way to fuse and of each control, and what fusing adds to each."""
     figures, arms = [], {ways: ("fused", ways) for ways in ("none", "prefill", "decode", "both")}
-    arms |= {arm: (arm, "both") for arm in ("self", "matched", "narrow", "rotated", "gates_from_0", "proportional")}
+    arms |= {
+        arm: (arm, "both")
+        for arm in ("self", "matched", "narrow", "rotated", "gates_from_0", "proportional")
+    }
     arms |= {arm: (arm, "prefill") for arm in ("published", "prompts_only")}
     arms |= {"tuned": ("tuned", "none"), "tuned_fused": ("tuned", "both")}
     values = {}
     for name, (arm, ways) in arms.items():
         frames = found[arm]
         told = f"{TOLD}; {ways} fused; mean over {len(frames)} trained fusers; n is prompts"
-        values[name] = {what: by_prompt(frames, ways, what) for what in ("acceptance", "tokens_per_call")}
+        values[name] = {
+            what: by_prompt(frames, ways, what) for what in ("acceptance", "tokens_per_call")
+        }
         for what, unit in (("acceptance", "fraction"), ("tokens_per_call", "tokens")):
             kept = values[name][what][~np.isnan(values[name][what])]
             figures.append(figure(f"{what}_{name}", kept, unit, told))
         for i, frame in enumerate(frames if len(frames) > 1 else []):
             kept = frame.loc[frame["arm"] == ways, "acceptance"].dropna()
-            figures.append(figure(f"acceptance_{name}_seed_{i}", kept, "fraction", f"fuser of seed {i}; {told}"))
+            figures.append(
+                figure(
+                    f"acceptance_{name}_seed_{i}", kept, "fraction", f"fuser of seed {i}; {told}"
+                )
+            )
     pairs = [("both", name) for name in arms if not name.startswith(("both", "tuned_"))]
-    for one, other in [*pairs, ("matched", "none"), ("self", "none"), ("tuned", "none"), ("tuned_fused", "tuned")]:
+    for one, other in [
+        *pairs,
+        ("matched", "none"),
+        ("self", "none"),
+        ("tuned", "none"),
+        ("tuned_fused", "tuned"),
+    ]:
         gains = values[one]["acceptance"] - values[other]["acceptance"]
         told = f"acceptance of {one} minus that of {other}, prompt by prompt; {TOLD}; n is prompts"
-        figures.append(figure(f"gain_{one}_over_{other}", gains[~np.isnan(gains)], "difference", told))
+        figures.append(
+            figure(f"gain_{one}_over_{other}", gains[~np.isnan(gains)], "difference", told)
+        )
     texts = pd.concat([f for frames in found.values() for f in frames]).groupby("prompt")["tokens"]
     equal = [float(all(t == rows.iloc[0] for t in rows)) for _, rows in texts]
-    return [*figures, figure("equal_texts", equal, "fraction", f"{TOLD}; all arms and fusers give the plain text")]
+    return [
+        *figures,
+        figure(
+            "equal_texts", equal, "fraction", f"{TOLD}; all arms and fusers give the plain text"
+        ),
+    ]
 
 
 def speed_figures(fuser: Fuser, quick: bool) -> list[dict]:
@@ -280,7 +374,9 @@ def speed_figures(fuser: Fuser, quick: bool) -> list[dict]:
     makers = {"plain": lambda: None, **drafters(draft, target, fuser)}
     prompts = asked(quick)[:40]
     speculated(target, prompts[:1], makers, GAMMA, NEW)  # warms up
-    runs = pd.concat([speculated(target, prompts, makers, GAMMA, NEW) for _ in range(1 if quick else 3)])
+    runs = pd.concat(
+        [speculated(target, prompts, makers, GAMMA, NEW) for _ in range(1 if quick else 3)]
+    )
     seconds = runs.groupby(["prompt", "arm"])[["decoding", "seconds"]].median().unstack("arm")
     told, figures = f"{TOLD}, {THREADS} threads, in turn, the median of 3; n is prompts", []
     for part, ending in (("decoding", ""), ("seconds", "_end_to_end")):
@@ -293,7 +389,14 @@ def speed_figures(fuser: Fuser, quick: bool) -> list[dict]:
             ("speedup_both", "plain", "both"),
         ):
             ratios = seconds[part][one] / seconds[part][other]
-            figures.append(figure(name + ending, ratios, "ratio", f"seconds of {one} over those of {other}; {told}"))
+            figures.append(
+                figure(
+                    name + ending,
+                    ratios,
+                    "ratio",
+                    f"seconds of {one} over those of {other}; {told}",
+                )
+            )
     return figures + cost_figures(fuser, draft, target, quick)
 
 
@@ -326,24 +429,37 @@ def cost_figures(fuser: Fuser, draft, target, quick: bool) -> list[dict]:
 def elsewhere_figures(fuser: Fuser, quick: bool) -> list[dict]:
     """Acceptance on texts that the fuser was not trained on."""
     draft, target, tokenizer = models()
-    texts = [encode(tokenizer, long[:1]) for _, long in Solutions(2 if quick else 60, (3, 5), test=True)]
+    texts = [
+        encode(tokenizer, long[:1]) for _, long in Solutions(2 if quick else 60, (3, 5), test=True)
+    ]
     found = speculated(target, texts, drafters(draft, target, fuser), GAMMA, NEW)
-    told = "held-out word problems of 3 to 5 steps, which the fuser was not trained on; n is prompts"
+    told = (
+        "held-out word problems of 3 to 5 steps, which the fuser was not trained on; n is prompts"
+    )
     values = {ways: by_prompt([found], ways, "acceptance") for ways in ("none", "both")}
-    return [figure(f"acceptance_{ways}_arithmetic", values[ways], "fraction", told) for ways in values]
+    return [
+        figure(f"acceptance_{ways}_arithmetic", values[ways], "fraction", told) for ways in values
+    ]
 
 
 def size_figures(fuser: Fuser) -> list[dict]:
     with torch.device("meta"):
         published = Fuser(Size(28, 8, 128), Size(24, 2, 64))
-    sizes = {"": (published, "Qwen2.5-0.5B to Qwen3-0.6B"), "_lab": (fuser, "lab-target to lab-draft, width 128")}
+    sizes = {
+        "": (published, "Qwen2.5-0.5B to Qwen3-0.6B"),
+        "_lab": (fuser, "lab-target to lab-draft, width 128"),
+    }
     figures = [
-        figure(f"fuser_parameters{end}", [f.num_parameters()], "parameters", told) for end, (f, told) in sizes.items()
+        figure(f"fuser_parameters{end}", [f.num_parameters()], "parameters", told)
+        for end, (f, told) in sizes.items()
     ]
     logits = fuser.gate_logits()
     return figures + [
         figure(
-            f"gate_{what}_{layer}", [logits[layer, i].item()], "logit", f"layer {layer}, {what}, after training, seed 0"
+            f"gate_{what}_{layer}",
+            [logits[layer, i].item()],
+            "logit",
+            f"layer {layer}, {what}, after training, seed 0",
         )
         for layer in range(len(logits))
         for i, what in enumerate(("keys", "values"))
@@ -355,14 +471,19 @@ def training_figures(found: dict[str, list], seed: int, folder: Path) -> list[di
     figures = []
     for arm in ("fused", "self", "matched", "published"):
         runs = [
-            json.loads((folder_of(arm, seed + i, folder) / "history.json").read_text()) for i in range(len(found[arm]))
+            json.loads((folder_of(arm, seed + i, folder) / "history.json").read_text())
+            for i in range(len(found[arm]))
         ]
         for part in range(parts := min(10, len(runs[0]))):
-            means = [np.array_split(np.array(history)[:, 1], parts)[part].mean() for history in runs]
+            means = [
+                np.array_split(np.array(history)[:, 1], parts)[part].mean() for history in runs
+            ]
             told = f"mean of part {part + 1} of {parts} of training; n is seeds"
             figures.append(figure(f"ce_{arm}_part_{part + 1}", means, "nats per token", told))
         told = "training steps alone, two trainings at a time, one thread each; n is seeds"
-        figures.append(figure(f"seconds_{arm}", [sum(s for *_, s in h) for h in runs], "seconds", told))
+        figures.append(
+            figure(f"seconds_{arm}", [sum(s for *_, s in h) for h in runs], "seconds", told)
+        )
     return figures
 
 

@@ -37,7 +37,9 @@ from kvlab.records import faq
 from kvlab.scale import config_of
 
 THREADS, SHARES, TOKENS, BIG = 2, (0, 5, 15, 30, 100), 512, "Qwen/Qwen3-0.6B"
-LARGE_FAQ = Path(__file__).parents[3] / "shared/data/faq_chatterbot/english"  # beside the repository, if at all
+LARGE_FAQ = (
+    Path(__file__).parents[3] / "shared/data/faq_chatterbot/english"
+)  # beside the repository, if at all
 PAIRS = (
     ("concat", "shift"),
     ("shift", "recompute"),
@@ -77,9 +79,13 @@ def retrieval_figures(s: Setup) -> list[dict]:
     store, took = clocked(KnowledgeCache.build, folder, items, *parts, dtype=torch.float16)
     held = [(item["paraphrases"][2], item["question"]) for item in items]
     trained = [(wording, item["question"]) for item in items for wording in item["paraphrases"][:2]]
-    built = f"the lab's FAQ ({len(items)} items) with lab-target in float16 and lab-embedder, one value"
+    built = (
+        f"the lab's FAQ ({len(items)} items) with lab-target in float16 and lab-embedder, one value"
+    )
     told = f"{len(items)} items of 7 domains, lab-embedder, the nearest stored question is the right one"
-    one, all_trained = (f"{kind}, {told}" for kind in ("one held-out paraphrase an item", "two trained on an item"))
+    one, all_trained = (
+        f"{kind}, {told}" for kind in ("one held-out paraphrase an item", "two trained on an item")
+    )
     words = f"{one.replace('lab-embedder', 'TF-IDF over words instead of an embedder')}"
     return [
         figure("retrieval_at_1", nearest_is_right(store, held), "fraction", one),
@@ -92,9 +98,14 @@ def retrieval_figures(s: Setup) -> list[dict]:
     ]
 
 
-def nearest_is_right(store: KnowledgeCache, asked: Sequence[tuple[str, str]], **options) -> list[bool]:
+def nearest_is_right(
+    store: KnowledgeCache, asked: Sequence[tuple[str, str]], **options
+) -> list[bool]:
     found = [store.retrieve(question, **{"threshold": -1, **options}) for question, _ in asked]
-    return [bool(hits) and hits[0].item.question == right for hits, (_, right) in zip(found, asked, strict=True)]
+    return [
+        bool(hits) and hits[0].item.question == right
+        for hits, (_, right) in zip(found, asked, strict=True)
+    ]
 
 
 def chinese_figure(s: Setup) -> dict:
@@ -127,11 +138,27 @@ def threshold_figures(store: KnowledgeCache, held: Sequence[tuple[str, str]]) ->
     least = "the least cosine on a grid of 0.01 that lets through at most 5 % of the calibration questions"
     at, count = f"threshold {chosen:.2f}, chosen on calibration questions", len(near["calibrate"])
     return [
-        figure("hits", nearest_is_right(store, held, threshold=0.5), "fraction", f"{hit} 0.5, the default"),
+        figure(
+            "hits",
+            nearest_is_right(store, held, threshold=0.5),
+            "fraction",
+            f"{hit} 0.5, the default",
+        ),
         figure("false_hits", false, "fraction", f"{miss}, threshold 0.5, the default"),
-        figure("threshold_chosen", [chosen], "cosine", f"{least} which no item answers") | {"n": count},
-        figure("hits_at_chosen", nearest_is_right(store, held, threshold=chosen), "fraction", f"{hit}; {at}"),
-        figure("false_hits_at_chosen", [score >= chosen for score in near["test"]], "fraction", f"{miss}; {at}"),
+        figure("threshold_chosen", [chosen], "cosine", f"{least} which no item answers")
+        | {"n": count},
+        figure(
+            "hits_at_chosen",
+            nearest_is_right(store, held, threshold=chosen),
+            "fraction",
+            f"{hit}; {at}",
+        ),
+        figure(
+            "false_hits_at_chosen",
+            [score >= chosen for score in near["test"]],
+            "fraction",
+            f"{miss}; {at}",
+        ),
     ]
 
 
@@ -150,15 +177,22 @@ def search_figures(s: Setup) -> list[dict]:
     """Retrieval among very many items."""
     count, calls = 100_000, 5 if s.quick else 50
     record = {"question": "Who?", "answer": "Ben"}
-    store = KnowledgeCache.build(s.folder / "search", [record], make("lab-draft"), s.tokenizer, Fixed())
+    store = KnowledgeCache.build(
+        s.folder / "search", [record], make("lab-draft"), s.tokenizer, Fixed()
+    )
     item = store.items[0]
     store.items = [replace(item, id=str(i), domain=f"domain {i % 7}") for i in range(count)]
     store.domains = {f"domain {d}": torch.arange(d, count, 7) for d in range(7)}
     store.embeddings = unit_vectors(count, s.seed + 1)
-    told = f"{count:,} items of 7 domains, 384 numbers each, k 1, the embedder's own time not counted"
+    told = (
+        f"{count:,} items of 7 domains, 384 numbers each, k 1, the embedder's own time not counted"
+    )
     told += f", {torch.get_num_threads()} threads, one value a call"
     figures = []
-    for suffix, domain, which in (("", None, "all items"), ("_domain", "domain 3", "the items of one domain")):
+    for suffix, domain, which in (
+        ("", None, "all items"),
+        ("_domain", "domain 3", "the items of one domain"),
+    ):
         find = partial(store.retrieve, "What?", threshold=-1, domain=domain)
         find()  # warms up
         values = [1000 * clocked(find)[1] for _ in range(calls)]
@@ -196,11 +230,15 @@ def cases(s: Setup, n: int, facts: tuple[int, int], pieces: int) -> list[Case]:
         prompt = encode(s.tokenizer, document[:-1])
         answer = encode(s.tokenizer, document)[len(prompt) :]
         passage, question = prompt[: prompt.index(user)], prompt[prompt.index(user) :]
-        ends = [i + 1 for i, token in enumerate(passage) if s.tokenizer.decode([token]).endswith(".")]
+        ends = [
+            i + 1 for i, token in enumerate(passage) if s.tokenizer.decode([token]).endswith(".")
+        ]
         bounds = [0, *(part[-1] for part in np.array_split(ends, pieces))]
         cut = [passage[a:b] for a, b in pairwise(bounds)]
         if list(chain(*cut)) != passage:
-            raise RuntimeError(f"A passage does not end with a full stop: {document[0]['content'][-40:]!r}.")
+            raise RuntimeError(
+                f"A passage does not end with a full stop: {document[0]['content'][-40:]!r}."
+            )
         made.append(Case(cut, question, answer))
     return made
 
@@ -239,7 +277,9 @@ def shift_without_sink(model: PreTrainedModel, pieces: Sequence[Piece]) -> Prefi
     return Prefix(cache, len(flat), flat)
 
 
-def compare(model: PreTrainedModel, asked: Sequence[Case], arms: dict[str, Arm], label: str) -> dict[str, list]:
+def compare(
+    model: PreTrainedModel, asked: Sequence[Case], arms: dict[str, Arm], label: str
+) -> dict[str, list]:
     """What each arm gives on each passage, against reading the whole prompt in one call."""
     done = {name: [] for name in arms}
     for pieces, question, answer in tqdm(asked, desc=label, delay=2, leave=False):
@@ -249,8 +289,13 @@ def compare(model: PreTrainedModel, asked: Sequence[Case], arms: dict[str, Arm],
         for name, arm in arms.items():
             mine = after(model, arm(model, known), rest, count)
             divergence, last = (true.exp() * (true - mine)).sum(-1), slice(-len(answer), None)
-            right, error = mine[last].argmax(-1).tolist() == answer, (true.exp() - mine.exp()).abs().max().item()
-            done[name].append(Outcome(divergence.mean().item(), divergence[last].mean().item(), right, error))
+            right, error = (
+                mine[last].argmax(-1).tolist() == answer,
+                (true.exp() - mine.exp()).abs().max().item(),
+            )
+            done[name].append(
+                Outcome(divergence.mean().item(), divergence[last].mean().item(), right, error)
+            )
     return done
 
 
@@ -259,26 +304,57 @@ def splice_figures(s: Setup) -> list[dict]:
     arms = {name: arm_of(name) for name in ARMS if name != "recompute"}
     arms |= {f"recompute_{share}": arm_of("recompute", share=share / 100) for share in SHARES}
     arms |= {"recompute_random": recompute_at_random, "shift_without_sink": shift_without_sink}
-    done = compare(s.target, cases(s, 4 if s.quick else 200, (16, 16), 4), arms, "splicing 4 pieces")
+    done = compare(
+        s.target, cases(s, 4 if s.quick else 200, (16, 16), 4), arms, "splicing 4 pieces"
+    )
     done["recompute"] = done["recompute_15"]
     told = "lab-target in float32, held-out passages of 16 facts in 4 pieces that were read alone, one question each"
-    apart = f"KL(reading all at once || arm) of the next token, mean over question and answer; {told}"
+    apart = (
+        f"KL(reading all at once || arm) of the next token, mean over question and answer; {told}"
+    )
     there = apart.replace("question and answer", "the answer's tokens")
     exact = f"all tokens of the answer are the likeliest; {told}"
     figures = []
     for name, outcomes in done.items():
-        figures.append(figure(f"kl_{name}", [o.divergence for o in outcomes], "nats", f"{apart}; {meaning(name)}"))
         figures.append(
-            figure(f"kl_{name}_answer", [o.at_answer for o in outcomes], "nats", f"{there}; {meaning(name)}")
+            figure(
+                f"kl_{name}", [o.divergence for o in outcomes], "nats", f"{apart}; {meaning(name)}"
+            )
         )
-        figures.append(figure(f"em_{name}", [o.right for o in outcomes], "fraction", f"{exact}; {meaning(name)}"))
+        figures.append(
+            figure(
+                f"kl_{name}_answer",
+                [o.at_answer for o in outcomes],
+                "nats",
+                f"{there}; {meaning(name)}",
+            )
+        )
+        figures.append(
+            figure(
+                f"em_{name}", [o.right for o in outcomes], "fraction", f"{exact}; {meaning(name)}"
+            )
+        )
     for name, other in PAIRS:
-        pairs = np.array([(a.divergence, b.divergence) for a, b in zip(done[name], done[other], strict=True)])
-        conditions, end = f"{apart}; {meaning(name)}, against {meaning(other)}, paired", other.removeprefix("shift_")
-        figures.append(figure(f"kl_{name}_minus_{end}", pairs @ [1, -1], "nats", f"{conditions}, difference"))
-        figures.append(ratio_figure(f"kl_{name}_over_{end}", pairs, f"{conditions}, geometric mean of ratios"))
-    errors, largest = [o.error for o in done["prefix"]], "the largest of all differences between probabilities"
-    figures.append(figure("prefix_error", [max(errors)], "fraction", f"{largest}; {told}") | {"n": len(errors)})
+        pairs = np.array(
+            [(a.divergence, b.divergence) for a, b in zip(done[name], done[other], strict=True)]
+        )
+        conditions, end = (
+            f"{apart}; {meaning(name)}, against {meaning(other)}, paired",
+            other.removeprefix("shift_"),
+        )
+        figures.append(
+            figure(f"kl_{name}_minus_{end}", pairs @ [1, -1], "nats", f"{conditions}, difference")
+        )
+        figures.append(
+            ratio_figure(f"kl_{name}_over_{end}", pairs, f"{conditions}, geometric mean of ratios")
+        )
+    errors, largest = (
+        [o.error for o in done["prefix"]],
+        "the largest of all differences between probabilities",
+    )
+    figures.append(
+        figure("prefix_error", [max(errors)], "fraction", f"{largest}; {told}") | {"n": len(errors)}
+    )
     return figures
 
 
@@ -313,7 +389,9 @@ def length_figures(s: Setup) -> list[dict]:
         apart = f"KL(reading all at once || arm) of the next token, mean over question and answer; {told}"
         for name, outcomes in done.items():
             values = [o.divergence for o in outcomes]
-            figures.append(figure(f"kl_{name}_pieces_{count}", values, "nats", f"{apart}; {meaning(name)}"))
+            figures.append(
+                figure(f"kl_{name}_pieces_{count}", values, "nats", f"{apart}; {meaning(name)}")
+            )
     return figures
 
 
@@ -334,7 +412,11 @@ def big_model(s: Setup) -> PreTrainedModel:
     if s.quick:
         return make("lab-draft")
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config_of(BIG), dtype=torch.float32).eval().requires_grad_(False)
+    return (
+        AutoModelForCausalLM.from_config(config_of(BIG), dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def cost_figures(s: Setup) -> list[dict]:
@@ -344,7 +426,11 @@ def cost_figures(s: Setup) -> list[dict]:
     shape = "a shape of two layers" if s.quick else f"the shape of {BIG}"
     size = f"items of about {TOKENS} tokens, {shape} with random weights in float32"
     # Memory first, while nothing is there that could be used again.
-    return memory_figures(store, size) + speed_figures(s, store, store.items[:6], size) + arm_figures(s, store, size)
+    return (
+        memory_figures(store, size)
+        + speed_figures(s, store, store.items[:6], size)
+        + arm_figures(s, store, size)
+    )
 
 
 def memory_figures(store: KnowledgeCache, size: str) -> list[dict]:
@@ -354,11 +440,15 @@ def memory_figures(store: KnowledgeCache, size: str) -> list[dict]:
     for item in store.items:
         cache = store.read(item).cache
         one = nbytes(cache) / 1e6
-        sum(float(layer.keys.sum() + layer.values.sum()) for layer in cache.layers)  # touches every page
+        sum(
+            float(layer.keys.sum() + layer.values.sum()) for layer in cache.layers
+        )  # touches every page
         growth.append((process.memory_info().rss - before) / 1e6)
         del cache
     told = f"{len(store)} {size}, read one after another and dropped"
-    most = f"the largest growth of the process's resident memory; {told}; the store has {total:.0f} MB"
+    most = (
+        f"the largest growth of the process's resident memory; {told}; the store has {total:.0f} MB"
+    )
     return [
         figure("resident_mb", [max(growth)], "10^6 bytes", most) | {"n": len(growth)},
         figure("store_mb", [total], "10^6 bytes", f"size on disk of {told}"),
@@ -379,15 +469,25 @@ def speed_figures(s: Setup, store: KnowledgeCache, items: Sequence[Item], size: 
     told = f"{size}, files in the system's page cache, {torch.get_num_threads()} threads, {times} an item"
     what = f"time to the first token, all prefilled over item read from disk and question prefilled; {told}"
     alone = f"prefill of an item over reading it from disk, checksum included; {told}"
-    whole, stored = "prefill of item and question of 12 tokens", "reading an item from disk and prefill of 12 tokens"
+    whole, stored = (
+        "prefill of item and question of 12 tokens",
+        "reading an item from disk and prefill of 12 tokens",
+    )
     table = pd.DataFrame(taken)
     return [
         figure("ttft_ratio", table.whole / table.stored, "ratio", f"question of 12 tokens; {what}"),
-        figure("ttft_ratio_one_token", table.whole_one / table.stored_one, "ratio", f"question of 1 token; {what}"),
+        figure(
+            "ttft_ratio_one_token",
+            table.whole_one / table.stored_one,
+            "ratio",
+            f"question of 1 token; {what}",
+        ),
         figure("load_ratio", table.alone / table.load, "ratio", alone),
         figure("prefill_seconds", table.whole, "s", f"{whole}; {told}"),
         figure("question_seconds", table.stored, "s", f"{stored}; {told}"),
-        figure("load_seconds", table.load, "s", f"reading an item from disk, checksum included; {told}"),
+        figure(
+            "load_seconds", table.load, "s", f"reading an item from disk, checksum included; {told}"
+        ),
     ]
 
 
@@ -400,7 +500,9 @@ def turn(store: KnowledgeCache, item: Item, asked: Ids) -> dict[str, float]:
         whole, taken["whole" + suffix] = clocked(prefill, model, ids)
         stored, taken["stored" + suffix] = clocked(after_stored, store, item, question)
         if not torch.allclose(whole.logits, stored.logits, atol=1e-3):
-            raise RuntimeError("The first token after a stored item differs from that after reading it anew.")
+            raise RuntimeError(
+                "The first token after a stored item differs from that after reading it anew."
+            )
     _, taken["alone"] = clocked(prefill, model, torch.tensor([item.input_ids]))
     _, taken["load"] = clocked(store.read, item)
     return taken
@@ -418,10 +520,19 @@ def arm_figures(s: Setup, store: KnowledgeCache, size: str) -> list[dict]:
             with torch.no_grad():
                 prefill(store.model, question, prefix.cache, prefix.next_position)
             seconds.append(time.perf_counter() - started)
-    told = f"time to the first token after three {size}, and a question of 12 tokens; one value a run"
+    told = (
+        f"time to the first token after three {size}, and a question of 12 tokens; one value a run"
+    )
     for arm in ("shift", "recompute"):
         ratios = np.divide(taken["full"], taken[arm])
-        figures.append(figure(f"ttft_ratio_{arm}", ratios, "ratio", f"all read again, over: {meaning(arm)}; {told}"))
+        figures.append(
+            figure(
+                f"ttft_ratio_{arm}",
+                ratios,
+                "ratio",
+                f"all read again, over: {meaning(arm)}; {told}",
+            )
+        )
     return figures
 
 
@@ -435,12 +546,17 @@ def after_stored(store: KnowledgeCache, item: Item, question: Ids) -> Prefill:
 
 @contextmanager
 def small_shards():
-    with mock.patch("kvlab.knowledge.SHARD_ITEMS", 2), redirect_stderr(io.StringIO()):  # a bar each time
+    with (
+        mock.patch("kvlab.knowledge.SHARD_ITEMS", 2),
+        redirect_stderr(io.StringIO()),
+    ):  # a bar each time
         yield
 
 
 def numbered(start: int, stop: int) -> list[dict[str, str]]:
-    return [{"question": f"What is number {i}?", "answer": f"It is {i}."} for i in range(start, stop)]
+    return [
+        {"question": f"What is number {i}?", "answer": f"It is {i}."} for i in range(start, stop)
+    ]
 
 
 def open_store(folder: Path) -> KnowledgeCache:
@@ -454,7 +570,9 @@ def mark(folder: Path, name: str) -> Path:
 def add_in_a_process(folder: Path, records: list[dict[str, str]]) -> None:
     """Add records, and say by two files when that began and when it was done."""
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # the usual one is the system's, and a kill would leave it behind
+    tqdm.set_lock(
+        threading.RLock()
+    )  # the usual one is the system's, and a kill would leave it behind
     with small_shards():
         store = open_store(folder)
         mark(folder, "begun").touch()
@@ -464,13 +582,17 @@ def add_in_a_process(folder: Path, records: list[dict[str, str]]) -> None:
 
 def add_and_kill(folder: Path, records: list[dict[str, str]], wait: float) -> None:
     """Let a process of its own add records, and kill it so many seconds after it began."""
-    server = multiprocessing.get_context("forkserver")  # else each process would import everything anew
+    server = multiprocessing.get_context(
+        "forkserver"
+    )  # else each process would import everything anew
     server.set_forkserver_preload(["kvlab.knowledge", "kvlab.lab"])
     process = server.Process(target=add_in_a_process, args=(folder, records))
     process.start()
     while not mark(folder, "begun").exists():
         if not process.is_alive():
-            raise RuntimeError(f"The process that adds records ended with code {process.exitcode} before it began.")
+            raise RuntimeError(
+                f"The process that adds records ended with code {process.exitcode} before it began."
+            )
         time.sleep(0.001)
     process.join(wait)
     process.kill()
@@ -487,14 +609,20 @@ def is_sound(folder: Path, whole: KnowledgeCache, old: int) -> tuple[bool, bool]
             pieces = [store.read(item) for item in store.items]
             store.add(numbered(old, len(whole)))
         sound &= same_items(store.items, whole.items) and len(pieces) == count
-        sound &= all(same_entries(store.read(a), whole.read(b)) for a, b in zip(store.items, whole.items, strict=True))
+        sound &= all(
+            same_entries(store.read(a), whole.read(b))
+            for a, b in zip(store.items, whole.items, strict=True)
+        )
     except CacheError:
         return False, False
     return sound, 0 < new < len(whole) - old
 
 
 def same_items(some: Sequence[Item], others: Sequence[Item]) -> bool:
-    content = [[(i.id, i.question, i.answer, i.input_ids, i.answer_start) for i in items] for items in (some, others)]
+    content = [
+        [(i.id, i.question, i.answer, i.input_ids, i.answer_start) for i in items]
+        for items in (some, others)
+    ]
     return content[0] == content[1]
 
 
@@ -524,7 +652,12 @@ def kill_figures(s: Setup) -> list[dict]:
     right = "old items and whole new shards are there, all items read, and adding again completes the store"
     return [
         figure("kills_survived", [sound for sound, _ in found], "fraction", f"{killed}; {right}"),
-        figure("kills_mid", [mid for _, mid in found], "fraction", f"{killed}; it had added some records, not all"),
+        figure(
+            "kills_mid",
+            [mid for _, mid in found],
+            "fraction",
+            f"{killed}; it had added some records, not all",
+        ),
     ]
 
 
@@ -540,7 +673,9 @@ def large_faq_figures(s: Setup) -> list[dict]:
     parts, options = (s.target, s.tokenizer, s.embedder), {"dtype": torch.float16}
     store, built = clocked(KnowledgeCache.build, folder, records, *parts, **options)
     loaded = [clocked(KnowledgeCache.load, folder, *parts)[1] for _ in range(1 if s.quick else 5)]
-    asked = [item.question for item in random.Random(s.seed).sample(store.items, 5 if s.quick else 100)]
+    asked = [
+        item.question for item in random.Random(s.seed).sample(store.items, 5 if s.quick else 100)
+    ]
     took = [1000 * clocked(store.retrieve, question, threshold=-1)[1] for question in asked]
     told = f"the English ChatterBot corpus ({len(store):,} distinct pairs), lab-target in float16, lab-embedder"
     told += f", {torch.get_num_threads()} threads"
@@ -548,7 +683,12 @@ def large_faq_figures(s: Setup) -> list[dict]:
         figure("faq_build_seconds", [built], "s", f"reading and writing all; {told}"),
         figure("faq_load_seconds", loaded, "s", f"opening the store, one value a time; {told}"),
         figure("faq_mb", [megabytes(folder)], "10^6 bytes", f"size on disk; {told}"),
-        figure("faq_ask_ms", took, "ms", f"finding the nearest item, embedding included, one value a question; {told}"),
+        figure(
+            "faq_ask_ms",
+            took,
+            "ms",
+            f"finding the nearest item, embedding included, one value a question; {told}",
+        ),
     ]
 
 

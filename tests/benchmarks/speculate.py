@@ -71,19 +71,34 @@ def ours(target: Runner, proposer: Proposer | None, gamma: int, temperature: flo
         started = time.perf_counter()
         made = generate(target, [ids], proposer, gamma=gamma, max_new_tokens=NEW, sampling=sampling)
         whole = time.perf_counter() - started
-        return Run(made.tokens[0].tolist(), whole, sum(r.seconds for r in made.rounds if not r.reading), made.rounds)
+        return Run(
+            made.tokens[0].tolist(),
+            whole,
+            sum(r.seconds for r in made.rounds if not r.reading),
+            made.rounds,
+        )
 
     return run
 
 
 def peer(
-    target: PreTrainedModel, draft: PreTrainedModel | None = None, gamma: int = 1, temperature: float = 0.0, **options
+    target: PreTrainedModel,
+    draft: PreTrainedModel | None = None,
+    gamma: int = 1,
+    temperature: float = 0.0,
+    **options,
 ) -> Arm:
     """`generate` of transformers; reading is what the same call takes for one token, and the draft's own reading."""
-    options |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    options |= (
+        {"do_sample": True, "temperature": temperature, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
+    )
 
     def call(model: PreTrainedModel, ids: Ids, tokens: int, **more) -> Ids:
-        output = model.generate(torch.tensor([ids]), max_new_tokens=tokens, repetition_penalty=1.0, **more)
+        output = model.generate(
+            torch.tensor([ids]), max_new_tokens=tokens, repetition_penalty=1.0, **more
+        )
         return output[0, len(ids) :].tolist()
 
     def run(ids: Ids) -> Run:
@@ -115,7 +130,9 @@ def in_inference_mode(arm: Arm) -> Arm:
 def drafts_of_fixed_length(draft: PreTrainedModel) -> Iterator[None]:
     """Assisted generation as in the paper: always gamma tokens, however unsure the draft is."""
     before = copy.deepcopy(draft.generation_config)
-    draft.generation_config.update(num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0)
+    draft.generation_config.update(
+        num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0
+    )
     try:
         yield
     finally:
@@ -158,7 +175,9 @@ def _compiled_after_reading(forward: Callable) -> Callable:
     return either
 
 
-def race(arms: dict[str, Arm], prompts: list[Ids], repeats: int, bar: tqdm, same: bool = True) -> dict[str, list[Run]]:
+def race(
+    arms: dict[str, Arm], prompts: list[Ids], repeats: int, bar: tqdm, same: bool = True
+) -> dict[str, list[Run]]:
     """Let the arms take turns on each prompt; of each, keep the run of median decoding time."""
     done = {name: [] for name in arms}
     for ids, (name, arm) in itertools.product(prompts[:repeats], arms.items()):
@@ -167,9 +186,13 @@ def race(arms: dict[str, Arm], prompts: list[Ids], repeats: int, bar: tqdm, same
     for ids in prompts:
         turns = [{name: arm(ids) for name, arm in arms.items()} for _ in range(repeats)]
         for name in arms:
-            done[name].append(sorted((turn[name] for turn in turns), key=lambda run: run.decoding)[repeats // 2])
+            done[name].append(
+                sorted((turn[name] for turn in turns), key=lambda run: run.decoding)[repeats // 2]
+            )
             if same and done[name][-1].tokens != done["generate"][-1].tokens:
-                raise RuntimeError(f"The greedy text of {name} differs from generate's; all arms must give the same.")
+                raise RuntimeError(
+                    f"The greedy text of {name} differs from generate's; all arms must give the same."
+                )
         bar.update()
     return done
 
@@ -190,13 +213,17 @@ def against_theory(fast: list[Run], plain: list[Run], gamma: int) -> dict[str, l
         predicted = cost_model(np.nan_to_num(summary.conditional), c, gamma, v).speedup
         best = best_gamma(summary.acceptance, c, lambda g, v=v: 1 + (v - 1) * g / gamma)
         for values, value in zip(
-            found.values(), (summary.acceptance, c, v, best, a.rate / b.rate / predicted), strict=True
+            found.values(),
+            (summary.acceptance, c, v, best, a.rate / b.rate / predicted),
+            strict=True,
         ):
             values.append(value)
     return found
 
 
-def speed_figures(done: dict[str, list[Run]], gamma: int, told: str, suffix: str = "", per_gamma: str = "") -> list:
+def speed_figures(
+    done: dict[str, list[Run]], gamma: int, told: str, suffix: str = "", per_gamma: str = ""
+) -> list:
     """What one draft length gives; the arms that draft are named by `per_gamma`."""
     fast, assisted = done["speculative" + per_gamma], done["assisted" + per_gamma]
     values = {
@@ -210,10 +237,17 @@ def speed_figures(done: dict[str, list[Run]], gamma: int, told: str, suffix: str
     return [figure(name + suffix, v, units.get(name, "ratio"), told) for name, v in values.items()]
 
 
-def rate_figures(done: dict[str, list[Run]], arms: dict[str, str], told: str, suffix: str = "") -> list[dict]:
+def rate_figures(
+    done: dict[str, list[Run]], arms: dict[str, str], told: str, suffix: str = ""
+) -> list[dict]:
     rates = {name: [run.rate for run in done[arm]] for name, arm in arms.items()}
-    plain = figure("plain_over_generate" + suffix, ratios(done["plain"], done["generate"]), "ratio", told)
-    return [plain, *(figure(f"tokens_per_second_{n}{suffix}", r, "tokens/s", told) for n, r in rates.items())]
+    plain = figure(
+        "plain_over_generate" + suffix, ratios(done["plain"], done["generate"]), "ratio", told
+    )
+    return [
+        plain,
+        *(figure(f"tokens_per_second_{n}{suffix}", r, "tokens/s", told) for n, r in rates.items()),
+    ]
 
 
 def faster(done: dict[str, list[Run]], names: Sequence[str]) -> str:
@@ -241,7 +275,9 @@ class Setup(NamedTuple):
         else:
             asked = [problems(3 + i % 3, task, 1, self.seed + i)[0] for i in range(count)]
         return [
-            tokenizer.apply_chat_template(a[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+            tokenizer.apply_chat_template(a[:-1], add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
             for a in asked
         ]
 
@@ -261,7 +297,9 @@ def main_figures(s: Setup) -> tuple[int, dict[str, list[Run]], list[dict]]:
     for gamma in GAMMAS:
         arms |= {f"assisted_gamma_{gamma}": peer(s.target, s.draft, gamma)}
         arms |= {f"speculative_gamma_{gamma}": ours(target, draft, gamma)}
-        arms |= {f"assisted_light_gamma_{gamma}": in_inference_mode(arms[f"assisted_gamma_{gamma}"])}
+        arms |= {
+            f"assisted_light_gamma_{gamma}": in_inference_mode(arms[f"assisted_gamma_{gamma}"])
+        }
     arms["generate_light"] = in_inference_mode(arms["generate"])
     arms["lookup"] = ours(target, LookupProposer(), max(GAMMAS))
     done = race(arms, s.prompts("long"), s.repeats, s.bar)
@@ -270,18 +308,24 @@ def main_figures(s: Setup) -> tuple[int, dict[str, list[Run]], list[dict]]:
     told = s.told(f"{problems_told}, gamma {best} (the better of 4 and 8 for assisted generation)")
     figures = speed_figures(done, best, told, per_gamma=f"_gamma_{best}")
     for gamma in GAMMAS:
-        figures += speed_figures(done, gamma, s.told(f"{problems_told}, gamma {gamma}"), *[f"_gamma_{gamma}"] * 2)
+        figures += speed_figures(
+            done, gamma, s.told(f"{problems_told}, gamma {gamma}"), *[f"_gamma_{gamma}"] * 2
+        )
     done |= {name: done[f"{name}_gamma_{best}"] for name in ("assisted", "speculative")}
     names = {name: name for name in ("generate", "assisted", "plain", "speculative")}
     figures += rate_figures(done, names, told)
     light = f"{told}; transformers' calls inside torch.inference_mode(), which they do not enter themselves"
     values = {
         "plain_over_generate_in_inference_mode": ratios(done["plain"], done["generate_light"]),
-        "over_assisted_in_inference_mode": ratios(done["speculative"], done[f"assisted_light_gamma_{best}"]),
+        "over_assisted_in_inference_mode": ratios(
+            done["speculative"], done[f"assisted_light_gamma_{best}"]
+        ),
     }
     figures += [figure(name, v, "ratio", light) for name, v in values.items()]
     lookup = s.told(f"prompt lookup instead of a draft, {problems_told}, gamma {max(GAMMAS)}")
-    figures.append(figure("lookup_over_generate", ratios(done["lookup"], done["generate"]), "ratio", lookup))
+    figures.append(
+        figure("lookup_over_generate", ratios(done["lookup"], done["generate"]), "ratio", lookup)
+    )
     return best, done, figures
 
 
@@ -330,36 +374,67 @@ def compiled_figures(s: Setup, gamma: int) -> list[dict]:
         done = race(arms, s.prompts("long"), s.repeats, s.bar)
     chosen = {name: faster(done, [name, f"{name}_compiled"]) for name in ("generate", "assisted")}
     done |= {name: done[arm] for name, arm in chosen.items()}
-    used = ", ".join(f"{name} {'compiled' if arm.endswith('compiled') else 'eager'}" for name, arm in chosen.items())
-    how = "nothing compiled in a quick run" if s.quick else f"ours compiled, peers as they are faster: {used}"
+    used = ", ".join(
+        f"{name} {'compiled' if arm.endswith('compiled') else 'eager'}"
+        for name, arm in chosen.items()
+    )
+    how = (
+        "nothing compiled in a quick run"
+        if s.quick
+        else f"ours compiled, peers as they are faster: {used}"
+    )
     told = s.told(f"greedy, {PROBLEMS.format('long')}, gamma {gamma}, {how}")
     names = {name: name for name in ("generate", "assisted", "plain", "speculative")}
-    return speed_figures(done, gamma, told, "_compiled") + rate_figures(done, names, told, "_compiled")
+    return speed_figures(done, gamma, told, "_compiled") + rate_figures(
+        done, names, told, "_compiled"
+    )
 
 
 def batch_figures(s: Setup, gamma: int) -> list[dict]:
     """Eight prompts in one call against eight assisted calls, which take one prompt each."""
-    target, draft, assisted = Runner(s.target), ModelProposer(s.draft), peer(s.target, s.draft, gamma)
+    target, draft, assisted = (
+        Runner(s.target),
+        ModelProposer(s.draft),
+        peer(s.target, s.draft, gamma),
+    )
     prompts, values = s.prompts("long"), []
     for group in (prompts[i : i + 8] for i in range(0, len(prompts), 8)):
         turns = []
         for _ in range(s.repeats + 1):  # the first warms up
-            made = generate(target, [torch.tensor(ids) for ids in group], draft, gamma=gamma, max_new_tokens=NEW)
+            made = generate(
+                target, [torch.tensor(ids) for ids in group], draft, gamma=gamma, max_new_tokens=NEW
+            )
             runs = [assisted(ids) for ids in group]
             if [t.tolist() for t in made.tokens] != [run.tokens for run in runs]:
-                raise RuntimeError("The greedy texts of a batch differ from assisted generation's, one by one.")
-            turns.append(sum(run.decoding for run in runs) / sum(r.seconds for r in made.rounds if not r.reading))
+                raise RuntimeError(
+                    "The greedy texts of a batch differ from assisted generation's, one by one."
+                )
+            turns.append(
+                sum(run.decoding for run in runs)
+                / sum(r.seconds for r in made.rounds if not r.reading)
+            )
         values.append(float(np.median(turns[1:])))
         s.bar.update()
-    told = s.told(f"greedy, {PROBLEMS.format('long')}, gamma {gamma}").replace("batch 1", "8 prompts a value")
+    told = s.told(f"greedy, {PROBLEMS.format('long')}, gamma {gamma}").replace(
+        "batch 1", "8 prompts a value"
+    )
     return [figure("batch_8_over_assisted", values, "ratio", told.replace(" a prompt", ""))]
 
 
 def early_exit_figures(s: Setup) -> list[dict]:
     target, proposer = Runner(s.target), EarlyExitProposer(s.target, 6)
     runs = [ours(target, proposer, 4)(ids) for ids in s.prompts("long")]
-    told = f"the first 6 of lab-target's 12 layers draft, greedy, {PROBLEMS.format('long')}, gamma 4"
-    return [figure("early_exit_acceptance", [summarize(r.rounds).acceptance for r in runs], "fraction", told)]
+    told = (
+        f"the first 6 of lab-target's 12 layers draft, greedy, {PROBLEMS.format('long')}, gamma 4"
+    )
+    return [
+        figure(
+            "early_exit_acceptance",
+            [summarize(r.rounds).acceptance for r in runs],
+            "fraction",
+            told,
+        )
+    ]
 
 
 # -- exactness
@@ -367,8 +442,15 @@ def early_exit_figures(s: Setup) -> list[dict]:
 
 def tiny(seed: int, vocabulary: int, **changes) -> PreTrainedModel:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None, "pad_token_id": None}
-    return make("lab-draft", seed, vocab_size=vocabulary, initializer_range=0.2, **shape | heads | changes)
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return make(
+        "lab-draft", seed, vocab_size=vocabulary, initializer_range=0.2, **shape | heads | changes
+    )
 
 
 def prefix_figures(s: Setup) -> list[dict]:
@@ -382,7 +464,9 @@ def prefix_figures(s: Setup) -> list[dict]:
         made = generate(target, ids[:, 16:], ModelProposer(draft), max_new_tokens=24, prefix=state)
         options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         wanted = target.generate(ids, **options)[0, 24:]
-        assisted = target.generate(ids, past_key_values=read.cache, assistant_model=draft, **options)[0, 24:]
+        assisted = target.generate(
+            ids, past_key_values=read.cache, assistant_model=draft, **options
+        )[0, 24:]
         right["prefix_equal"].append(float(torch.equal(made.tokens[0], wanted)))
         right["prefix_equal_assisted"].append(float(torch.equal(assisted, wanted)))
         s.bar.update()
@@ -407,8 +491,18 @@ def p_value(kind: str, gamma: int, rows: int, seed: int, **warping) -> float:
     target, draft = tiny(seed, 5), tiny(seed + 100, 5)
     proposers = {"model": lambda: ModelProposer(draft), "lookup": LookupProposer}
     proposer = (proposers | {"early exit": lambda: EarlyExitProposer(target, 1)})[kind]()
-    ids, sampling = [0, 3, 1, 4, 2, 3, 1], Sampling(generator=torch.Generator().manual_seed(seed), **warping)
-    made = generate(target, [torch.tensor(ids)] * rows, proposer, gamma=gamma, max_new_tokens=3, sampling=sampling)
+    ids, sampling = (
+        [0, 3, 1, 4, 2, 3, 1],
+        Sampling(generator=torch.Generator().manual_seed(seed), **warping),
+    )
+    made = generate(
+        target,
+        [torch.tensor(ids)] * rows,
+        proposer,
+        gamma=gamma,
+        max_new_tokens=3,
+        sampling=sampling,
+    )
     places = torch.stack(made.tokens) @ torch.tensor([25, 5, 1])
     return chi_square(places.bincount(minlength=125), joint(target, ids, sampling).flatten())
 
@@ -455,7 +549,11 @@ def sampling_figures(s: Setup) -> list[dict]:
     for name, broken in CONTROLS.items():
         with mock.patch("kvlab.speculate.verify", broken):
             value = p_value("model", 2, rows, s.seed, temperature=1.0)
-        figures.append(figure(f"control_{name}_p_value", [value], "p-value", f"{told}, broken: {broken.__doc__}"))
+        figures.append(
+            figure(
+                f"control_{name}_p_value", [value], "p-value", f"{told}, broken: {broken.__doc__}"
+            )
+        )
         s.bar.update()
     return figures
 

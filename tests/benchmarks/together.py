@@ -25,9 +25,7 @@ from kvlab.speculate import ModelProposer, Proposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS, RETENTION, SEEDS, REPEATS = Path("lab-runs/fuse"), 4, 96, 2, 0.25, 3, 3
 STEPS = ("plain", "knowledge", "draft", "trained", "reads", "fused", "distilled")
-TOLD = (
-    "lab-target; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4, from files to the last token"
-)
+TOLD = "lab-target; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4, from files to the last token"
 
 
 class Models(NamedTuple):
@@ -56,9 +54,14 @@ def models(seed: int, quick: bool) -> Models:
         return Models(target, draft, draft, Fuser(*sizes, settings=FuserSettings(64, gate=4.0)))
     made = sorted(RUNS.glob(f"tuned-{seed}-*"))
     if not made:
-        raise FileNotFoundError(f"There is no trained draft in {RUNS}: run tests/benchmarks/fuse.py first.")
+        raise FileNotFoundError(
+            f"There is no trained draft in {RUNS}: run tests/benchmarks/fuse.py first."
+        )
     return Models(
-        target, draft, AutoModelForCausalLM.from_pretrained(made[0] / "draft"), Fuser.from_pretrained(made[0])
+        target,
+        draft,
+        AutoModelForCausalLM.from_pretrained(made[0] / "draft"),
+        Fuser.from_pretrained(made[0]),
     )
 
 
@@ -77,9 +80,19 @@ def store(m: Models, n: int, folder: Path) -> list[Asked]:
             own, theirs = read(m.trained, ids), read(m.target, ids)
             fused = m.fuser(own, theirs)
             kept = distiller.compress(ids, retention=RETENTION).positions[0]
-        caches = {"target": theirs.cache, "reads": own.cache, "fused": fused, "distilled": select(fused, kept)}
+        caches = {
+            "target": theirs.cache,
+            "reads": own.cache,
+            "fused": fused,
+            "distilled": select(fused, kept),
+        }
         for name, cache in caches.items():
-            save(cache, place / f"{name}.safetensors", owners["target" if name == "target" else "draft"], len(passage))
+            save(
+                cache,
+                place / f"{name}.safetensors",
+                owners["target" if name == "target" else "draft"],
+                len(passage),
+            )
         rows.append(Asked(passage, request, place))
     return rows
 
@@ -107,7 +120,12 @@ def answer(step: str, m: Models, asked: Asked, owners: Mapping[str, dict]) -> di
     ids = asked.request if prefix else torch.cat((asked.passage, asked.request))
     made = generate(m.target, [ids], proposer, gamma=GAMMA, max_new_tokens=NEW, prefix=prefix)
     seconds, found = time.perf_counter() - started, summarize(made.rounds)
-    row = {"step": step, "seconds": seconds, "reading": found.reading_seconds, "tokens": tuple(made.tokens[0].tolist())}
+    row = {
+        "step": step,
+        "seconds": seconds,
+        "reading": found.reading_seconds,
+        "tokens": tuple(made.tokens[0].tolist()),
+    }
     return row | {"acceptance": found.acceptance, "tokens_per_call": found.tokens_per_call}
 
 
@@ -130,17 +148,32 @@ def step_figures(runs: list[pd.DataFrame]) -> list[dict]:
     texts = pd.concat(runs).groupby(["prompt", "step"])["tokens"].agg(set).unstack()
     times = [r.groupby(["prompt", "step"])["seconds"].median().unstack() for r in runs]
     seconds = 1000 * sum(times) / len(times)
-    told, figures = f"{TOLD}; {THREADS} threads, in turn; mean over {len(runs)} trained drafts; n is prompts", []
+    told, figures = (
+        f"{TOLD}; {THREADS} threads, in turn; mean over {len(runs)} trained drafts; n is prompts",
+        [],
+    )
     for before, step in zip((None, *STEPS), STEPS, strict=False):
         figures.append(figure(f"ms_{step}", seconds[step], "ms", told))
         if before:
             saved = f"milliseconds of {before} minus those of {step}; {told}"
             figures.append(figure(f"saved_{step}", seconds[before] - seconds[step], "ms", saved))
             figures.append(
-                figure(f"speedup_{step}", seconds["plain"] / seconds[step], "ratio", f"plain over {step}; {told}")
+                figure(
+                    f"speedup_{step}",
+                    seconds["plain"] / seconds[step],
+                    "ratio",
+                    f"plain over {step}; {told}",
+                )
             )
-        equal = [float(one == plain and len(one) == 1) for one, plain in zip(texts[step], texts["plain"], strict=True)]
-        figures.append(figure(f"equal_{step}", equal, "fraction", f"the text is that of plain decoding; {told}"))
+        equal = [
+            float(one == plain and len(one) == 1)
+            for one, plain in zip(texts[step], texts["plain"], strict=True)
+        ]
+        figures.append(
+            figure(
+                f"equal_{step}", equal, "fraction", f"the text is that of plain decoding; {told}"
+            )
+        )
         for what, unit in (("acceptance", "fraction"), ("tokens_per_call", "tokens")):
             values = np.mean([r[r["step"] == step].groupby("prompt")[what].mean() for r in runs], 0)
             if not np.isnan(values).all():
@@ -150,7 +183,9 @@ def step_figures(runs: list[pd.DataFrame]) -> list[dict]:
 
 def size_figures(m: Models, asked: Sequence[Asked]) -> list[dict]:
     """Bytes of a passage's cache, for the target and for each form of the draft's."""
-    owners = {"target": fingerprint(m.target)} | dict.fromkeys(("reads", "fused", "distilled"), fingerprint(m.trained))
+    owners = {"target": fingerprint(m.target)} | dict.fromkeys(
+        ("reads", "fused", "distilled"), fingerprint(m.trained)
+    )
     return [
         figure(
             f"kb_{name}",
