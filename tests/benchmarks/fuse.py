@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kvlab import draft as drafts
 from kvlab import lab
 from kvlab.cache import prefix_of, read
-from kvlab.cli import FUSER_SMALL, drafters, speculated, tuned
+from kvlab.commands.fuse import FUSER_SMALL, drafters, speculated, tuned
 from kvlab.evaluate import benchmark, encode, figure
 from kvlab.fuse import (
     Aligned,
