@@ -20,7 +20,7 @@ from kvlab import align as align_module
 from kvlab import lab, similarity, training
 from kvlab.cli import main
 from kvlab.commands.align import ALIGNMENTS, Problems, alignment_figures, solved
-from kvlab.evaluate import answers
+from kvlab.generation import answers
 from kvlab.lab import corpora
 from kvlab.records import messages, read_records
 from kvlab.scale import Scale

@@ -17,14 +17,8 @@ from kvlab import compress, lab, training
 from kvlab.cli import main
 from kvlab.commands.distill import compression_figures, compression_scores
 from kvlab.compress import AWARE, KVDistiller
-from kvlab.evaluate import (
-    answers,
-    encode,
-    exact_match,
-    log_likelihoods,
-    multiple_choice,
-    perplexity,
-)
+from kvlab.evaluate import exact_match, log_likelihoods, multiple_choice, perplexity
+from kvlab.generation import answers, encode
 from kvlab.lab import corpora
 from kvlab.records import Record, read_records
 from kvlab.scale import Scale

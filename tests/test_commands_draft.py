@@ -12,7 +12,7 @@ from kvlab import draft as drafts
 from kvlab import lab, training
 from kvlab.cli import main
 from kvlab.draft import KnowledgeDraft
-from kvlab.evaluate import encode
+from kvlab.generation import encode
 from kvlab.lab import corpora
 from kvlab.scale import Scale
 

@@ -15,8 +15,8 @@ from kvlab import fuse as fuse_module
 from kvlab import lab, similarity, training
 from kvlab.cache import from_tensor, to_tensor
 from kvlab.cli import main
-from kvlab.evaluate import encode
 from kvlab.fuse import Fuser, Settings, Size
+from kvlab.generation import encode
 from kvlab.lab import corpora
 from kvlab.lab.report import problems
 from kvlab.records import messages, read_records

@@ -40,8 +40,8 @@ from kvlab.draft import (
     train,
     unsettle,
 )
-from kvlab.evaluate import continuations, encode
 from kvlab.files import as_bytes
+from kvlab.generation import continuations, encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.speculate import ModelProposer, Runner, Sampling, generate, summarize
 

@@ -16,7 +16,6 @@ from torch import nn
 from kvlab import cache as kv
 from kvlab import lab
 from kvlab.cache import CacheError, Read, from_tensor, read, rotary_of, to_tensor, truncate
-from kvlab.evaluate import encode
 from kvlab.fuse import (
     NOISES,
     PUBLISHED,
@@ -33,6 +32,7 @@ from kvlab.fuse import (
     response_loss,
     train,
 )
+from kvlab.generation import encode
 from kvlab.similarity import last_aligned, layer_map
 
 CHATML = (

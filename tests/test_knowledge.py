@@ -26,7 +26,7 @@ from kvlab import files, knowledge, lab
 from kvlab.cache import CacheError
 from kvlab.compress import Compressed, compact
 from kvlab.draft import KnowledgeDraft
-from kvlab.evaluate import encode
+from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Hit, KnowledgeCache, Piece, read, splice
 from kvlab.lab.tokenizers import CHAT_TEMPLATE
 

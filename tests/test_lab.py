@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvlab.evaluate import answers, exact_match
+from kvlab.evaluate import exact_match
+from kvlab.generation import answers
 from kvlab.lab import corpora, models, recipe, report, worlds
 from kvlab.lab.tokenizers import END, PAD, ROLES, train_tokenizer
 

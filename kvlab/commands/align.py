@@ -38,7 +38,8 @@ from kvlab.commands.shared import (
     run_name,
     write_json,
 )
-from kvlab.evaluate import answers, circumstances, figure
+from kvlab.evaluate import circumstances, figure
+from kvlab.generation import answers
 from kvlab.lab import corpora
 from kvlab.records import (
     ANSWER_KINDS,

@@ -20,7 +20,8 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.draft import Accepted, Example, KnowledgeDraft
-from kvlab.evaluate import circumstances, encode, figure
+from kvlab.evaluate import circumstances, figure
+from kvlab.generation import encode
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
 from kvlab.losses import require_known

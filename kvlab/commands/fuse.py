@@ -28,11 +28,12 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.draft import Example
-from kvlab.evaluate import circumstances, encode, figure
+from kvlab.evaluate import circumstances, figure
 from kvlab.fuse import KEYS, Aligned, Fuser, Size
 from kvlab.fuse import Lesson as FuserLesson
 from kvlab.fuse import Settings as FuserSettings
 from kvlab.fuse import train as train_on
+from kvlab.generation import encode
 from kvlab.lab import corpora
 from kvlab.records import messages
 from kvlab.scale import Scale

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from kvlab import lab
 from kvlab.cache import Prefix, truncate
 from kvlab.commands.shared import open_store, require_store, scale_with_target
-from kvlab.evaluate import encode
+from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Item, KnowledgeCache, loaded
 from kvlab.records import faq
 from kvlab.speculate import decode, generate

@@ -21,8 +21,9 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.draft import KnowledgeDraft
-from kvlab.evaluate import circumstances, encode
+from kvlab.evaluate import circumstances
 from kvlab.fuse import Fuser, Size
+from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab.report import problems
 from kvlab.records import read_prompts
