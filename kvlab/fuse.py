@@ -1,46 +1,46 @@
-"""The Cache-to-Cache (C2C) fuser: what a sharer knows of a text, added to a receiver's KV cache.
+"""The Cache-to-Cache (C2C) fuser: it adds to a receiver's KV cache what a sharer's cache holds of the same text.
 
-Sharer and receiver read the same prompt. For each of the receiver's layers, keys and values apart,
-a small network sees what both made of a token, and proposes a change to what the receiver made of
-it. A weight for each head and token scales the change, and a gate for the layer lets it pass or
-not. Both models stay as they are; only the fuser learns.
+Sharer and receiver read the same prompt. For each receiver layer, one network for keys and one for
+values reads the entries that both models have of a token, and proposes a change to the receiver's
+entry. A weight per head and token scales the change; a gate per network passes or blocks it. Both
+models are frozen: only the fuser is trained.
 
-Source: Fu et al. (2025), Cache-to-Cache, arXiv 2510.03215, and its code. What is published differs
-from the default in three places, each of which has a name:
+Source: Fu et al. (2025), Cache-to-Cache, arXiv 2510.03215, and its code. The published code differs
+from the defaults here in three places, and each can be chosen:
 
-- keys. The published fuser reads and changes keys as they are stored, rotated, so that it has to
-  learn each position anew, and texts that do not start at the same position do not fit. Here keys
-  are un-rotated before, and the change is rotated after (`Settings.keys`).
-- noise. Its gates are trained with Gumbel noise, with which a gate of logit 0 is open with
-  probability 1 - 1/e = 0.632 in training, and closed at inference. Logistic noise makes it
-  sigma(logit): open more often than not where it is open at inference (`Settings.noise`).
-- tokens. Of the sharer's tokens that spell one of the receiver's, it takes one
-  (`align_tokens(keep="longest")`); here all count, by the characters they share with it.
+- keys. It fuses keys as they are stored, rotated, so the fuser must learn every position anew, and
+  two texts must start at the same position. Here keys are un-rotated first, and the change is
+  rotated afterwards (`Settings.keys`).
+- noise. It trains gates with Gumbel noise: a gate of logit 0 is then open with probability
+  1 - 1/e = 0.632 in training, and closed at inference. With logistic noise it is open with
+  probability sigma(logit), above 1/2 exactly where it is open at inference (`Settings.noise`).
+- tokens. Of the sharer's tokens that spell one receiver token it keeps one
+  (`align_tokens(keep="longest")`). Here all count, weighted by their common characters.
 
-Not published are `rehearsal_loss`, which teaches to carry over what a text says, and fusing what
-was said in decoding. `PUBLISHED` has the first two. Batches are padded on the left, as wherever
-kvlab reads contexts. An untrained fuser is closed: in evaluation mode it returns the receiver's
-cache, bit for bit.
+`rehearsal_loss` and fusing the tokens of a response are additions of this package. Batches are
+padded on the left. The gates of an untrained fuser are closed: in evaluation mode it returns the
+receiver's cache, bit for bit.
 
 >>> from kvlab import lab
 >>> receiver, sharer = lab.load("lab-draft"), lab.load("lab-target")
 >>> fuser = Fuser(Size.of(receiver.config), Size.of(sharer.config), settings=Settings(hidden=64))
 >>> ids = lab.load_tokenizer("lab-draft")("Anna lives in Rome.", return_tensors="pt").input_ids
->>> own, theirs = read(receiver, ids), read(sharer, ids)
->>> torch.equal(to_tensor(fuser(own, theirs)), to_tensor(own.cache))
+>>> prefix = kv.prefill(receiver, ids)
+>>> fused = fuser(prefix, kv.prefill(sharer, ids))
+>>> torch.equal(kv.to_tensor(fused), kv.to_tensor(prefix.cache))
 True
 """
 
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,53 +48,47 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.cache import (
-    Prefix,
-    Read,
-    differences,
-    fingerprint,
-    from_tensor,
-    join,
-    part,
-    pick_layers,
-    read,
-    require,
-    rotate,
-    shape_of,
-    to_tensor,
-    truncate,
-    unrotate,
-)
+from kvlab import cache as kv
+from kvlab.cache import Prefix
 from kvlab.files import write_tensors, write_text
-from kvlab.generation import encode_parts, rendered
+from kvlab.generation import rendered
 from kvlab.losses import cross_entropy
-from kvlab.similarity import LayerMap, last_aligned
+from kvlab.models import CacheError, differences, fingerprint, head_dim
+from kvlab.similarity import LayerMap, first_aligned, last_aligned, proportional
 from kvlab.training import fit
 
-KEYS = ("unrotated", "rotated")
-NOISES = {
-    "logistic": torch.logit,
-    "gumbel": lambda u: -(-u.log()).log(),
-}  # from u, uniform in (0, 1)
-KEEPS = ("all", "longest")
-FORMAT_VERSION, WEIGHTS, ABOUT = 1, "fuser.safetensors", "fuser.json"
+NOISES = {"logistic": torch.logit, "gumbel": lambda u: -(-u.log()).log()}  # u is uniform in (0, 1)
+LAYER_MAPS = {"last": last_aligned, "proportional": proportional, "first": first_aligned}
+CONTENT_MARK = "\ue000"  # replaces a message's content, to find where a chat template puts it
+FORMAT_VERSION, WEIGHTS_FILE, CONFIG_FILE = 2, "fuser.safetensors", "fuser.json"
+VERSION_1_NAMES = {"enter": "input_proj", "shared": "shared_mlp", "project": "value_mlp",
+                   "weigh": "weight_mlp", "change": "value_out", "weight": "weight_out"}  # fmt: skip
+Batch = Mapping[str, Tensor]
 Conversation = Sequence[Mapping[str, str]]  # {"role", "content"} messages
-MARK = "\ue000"  # stands for a message's text, to see where a chat template puts it
 
 
 # -- tokens
 
 
-class Aligned(NamedTuple):
-    """One text in the tokens of both models: ids (T_r,) and (T_s,), and shares (T_r, T_s).
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """One text in the tokens of both models.
 
-    Row i says of which sharer tokens the receiver's token i is made: it adds up to 1, or is 0 where
-    it is of none. None where both have the same tokens.
+    Args:
+        receiver_ids, sharer_ids: (T_r,) and (T_s,).
+        token_weights: (T_r, T_s), the weights of the sharer's tokens for each receiver token. A row
+            sums to 1, or to 0 if no sharer token matches. None if both models have the same tokens.
     """
 
     receiver_ids: Tensor
     sharer_ids: Tensor
-    shares: Tensor | None = None
+    token_weights: Tensor | None = None
+
+    def __post_init__(self):
+        if self.token_weights is None and not torch.equal(self.receiver_ids, self.sharer_ids):
+            raise ValueError(
+                "The sharer has other tokens: give the token_weights that `align_tokens` finds."
+            )
 
 
 def align_tokens(
@@ -103,90 +97,72 @@ def align_tokens(
     conversation: Conversation,
     keep: str = "all",
 ) -> Aligned:
-    """Encode a conversation for both models, and align the tokens by the characters that they spell.
+    """Encode a conversation for both models, and align the tokens by the characters they spell.
 
-    Where both chat templates write the same text, all of it is aligned; else only what messages
-    say, and the tokens of the templates themselves belong to no token of the other side. The same
-    pieces of the same text correspond one by one. The tokens of a character that takes several all
-    spell it.
+    If both chat templates render the same text, all of it is aligned. Otherwise only the contents of
+    the messages are: the templates' own tokens get no counterpart. If both tokenizers cut the text
+    in the same places, tokens correspond one to one.
 
     Args:
-        keep: "all" sharer tokens that overlap one of the receiver's, each by its share of the
-            common characters; or the "longest", the first of those with most of them, which is
-            nearest to what is published.
+        conversation: {"role", "content"} messages.
+        keep: "all" sharer tokens that overlap a receiver token, weighted by common characters; or
+            the "longest", the first one with the largest overlap, as in the published code.
 
     Raises:
-        ValueError: a tokenizer without offsets, a template that changes what a message says,
-            another `keep`.
+        ValueError: the chat template changes the content of a message; another `keep`.
 
     Example:
         >>> from kvlab import lab
         >>> tokenizers = lab.load_tokenizer("lab-draft"), lab.load_tokenizer("lab-teacher")
-        >>> ids, other_ids, shares = align_tokens(*tokenizers, [{"role": "user", "content": "eggs"}])
-        >>> [tokenizers[0].decode(i) for i in ids], [tokenizers[1].decode(i) for i in other_ids]
-        (['<|user|>', ' eggs', '<|assistant|>'], ['<|user|>', ' e', 'g', 'g', 's', '<|assistant|>'])
-        >>> shares[1]
-        tensor([0.0000, 0.4000, 0.2000, 0.2000, 0.2000, 0.0000])
+        >>> aligned = align_tokens(*tokenizers, [{"role": "user", "content": "eggs"}])
+        >>> [tokenizers[1].decode(i) for i in aligned.sharer_ids], aligned.token_weights[1]
+        (['<|user|>', ' e', 'g', 'g', 's', '<|assistant|>'], tensor([0.0000, 0.4000, 0.2000, 0.2000, 0.2000, 0.0000]))
     """
-    require(keep in KEEPS, f"keep is {keep!r}, expected one of {', '.join(KEEPS)}.")
-    sides = [
-        _encoded(tokenizer, conversation) for tokenizer in (receiver_tokenizer, sharer_tokenizer)
-    ]
-    (text, ids, offsets), (other_text, other_ids, other_offsets) = sides
-    same = text == other_text
-    if same and np.array_equal(offsets, other_offsets):
-        return Aligned(ids, other_ids, None if torch.equal(ids, other_ids) else torch.eye(len(ids)))
-    own, theirs = (
-        side[2] if same else _spoken(tokenizer, conversation, side[0])[side[2]]
-        for tokenizer, side in zip((receiver_tokenizer, sharer_tokenizer), sides, strict=True)
-    )  # (T, 2), where each token begins and ends in what both have
-    common = np.minimum(own[:, None, 1], theirs[:, 1]) - np.maximum(own[:, None, 0], theirs[:, 0])
-    common = torch.from_numpy(common.clip(min=0)).float()  # (T_r, T_s), in characters
+    if keep not in ("all", "longest"):
+        raise ValueError(f"keep is {keep!r}, expected 'all' or 'longest'.")
+    text, ids, spans = _encode_with_spans(receiver_tokenizer, conversation)
+    sharer_text, sharer_ids, sharer_spans = _encode_with_spans(sharer_tokenizer, conversation)
+    if text == sharer_text and np.array_equal(spans, sharer_spans):
+        weights = None if torch.equal(ids, sharer_ids) else torch.eye(len(ids))
+        return Aligned(ids, sharer_ids, weights)
+    if text != sharer_text:
+        spans = _message_offsets(receiver_tokenizer, conversation, text)[spans]
+        sharer_spans = _message_offsets(sharer_tokenizer, conversation, sharer_text)[sharer_spans]
+    starts = np.maximum(spans[:, None, 0], sharer_spans[:, 0])
+    ends = np.minimum(spans[:, None, 1], sharer_spans[:, 1])
+    common = torch.from_numpy((ends - starts).clip(min=0)).float()  # (T_r, T_s), in characters
     if keep == "longest":
         best = common.argmax(1, keepdim=True)
-        common = torch.zeros_like(common).scatter(1, best, (common.gather(1, best) > 0).float())
-    return Aligned(ids, other_ids, common / common.sum(1, keepdim=True).clamp(min=1))
+        common = torch.zeros_like(common).scatter(1, best, common.gather(1, best).sign())
+    return Aligned(ids, sharer_ids, common / common.sum(1, keepdim=True).clamp(min=1))
 
 
-def _encoded(
+def _encode_with_spans(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 ) -> tuple[str, Tensor, np.ndarray]:
-    """The text of a conversation, its token ids (T,), and where in it each begins and ends, (T, 2)."""
-    name = type(tokenizer).__name__
-    require(
-        tokenizer.is_fast,
-        f"{name} is not a fast tokenizer and has no offsets: load it with use_fast=True.",
-    )
-    require(
-        conversation,
-        "The conversation is empty, expected one message or more: give what the models are to read.",
-    )
-    text = rendered(tokenizer, conversation)
-    encoded = tokenizer(
-        text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True
-    )
-    return (
-        text,
-        torch.tensor(encoded["input_ids"]),
-        np.array(encoded["offset_mapping"]).reshape(-1, 2),
-    )
+    """The rendered text, its token ids (T,), and the start and end of each token in it, (T, 2)."""
+    text, special = rendered(tokenizer, conversation), not tokenizer.chat_template
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    spans = np.array(encoded["offset_mapping"]).reshape(-1, 2)
+    return text, torch.tensor(encoded["input_ids"]), spans
 
 
-def _spoken(
+def _message_offsets(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, text: str
 ) -> np.ndarray:
-    """For each place in a rendered text, how many characters of messages stand before it, (len(text) + 1,)."""
+    """The number of message characters before each index of the rendered text, (len(text) + 1,)."""
     inside = np.zeros(len(text), dtype=np.int64)
     for i, message in enumerate(conversation):
-        marked = [*conversation[:i], {**message, "content": MARK}, *conversation[i + 1 :]]
-        place, content = rendered(tokenizer, marked).find(MARK), message["content"].strip()
-        start = text.find(content, max(place, 0))
-        found = place >= 0 and start >= 0 and not text[place:start].strip()
-        seen = f"The chat template of {type(tokenizer).__name__} changes message {i}, which begins {content[:60]!r}"
-        require(
-            found,
-            f"{seen}: use a tokenizer whose template leaves it, or none (chat_template=None).",
-        )
+        content = message["content"].strip()
+        marked = list(conversation)
+        marked[i] = {**message, "content": CONTENT_MARK}
+        mark = rendered(tokenizer, marked).find(CONTENT_MARK)
+        start = text.find(content, max(mark, 0))
+        if mark < 0 or start < 0 or text[mark:start].strip():
+            raise ValueError(
+                f"The chat template of {type(tokenizer).__name__} changes message {i}, which begins "
+                f"{content[:60]!r}: use a tokenizer whose template leaves it, or chat_template=None."
+            )
         inside[start : start + len(content)] = 1
     return np.concatenate(([0], inside.cumsum()))
 
@@ -195,7 +171,7 @@ def _spoken(
 
 
 class Size(NamedTuple):
-    """What a fuser has to know of a model: its layers, KV heads, and their width."""
+    """The part of a model's configuration that a fuser depends on."""
 
     layers: int
     heads: int
@@ -210,93 +186,88 @@ class Size(NamedTuple):
         Size(layers=6, heads=4, head_dim=40)
         """
         config = config.get_text_config(decoder=True)
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        return cls(config.num_hidden_layers, config.num_key_value_heads, width)
+        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim(config))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a fuser is made.
+    """Hyper-parameters of a fuser.
 
     Args:
-        hidden: the width of all that lies between input and output.
-        dropout: in each block, in training.
-        keys: "unrotated", or "rotated" as published.
-        noise: of the gates in training, "logistic", or "gumbel" as published.
-        gate: the logit that gates start with. Published: 0, at which noise closes about half of
-            them in training.
-        sharer_seen: False puts zeros in place of what the sharer made: the control that has as many
-            parameters, and nothing but the receiver's own cache to learn from.
+        hidden: width of the hidden layers.
+        dropout: dropout rate in each block.
+        keys: "unrotated", or "rotated" as in the published code.
+        noise: of the gates in training: "logistic", or "gumbel" as in the published code.
+        gate: initial logit of the gates. Published: 0, where noise closes about half of them in
+            training.
+        use_sharer: False replaces the sharer's features by zeros. This is the parameter-matched
+            control: the same number of parameters, without the sharer's information.
     """
 
     hidden: int = 1024
     dropout: float = 0.1
-    keys: str = "unrotated"
-    noise: str = "logistic"
+    keys: Literal["unrotated", "rotated"] = "unrotated"
+    noise: Literal["logistic", "gumbel"] = "logistic"
     gate: float = 0.0
-    sharer_seen: bool = True
+    use_sharer: bool = True
 
     def __post_init__(self):
-        require(self.hidden > 0, f"hidden is {self.hidden}, expected 1 or more.")
-        require(
-            0 <= self.dropout < 1,
-            f"dropout is {self.dropout}, expected 0 or more, and less than 1.",
-        )
-        require(self.keys in KEYS, f"keys is {self.keys!r}, expected one of {', '.join(KEYS)}.")
-        require(
-            self.noise in NOISES, f"noise is {self.noise!r}, expected one of {', '.join(NOISES)}."
-        )
+        if self.hidden < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"hidden is {self.hidden} and dropout {self.dropout}, expected a positive integer and "
+                "a fraction in [0, 1)."
+            )
+        if self.keys not in ("unrotated", "rotated") or self.noise not in NOISES:
+            raise ValueError(
+                f"keys is {self.keys!r} and noise {self.noise!r}, expected 'unrotated' or 'rotated', "
+                "and 'logistic' or 'gumbel'."
+            )
 
 
-PUBLISHED = Settings(keys="rotated", noise="gumbel")
+class StackedLinear(nn.Module):
+    """One linear map per network, all in one product: (n, N, inputs) -> (n, N, outputs)."""
 
-
-class Linears(nn.Module):
-    """A linear map for each of n sides (a layer's keys, or its values), in one product: (n, N, in) -> (n, N, out)."""
-
-    def __init__(self, sides: int, inputs: int, outputs: int, bias: bool = True):
+    def __init__(self, networks: int, inputs: int, outputs: int, bias: bool = True):
         super().__init__()
-        bound = inputs**-0.5  # as nn.Linear starts
-        self.weight = nn.Parameter(torch.empty(sides, inputs, outputs).uniform_(-bound, bound))
-        # One dimension, by which `fit` knows what is not a matrix and must not decay.
-        self.bias = (
-            nn.Parameter(torch.empty(sides * outputs).uniform_(-bound, bound)) if bias else None
-        )
+        bound = inputs**-0.5  # the initialization of nn.Linear
+        self.weight = nn.Parameter(torch.empty(networks, inputs, outputs).uniform_(-bound, bound))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(networks, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        made = torch.bmm(x, self.weight)
-        return made if self.bias is None else made + self.bias.view(len(x), 1, -1)
+        product = torch.bmm(x, self.weight)
+        return product if self.bias is None else product + self.bias[:, None]
 
 
-class Block(nn.Module):
-    """x + W2 GELU(W1 RMSNorm(x)) for each side, without bias, with dropout on what is added."""
+class StackedMLP(nn.Module):
+    """x + W2 GELU(W1 RMSNorm(x)) per network, without biases, with dropout on the sum's second term."""
 
-    def __init__(self, sides: int, width: int, dropout: float):
+    def __init__(self, networks: int, width: int, dropout: float):
         super().__init__()
-        self.norm, self.dropout = nn.Parameter(torch.ones(sides * width)), nn.Dropout(dropout)
-        self.up, self.down = (Linears(sides, width, width, bias=False) for _ in range(2))
+        self.norm = nn.Parameter(torch.ones(networks, width))
+        self.dropout = nn.Dropout(dropout)
+        self.up = StackedLinear(networks, width, width, bias=False)
+        self.down = StackedLinear(networks, width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.norm.view(len(x), 1, -1)
+        normed = F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.norm[:, None]
         return x + self.dropout(self.down(F.gelu(self.up(normed))))
 
 
 class Fuser(nn.Module):
-    """A C2C fuser from a sharer to a receiver, in evaluation mode, with all gates closed.
+    """A C2C fuser from a sharer to a receiver.
 
-    Training draws soft gates at `temperature`; evaluation opens those whose logit is above 0. All
-    sides (each layer's keys and values) are computed in the same few products, so that a call on a
-    few tokens costs little.
+    A new fuser is in evaluation mode with closed gates. Training draws soft gates at `temperature`;
+    evaluation opens the gates with a logit above 0. All 2 L networks (keys and values of each
+    receiver layer, in this order) are computed in the same few products.
 
     Args:
-        receiver, sharer: sizes of the two models. One model that is both is a control: more
-            parameters, and no news.
-        layer_map: for each receiver layer one or more of the sharer's, whose weighted mean it sees.
-            Default: `similarity.last_aligned`. Others are `similarity.proportional`, and what
-            `similarity.layer_map` finds.
-        settings: `PUBLISHED` for the fuser of the source.
+        receiver, sharer: sizes of the two models. The receiver as its own sharer is the self-fusion
+            control: the same parameters, no new information.
+        layer_map: one or more sharer layers per receiver layer, of which the network reads the
+            weighted mean. Default: `last_aligned`.
+        settings: default `Settings()`.
 
     Example:
         >>> with torch.device("meta"):  # Qwen2.5-0.5B to Qwen3-0.6B
@@ -314,402 +285,336 @@ class Fuser(nn.Module):
     ):
         super().__init__()
         settings = settings or Settings()
-        layer_map = last_aligned(receiver.layers, sharer.layers) if layer_map is None else layer_map
-        have, want = (
-            (len(layer_map.indices), layer_map.teacher_layers),
-            (receiver.layers, sharer.layers),
-        )
-        seen = f"The layer map is from {have[1]} layers to {have[0]}, expected from {want[1]} to {want[0]}"
-        require(have == want, f"{seen}: make it for this sharer and this receiver.")
-        self.receiver, self.sharer, self.layer_map, self.settings = (
-            receiver,
-            sharer,
-            layer_map,
-            settings,
-        )
-        self.sources = sorted(
-            {*layer_map.indices.flatten().tolist()}
-        )  # the sharer's layers that are seen
-        sides, hidden, width = (
-            2 * receiver.layers,
-            settings.hidden,
-            receiver.heads * receiver.head_dim,
-        )
-        self.enter = Linears(sides, sharer.heads * sharer.head_dim + width, hidden)
-        self.shared, self.project, self.weigh = (
-            Block(sides, hidden, settings.dropout) for _ in range(3)
-        )
-        self.change, self.weight = (
-            Linears(sides, hidden, width),
-            Linears(sides, hidden, receiver.heads),
-        )
-        self.gate_logit, self.temperature = nn.Parameter(torch.full((sides,), settings.gate)), 1.0
-        self.trained_for: dict[
-            str, dict
-        ] = {}  # fingerprints of "receiver" and "sharer", noted by `train`
+        if layer_map is None:
+            layer_map = last_aligned(receiver.layers, sharer.layers)
+        if (len(layer_map.indices), layer_map.teacher_layers) != (receiver.layers, sharer.layers):
+            raise ValueError(
+                f"The layer map is from {layer_map.teacher_layers} layers to {len(layer_map.indices)}, "
+                f"expected from {sharer.layers} to {receiver.layers}: make it for these two models."
+            )
+        self.receiver, self.sharer = receiver, sharer
+        self.layer_map, self.settings = layer_map, settings
+        networks, hidden = 2 * receiver.layers, settings.hidden
+        width = receiver.heads * receiver.head_dim
+        self.input_proj = StackedLinear(networks, sharer.heads * sharer.head_dim + width, hidden)
+        self.shared_mlp = StackedMLP(networks, hidden, settings.dropout)
+        self.value_mlp = StackedMLP(networks, hidden, settings.dropout)
+        self.weight_mlp = StackedMLP(networks, hidden, settings.dropout)
+        self.value_out = StackedLinear(networks, hidden, width)
+        self.weight_out = StackedLinear(networks, hidden, receiver.heads)
+        self.gate_logit = nn.Parameter(torch.full((networks,), settings.gate))
+        self.temperature = 1.0
+        self.trained_for: dict[str, dict] = {}  # fingerprints of "receiver" and "sharer"
         self.eval()
 
-    def forward(self, receiver: Read, sharer: Read, shares: Tensor | None = None) -> DynamicCache:
-        """Fuse what the sharer made of texts into the receiver's cache. Returns a new cache; neither is changed.
+    def forward(
+        self, receiver: Prefix, sharer: Prefix, token_weights: Tensor | None = None
+    ) -> DynamicCache:
+        """Fuse the sharer's entries into the receiver's cache. Returns a new cache; both prefixes stay as they are.
 
         Args:
-            receiver, sharer: the same B texts, T_r and T_s tokens with padding.
-            shares: (B, T_r, T_s), of which sharer tokens each of the receiver's is made, as
-                `align_tokens` finds. A row of zeros leaves a token as it is. Default: both have the
-                same tokens, in the same columns.
+            receiver, sharer: the same B texts, T_r and T_s tokens with padding; `positions` and
+                `rotary` set, as `prefill` does.
+            token_weights: (B, T_r, T_s), the weights of the sharer's tokens for each receiver token
+                (`align_tokens`). A row of zeros leaves a token unchanged. Default: both models have
+                the same tokens, in the same columns.
 
         Returns:
-            A cache as the receiver's, in its dtype and at its positions. What no gate, share or
-            mask lets change has the receiver's bits.
+            A cache in the dtype and at the positions of the receiver's. Entries that a gate, a
+            weight or a mask excludes keep the receiver's bits.
         """
-        self._require_fit(receiver, sharer, shares)
-        stored, weight = to_tensor(receiver.cache), self.enter.weight  # (L, 2, B, H, T, d)
-        passing = (
-            torch.ones(2 * len(stored), dtype=torch.bool) if self.training else self.gate_logit > 0
-        )
-        if not passing.any():
-            return from_tensor(stored.clone())
-        seen = sharer._replace(cache=pick_layers(sharer.cache, self.sources))
-        theirs = _features(seen, self.settings.keys).to(weight)
-        theirs = torch.einsum(
-            "ls,s...->l...", self._mixture().to(weight), theirs
-        )  # (L, 2, B, T_s, W_s)
-        theirs = theirs if shares is None else shares.to(weight) @ theirs
-        theirs = theirs if self.settings.sharer_seen else torch.zeros_like(theirs)
-        own = _features(receiver, self.settings.keys).to(weight)  # (L, 2, B, T, H d)
-        changes = self._changes(torch.cat((theirs, own), -1).flatten(0, 1).flatten(1, 2)).view(
-            own.shape
-        )
-        changes = changes.unflatten(-1, stored.shape[3::2]).transpose(3, 4)  # (L, 2, B, H, T, d)
+        for prefix, size in ((receiver, self.receiver), (sharer, self.sharer)):
+            layers, _, heads, _, width = kv.shape_of(prefix.cache)
+            if (layers, heads, width) != size:
+                raise CacheError(
+                    f"A cache has {Size(layers, heads, width)}, the fuser was made for {size}: give "
+                    "the receiver's cache, then the sharer's."
+                )
+        stored = kv.to_tensor(receiver.cache)  # (L, 2, B, H, T, d)
+        features = self._features(receiver, sharer, token_weights)
+        change = self._changes(features.flatten(0, 1).flatten(1, 2))  # (2 L, B T, H d)
+        change = change.view(*features.shape[:-1], self.receiver.heads, -1).transpose(3, 4)
+        changed = (self.gate_logit > 0).view(-1, 2, 1, 1, 1, 1)
         if self.training:
-            changes = changes * self._gates((*stored.shape[:5], 1)).to(changes)
-        if (
-            self.settings.keys == "unrotated"
-        ):  # rotation is linear: only the change is turned, and stored keys are not
-            changes = to_tensor(rotate(from_tensor(changes), receiver.positions, receiver.rotary))
-        fused = (receiver.mask > 0).to(stored.device)  # (B, T)
-        if shares is not None:
-            fused = fused & (shares.sum(-1) > 0).to(stored.device)
-        changed = passing.to(stored.device).view(-1, 2, 1, 1, 1, 1) & fused[:, None, :, None]
-        return from_tensor(torch.where(changed, stored + changes.to(stored), stored))
+            change = change * self._gates((*stored.shape[:5], 1)).to(change)
+            changed = torch.ones_like(changed)
+        if self.settings.keys == "unrotated":  # rotation is linear: stored keys stay as they are
+            rotated = kv.rotate(kv.from_tensor(change), receiver.positions, receiver.rotary)
+            change = kv.to_tensor(rotated)
+        if receiver.attention_mask is not None:
+            changed = changed & (receiver.attention_mask > 0)[:, None, :, None]
+        if token_weights is not None:
+            changed = changed & (token_weights.sum(-1) > 0).to(changed.device)[:, None, :, None]
+        return kv.from_tensor(torch.where(changed, stored + change.to(stored), stored))
 
-    def _changes(self, x: Tensor) -> Tensor:
-        """What to add where gates are open, (2 L, N, H d), from the features of both, (2 L, N, W_s + H d)."""
-        x = self.shared(self.enter(x))
-        change = self.change(self.project(x)).unflatten(
-            -1, (self.receiver.heads, -1)
-        )  # (2 L, N, H, d)
-        return (self.weight(self.weigh(x)).sigmoid()[..., None] * change).flatten(2)
+    def _features(self, receiver: Prefix, sharer: Prefix, token_weights: Tensor | None) -> Tensor:
+        """The networks' input, heads side by side, sharer before receiver, (L, 2, B, T, W_s + H d)."""
+        weight, layer_map = self.input_proj.weight, self.layer_map
+        picked = kv.pick_layers(sharer.cache, layer_map.indices.flatten().tolist())
+        picked = entries(replace(sharer, cache=picked), self.settings.keys).to(weight)
+        picked = picked.unflatten(0, layer_map.indices.shape)  # (L, k, 2, B, T_s, W_s)
+        mean = torch.einsum("lk,lk...->l...", layer_map.weights.to(weight), picked)
+        if token_weights is not None:
+            mean = token_weights.to(weight) @ mean
+        if not self.settings.use_sharer:
+            mean = torch.zeros_like(mean)
+        return torch.cat((mean, entries(receiver, self.settings.keys).to(weight)), -1)
+
+    def _changes(self, features: Tensor) -> Tensor:
+        """The changes behind open gates, (2 L, N, H d), from features (2 L, N, W_s + H d)."""
+        x = self.shared_mlp(self.input_proj(features))
+        value = self.value_out(self.value_mlp(x)).unflatten(-1, (self.receiver.heads, -1))
+        weight = self.weight_out(self.weight_mlp(x)).sigmoid()  # (2 L, N, H)
+        return (weight[..., None] * value).flatten(2)
 
     def _gates(self, shape: Sequence[int]) -> Tensor:
-        """Gates as in training, sigma((logit + noise) / temperature), drawn for each row, head and token."""
+        """Soft gates sigma((logit + noise) / temperature), drawn per row, head and token."""
         u = torch.rand(*shape, device=self.gate_logit.device).clamp(1e-6, 1 - 1e-6)
         logits = self.gate_logit.float().view(-1, 2, *[1] * (len(shape) - 2))
         return ((logits + NOISES[self.settings.noise](u)) / self.temperature).sigmoid()
 
-    def _mixture(self) -> Tensor:
-        """The weight of each layer that is seen, (L, S)."""
-        indices, weights, _ = self.layer_map
-        columns = torch.tensor([[self.sources.index(i) for i in row] for row in indices.tolist()])
-        return torch.zeros(len(indices), len(self.sources), dtype=weights.dtype).scatter_add(
-            1, columns, weights
-        )
-
-    def _require_fit(self, receiver: Read, sharer: Read, shares: Tensor | None) -> None:
-        shapes = []
-        for who, given, size in (
-            ("receiver", receiver, self.receiver),
-            ("sharer", sharer, self.sharer),
-        ):
-            layers, rows, heads, entries, width = shape_of(given.cache)
-            seen = (
-                f"The {who}'s cache has {Size(layers, heads, width)}, the fuser was made for {size}"
-            )
-            require((layers, heads, width) == size, f"{seen}: give that model's cache.")
-            for name, x in (("positions", given.positions), ("mask", given.mask)):
-                seen = f"The {name} of the {who}: shape {tuple(x.shape)}, expected (B, T) = {(rows, entries)}"
-                require(
-                    x.shape == (rows, entries), f"{seen}: give one for each entry of its cache."
-                )
-            shapes.append((rows, entries))
-        (rows, own), (other_rows, other) = shapes
-        seen = f"The receiver read {rows} texts of {own} tokens, the sharer {other_rows} of {other}"
-        require(rows == other_rows, f"{seen}, expected as many texts: give both the same ones.")
-        require(
-            shares is not None or own == other,
-            f"{seen}, expected as many tokens: give shares (`align_tokens`).",
-        )
-        fits = shares is None or shares.shape == (rows, own, other)
-        require(
-            fits,
-            f"shares is {shares is not None and tuple(shares.shape)}, expected {(rows, own, other)}: {seen}.",
-        )
-
     def gate_logits(self) -> Tensor:
-        """The logit of every gate, (L, 2), keys before values; above 0 is open."""
+        """The logit of every gate, (L, 2), keys before values. A gate is open above 0."""
         return self.gate_logit.detach().view(-1, 2).cpu()
 
-    def open_gates(self) -> Tensor:
-        """Which gates are open outside of training, (L, 2), keys before values."""
-        return self.gate_logits() > 0
-
     def num_parameters(self) -> int:
+        """Count the parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def warn_of_others(self, receiver: PreTrainedModel, sharer: PreTrainedModel) -> None:
-        """Warn if the fuser was trained for other models than these, or, as the control, for one that was both."""
-        for who, model in (("receiver", receiver), ("sharer", sharer)) if self.trained_for else ():
-            saved, own = self.trained_for[who], fingerprint(model)
-            dtypes = [told["weights"]["dtype"] for told in (saved, own)]
-            parts = [
-                part for part in own if part != "weights" or dtypes[0] == dtypes[1]
-            ]  # rounding changes digests
-            if other := differences(
-                {part: saved[part] for part in parts}, {part: own[part] for part in parts}
-            ):
-                seen = f"The fuser was trained with another {who} ({other})"
-                warnings.warn(
-                    f"{seen}: what it adds may be of no use. Train one for these models.",
-                    stacklevel=2,
-                )
+        """Warn if the fuser was trained for other models than these."""
+        models = {"receiver": receiver, "sharer": sharer}
+        for who, saved in self.trained_for.items():
+            current = fingerprint(models[who])
+            if saved["weights"]["dtype"] != current["weights"]["dtype"]:
+                saved = saved | {"weights": current["weights"]}  # rounding changes the digest
+            if difference := differences(saved, current):
+                message = f"The fuser was trained with another {who} ({difference})"
+                warnings.warn(f"{message}: train one for these models.", stacklevel=2)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write fuser.safetensors, and fuser.json with what it was made for. Returns the folder."""
-        folder, (indices, weights, _) = Path(folder), self.layer_map
-        require(not folder.is_file(), f"{folder} is a file: give the name of a folder.")
+        """Write fuser.safetensors and fuser.json (sizes, layer map, settings, fingerprints). Returns the folder."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS, self.state_dict(), {"format": "pt"})
-        about = {
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict(), {"format": "pt"})
+        indices, weights, _ = self.layer_map
+        config = {
             "version": FORMAT_VERSION,
             "receiver": self.receiver._asdict(),
             "sharer": self.sharer._asdict(),
+            "layer_map": {"indices": indices.tolist(), "weights": weights.tolist()},
+            "settings": asdict(self.settings),
+            "trained_for": self.trained_for,
         }
-        about |= {"layer_map": {"indices": indices.tolist(), "weights": weights.tolist()}}
-        about |= {"settings": asdict(self.settings), "trained_for": self.trained_for}
-        return write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n").parent
+        return write_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n").parent
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Fuser":
-        """Read what `save_pretrained` wrote, onto the CPU. ValueError for a folder that is not that."""
+        """Read the files of `save_pretrained`, onto the CPU, in the file's dtype."""
         folder = Path(folder)
-        missing = [name for name in (ABOUT, WEIGHTS) if not (folder / name).is_file()]
-        require(
-            not missing,
-            f"{folder} has no {', '.join(missing)}: give a folder that `kvlab train-fuser` or `save_pretrained` wrote.",
-        )
-        try:
-            about = json.loads((folder / ABOUT).read_text("utf-8"))
-            require(about["version"] == FORMAT_VERSION, f"its version is {about['version']}")
-            receiver, sharer = Size(**about["receiver"]), Size(**about["sharer"])
-            indices, weights = (
-                torch.tensor(about["layer_map"]["indices"]),
-                about["layer_map"]["weights"],
-            )
-            layer_map = LayerMap(indices, torch.tensor(weights, dtype=torch.float64), sharer.layers)
-            fuser = cls(receiver, sharer, layer_map, Settings(**about["settings"]))
-            fuser.load_state_dict(
-                load_file(folder / WEIGHTS), assign=True
-            )  # in the dtype of the file
-            fuser.trained_for = about["trained_for"]
-        except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            wrong = f"{folder} holds no fuser of format version {FORMAT_VERSION}"
+        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        state = load_file(folder / WEIGHTS_FILE)
+        if config.get("version") == 1:
+            config, state = _from_version_1(config, state)
+        if config.get("version") != FORMAT_VERSION:
             raise ValueError(
-                f"{wrong} ({type(error).__name__}: {error}): save it again."
-            ) from error
+                f"{folder} holds a fuser of format version {config.get('version')}, expected 1 to "
+                f"{FORMAT_VERSION}: give a folder that `kvlab train-fuser` wrote."
+            )
+        receiver, sharer = Size(**config["receiver"]), Size(**config["sharer"])
+        indices = torch.tensor(config["layer_map"]["indices"])
+        weights = torch.tensor(config["layer_map"]["weights"], dtype=torch.float64)
+        layer_map = LayerMap(indices, weights, sharer.layers)
+        fuser = cls(receiver, sharer, layer_map, Settings(**config["settings"]))
+        fuser.load_state_dict(state, assign=True)
+        fuser.trained_for = config["trained_for"]
         return fuser.requires_grad_(True)
 
 
-def _features(read: Read, keys: str) -> Tensor:
-    """What was read of each token, heads side by side, (L, 2, B, T, H d)."""
-    cache = read.cache if keys == "rotated" else unrotate(read.cache, read.positions, read.rotary)
-    return to_tensor(cache).transpose(3, 4).flatten(4)
+def _from_version_1(config: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Rename what version 1 called otherwise, and give its flat biases and norms one row per network."""
+    settings = dict(config["settings"])
+    settings["use_sharer"] = settings.pop("sharer_seen")
+    renamed = {}
+    for name, tensor in state.items():
+        module, _, rest = name.partition(".")
+        if rest.endswith(("bias", "norm")):
+            tensor = tensor.view(2 * config["receiver"]["layers"], -1)
+        renamed[f"{VERSION_1_NAMES[module]}.{rest}" if rest else name] = tensor
+    return config | {"version": 2, "settings": settings}, renamed
+
+
+def entries(prefix: Prefix, keys: str = "unrotated") -> Tensor:
+    """The keys and values of each token, heads side by side, (L, 2, B, T, H d); keys "unrotated" or "rotated"."""
+    cache = prefix.cache
+    if keys == "unrotated":
+        cache = kv.unrotate(cache, prefix.positions, prefix.rotary)
+    return kv.to_tensor(cache).transpose(3, 4).flatten(4)
 
 
 @torch.no_grad()
 def fuse_prompt(
     fuser: Fuser, receiver: PreTrainedModel, sharer: PreTrainedModel, prompt: Aligned
 ) -> Prefix:
-    """Have both models read a prompt, and fuse all of it but the last token, which the receiver still has to read.
+    """Prefill a prompt with both models, and fuse all but its last token, which the receiver reads afterwards.
 
     >>> from kvlab import lab
-    >>> model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
+    >>> model, ids = lab.load("lab-draft"), torch.tensor([5, 17, 2, 90])
     >>> fuser = Fuser(Size.of(model.config), Size.of(model.config), settings=Settings(hidden=64))
-    >>> prompt = align_tokens(tokenizer, tokenizer, [{"role": "user", "content": "Who?"}])
-    >>> fuse_prompt(fuser, model, model, prompt).next_position == len(prompt.receiver_ids) - 1
-    True
+    >>> fuse_prompt(fuser, model, model, Aligned(ids, ids)).next_position
+    3
     """
-    _require_prompt(prompt)
-    ids, other_ids, shares = prompt.receiver_ids[:-1], prompt.sharer_ids, prompt.shares
-    if _alike(prompt):
-        other_ids = ids
-    own, theirs = (read(m, i[None].to(m.device)) for m, i in ((receiver, ids), (sharer, other_ids)))
-    fused = fuser(own, theirs, None if shares is None else shares[None, :-1].to(receiver.device))
-    return Prefix(fused, len(ids), ids.tolist())
-
-
-def _require_prompt(prompt: Aligned) -> None:
-    have = len(prompt.receiver_ids)
-    require(
-        have > 1, f"The prompt has {have} tokens, expected 2 or more: the last one is not fused."
-    )
-
-
-def _alike(prompt: Aligned) -> bool:
-    """Whether both models have the same tokens."""
-    same = prompt.shares is not None or torch.equal(prompt.receiver_ids, prompt.sharer_ids)
-    require(
-        same, "A prompt has other tokens for the sharer, and no shares: give them (`align_tokens`)."
-    )
-    return prompt.shares is None
+    ids, sharer_ids, token_weights = prompt.receiver_ids[:-1], prompt.sharer_ids, None
+    if prompt.token_weights is None:
+        sharer_ids = ids
+    else:
+        token_weights = prompt.token_weights[None, :-1]
+    prefix = kv.prefill(receiver, ids[None].to(receiver.device))
+    sharer_prefix = kv.prefill(sharer, sharer_ids[None].to(sharer.device))
+    return replace(prefix, cache=fuser(prefix, sharer_prefix, token_weights), logits=None)
 
 
 # -- training
 
 
-class Lesson(NamedTuple):
-    """A prompt for both models, and the response (R,) as the receiver is to give it."""
+class FuserExample(NamedTuple):
+    """A prompt for both models, and the response (R,) in the receiver's tokens."""
 
     prompt: Aligned
     response: Tensor
 
-
-def lesson(
-    receiver_tokenizer: PreTrainedTokenizerBase,
-    sharer_tokenizer: PreTrainedTokenizerBase,
-    conversation: Conversation,
-    keep: str = "all",
-) -> Lesson:
-    """Make a lesson of a conversation that ends with the response; `keep` as for `align_tokens`."""
-    last = conversation[-1]["role"] if conversation else "nobody"
-    require(
-        last == "assistant",
-        f"The last message is by {last!r}, expected the assistant's response: append it.",
-    )
-    prompt = align_tokens(receiver_tokenizer, sharer_tokenizer, conversation[:-1], keep)
-    _require_prompt(prompt)
-    return Lesson(prompt, torch.tensor(encode_parts(receiver_tokenizer, conversation)[-1]))
+    @classmethod
+    def split(cls, input_ids: Tensor, start: int) -> "FuserExample":
+        """Split a text (T,) that both models read in the same tokens, with the response from `start` on."""
+        return cls(Aligned(input_ids[:start], input_ids[:start]), input_ids[start:])
 
 
-def collate(lessons: Sequence[Lesson]) -> dict[str, Tensor]:
-    """A batch: prompts padded on the left, responses behind them on the right, P columns of prompt but the last.
+def pad_fuser_batch(examples: Sequence[FuserExample]) -> dict[str, Tensor]:
+    """Make a batch: prompts padded on the left, then responses padded on the right.
 
     Returns:
-        input_ids, attention_mask, weights (1 for what counts) : (B, P + 1 + R), the receiver's.
-        sharer_ids, sharer_mask : (B, S), and shares : (B, P, S), unless all prompts have the same
-        tokens for both.
+        input_ids, attention_mask: (B, P + 1 + R), the receiver's; all but the last of the P + 1
+            prompt columns are fused.
+        weights: (B, R), 1 for tokens of a response.
+        sharer_ids, sharer_mask: (B, S), and token_weights: (B, P, S), unless both models have the
+            same tokens in all prompts.
     """
-    prompts, responses = zip(*lessons, strict=True)
-    sides = {"left": [p.receiver_ids for p in prompts], "right": responses}
+    prompts = [example.prompt for example in examples]
+    prompt_ids, prompt_mask = _pad_with_mask([p.receiver_ids for p in prompts], "left")
+    response_ids, response_mask = _pad_with_mask([e.response for e in examples], "right")
     batch = {
-        "input_ids": torch.cat([_padded(ids, side) for side, ids in sides.items()], 1),
-        "attention_mask": torch.cat(
-            [_padded(map(torch.ones_like, ids), side) for side, ids in sides.items()], 1
-        ),
+        "input_ids": torch.cat((prompt_ids, response_ids), 1),
+        "attention_mask": torch.cat((prompt_mask, response_mask), 1),
+        "weights": response_mask.float(),
     }
-    columns = batch["input_ids"].shape[1] - max(map(len, responses))
-    batch["weights"] = batch["attention_mask"].float()
-    batch["weights"][:, :columns] = 0
-    alike = [_alike(prompt) for prompt in prompts]
-    if all(alike):
+    if all(prompt.token_weights is None for prompt in prompts):
         return batch
-    batch["sharer_ids"] = _padded([p.sharer_ids for p in prompts], "left")
-    batch["sharer_mask"] = _padded([torch.ones_like(p.sharer_ids) for p in prompts], "left")
-    batch["shares"] = torch.zeros(len(prompts), columns - 1, batch["sharer_ids"].shape[1])
-    for row, prompt in zip(batch["shares"], prompts, strict=True):
-        shares = torch.eye(len(prompt.receiver_ids)) if prompt.shares is None else prompt.shares
-        tokens, others = shares[:-1].shape
-        row[len(row) - tokens :, row.shape[1] - others :] = shares[:-1]
+    sharer_ids = [prompt.sharer_ids for prompt in prompts]
+    batch["sharer_ids"], batch["sharer_mask"] = _pad_with_mask(sharer_ids, "left")
+    shape = (len(prompts), prompt_ids.shape[1] - 1, batch["sharer_ids"].shape[1])
+    batch["token_weights"] = torch.zeros(shape)
+    for row, prompt in zip(batch["token_weights"], prompts, strict=True):
+        weights = prompt.token_weights
+        if weights is None:
+            weights = torch.eye(len(prompt.receiver_ids))
+        row[-len(weights) + 1 :, -weights.shape[1] :] = weights[:-1]
     return batch
 
 
-def _padded(rows, side: str) -> Tensor:
-    return pad_sequence(list(rows), batch_first=True, padding_side=side)
+def _pad_with_mask(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Stack rows of ids with padding on one side; and their mask."""
+    masks = [torch.ones_like(row) for row in rows]
+    ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
+    return ids, pad_sequence(masks, batch_first=True, padding_side=side)
 
 
 def response_loss(
     fuser: nn.Module,
     receiver: PreTrainedModel,
     sharer: PreTrainedModel,
-    batch: Mapping[str, Tensor],
-    said: int = 0,
+    batch: Batch,
+    fused_response_tokens: int = 0,
 ) -> dict[str, Tensor]:
-    """Next-token cross-entropy of responses behind fused prompts, "ce", for a batch as `collate` makes it.
+    """Next-token cross-entropy "ce" of responses, given fused prompts.
 
     Args:
-        said: of this many columns (the prompt's last, then the response's first ones) the
-            receiver's entries are fused too before it reads the rest, as speculative decoding fuses
-            what was accepted. Needs the same tokens on both sides.
+        batch: as `pad_fuser_batch` makes it.
+        fused_response_tokens: the number of columns (the prompt's last, then the first ones of the
+            response) whose entries are fused too before the receiver reads the rest, as
+            `FusedProposer` fuses accepted tokens. Both models must have the same tokens.
     """
-    ids, mask, shares = batch["input_ids"], batch["attention_mask"], batch.get("shares")
-    require(
-        not said or shares is None,
-        "What was said can be fused for the same tokens only: leave `said` out.",
-    )
-    fused = _prompt_columns(batch)
-    known, places = fused + said, mask.cumsum(1) - 1
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    token_weights, columns = batch.get("token_weights"), ids.shape[1]
+    if fused_response_tokens and token_weights is not None:
+        raise ValueError(
+            f"fused_response_tokens is {fused_response_tokens}, expected 0 where the sharer has other "
+            "tokens than the receiver: fuse prompts only."
+        )
+    fused = columns - batch["weights"].shape[1] - 1
+    middle = fused + fused_response_tokens
+    positions = mask.cumsum(1) - 1
     with torch.no_grad():
-        own = read(receiver, ids[:, :fused], mask[:, :fused])
-        if shares is None:
-            there = mask[:, :known].clone()
-            there[:, fused:] = 1  # padding on the right may count as text: nothing looks back to it
-            theirs = read(sharer, ids[:, :known], there)
+        prefix = kv.prefill(receiver, ids[:, :fused], attention_mask=mask[:, :fused])
+        if token_weights is None:
+            sharer_mask = mask[:, :middle].clone()
+            sharer_mask[:, fused:] = 1  # no token attends to padding on its right
+            sharer_prefix = kv.prefill(sharer, ids[:, :middle], attention_mask=sharer_mask)
+            sharer_prompt = kv.part(sharer_prefix, 0, fused)
         else:
-            theirs = read(sharer, batch["sharer_ids"], batch["sharer_mask"])
-    cache, logits = fuser(own, part(theirs, 0, fused) if shares is None else theirs, shares), []
-    for start, stop in (
-        ((fused, known), (known, ids.shape[1])) if said else ((fused, ids.shape[1]),)
-    ):
-        there = {"attention_mask": mask[:, :stop], "position_ids": places[:, start:stop]}
-        out = receiver(ids[:, start:stop], past_key_values=cache, use_cache=True, **there)
+            other_ids, other_mask = batch["sharer_ids"], batch["sharer_mask"]
+            sharer_prompt = kv.prefill(sharer, other_ids, attention_mask=other_mask)
+    cache, logits = fuser(prefix, sharer_prompt, token_weights), []
+    for start, stop in pairwise(sorted({fused, middle, columns})):
+        inputs = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
+        out = receiver(**inputs, attention_mask=mask[:, :stop], past_key_values=cache)
         logits.append(out.logits)
-        if stop < ids.shape[1]:
-            new = Read(out.past_key_values, places[:, :stop], own.rotary, mask[:, :stop])
-            new = fuser(part(new, start, stop), part(theirs, start, stop))
-            cache = join(truncate(out.past_key_values, start), new)
-    return {"ce": cross_entropy(torch.cat(logits, 1), ids[:, fused:], batch["weights"][:, fused:])}
-
-
-def _prompt_columns(batch: Mapping[str, Tensor]) -> int:
-    """The columns of prompts but their last, which is the one before the first that counts."""
-    return int(batch["weights"].any(0).long().argmax()) - 1
+        if stop < columns:
+            cache, row_mask = out.past_key_values, mask[:, :stop]
+            grown = replace(
+                prefix, cache=cache, positions=positions[:, :stop], attention_mask=row_mask
+            )
+            response = fuser(kv.part(grown, start, stop), kv.part(sharer_prefix, start, stop))
+            cache = kv.join(kv.truncate(cache, start), response)
+    weights = F.pad(batch["weights"], (1, 0))  # the prompt's last token is not predicted
+    return {"ce": cross_entropy(torch.cat(logits, 1), ids[:, fused:], weights)}
 
 
 def rehearsal_loss(
-    fuser: nn.Module,
-    receiver: PreTrainedModel,
-    sharer: PreTrainedModel,
-    batch: Mapping[str, Tensor],
+    fuser: nn.Module, receiver: PreTrainedModel, sharer: PreTrainedModel, batch: Batch
 ) -> dict[str, Tensor]:
-    """How far the fused cache is from what the receiver would have made, had it read what the sharer read.
+    """Distance of the fused cache from the receiver's cache of the text that only the sharer read.
 
-    For prompts that the receiver reads with blanks, `Aligned(ids with blanks, ids, eye)`: every
-    entry teaches what the sharer's say, where a response tells of a few, and in one token each.
-    "unexplained" is the squared error of keys (un-rotated) and values over their variance, the mean
-    over layers: 0 is all there is, 1 no more than the mean.
+    For prompts in which the receiver reads blanks: `Aligned(ids with blanks, ids, torch.eye(T))`.
+    Every entry gives a training signal, where a response gives one per token. The loss "fvu" is the
+    fraction of variance unexplained: the squared error of keys (un-rotated) and values over their
+    variance, averaged over layers. 0 is an exact copy, 1 is no better than the mean.
+
+    Args:
+        batch: as `pad_fuser_batch` makes it.
     """
-    ids, mask, shares = batch["input_ids"], batch["attention_mask"], batch["shares"]
-    fused, others, there = shares.shape[1], batch["sharer_ids"], batch["sharer_mask"]
-    alike = shares.shape[2] == fused + 1 and torch.equal(mask[:, : fused + 1], there)
-    require(
-        alike,
-        "The receiver and the sharer read prompts of other lengths: give each token's blank its place.",
-    )
+    fused = batch["token_weights"].shape[1]
+    ids, mask = batch["input_ids"][:, :fused], batch["attention_mask"][:, :fused]
+    sharer_ids, sharer_mask = batch["sharer_ids"], batch["sharer_mask"]
+    if sharer_ids.shape[1] != fused + 1:
+        raise ValueError(
+            f"The receiver reads prompts of {fused + 1} tokens, the sharer of {sharer_ids.shape[1]}: "
+            "give prompts that differ in their blanks only."
+        )
     with torch.no_grad():
-        own, theirs = read(receiver, ids[:, :fused], mask[:, :fused]), read(sharer, others, there)
-        wanted = _features(read(receiver, others[:, :fused], there[:, :fused]), "unrotated")
-    made = _features(own._replace(cache=fuser(own, theirs, shares)), "unrotated")
-    made, wanted = (
-        x[:, :, mask[:, :fused] > 0].float() for x in (made, wanted)
-    )  # (L, 2, tokens, H d)
-    error = (made - wanted).square().mean((2, 3)) / wanted.var(2).mean(2)
-    return {"unexplained": error.mean()}
+        prefix = kv.prefill(receiver, ids, attention_mask=mask)
+        sharer_prefix = kv.prefill(sharer, sharer_ids, attention_mask=sharer_mask)
+        expected = kv.prefill(receiver, sharer_ids[:, :fused], attention_mask=mask)
+        expected = entries(expected)[:, :, mask > 0].float()  # (L, 2, tokens, H d)
+    cache = fuser(prefix, sharer_prefix, batch["token_weights"])
+    error = entries(replace(prefix, cache=cache))[:, :, mask > 0].float() - expected
+    return {"fvu": (error.square().mean((2, 3)) / expected.var(2).mean(2)).mean()}
 
 
-def train(
+def train_fuser(
     fuser: Fuser,
     receiver: PreTrainedModel,
     sharer: PreTrainedModel,
-    lessons: Sequence[Lesson],
+    examples: Sequence[FuserExample],
     *,
     steps: int,
     batch_size: int = 8,
@@ -718,29 +623,23 @@ def train(
     loss: Callable[..., dict[str, Tensor]] = response_loss,
     **options,
 ) -> list[dict[str, float]]:
-    """Train a fuser on responses, with what is published as defaults. The two models are frozen, and stay so.
+    """Train a fuser on responses, by default with the published hyper-parameters. Both models are frozen.
 
-    The rate rises over a tenth of the steps to 1e-4 and falls linearly to 0; weight decay is 0.01,
-    gradients are clipped at 1. The temperature of the gates falls from 1 to `end_temperature`, by
-    the same factor each step.
+    The learning rate rises over a tenth of the steps to 1e-4 and falls linearly to 0; weight decay
+    is 0.01, gradients are clipped at 1. The temperature of the gates falls geometrically from 1 to
+    `end_temperature`.
 
     Args:
         receiver, sharer: on the device that `fit` trains on.
-        decode: also fuse the first part of each response, drawn anew for each batch, for use in
-            speculative decoding; both models must have the same tokens.
+        decode: also fuse the first tokens of each response, a number drawn per batch, for use in
+            speculative decoding. Both models must have the same tokens.
         loss: `response_loss`, or `rehearsal_loss` for prompts with blanks.
         options: of `kvlab.training.fit`: learning_rate, checkpoint, precision, seed, ...
 
     Returns:
-        The history of `fit`, with the loss, and "open", the share of open gates, each `every` steps
-        and at the end.
+        The history of `fit`, with the loss, and "open", the fraction of open gates, every `every`
+        steps and at the end.
     """
-    require(end_temperature > 0, f"end_temperature is {end_temperature}, expected more than 0.")
-    alike = not decode or all(lesson.prompt.shares is None for lesson in lessons)
-    require(
-        alike,
-        "Some prompts have other tokens for the sharer, and what was said cannot be fused: leave decode out.",
-    )
     for model in (receiver, sharer):
         model.requires_grad_(False).eval()
     fuser.trained_for = {"receiver": fingerprint(receiver), "sharer": fingerprint(sharer)}
@@ -749,13 +648,14 @@ def train(
         fuser.temperature = end_temperature ** ((step - 1) / max(1, steps - 1))
         return {}
 
-    def losses(fuser: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rest = batch["input_ids"].shape[1] - _prompt_columns(batch)
-        more = {"said": int(torch.randint(rest - 1, ()))} if decode else {}
-        return loss(fuser, receiver, sharer, batch, **more)
+    def losses(fuser: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if not decode:
+            return loss(fuser, receiver, sharer, batch)
+        count = int(torch.randint(batch["weights"].shape[1], ()))
+        return loss(fuser, receiver, sharer, batch, fused_response_tokens=count)
 
     loader = DataLoader(
-        lessons, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collate
+        examples, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=pad_fuser_batch
     )
     options = {
         "learning_rate": 1e-4,
@@ -764,8 +664,59 @@ def train(
         "warmup": steps // 10,
         "decay": 0.9,
         "weight": lambda batch: batch["weights"].sum(),
-        "evaluate": lambda fuser: {"open": fuser.open_gates().float().mean().item()},
+        "evaluate": lambda fuser: {"open": (fuser.gate_logit > 0).float().mean().item()},
+        "factors": cool,
         "label": "C2C",
     } | options
-    # `factors` is asked as each step begins, also after a resume, so the temperature is the step's own.
-    return fit(fuser, loader, losses, steps=steps, factors=cool, **options)
+    return fit(fuser, loader, losses, steps=steps, **options)
+
+
+@dataclass(frozen=True)
+class FuserArm(Settings):
+    """A fuser, or a control that shows where its gain comes from, and its training.
+
+    Args:
+        control: "none"; "self", the receiver as its own sharer; or "matched", as many parameters
+            without the sharer's information.
+        layer_map: the sharer's "last" layers for the receiver's, layers at "proportional" depth, or
+            its "first" layers.
+        decode: also fuse the first tokens of each response (see `train_fuser`).
+        steps: optimizer steps.
+        batch_size: prompts per batch.
+        learning_rate: peak learning rate.
+        accumulate: batches per optimizer step.
+        precision: of the arithmetic in training; the fuser is in float32.
+        seed: random seed (data, initialization, shuffling, gates).
+    """
+
+    control: Literal["none", "self", "matched"] = "none"
+    layer_map: Literal["last", "proportional", "first"] = "last"
+    decode: bool = True
+    steps: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    accumulate: int = 1
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    seed: int = 0
+
+    def train(
+        self,
+        receiver: PreTrainedModel,
+        sharer: PreTrainedModel,
+        examples: Sequence[FuserExample],
+        checkpoint: Path | None = None,
+    ) -> tuple[Fuser, list[dict[str, float]]]:
+        """Make and train the fuser. Returns it and the history of `fit`."""
+        options = asdict(self)
+        settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
+        control = options.pop("control")
+        if control == "self":
+            sharer = receiver
+        if control == "matched":
+            settings = replace(settings, use_sharer=False)
+        sizes = Size.of(receiver.config), Size.of(sharer.config)
+        layer_map = LAYER_MAPS[options.pop("layer_map")](sizes[0].layers, sizes[1].layers)
+        torch.manual_seed(self.seed)
+        fuser = Fuser(*sizes, layer_map, settings).to(receiver.device)
+        options["checkpoint"] = checkpoint
+        return fuser, train_fuser(fuser, receiver, sharer, examples, **options)
