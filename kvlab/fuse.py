@@ -704,10 +704,10 @@ class FuserArm(Settings):
         receiver: PreTrainedModel,
         sharer: PreTrainedModel,
         examples: Sequence[FuserExample],
-        checkpoint: Path | None = None,
+        **options,
     ) -> tuple[Fuser, list[dict[str, float]]]:
-        """Make and train the fuser. Returns it and the history of `fit`."""
-        options = asdict(self)
+        """Make and train the fuser, with further options of `train_fuser`. Returns it and the history."""
+        options = asdict(self) | options
         settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
         control = options.pop("control")
         if control == "self":
@@ -718,5 +718,4 @@ class FuserArm(Settings):
         layer_map = LAYER_MAPS[options.pop("layer_map")](sizes[0].layers, sizes[1].layers)
         torch.manual_seed(self.seed)
         fuser = Fuser(*sizes, layer_map, settings).to(receiver.device)
-        options["checkpoint"] = checkpoint
         return fuser, train_fuser(fuser, receiver, sharer, examples, **options)

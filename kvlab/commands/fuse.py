@@ -87,7 +87,7 @@ def train_fuser_command(
     described = [answer.input_ids.tolist() for answer in answers], asdict(arm)
     run = shared.run_name(target, fingerprint(draft)["weights"], *described)
     checkpoint = output_dir / run / "checkpoint.safetensors"
-    fuser, history = arm.train(draft, target, examples, checkpoint)
+    fuser, history = arm.train(draft, target, examples, checkpoint=checkpoint)
     if not is_main:
         return
     fuser.save_pretrained(output_dir)

@@ -1,4 +1,4 @@
-"""C2C fusion: what of a draft is accepted whose cache is fused from the target's, against controls, and the cost."""
+"""C2C fusion: acceptance of a draft whose cache is fused from the target's, against controls, and the cost."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,51 +20,37 @@ from transformers import PreTrainedModel
 
 from kvlab import draft as drafts
 from kvlab import lab
-from kvlab.cache import prefix_of, read
-from kvlab.commands.fuse import FUSER_SMALL, drafters, speculated, tuned
+from kvlab.cache import prefill
+from kvlab.commands.fuse import fusion_proposers, measure_fusion
+from kvlab.commands.shared import scale_defaults
 from kvlab.evaluate import benchmark, figure
 from kvlab.fuse import (
     Aligned,
     Fuser,
-    Lesson,
+    FuserArm,
+    FuserExample,
     Size,
     fuse_prompt,
     rehearsal_loss,
     response_loss,
-    train,
 )
-from kvlab.fuse import Settings as FuserSettings
 from kvlab.generation import encode
 from kvlab.lab.corpora import Requests, Solutions, blanked
-from kvlab.similarity import first_aligned, last_aligned
 from kvlab.speculate import ModelProposer, generate, summarize
 
-RUNS, GAMMA, NEW, THREADS = Path("lab-runs/fuse"), 4, 96, 2
-SETTINGS = FUSER_SMALL | {
-    "keys": "unrotated",
-    "noise": "logistic",
-    "layer_map": "last",
-    "control": "none",
-}
-SETTINGS |= {"no_decode_fusion": False, "prompts": 2400, "steps": 600, "tuned": False}
-PUBLISHED = {
-    "keys": "rotated",
-    "noise": "gumbel",
-    "gate": 0.0,
-    "dropout": 0.1,
-    "no_decode_fusion": True,
-}
-ARMS = {  # what changes, and with how many seeds
+RUNS, GAMMA, NEW, THREADS, PROMPTS = Path("lab-runs/fuse"), 4, 96, 2, 2400
+PUBLISHED = {"keys": "rotated", "noise": "gumbel", "gate": 0.0, "dropout": 0.1, "decode": False}
+ARMS = {  # what changes, and with how many seeds; "tuned" also trains the draft
     "fused": ({}, 3),
     "self": ({"control": "self"}, 3),
     "matched": ({"control": "matched"}, 3),
-    "tuned": ({"tuned": True}, 3),
+    "tuned": ({}, 3),
     "narrow": ({"hidden": 64}, 1),  # the one that kvlab ships
     "published": (PUBLISHED, 1),
     "rotated": ({"keys": "rotated"}, 1),
     "gates_from_0": ({"gate": 0.0}, 1),
     "proportional": ({"layer_map": "proportional"}, 1),
-    "prompts_only": ({"no_decode_fusion": True}, 1),
+    "prompts_only": ({"decode": False}, 1),
 }
 BLANKS = {
     "answered": 3,
@@ -80,16 +67,23 @@ def models():
     return lab.load("lab-draft"), lab.load("lab-target"), lab.load_tokenizer("lab-target")
 
 
-def asked(quick: bool) -> list[list[int]]:
+def requests(quick: bool) -> list[list[int]]:
     """Test prompts, the same for all."""
     tokenizer = lab.load_tokenizer("lab-target")
     return [encode(tokenizer, text) for text in Requests(4 if quick else 100, test=True)]
 
 
-def folder_of(arm: str, seed: int, folder: Path) -> Path:
-    """Where a fuser is kept: another setting is another folder."""
-    told = json.dumps(SETTINGS | ARMS[arm][0], sort_keys=True)
-    return folder / f"{arm}-{seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+def arm_of(name: str, seed: int, quick: bool = False) -> FuserArm:
+    options = scale_defaults("train-fuser") | {"steps": 600} | ARMS[name][0]
+    if quick:
+        options |= {"steps": 4, "batch_size": 4}
+    return FuserArm(**options, seed=seed)
+
+
+def folder_of(name: str, seed: int, folder: Path) -> Path:
+    """The folder of a fuser: another setting is another folder."""
+    settings = json.dumps([PROMPTS, asdict(arm_of(name, seed))])
+    return folder / f"{name}-{seed}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
 def answered(seed: int, prompts: int, folder: Path) -> list[drafts.Example]:
@@ -99,40 +93,35 @@ def answered(seed: int, prompts: int, folder: Path) -> list[drafts.Example]:
     return drafts.listen(target, tokenizer, texts, folder, NEW)
 
 
-def run(arm: str, seed: int, quick: bool, folder: Path) -> None:
+def run(name: str, seed: int, quick: bool, folder: Path) -> None:
     """Train one fuser, alone in its process, and speculate with it. One that is done is left as it is."""
-    made, settings = folder_of(arm, seed, folder), SETTINGS | ARMS[arm][0]
-    if (made / "scores.json").exists():
+    place, arm = folder_of(name, seed, folder), arm_of(name, seed, quick)
+    if (place / "scores.json").exists():
         return
     torch.set_num_threads(1)
-    settings |= {"prompts": 16, "steps": 4, "batch_size": 4} if quick else {}
     draft, target, _ = models()
-    said = answered(seed, settings["prompts"], folder)
-    options = {name: settings[name] for name in ("steps", "batch_size", "learning_rate")} | {
-        "seed": seed
-    }
-    if settings["tuned"]:
-        draft = taught(draft, target, said, options)
-        draft.save_pretrained(made / "draft")
-    fuser, history = tuned(draft, target, said, settings, options, made)
-    fuser.save_pretrained(made)
-    (made / "history.json").write_text(
-        json.dumps([[h["step"], h["ce"], h["seconds"]] for h in history])
-    )
-    makers = drafters(draft, target, fuser, settings["control"])
-    scores = speculated(target, asked(quick), {"plain": lambda: None} | makers, GAMMA, NEW)
-    (made / "scores.json").write_text(scores.to_json(orient="records"))
-    shutil.rmtree(next(made.glob("run-*")))
+    answers = answered(seed, 16 if quick else PROMPTS, folder)
+    if name == "tuned":
+        draft = tuned(draft, target, answers, arm)
+        draft.save_pretrained(place / "draft")
+    examples = [FuserExample.split(answer.input_ids, answer.start) for answer in answers]
+    fuser, history = arm.train(draft, target, examples)
+    fuser.save_pretrained(place)
+    losses = [[entry["step"], entry["ce"], entry["seconds"]] for entry in history]
+    (place / "history.json").write_text(json.dumps(losses))
+    proposers = {"plain": lambda: None} | fusion_proposers(draft, target, fuser, arm.control)
+    scores = measure_fusion(target, requests(quick), proposers, GAMMA, NEW)
+    (place / "scores.json").write_text(scores.to_json(orient="records"))
 
 
-def taught(
-    draft: PreTrainedModel, target: PreTrainedModel, said: list[drafts.Example], options: dict
-):
+def tuned(
+    draft: PreTrainedModel, target: PreTrainedModel, answers: list[drafts.Example], arm: FuserArm
+) -> PreTrainedModel:
     """The draft itself, trained for as many steps on the same answers: the way to use them without a fuser."""
     small = drafts.KnowledgeDraft.cut(draft, "first:2")
-    epochs = max(1, options["steps"] * options["batch_size"] // len(said))
-    rest = {"batch_size": options["batch_size"], "learning_rate": 1e-3, "seed": options["seed"]}
-    drafts.train(small, target, said, said[:64], shares={"kl": 1.0}, epochs=epochs, **rest)
+    epochs = max(1, arm.steps * arm.batch_size // len(answers))
+    options = {"batch_size": arm.batch_size, "learning_rate": 1e-3, "seed": arm.seed}
+    drafts.train(small, target, answers, answers[:64], shares={"kl": 1.0}, epochs=epochs, **options)
     return small.plain
 
 
@@ -153,7 +142,7 @@ def train_all(quick: bool, seed: int, folder: Path) -> dict[str, list[pd.DataFra
             run_blanks(*job, quick, folder)
     else:
         for i in {i for _, i in left}:
-            answered(i, SETTINGS["prompts"], folder)
+            answered(i, PROMPTS, folder)
         with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
             waiting = [pool.submit(run, *job, quick, folder) for job in left]
             waiting += [pool.submit(run_blanks, *job, quick, folder) for job in blind]
@@ -169,36 +158,37 @@ def blanks_of(arm: str, seed: int, folder: Path) -> Path:
     return folder / f"blanks-{arm}-{seed}-{BLANK_STEPS}"
 
 
-def run_blanks(arm: str, seed: int, quick: bool, folder: Path) -> None:
+def run_blanks(name: str, seed: int, quick: bool, folder: Path) -> None:
     """Train a fuser on passages that the draft reads with blanks, and have the draft answer from what is fused."""
-    made = blanks_of(arm, seed, folder)
-    if (made / "answers.json").exists():
+    place = blanks_of(name, seed, folder)
+    if (place / "answers.json").exists():
         return
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
     draft, target, tokenizer = models()
-    settings = FuserSettings(128, 0.0, gate=4.0, sharer_seen=not arm.endswith("matched"))
-    sizes = [Size.of(model.config) for model in (draft, target)]
-    layers = first_aligned if arm.endswith("first") else last_aligned
-    fuser = Fuser(*sizes, layers(*(size.layers for size in sizes)), settings)
-    lessons = [blank_lesson(*row) for row in blanked(tokenizer, 16 if quick else 3200, seed=seed)]
-    options = {
-        "steps": 2 if quick else BLANK_STEPS,
-        "batch_size": 4 if quick else 16,
-        "learning_rate": 3e-3,
-        "seed": seed,
-    }
-    loss = rehearsal_loss if arm.startswith("rehearsed") else response_loss
-    history = train(fuser, draft, target, lessons, loss=loss, **options)
-    fuser.save_pretrained(made)
+    arm = FuserArm(
+        hidden=128,
+        dropout=0.0,
+        gate=4.0,
+        control="matched" if name.endswith("matched") else "none",
+        layer_map="first" if name.endswith("first") else "last",
+        decode=False,
+        steps=2 if quick else BLANK_STEPS,
+        batch_size=4 if quick else 16,
+        learning_rate=3e-3,
+        seed=seed,
+    )
+    rows = blanked(tokenizer, 16 if quick else 3200, seed=seed)
+    loss = rehearsal_loss if name.startswith("rehearsed") else response_loss
+    fuser, history = arm.train(draft, target, [blank_example(*row) for row in rows], loss=loss)
+    fuser.save_pretrained(place)
     rows = blanked(tokenizer, 4 if quick else 200, test=True)
     found = {"right": [answered_from(fuser, draft, target, row) for row in rows]}
     found["loss"] = [entry["loss"] for entry in history]
-    (made / "answers.json").write_text(json.dumps(found))
+    (place / "answers.json").write_text(json.dumps(found))
 
 
-def blank_lesson(blanks: Tensor, ids: Tensor, answer: Tensor) -> Lesson:
-    return Lesson(Aligned(blanks, ids, torch.eye(len(ids))), answer)
+def blank_example(blanks: Tensor, ids: Tensor, answer: Tensor) -> FuserExample:
+    return FuserExample(Aligned(blanks, ids, torch.eye(len(ids))), answer)
 
 
 def answered_from(
@@ -206,7 +196,7 @@ def answered_from(
 ) -> float:
     """Whether the draft answers word for word: from a fused cache, or from what it reads itself (blanks 0, all 1)."""
     answer, ids = row[2], row[saw]
-    prefix = fuse_prompt(fuser, draft, target, blank_lesson(*row).prompt) if fuser else None
+    prefix = fuse_prompt(fuser, draft, target, blank_example(*row).prompt) if fuser else None
     made = generate(draft, [ids[-1:] if fuser else ids], prefix=prefix, max_new_tokens=len(answer))
     return float(made.tokens[0].tolist() == answer.tolist())
 
@@ -216,12 +206,11 @@ def guessed_from(
 ) -> float:
     """The share of the draft's guesses that the target accepts, which reads all; the draft as in `answered_from`."""
     ids = row[1]
-    known = (
-        fuse_prompt(fuser, draft, target, blank_lesson(*row).prompt)
-        if fuser
-        else prefix_of(draft, row[saw][None, :-1])
-    )
-    proposer = ModelProposer(draft, known._replace(input_ids=ids[:-1].tolist()))
+    if fuser:
+        prefix = fuse_prompt(fuser, draft, target, blank_example(*row).prompt)
+    else:
+        prefix = prefill(draft, row[saw][None, :-1])
+    proposer = ModelProposer(draft, replace(prefix, input_ids=ids[:-1].tolist()))
     return summarize(
         generate(target, [ids], proposer, gamma=GAMMA, max_new_tokens=NEW).rounds
     ).acceptance
@@ -372,15 +361,16 @@ def speed_figures(fuser: Fuser, quick: bool) -> list[dict]:
     """Decoding with and without the fuser in turn, and what one fusion takes beside a step of each model."""
     torch.set_num_threads(THREADS)
     draft, target, _ = models()
-    makers = {"plain": lambda: None, **drafters(draft, target, fuser)}
-    prompts = asked(quick)[:40]
-    speculated(target, prompts[:1], makers, GAMMA, NEW)  # warms up
-    runs = pd.concat(
-        [speculated(target, prompts, makers, GAMMA, NEW) for _ in range(1 if quick else 3)]
-    )
-    seconds = runs.groupby(["prompt", "arm"])[["decoding", "seconds"]].median().unstack("arm")
+    proposers = {"plain": lambda: None, **fusion_proposers(draft, target, fuser)}
+    prompts = requests(quick)[:40]
+    measure_fusion(target, prompts[:1], proposers, GAMMA, NEW)  # warms up
+    runs = []
+    for _ in range(1 if quick else 3):
+        runs.append(measure_fusion(target, prompts, proposers, GAMMA, NEW))
+    runs = pd.concat(runs)
+    seconds = runs.groupby(["prompt", "arm"])[["seconds", "end_to_end"]].median().unstack("arm")
     told, figures = f"{TOLD}, {THREADS} threads, in turn, the median of 3; n is prompts", []
-    for part, ending in (("decoding", ""), ("seconds", "_end_to_end")):
+    for part, ending in (("seconds", ""), ("end_to_end", "_end_to_end")):
         for name, one, other in (
             *(
                 (f"net_speed{'' if ways == 'both' else '_' + ways}", "none", ways)
@@ -405,9 +395,9 @@ def speed_figures(fuser: Fuser, quick: bool) -> list[dict]:
 def cost_figures(fuser: Fuser, draft, target, quick: bool) -> list[dict]:
     """Fusing 4 tokens, over a draft step and over a target call on 5 tokens, in turn."""
     ids = torch.arange(10, 110)[None]
-    own, theirs = read(draft, ids[:, :4]), read(target, ids[:, :4])
+    prefixes = prefill(draft, ids[:, :4]), prefill(target, ids[:, :4])
     pasts = {"draft": (draft, 1), "target": (target, GAMMA + 1)}
-    ways: dict[str, Callable] = {"fuser": lambda: fuser(own, theirs)}
+    ways: dict[str, Callable] = {"fuser": lambda: fuser(*prefixes)}
     for name, (model, count) in pasts.items():
         runner = ModelProposer(model).runner
         runner.start(ids.tolist(), [None], GAMMA + 2)
@@ -433,11 +423,11 @@ def elsewhere_figures(fuser: Fuser, quick: bool) -> list[dict]:
     texts = [
         encode(tokenizer, long[:1]) for _, long in Solutions(2 if quick else 60, (3, 5), test=True)
     ]
-    found = speculated(target, texts, drafters(draft, target, fuser), GAMMA, NEW)
+    scores = measure_fusion(target, texts, fusion_proposers(draft, target, fuser), GAMMA, NEW)
     told = (
         "held-out word problems of 3 to 5 steps, which the fuser was not trained on; n is prompts"
     )
-    values = {ways: by_prompt([found], ways, "acceptance") for ways in ("none", "both")}
+    values = {ways: by_prompt([scores], ways, "acceptance") for ways in ("none", "both")}
     return [
         figure(f"acceptance_{ways}_arithmetic", values[ways], "fraction", told) for ways in values
     ]

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +15,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvlab import lab
-from kvlab.cache import Prefix, fingerprint, load, nbytes, read, save, select
+from kvlab.cache import Prefix, load, nbytes, prefill, save, select
 from kvlab.compress import KVDistiller
 from kvlab.evaluate import benchmark, figure
-from kvlab.fuse import Fuser, Size
-from kvlab.fuse import Settings as FuserSettings
+from kvlab.fuse import Fuser, Settings, Size
 from kvlab.generation import encode_parts
 from kvlab.lab.corpora import Requests
 from kvlab.lab.models import MODELS
+from kvlab.models import fingerprint
 from kvlab.speculate import ModelProposer, Proposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS, RETENTION, SEEDS, REPEATS = Path("lab-runs/fuse"), 4, 96, 2, 0.25, 3, 3
@@ -38,11 +39,11 @@ class Models(NamedTuple):
     fuser: Fuser
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """A request: ids of passage (n,) and of what follows, and a folder with caches of the passage."""
 
     passage: Tensor
-    request: Tensor
+    question: Tensor
     folder: Path
 
 
@@ -52,7 +53,7 @@ def models(seed: int, quick: bool) -> Models:
     if quick:
         torch.manual_seed(seed)
         sizes = [Size.of(model.config) for model in (draft, target)]
-        return Models(target, draft, draft, Fuser(*sizes, settings=FuserSettings(64, gate=4.0)))
+        return Models(target, draft, draft, Fuser(*sizes, settings=Settings(64, gate=4.0)))
     made = sorted(RUNS.glob(f"tuned-{seed}-*"))
     if not made:
         raise FileNotFoundError(
@@ -66,7 +67,7 @@ def models(seed: int, quick: bool) -> Models:
     )
 
 
-def store(m: Models, n: int, folder: Path) -> list[Asked]:
+def store(m: Models, n: int, folder: Path) -> list[Request]:
     """Read each passage once with each model, and keep the caches: the target's, and the draft's in three forms."""
     tokenizer, distiller = (
         lab.load_tokenizer("lab-target"),
@@ -78,66 +79,62 @@ def store(m: Models, n: int, folder: Path) -> list[Asked]:
         place, ids = folder / str(number), passage[None]
         place.mkdir()
         with torch.no_grad():
-            own, theirs = read(m.trained, ids), read(m.target, ids)
-            fused = m.fuser(own, theirs)
-            kept = distiller.compress(ids, retention=RETENTION).positions[0]
-        caches = {
-            "target": theirs.cache,
-            "reads": own.cache,
-            "fused": fused,
-            "distilled": select(fused, kept),
+            prefix, target_prefix = prefill(m.trained, ids), prefill(m.target, ids)
+            fused = m.fuser(prefix, target_prefix)
+            chosen = distiller.compress(ids, retention=RETENTION).positions[0]
+        forms = {
+            "target": target_prefix,
+            "reads": prefix,
+            "fused": replace(prefix, cache=fused),
+            "distilled": replace(prefix, cache=select(fused, chosen)),
         }
-        for name, cache in caches.items():
-            save(
-                cache,
-                place / f"{name}.safetensors",
-                owners["target" if name == "target" else "draft"],
-                len(passage),
-            )
-        rows.append(Asked(passage, request, place))
+        for name, form in forms.items():
+            owner = owners["target" if name == "target" else "draft"]
+            save(form, place / f"{name}.safetensors", owner)
+        rows.append(Request(passage, request, place))
     return rows
 
 
-def known(asked: Asked, name: str, owner: dict) -> Prefix:
-    """What was read before, from its file."""
-    kept = load(asked.folder / f"{name}.safetensors", owner)
-    return Prefix(kept.cache, kept.next_position, asked.passage.tolist())
+def load_prefix(request: Request, name: str, owner: dict) -> Prefix:
+    """A stored prefix of the passage."""
+    prefix = load(request.folder / f"{name}.safetensors", owner)
+    return replace(prefix, input_ids=request.passage.tolist())
 
 
-def proposer_of(step: str, m: Models, asked: Asked, owner: dict) -> Proposer | None:
-    """What drafts at a step."""
+def proposer_of(step: str, m: Models, request: Request, owner: dict) -> Proposer | None:
+    """The proposer of a step."""
     if step in ("plain", "knowledge"):
         return None
     if step in ("draft", "trained"):
         return ModelProposer(m.draft if step == "draft" else m.trained)
-    return ModelProposer(m.trained, known(asked, step, owner))
+    return ModelProposer(m.trained, load_prefix(request, step, owner))
 
 
-def answer(step: str, m: Models, asked: Asked, owners: Mapping[str, dict]) -> dict:
-    """Answer a request with what a step has, from the files on."""
+def answer(step: str, m: Models, request: Request, owners: Mapping[str, dict]) -> dict:
+    """Answer a request at a step, loading included."""
     started = time.perf_counter()
-    prefix = None if step == "plain" else known(asked, "target", owners["target"])
-    proposer = proposer_of(step, m, asked, owners["draft"])
-    ids = asked.request if prefix else torch.cat((asked.passage, asked.request))
-    made = generate(m.target, [ids], proposer, gamma=GAMMA, max_new_tokens=NEW, prefix=prefix)
-    seconds, found = time.perf_counter() - started, summarize(made.rounds)
+    prefix = None if step == "plain" else load_prefix(request, "target", owners["target"])
+    proposer = proposer_of(step, m, request, owners["draft"])
+    ids = request.question if prefix else torch.cat((request.passage, request.question))
+    output = generate(m.target, [ids], proposer, gamma=GAMMA, max_new_tokens=NEW, prefix=prefix)
+    seconds, summary = time.perf_counter() - started, summarize(output.rounds)
     row = {
         "step": step,
         "seconds": seconds,
-        "reading": found.reading_seconds,
-        "tokens": tuple(made.tokens[0].tolist()),
+        "reading": summary.reading_seconds,
+        "tokens": tuple(output.tokens[0].tolist()),
     }
-    return row | {"acceptance": found.acceptance, "tokens_per_call": found.tokens_per_call}
+    return row | {"acceptance": summary.acceptance, "tokens_per_call": summary.tokens_per_call}
 
 
-def run(m: Models, asked: Sequence[Asked], repeats: int) -> pd.DataFrame:
+def run(m: Models, requests: Sequence[Request], repeats: int) -> pd.DataFrame:
     """All steps on each request in turn; times are medians of the repeats."""
     owners = {"target": fingerprint(m.target), "draft": fingerprint(m.trained)}
     for step in STEPS:
-        answer(step, m, asked[0], owners)  # warms up
+        answer(step, m, requests[0], owners)  # warms up
     rows = [
         {"prompt": number, "repeat": repeat} | answer(step, m, one, owners)
-        for number, one in enumerate(tqdm(asked, desc="requests"))
+        for number, one in enumerate(tqdm(requests, desc="requests"))
         for repeat in range(repeats)
         for step in STEPS
     ]
@@ -182,7 +179,7 @@ def step_figures(runs: list[pd.DataFrame]) -> list[dict]:
     return figures
 
 
-def size_figures(m: Models, asked: Sequence[Asked]) -> list[dict]:
+def size_figures(m: Models, requests: Sequence[Request]) -> list[dict]:
     """Bytes of a passage's cache, for the target and for each form of the draft's."""
     owners = {"target": fingerprint(m.target)} | dict.fromkeys(
         ("reads", "fused", "distilled"), fingerprint(m.trained)
@@ -190,7 +187,7 @@ def size_figures(m: Models, asked: Sequence[Asked]) -> list[dict]:
     return [
         figure(
             f"kb_{name}",
-            [nbytes(known(one, name, owner).cache) / 1e3 for one in asked],
+            [nbytes(load_prefix(one, name, owner).cache) / 1e3 for one in requests],
             "kB",
             f"cache of a passage; {TOLD}",
         )
@@ -205,9 +202,9 @@ def measure(quick: bool, seed: int) -> list[dict]:
     for i in range(seed, seed + (1 if quick else SEEDS)):
         m = models(i, quick)
         with tempfile.TemporaryDirectory() as folder:
-            asked = store(m, 3 if quick else 60, Path(folder))
-            runs.append(run(m, asked, 1 if quick else REPEATS))
-            sizes = size_figures(m, asked)
+            requests = store(m, 3 if quick else 60, Path(folder))
+            runs.append(run(m, requests, 1 if quick else REPEATS))
+            sizes = size_figures(m, requests)
     return step_figures(runs) + sizes
 
 
