@@ -86,14 +86,18 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: the likeliest at temperature 0 (the default), else drawn.
+    """How tokens are chosen, by the logits processors of transformers, in its order.
 
-    `top_k` 0 and `top_p` 1.0 keep all. The processors are those of transformers, in its order.
-    `generator` is one for all rows, or a list of one for each: then a row's text does not depend on
-    the rows beside it.
+    Args:
+        temperature: 0 takes the most probable token (greedy), else tokens are sampled.
+        top_k: Sample among the k most probable tokens; 0 keeps all.
+        top_p: Sample among the most probable tokens that together reach this probability; 1.0 keeps all.
+        repetition_penalty: Above 1.0 makes tokens of the context less probable.
+        generator: One for all rows, or a list with one per row: then a row's text does not depend on the other rows.
 
-    >>> Sampling(0.7, top_p=0.9).greedy, Sampling().greedy
-    (False, True)
+    Example:
+        >>> Sampling(0.7, top_p=0.9).greedy, Sampling().greedy
+        (False, True)
     """
 
     temperature: float = 0.0
