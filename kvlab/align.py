@@ -12,7 +12,7 @@ borders[b, 3] columns, and the longest row has no padding. Every step carries gr
 reads padding.
 
 >>> from kvlab import cache, lab
->>> from kvlab.similarity import proportional
+>>> from kvlab.layers import proportional
 >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
 >>> problem = {"role": "user", "content": "Anna has 3 eggs. Anna buys 4. How many eggs does Anna have?"}
 >>> text = segment(tokenizer, [problem, {"role": "assistant", "content": "3+4=7. Answer: 7"}])
@@ -43,10 +43,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from kvlab.cache import from_tensor, prefill, require, rotary_of, rotate, to_tensor, unrotate
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import rendered
+from kvlab.layers import CKA, LayerMap
 from kvlab.losses import cross_entropy
-from kvlab.similarity import CKA, STATES, LayerMap
 from kvlab.training import fit
 
+STATES = ("hidden", "keys", "values")
 SEGMENTS = ("prompt", "reasoning", "answer")
 # A bare "answer" or 答案 also stands inside reasoning, so a colon or a verb must follow.
 MARKER = (
@@ -308,7 +309,7 @@ def resample(x: Tensor, plan: TimePlan) -> Tensor:
 def mix_layers(x: Tensor, layer_map: LayerMap) -> Tensor:
     """Make each student layer of the teacher layers it is mapped to: (B, L_t, T, D) -> (B, L_s, T, D).
 
-    >>> from kvlab.similarity import proportional
+    >>> from kvlab.layers import proportional
     >>> mix_layers(torch.arange(3.0).view(1, 3, 1, 1), proportional(2, 3)).flatten()
     tensor([0., 2.])
     """
@@ -1017,7 +1018,8 @@ def similar_layers(
     Args:
         texts, others: the same problems, as `segment` made them of the student's and the teacher's
             words; about 100.
-        what: "hidden", "keys" (un-rotated) or "values", as for `similarity.states`.
+        what: "hidden" (outputs of layers, the last one's after the final norm), "keys"
+            (un-rotated) or "values".
     """
     require(what in STATES, f"what is {what!r}, expected one of {', '.join(STATES)}.")
     cka = CKA()

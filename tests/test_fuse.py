@@ -33,7 +33,7 @@ from kvlab.fuse import (
     train,
 )
 from kvlab.generation import encode
-from kvlab.similarity import last_aligned, layer_map
+from kvlab.layers import last_aligned, layer_map
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"

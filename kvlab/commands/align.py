@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.align import (
     STARTS,
+    STATES,
     KVAlignmentLoss,
     Lessons,
     Projector,
@@ -41,6 +42,7 @@ from kvlab.commands.shared import (
 from kvlab.evaluate import circumstances, figure
 from kvlab.generation import answers
 from kvlab.lab import corpora
+from kvlab.layers import layer_map, load_layer_map, proportional, save_layer_map
 from kvlab.records import (
     ANSWER_KINDS,
     PROBLEMS,
@@ -52,7 +54,6 @@ from kvlab.records import (
     same_answer,
 )
 from kvlab.scale import Scale
-from kvlab.similarity import STATES, layer_map, load_layer_map, proportional, save_layer_map
 
 SOLVED = ("lab", *PROBLEMS)
 
@@ -602,7 +603,7 @@ def _read_by(
     path = path or files[0].with_name("layer_map.json")
     files[0].parent.mkdir(parents=True, exist_ok=True)
     if by_likeness and path.is_file():
-        chosen = load_layer_map(path, *layers).layer_map
+        chosen = load_layer_map(path, *layers)
     elif by_likeness:
         matrix = _likeness(student, texts[:SAMPLES], teacher, tokenizer, theirs[:SAMPLES])
         chosen, names = (

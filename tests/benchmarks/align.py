@@ -32,9 +32,9 @@ from kvlab.commands.align import ALIGNMENTS, Problems, solved, teach
 from kvlab.evaluate import benchmark, figure
 from kvlab.lab import models
 from kvlab.lab.corpora import Solutions
+from kvlab.layers import layer_map, proportional, save_layer_map
 from kvlab.records import extract_answer
 from kvlab.scale import config_of
-from kvlab.similarity import layer_map, proportional, save_layer_map
 
 RUNS, HARD, CHECKS = Path("lab-runs/align"), (1, 3), 4
 SEEDS = dict.fromkeys(ALIGNMENTS, 3) | {"ce_only": 4, "segment": 5, "shuffled_segment": 4}
