@@ -19,7 +19,7 @@
 #
 # **Time and memory**: less than a minute and 1.2 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
-# **Code**: `kvlab/align.py` and `kvlab/similarity.py`; the code written out here is checked against it.
+# **Code**: `kvlab/align.py` and `kvlab/layers.py`; the code written out here is checked against it.
 # ```
 
 # %%
@@ -41,10 +41,12 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-from kvlab import Scale, align, cache, lab, plots, similarity
 from kvlab.models import rotary_of
+from kvlab import Scale, align, cache, lab, plots
 from kvlab.align import Lesson, Projector, plan_time, resample, segment
 from kvlab.lab.corpora import Solutions
+from kvlab.layers import CKA, biased_cka, layer_map, proportional
+from kvlab.layers import hsic as package_hsic
 
 scale = Scale.current()
 print(scale.describe("04_alignment_4d"))
@@ -212,7 +214,7 @@ def hsic(x, y):
 
 x, y = torch.randn(2, 60, 24)
 y = x @ torch.randn(24, 24) + y
-assert torch.allclose(hsic(x, y), similarity.hsic(x, y))
+assert torch.allclose(hsic(x, y), package_hsic(x, y))
 turn = torch.linalg.qr(torch.randn(24, 24)).Q
 once = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
 turned = hsic(5 * x @ turn, y) / (hsic(5 * x @ turn, 5 * x @ turn) * hsic(y, y)).sqrt()
@@ -226,8 +228,8 @@ counts = (16, 32, 64, 128, 256, 512, 1024)
 rows = {"biased": [], "unbiased": []}
 for n in counts:
     x, y = torch.randn(2, n, 128)
-    rows["biased"].append(similarity.biased_cka(x, y).item())
-    unbiased = similarity.CKA()
+    rows["biased"].append(biased_cka(x, y).item())
+    unbiased = CKA()
     unbiased.update([x], [y])
     rows["unbiased"].append(unbiased.matrix().item())
 ax = plots.lines(counts, rows, "tokens", "CKA of independent layers")
@@ -245,10 +247,10 @@ maps = {w: align.similar_layers(student, texts, teacher, others, w) for w in wha
 
 # %% mystnb={"image": {"alt": "Three tables of CKA between student layers and teacher layers, for hidden states, keys and values."}}
 plots.similarity_maps(maps, "student layer", "teacher layer")
-chosen = similarity.layer_map(maps["hidden"], k=2)
+chosen = layer_map(maps["hidden"], k=2)
 for layer, (layers, weights) in enumerate(zip(chosen.indices.tolist(), chosen.weights.tolist())):
     print(f"student layer {layer}: teacher layers {layers}, weights {np.round(weights, 2)}")
-even = similarity.proportional(len(chosen.indices), chosen.teacher_layers)
+even = proportional(len(chosen.indices), chosen.teacher_layers)
 print("proportional:", even.indices.flatten().tolist())
 
 # %% [markdown]
@@ -350,7 +352,7 @@ def as_teacher(model, text, own, chosen, projector):
 
 layers, width = student.config.num_hidden_layers, widths[1]
 like = Projector(width, width, "identity").to(student.device)
-mirror = as_teacher(student, own, own, similarity.proportional(layers, layers), like)
+mirror = as_teacher(student, own, own, proportional(layers, layers), like)
 kept = align.align_kv([mirror])
 assert torch.equal(kept.keys, align.features(*read(student, own), rotary_of(student)).keys)
 
@@ -428,7 +430,7 @@ def learner():
 problems = [*Solutions(32, seed=6)]
 own_texts = [segment(tokenizer, s) for s, _ in problems]
 begun = learner()
-layers = similarity.proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
 seen = align.seen_by(teacher, words, [t for _, t in problems], own_texts, layers)
 lessons = [Lesson(text, (part,)) for text, part in zip(own_texts, seen)]
 
@@ -554,11 +556,11 @@ if results:
 # %%
 if results:
     depth = lab.models.make_config("lab-teacher").num_hidden_layers
-    even = similarity.proportional(3, depth).indices.flatten().tolist()
-    for layer, proportional in enumerate(even):
+    even = proportional(3, depth).indices.flatten().tolist()
+    for layer, even_layer in enumerate(even):
         found = interval(f"cka_layer_{layer}")
         told = "by CKA {:.1f} [{:.1f}, {:.1f}]".format(*found)
-        print(f"student layer {layer}: in proportion teacher layer {proportional}, {told}")
+        print(f"student layer {layer}: in proportion teacher layer {even_layer}, {told}")
 
 # %% [markdown]
 # It sends all three near the middle of the teacher, and hardly by merit: rows of CKA are nearly flat, and another seed gives another map. So the first layer is asked for what took the teacher several layers to work out, and the last never hears of the teacher's end. The map also takes the mean of two layers where the other takes one; which of the two does the harm was not measured.
@@ -717,7 +719,7 @@ if scale.name == "tiny":
     deep = lab.load("lab-target")
     their = [segment(tokenizer, t) for _, t in pairs]
     likeness = align.similar_layers(student, texts[:32], deep, their[:32])
-    second = similarity.layer_map(likeness, k=2)
+    second = layer_map(likeness, k=2)
 
     def of_both(span):
         for one, two, other in zip(texts[span], others[span], their[span]):
@@ -760,8 +762,9 @@ if scale.name == "tiny":
 # The cell below runs alone, after the imports.
 
 # %%
-from kvlab import Scale, align, lab, similarity
+from kvlab import Scale, align, lab
 from kvlab.lab.corpora import Solutions
+from kvlab.layers import proportional
 
 scale = Scale.current()
 teacher, words = scale.load("teacher"), scale.load_tokenizer("teacher")
@@ -770,7 +773,7 @@ student.requires_grad_(True)
 
 problems = [*Solutions(16, seed=1)]
 texts = [align.segment(tokenizer, mine) for mine, _ in problems]
-layers = similarity.proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
 seen = align.seen_by(teacher, words, [theirs for _, theirs in problems], texts, layers)
 lessons = [align.Lesson(text, (part,)) for text, part in zip(texts, seen)]
 

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvlab import Scale, cache, draft, fuse, lab, plots, similarity
+from kvlab import Scale, cache, draft, fuse, lab, layers, plots
 from kvlab.evaluate import bootstrap
 from kvlab.generation import encode
 from kvlab.fuse import Aligned, Fuser, Lesson, Settings, Size
@@ -223,7 +223,7 @@ def lesson(blanks, shown, answer):
 
 lessons = [lesson(*row) for row in rows]
 settings = Settings(hidden=128, dropout=0.0, gate=4.0)
-first = similarity.first_aligned(*(size.layers for size in sizes))
+first = layers.first_aligned(*(size.layers for size in sizes))
 torch.manual_seed(0)
 rehearsed = Fuser(*sizes, first, settings).to(receiver.device)
 options = {"batch_size": 8, "learning_rate": 6e-3 if scale.name == "tiny" else 1e-4}
@@ -494,7 +494,7 @@ print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
 # ```{exercise-start} Which layers?
 # :label: ex-map
 # ```
-# *Medium, 10 minutes.* As published, the last layers of the sharer are mapped to those of the receiver (`similarity.last_aligned`). Rehearse for twenty steps with each map, and compare what stays unexplained.
+# *Medium, 10 minutes.* As published, the last layers of the sharer are mapped to those of the receiver (`layers.last_aligned`). Rehearse for twenty steps with each map, and compare what stays unexplained.
 # ```{exercise-end}
 # ```
 
@@ -506,7 +506,7 @@ print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
 # %%
 for name in ("last_aligned", "proportional", "first_aligned"):
     torch.manual_seed(0)
-    chosen = getattr(similarity, name)(sizes[0].layers, sizes[1].layers)
+    chosen = getattr(layers, name)(sizes[0].layers, sizes[1].layers)
     one = Fuser(*sizes, chosen, settings).to(receiver.device)
     history = fuse.train(one, receiver, sharer, lessons, steps=20, **more)
     print(f"{name:12} {chosen.indices.flatten().tolist()}", round(history[-1]["unexplained"], 3))
