@@ -28,8 +28,7 @@ notebooks: $(INSTALLED)
 	$(BIN)/python book/notebooks.py
 
 bench: $(INSTALLED)
-	mkdir -p book/results
-	set -e; for f in tests/benchmarks/*.py; do $(BIN)/python $$f --out book/results/$$(basename $$f .py).json; done
+	set -e; for f in tests/benchmarks/*.py; do $(BIN)/python $$f --out kvlab/results/$$(basename $$f .py).json; done
 	$(BIN)/python book/readme.py
 
 # .venv stays; remove it by hand to install everything again.
@@ -47,6 +46,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # The execution cache knows the cells, not the package: what a chapter printed is void when kvlab or a result changes.
-$(BOOK)/.fresh: $(shell find kvlab book/results -type f -not -name '*.pyc' 2>/dev/null)
+$(BOOK)/.fresh: $(shell find kvlab -type f -not -name '*.pyc' 2>/dev/null)
 	rm -rf $(BOOK)/.jupyter_cache
 	mkdir -p $(BOOK) && touch $@

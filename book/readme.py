@@ -1,4 +1,4 @@
-"""Put the measured results into README.md: the table between its marks, and the figure, both from book/results.
+"""Put the measured results into README.md: the table between its marks, and the figure, both from kvlab/results.
 
 python book/readme.py            write the table and the figure
 python book/readme.py --check    write nothing; exit 1 if the table is not what the results say
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README, FIGURE = (
-    ROOT / "book/results",
+    ROOT / "kvlab/results",
     ROOT / "README.md",
     ROOT / "book/_static/kv_distill.png",
 )
@@ -152,7 +152,7 @@ def main(check: bool) -> None:
     made = TABLE.sub(lambda marks: marks[1] + table(found) + marks[2], text)
     if check and made != text:
         sys.exit(
-            "README.md: its table is not what book/results says; run `python book/readme.py` and commit the result."
+            "README.md: its table is not what kvlab/results says; run `python book/readme.py` and commit the result."
         )
     if not check:
         README.write_text(made)
