@@ -451,11 +451,11 @@ print("the others:                    ", shown(others))
 # %% mystnb={"image": {"alt": "Two panels over the percentage of entries kept: megabytes of the cache, which fall in proportion, and milliseconds a token, which fall to a floor, the reading of the weights."}}
 panels = plots.axes(2, width=7, height=2.8)
 quantities = {"cache_mb": "cache (MB)", "decode_ms": "decoding (ms per token)"}
+percents = sorted([100, *PERCENTS])
 for ax, (name, ylabel) in zip(panels, quantities.items()):
-    percents = [100, *PERCENTS]
     points = [results[f"{name}_{p}"].interval for p in percents]
-    plots.line(ax, percents, points, plots.BLUE, "o")
-    ax.set(xlabel="entries kept (%)", ylabel=ylabel, ylim=(0, None))
+    labels = {"xlabel": "entries kept (%)", "ylabel": ylabel}
+    plots.draw_lines(ax, percents, {"": points}, ylim=(0, None), **labels)
 print(textwrap.fill(results["decode_ms_100"].conditions, 78))
 
 # %% [markdown]
