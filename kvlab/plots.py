@@ -73,7 +73,8 @@ def draw_lines(ax: Axes, x: Sequence[float], curves: Curves, styles=LINES, **set
         if label:
             ends[label] = (x[last], values[last], color)
     ax.set(**settings)
-    _label_ends(ax, ends)
+    if ends:
+        _label_ends(ax, ends)
 
 
 def draw_dots(

@@ -511,12 +511,12 @@ gains = {
     label: {"minus no teacher": f"gain_{arm}"} for arm, label in ARMS.items() if arm != "ce_only"
 }
 table = results.table(rows, ".3f").join(results.table(gains, "+.3f")).fillna("")
-seeds = range(results["accuracy_segment"].n)
-by_seed = {
-    label: [f"{results[f'accuracy_{arm}_seed_{seed}'].value:.2f}" for seed in seeds]
-    for arm, label in ARMS.items()
-}
-table["by seed"] = pd.Series(by_seed).str.join("  ")
+by_seed = {label: "" for label in ARMS.values()}
+for arm, label in ARMS.items():
+    for name, figure in results.items():
+        if name.startswith(f"accuracy_{arm}_seed"):
+            by_seed[label] += f" {figure.value:.2f}"
+table["by seed"] = pd.Series(by_seed)
 over = results["segment_over_shuffled"]
 print(f"segments minus segments with another problem: {over:+.3f} ({over.n} seeds)")
 table

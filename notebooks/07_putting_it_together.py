@@ -188,7 +188,7 @@ plots.waterfall(totals, savings, "milliseconds from the files to the last token"
 print(textwrap.fill(results["ms_plain"].conditions, 78))
 
 # %%
-columns = {"accepted": "acceptance", "per target call": "tokens_per_call", "same text": "equal"}
+columns = {"per target call": "tokens_per_call", "same text": "equal", "accepted": "acceptance"}
 rows = {
     label: {
         column: f"{figure}_{name}"
