@@ -41,8 +41,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.cache import from_tensor, prefill, require, rotary_of, rotate, to_tensor, unrotate
-from kvlab.evaluate import rendered
 from kvlab.files import write_tensors, write_text
+from kvlab.generation import rendered
 from kvlab.losses import cross_entropy
 from kvlab.similarity import CKA, STATES, LayerMap
 from kvlab.training import fit

@@ -51,8 +51,8 @@ from kvlab.cache import (
     to_tensor,
     truncate,
 )
-from kvlab.evaluate import encode_parts
 from kvlab.files import write_tensors, write_text
+from kvlab.generation import encode_parts
 from kvlab.losses import distill
 from kvlab.training import fit
 

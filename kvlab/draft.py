@@ -67,8 +67,8 @@ from kvlab.cache import (
     to_tensor,
     unrotate,
 )
-from kvlab.evaluate import continuations
 from kvlab.files import write_tensors
+from kvlab.generation import continuations
 from kvlab.losses import acceptance as overlap
 from kvlab.losses import distill, require_known
 from kvlab.training import fit

@@ -65,8 +65,8 @@ from kvlab.cache import (
     truncate,
     unrotate,
 )
-from kvlab.evaluate import encode_parts, rendered
 from kvlab.files import write_tensors, write_text
+from kvlab.generation import encode_parts, rendered
 from kvlab.losses import cross_entropy
 from kvlab.similarity import LayerMap, last_aligned
 from kvlab.training import fit

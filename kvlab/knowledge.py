@@ -67,8 +67,8 @@ from kvlab.cache import (
     to_tensor,
     truncate,
 )
-from kvlab.evaluate import continuations, encode
 from kvlab.files import as_bytes, write_tensors, write_text
+from kvlab.generation import continuations, encode
 
 if TYPE_CHECKING:
     from kvlab.compress import Compressed

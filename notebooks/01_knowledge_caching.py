@@ -47,7 +47,8 @@ from kvlab import Scale, knowledge, lab, plots, speculate
 from kvlab.cache import CacheError, Prefix, bytes_per_token, clone, join
 from kvlab.cache import length, nbytes, prefill, rotary_of, shift, to_tensor
 from kvlab.cache import truncate
-from kvlab.evaluate import bootstrap, encode
+from kvlab.evaluate import bootstrap
+from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
 from kvlab.lab.report import questions

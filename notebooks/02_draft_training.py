@@ -45,7 +45,8 @@ import torch
 import kvlab
 from kvlab import Scale, draft, lab, losses, plots, speculate
 from kvlab.draft import KnowledgeDraft, KnowledgeDraftConfig, sample_layers
-from kvlab.evaluate import bootstrap, encode
+from kvlab.evaluate import bootstrap
+from kvlab.generation import encode
 from kvlab.files import as_bytes
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora

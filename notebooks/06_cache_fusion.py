@@ -38,7 +38,8 @@ import torch
 
 import kvlab
 from kvlab import Scale, cache, draft, fuse, lab, plots, similarity
-from kvlab.evaluate import bootstrap, encode
+from kvlab.evaluate import bootstrap
+from kvlab.generation import encode
 from kvlab.fuse import Aligned, Fuser, Lesson, Settings, Size
 from kvlab.lab.corpora import Requests, blanked
 from kvlab.speculate import FusedProposer, ModelProposer, generate, summarize
@@ -519,7 +520,7 @@ for name in ("last_aligned", "proportional", "first_aligned"):
 import torch
 
 from kvlab import Scale, fuse, speculate
-from kvlab.evaluate import encode
+from kvlab.generation import encode
 from kvlab.fuse import Aligned, Fuser, Lesson, Settings, Size
 
 scale = Scale.current()

@@ -44,7 +44,7 @@ import kvlab
 from kvlab import Scale, cache, lab, plots
 from kvlab.cache import Prefix
 from kvlab.compress import KVDistiller
-from kvlab.evaluate import encode_parts
+from kvlab.generation import encode_parts
 from kvlab.fuse import Fuser, Settings, Size
 from kvlab.lab.corpora import Requests
 from kvlab.speculate import ModelProposer, generate, summarize
@@ -296,7 +296,7 @@ print(f"accepted {found.acceptance:.2f}, {found.tokens_per_call:.2f} tokens a ca
 import torch
 
 from kvlab import Scale, cache, speculate
-from kvlab.evaluate import encode_parts
+from kvlab.generation import encode_parts
 
 scale = Scale.current()
 target, draft, tokenizer = scale.load("target"), scale.load("draft"), scale.load_tokenizer("target")

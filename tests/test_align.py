@@ -50,7 +50,7 @@ from kvlab.align import (
     similar_layers,
     split_heads,
 )
-from kvlab.evaluate import encode
+from kvlab.generation import encode
 from kvlab.lab.worlds import arithmetic_document
 from kvlab.losses import cross_entropy
 from kvlab.similarity import LayerMap, layer_map, proportional

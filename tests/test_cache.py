@@ -505,7 +505,7 @@ def test_a_flipped_bit_is_found_or_harmless(saved, tiny_model):
         try:
             again = kv.load(path, owner)
         except CacheError as error:
-            assert str(path) in str(error)  # noqa: PT017
+            assert str(path) in str(error)
             found += 1
         else:
             assert equal(again.cache, cache)

@@ -638,7 +638,7 @@ def projected(distiller, ids, chosen):
     found, hooks = {}, []
     for name, part in distiller.adapted.named_modules():
         if hasattr(part, "lora_A"):
-            note = lambda m, inputs, out, name=name: found.update({name: (inputs[0], out, m)})  # noqa: E731
+            note = lambda m, inputs, out, name=name: found.update({name: (inputs[0], out, m)})
             hooks.append(part.register_forward_hook(note))
     distiller._adapted(ids, torch.ones_like(ids), chosen)
     for hook in hooks:

@@ -40,8 +40,8 @@ from kvlab.draft import (
     train,
     unsettle,
 )
-from kvlab.evaluate import continuations, encode
 from kvlab.files import as_bytes
+from kvlab.generation import continuations, encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.speculate import ModelProposer, Runner, Sampling, generate, summarize
 
@@ -358,7 +358,7 @@ def by_hand(target, layers, effect, store, number, ids, start, kind, aligned):
         layer = target.model.layers[number]
         hidden = layer(hidden, position_ids=places, position_embeddings=turn)
         attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-        heads = lambda x: x.unflatten(-1, (-1, attention.head_dim))  # noqa: B023, E731
+        heads = lambda x: x.unflatten(-1, (-1, attention.head_dim))
         query = getattr(attention, "q_norm", torch.nn.Identity())(
             heads(attention.q_proj(normed))
         ).transpose(1, 2)
@@ -1371,7 +1371,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     hook.remove() if "hook" in locals() else monkeypatch.undo()
     got, resumed = run(tmp_path / "stopped")
     assert same(weights_of(got), weights_of(want))
-    drop = lambda entries: [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]  # noqa: E731
+    drop = lambda entries: [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
     assert drop(resumed) == drop(history)
     finished, third = run(tmp_path / "stopped")  # nothing is left to do
     assert same(weights_of(finished), weights_of(want))

@@ -16,7 +16,6 @@ from torch import nn
 from kvlab import cache as kv
 from kvlab import lab
 from kvlab.cache import CacheError, Read, from_tensor, read, rotary_of, to_tensor, truncate
-from kvlab.evaluate import encode
 from kvlab.fuse import (
     NOISES,
     PUBLISHED,
@@ -33,6 +32,7 @@ from kvlab.fuse import (
     response_loss,
     train,
 )
+from kvlab.generation import encode
 from kvlab.similarity import last_aligned, layer_map
 
 CHATML = (
@@ -48,7 +48,7 @@ def near(one, two, within=1e-5):
     torch.testing.assert_close(one, two, rtol=0, atol=within)
 
 
-def fuser_of(receiver=RECEIVER, sharer=SHARER, layers=None, made=Settings(hidden=24), logit=None):  # noqa: B008
+def fuser_of(receiver=RECEIVER, sharer=SHARER, layers=None, made=Settings(hidden=24), logit=None):
     torch.manual_seed(0)
     fuser = Fuser(receiver, sharer, layers, made)
     if logit is not None:
@@ -882,7 +882,7 @@ def test_nothing_is_unexplained_where_the_fused_cache_is_what_the_receiver_would
     receiver, sharer = pair
     batch = collate(blanked_lessons(8, 5))
     others, mask = batch["sharer_ids"][:, :-1], batch["sharer_mask"][:, :-1]
-    oracle = lambda own, theirs, shares: read(receiver, others, mask).cache  # noqa: E731
+    oracle = lambda own, theirs, shares: read(receiver, others, mask).cache
     assert rehearsal_loss(oracle, receiver, sharer, batch)["unexplained"] == 0
     alone = rehearsal_loss(lambda own, theirs, shares: own.cache, receiver, sharer, batch)[
         "unexplained"

@@ -26,7 +26,7 @@ from kvlab import files, knowledge, lab
 from kvlab.cache import CacheError
 from kvlab.compress import Compressed, compact
 from kvlab.draft import KnowledgeDraft
-from kvlab.evaluate import encode
+from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Hit, KnowledgeCache, Piece, read, splice
 from kvlab.lab.tokenizers import CHAT_TEMPLATE
 
@@ -1679,12 +1679,12 @@ def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tm
         CacheError, match=r"compressed, and what was evicted cannot be computed again.*another arm"
     ):
         store.splice(store.items[:2], "recompute")
-    by_head = lambda ids: first(ids)._replace(positions=torch.zeros(2, 1, 2, 3))  # noqa: E731
+    by_head = lambda ids: first(ids)._replace(positions=torch.zeros(2, 1, 2, 3))
     with pytest.raises(
         CacheError, match=r"positions \(2, 1, 2, 3\) .* let all heads keep the same"
     ):
         make(name="by_head", compress=by_head)
-    moved = lambda ids: compact(first(ids), kv.rotary_of(model))  # noqa: E731
+    moved = lambda ids: compact(first(ids), kv.rotary_of(model))
     with pytest.raises(CacheError, match="moved the entries: give them where they stood"):
         make(name="moved", compress=moved)
     draft = KnowledgeDraft.cut(model, "first:1", knowledge="kv")

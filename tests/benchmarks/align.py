@@ -28,7 +28,7 @@ from kvlab.align import (
     segment,
     similar_layers,
 )
-from kvlab.cli import ALIGNMENTS, Problems, solved, teach
+from kvlab.commands.align import ALIGNMENTS, Problems, solved, teach
 from kvlab.evaluate import benchmark, figure
 from kvlab.lab import models
 from kvlab.lab.corpora import Solutions

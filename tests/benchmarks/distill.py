@@ -30,7 +30,7 @@ from kvlab.cache import (
     select,
     step,
 )
-from kvlab.cli import SMALL
+from kvlab.commands.distill import SMALL
 from kvlab.compress import (
     AWARE,
     METHODS,

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from kvlab import draft as drafts
 from kvlab import lab
 from kvlab.cache import prefix_of, read
-from kvlab.cli import FUSER_SMALL, drafters, speculated, tuned
-from kvlab.evaluate import benchmark, encode, figure
+from kvlab.commands.fuse import FUSER_SMALL, drafters, speculated, tuned
+from kvlab.evaluate import benchmark, figure
 from kvlab.fuse import (
     Aligned,
     Fuser,
@@ -33,6 +33,7 @@ from kvlab.fuse import (
     train,
 )
 from kvlab.fuse import Settings as FuserSettings
+from kvlab.generation import encode
 from kvlab.lab.corpora import Requests, Solutions, blanked
 from kvlab.similarity import first_aligned, last_aligned
 from kvlab.speculate import ModelProposer, generate, summarize

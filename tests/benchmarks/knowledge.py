@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kvlab import lab
 from kvlab.cache import CacheError, Prefill, Prefix, join, nbytes, prefill, rotary_of, select, shift
-from kvlab.evaluate import benchmark, encode, figure
+from kvlab.evaluate import benchmark, figure
+from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Embedder, Item, KnowledgeCache, Piece, read, splice
 from kvlab.lab import corpora, worlds
 from kvlab.lab.models import make

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kvlab import lab
 from kvlab.cache import Prefix, fingerprint, load, nbytes, read, save, select
 from kvlab.compress import KVDistiller
-from kvlab.evaluate import benchmark, encode_parts, figure
+from kvlab.evaluate import benchmark, figure
 from kvlab.fuse import Fuser, Size
 from kvlab.fuse import Settings as FuserSettings
+from kvlab.generation import encode_parts
 from kvlab.lab.corpora import Requests
 from kvlab.lab.models import MODELS
 from kvlab.speculate import ModelProposer, Proposer, generate, summarize
