@@ -511,7 +511,7 @@ gains = {
     label: {"minus no teacher": f"gain_{arm}"} for arm, label in ARMS.items() if arm != "ce_only"
 }
 table = results.table(rows, ".3f").join(results.table(gains, "+.3f")).fillna("")
-by_seed = {label: "" for label in ARMS.values()}
+by_seed = dict.fromkeys(ARMS.values(), "")
 for arm, label in ARMS.items():
     for name, figure in results.items():
         if name.startswith(f"accuracy_{arm}_seed"):
