@@ -42,6 +42,7 @@ from kvlab.align import (
     similar_layers,
 )
 from kvlab.align import train as train_pupil
+from kvlab.answers import extract_answer, same_answer
 from kvlab.cache import Prefix, fingerprint, nbytes, prefix_of, truncate
 from kvlab.compress import AWARE, KVDistiller
 from kvlab.draft import Accepted, Example, KnowledgeDraft
@@ -66,17 +67,15 @@ from kvlab.lab.__main__ import report, train
 from kvlab.lab.report import problems
 from kvlab.losses import require_known
 from kvlab.records import (
-    ANSWER_KINDS,
     CONTEXTS,
+    DATA_SETS,
     PROBLEMS,
     Record,
     accepted,
-    extract_answer,
-    faq,
     messages,
+    read_faq,
     read_prompts,
     read_records,
-    same_answer,
 )
 from kvlab.scale import Scale
 from kvlab.similarity import (
@@ -354,7 +353,7 @@ def build_cache(
     kept = None if dtype is None else getattr(torch, dtype, None)
     if dtype and not isinstance(kept, torch.dtype):
         raise ValueError(f"dtype is {dtype!r}, expected the name of one, such as float16.")
-    found = faq(records) if records else lab.faq(language)
+    found = read_faq(records) if records else lab.faq(language)
     scale = _scale(base_model)
     main = PartialState(
         cpu=scale.device == "cpu"
@@ -1914,7 +1913,9 @@ def _tasks(settings: Mapping) -> Problems:
     (own, theirs), (asked, right) = (
         map(list, zip(*pairs, strict=True)) for pairs in (learned, to_ask)
     )
-    return Problems(own, theirs, asked, right, "number" if data == "lab" else ANSWER_KINDS[data])
+    return Problems(
+        own, theirs, asked, right, "number" if data == "lab" else DATA_SETS[data].answer_kind
+    )
 
 
 def _solutions(settings: Mapping) -> tuple[list[tuple[Conversation, Conversation]], list[Record]]:

@@ -456,7 +456,7 @@ def test_records_of_the_chatterbot_corpus(build, tmp_path):
         (["--dtype", "nn"], "dtype is 'nn', expected the name of one"),
         (["--dtype", "int8"], "dtype is torch.int8, expected a floating one"),
         (["--keep", "keys"], r"keep is \['keys'\], expected a list of one or both"),
-        (["--records", "none.jsonl"], "There is no file or folder none.jsonl"),
+        (["--records", "none.jsonl"], ".*No such file or directory: 'none.jsonl'"),
         (["--language", "fr"], "There is no FAQ in 'fr': expected 'en' or 'zh'"),
     ],
 )
@@ -1469,7 +1469,7 @@ def test_choices_and_long_answers_have_scores_of_their_own(measured, tiny):
         (
             TAUGHT,
             ["--data", "p3", "--source", "squad.json"],
-            "squad.json, article 1 has no 'prompt'",
+            "squad.json, row 1 does not fit: there is no 'prompt'",
         ),
         (TAUGHT, ["--data", "squad"], "There is no source of squad records: give --source"),
         (
