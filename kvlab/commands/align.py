@@ -27,6 +27,7 @@ from kvlab.align import (
     solved,
     train_arm,
 )
+from kvlab.answers import extract_answer
 from kvlab.commands.shared import (
     figures_table,
     require_counts,
@@ -37,15 +38,7 @@ from kvlab.commands.shared import (
 from kvlab.evaluate import circumstances, figure
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
-from kvlab.records import (
-    ANSWER_KINDS,
-    PROBLEMS,
-    Record,
-    accepted,
-    extract_answer,
-    messages,
-    read_records,
-)
+from kvlab.records import PROBLEMS, Record, accepted, messages, read_records
 from kvlab.scale import Scale
 
 SOLVED = ("lab", *PROBLEMS)
