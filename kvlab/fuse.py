@@ -52,9 +52,9 @@ from kvlab import cache as kv
 from kvlab.cache import Prefix
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import rendered
+from kvlab.layers import LayerMap, first_aligned, last_aligned, proportional
 from kvlab.losses import cross_entropy
 from kvlab.models import CacheError, differences, fingerprint, head_dim
-from kvlab.similarity import LayerMap, first_aligned, last_aligned, proportional
 from kvlab.training import fit
 
 NOISES = {"logistic": torch.logit, "gumbel": lambda u: -(-u.log()).log()}  # u is uniform in (0, 1)

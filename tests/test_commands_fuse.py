@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kvlab import draft as drafts
 from kvlab import fuse as fuse_module
-from kvlab import lab, similarity, training
+from kvlab import lab, layers, training
 from kvlab.cache import from_tensor, to_tensor
 from kvlab.cli import main
 from kvlab.fuse import Fuser, Settings, Size
@@ -165,16 +165,16 @@ def test_a_fuser_is_made_as_asked_and_starts_by_the_seed(fusible):
     options = "--dropout 0.2 --gate -1 --keys rotated --noise gumbel --layer_map proportional --no_decode_fusion"
     (fuser, *_, more), _ = fusible(*options.split(), "--accumulate", "2", "--precision", "bf16")
     assert fuser.settings == Settings(16, 0.2, "rotated", "gumbel", -1.0)
-    assert torch.equal(fuser.layer_map.indices, similarity.proportional(2, 12).indices)
+    assert torch.equal(fuser.layer_map.indices, layers.proportional(2, 12).indices)
     assert more | {"decode": False, "accumulate": 2, "precision": "bf16"} == more
     starts = []
-    for seed, name, layers in (
+    for seed, name, indices in (
         ("0", "last", [10, 11]),
         ("0", "first", [0, 1]),
         ("1", "first", [0, 1]),
     ):
         fuser = fusible("--seed", seed, "--layer_map", name)[0][0]
-        assert fuser.layer_map.indices.flatten().tolist() == layers
+        assert fuser.layer_map.indices.flatten().tolist() == indices
         starts.append(fuser.input_proj.weight)
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[1], starts[2])
@@ -352,7 +352,11 @@ def test_a_fuser_serves_drawn_text_compiled_models_and_a_single_token(
     (prompt_ids,) = token_ids([[{"role": "user", "content": "Anna has 3 apples. How many?"}]])
     sampling = Sampling(0.9, generator=torch.Generator().manual_seed(5))
     output = generate(
-        target, [prompt_ids], FusedProposer(draft, target, fuser), max_new_tokens=12, sampling=sampling
+        target,
+        [prompt_ids],
+        FusedProposer(draft, target, fuser),
+        max_new_tokens=12,
+        sampling=sampling,
     )
     assert guesses[1:] == [drafted(output)]
     (prompt,) = result(tiny / "drawn", capsys)[0]["prompts"]
@@ -418,7 +422,9 @@ def test_a_fuser_for_other_models_is_a_sentence(tiny):
         ),
     ],
 )
-def test_what_is_no_fuser_is_a_sentence_before_anything_is_loaded(options, message, tiny, monkeypatch):
+def test_what_is_no_fuser_is_a_sentence_before_anything_is_loaded(
+    options, message, tiny, monkeypatch
+):
     save_fuser("broken", lab.load("lab-draft"), lab.load("lab-draft"))
     (tiny / "broken" / "fuser.json").write_text("{}")
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))

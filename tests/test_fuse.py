@@ -13,7 +13,6 @@ import torch
 from conftest import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvlab.models import CacheError, fingerprint, rotary_of
 from safetensors.torch import load_file
 from torch import nn
 
@@ -37,7 +36,8 @@ from kvlab.fuse import (
     train_fuser,
 )
 from kvlab.generation import encode, encode_parts
-from kvlab.similarity import last_aligned, layer_map
+from kvlab.layers import last_aligned, layer_map
+from kvlab.models import CacheError, fingerprint, rotary_of
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
