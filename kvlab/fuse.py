@@ -194,11 +194,11 @@ class Settings:
     """Hyper-parameters of a fuser.
 
     Args:
-        hidden: width of the hidden layers.
-        dropout: dropout rate in each block.
+        hidden: Width of the hidden layers.
+        dropout: Dropout rate in each block.
         keys: "unrotated", or "rotated" as in the published code.
-        noise: of the gates in training: "logistic", or "gumbel" as in the published code.
-        gate: initial logit of the gates. Published: 0, where noise closes about half of them in
+        noise: Of the gates in training: "logistic", or "gumbel" as in the published code.
+        gate: Initial logit of the gates. Published: 0, where noise closes about half of them in
             training.
         use_sharer: False replaces the sharer's features by zeros. This is the parameter-matched
             control: the same number of parameters, without the sharer's information.
@@ -678,15 +678,15 @@ class FuserArm(Settings):
     Args:
         control: "none"; "self", the receiver as its own sharer; or "matched", as many parameters
             without the sharer's information.
-        layer_map: the sharer's "last" layers for the receiver's, layers at "proportional" depth, or
+        layer_map: The sharer's "last" layers for the receiver's, layers at "proportional" depth, or
             its "first" layers.
-        decode: also fuse the first tokens of each response (see `train_fuser`).
-        steps: optimizer steps.
-        batch_size: prompts per batch.
-        learning_rate: peak learning rate.
-        accumulate: batches per optimizer step.
-        precision: of the arithmetic in training; the fuser is in float32.
-        seed: random seed (data, initialization, shuffling, gates).
+        decode: Also fuse the first tokens of each response (see `train_fuser`).
+        steps: Optimizer steps.
+        batch_size: Prompts per batch.
+        learning_rate: Peak learning rate.
+        accumulate: Batches per optimizer step.
+        precision: Of the arithmetic in training; the fuser is in float32.
+        seed: Random seed (data, initialization, shuffling, gates).
     """
 
     control: Literal["none", "self", "matched"] = "none"

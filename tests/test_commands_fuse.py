@@ -1,8 +1,9 @@
 """The command line: train-fuser, and what speculate does with a fuser."""
 
+import functools
 import itertools
+import tempfile
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +33,7 @@ FUSED += "--max_new_tokens 12 --learning_rate 0.05".split()
 @pytest.fixture
 def fuse(trained):
     """Return a function that runs train-fuser."""
-    return partial(trained, FUSED)
+    return functools.partial(trained, FUSED)
 
 
 @pytest.fixture
@@ -226,8 +227,8 @@ def test_a_fuser_that_was_killed_goes_on_and_ends_the_same(fuse, tiny, monkeypat
 
 
 def test_a_fuser_of_other_settings_begins_anew(fusible):
-    changes = ["", "--hidden 32", "--control self", "--no_decode_fusion", "--steps 3", "--seed 1", "--prompts 9",
-               "--max_new_tokens 9", "--base_model lab-target", "--teacher_model lab-draft"]  # fmt: skip
+    changes = ["", "--hidden 32", "--no_decode_fusion", "--prompts 9", "--max_new_tokens 9"]
+    changes += ["--base_model lab-target", "--teacher_model lab-draft"]
     checkpoints = [fusible(*change.split())[0][-1]["checkpoint"] for change in changes]
     assert len({*checkpoints}) == len(changes)
     assert fusible("--heldout", "1", "--gamma", "2")[0][-1]["checkpoint"] == checkpoints[0]
@@ -306,6 +307,20 @@ def test_a_mistake_in_fusing_is_a_sentence_before_any_work(
     assert {path.name for path in tiny.iterdir()} == {"squad.json"}
 
 
+@functools.cache
+def guesses_of_each_way(*prompts):
+    """What the draft of `save_fuser` guesses for prompts, by what is fused: (prefill, decode)."""
+    draft, target, each = lab.load("lab-draft"), lab.load("lab-target"), {}
+    with tempfile.TemporaryDirectory() as folder:
+        fuser = save_fuser(folder, draft, target)
+    for ways in itertools.product((True, False), repeat=2):
+        each[ways] = []
+        for ids in token_ids([{"role": "user", "content": text}] for text in prompts):
+            proposer = FusedProposer(draft, target, fuser, None, *ways)
+            each[ways].append(drafted(generate(target, [ids], proposer, max_new_tokens=12)))
+    return each
+
+
 @pytest.mark.parametrize(
     ("flags", "ways"),
     [
@@ -315,8 +330,7 @@ def test_a_mistake_in_fusing_is_a_sentence_before_any_work(
     ],
 )
 def test_speculate_fuses_what_it_is_not_told_to_leave(flags, ways, guesses, tiny, capsys):
-    draft, target = lab.load("lab-draft"), lab.load("lab-target")
-    fuser = save_fuser("fuser", draft, target)
+    save_fuser("fuser", lab.load("lab-draft"), lab.load("lab-target"))
     prompts = [problem[0]["content"] for problem in problems(4, "long", 2, seed=0)]
     options = ["--fuser_checkpoint", "fuser", *flags.split(), "--output_dir", str(tiny / "out")]
     main([*FEW, *options, "--prompts", *prompts])
@@ -329,13 +343,7 @@ def test_speculate_fuses_what_it_is_not_told_to_leave(flags, ways, guesses, tiny
     assert all(
         prompt["plain"]["text"] == prompt["speculative"]["text"] for prompt in written["prompts"]
     )
-    prompt_ids = token_ids([{"role": "user", "content": text}] for text in prompts)
-    each = {}
-    for way in itertools.product((True, False), repeat=2):
-        each[way] = []
-        for ids in prompt_ids:
-            proposer = FusedProposer(draft, target, fuser, None, *way)
-            each[way].append(drafted(generate(target, [ids], proposer, max_new_tokens=12)))
+    each = dict(guesses_of_each_way(*prompts))
     assert guesses[1:] == each.pop(ways)  # the first warms up
     assert guesses[1:] not in each.values()
 
