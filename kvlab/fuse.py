@@ -60,11 +60,11 @@ from kvlab.training import fit
 NOISES = {"logistic": torch.logit, "gumbel": lambda u: -(-u.log()).log()}  # u is uniform in (0, 1)
 LAYER_MAPS = {"last": last_aligned, "proportional": proportional, "first": first_aligned}
 CONTENT_MARK = "\ue000"  # replaces a message's content, to find where a chat template puts it
-FORMAT_VERSION, WEIGHTS_FILE, CONFIG_FILE = 2, "fuser.safetensors", "fuser.json"
+FUSER_VERSION, FUSER_WEIGHTS, FUSER_CONFIG = 2, "fuser.safetensors", "fuser.json"
 VERSION_1_NAMES = {"enter": "input_proj", "shared": "shared_mlp", "project": "value_mlp",
                    "weigh": "weight_mlp", "change": "value_out", "weight": "weight_out"}  # fmt: skip
 Batch = Mapping[str, Tensor]
-Conversation = Sequence[Mapping[str, str]]  # {"role", "content"} messages
+Messages = Sequence[Mapping[str, str]]  # {"role", "content"}
 
 
 # -- tokens
@@ -94,7 +94,7 @@ class Aligned:
 def align_tokens(
     receiver_tokenizer: PreTrainedTokenizerBase,
     sharer_tokenizer: PreTrainedTokenizerBase,
-    conversation: Conversation,
+    conversation: Messages,
     keep: str = "all",
 ) -> Aligned:
     """Encode a conversation for both models, and align the tokens by the characters they spell.
@@ -138,7 +138,7 @@ def align_tokens(
 
 
 def _encode_with_spans(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+    tokenizer: PreTrainedTokenizerBase, conversation: Messages
 ) -> tuple[str, Tensor, np.ndarray]:
     """The rendered text, its token ids (T,), and the start and end of each token in it, (T, 2)."""
     text, special = rendered(tokenizer, conversation), not tokenizer.chat_template
@@ -148,7 +148,7 @@ def _encode_with_spans(
 
 
 def _message_offsets(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, text: str
+    tokenizer: PreTrainedTokenizerBase, conversation: Messages, text: str
 ) -> np.ndarray:
     """The number of message characters before each index of the rendered text, (len(text) + 1,)."""
     inside = np.zeros(len(text), dtype=np.int64)
@@ -212,15 +212,11 @@ class Settings:
     use_sharer: bool = True
 
     def __post_init__(self):
-        if self.hidden < 1 or not 0 <= self.dropout < 1:
+        choices = self.keys in ("unrotated", "rotated") and self.noise in NOISES
+        if not choices or self.hidden < 1 or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"hidden is {self.hidden} and dropout {self.dropout}, expected a positive integer and "
-                "a fraction in [0, 1)."
-            )
-        if self.keys not in ("unrotated", "rotated") or self.noise not in NOISES:
-            raise ValueError(
-                f"keys is {self.keys!r} and noise {self.noise!r}, expected 'unrotated' or 'rotated', "
-                "and 'logistic' or 'gumbel'."
+                f"The settings are {self}, expected hidden from 1, dropout in [0, 1), keys 'unrotated' "
+                "or 'rotated', and noise 'logistic' or 'gumbel'."
             )
 
 
@@ -396,30 +392,30 @@ class Fuser(nn.Module):
         """Write fuser.safetensors and fuser.json (sizes, layer map, settings, fingerprints). Returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS_FILE, self.state_dict(), {"format": "pt"})
+        write_tensors(folder / FUSER_WEIGHTS, self.state_dict(), {"format": "pt"})
         indices, weights, _ = self.layer_map
         config = {
-            "version": FORMAT_VERSION,
+            "version": FUSER_VERSION,
             "receiver": self.receiver._asdict(),
             "sharer": self.sharer._asdict(),
             "layer_map": {"indices": indices.tolist(), "weights": weights.tolist()},
             "settings": asdict(self.settings),
             "trained_for": self.trained_for,
         }
-        return write_text(folder / CONFIG_FILE, json.dumps(config, indent=1) + "\n").parent
+        return write_text(folder / FUSER_CONFIG, json.dumps(config, indent=1) + "\n").parent
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Fuser":
         """Read the files of `save_pretrained`, onto the CPU, in the file's dtype."""
         folder = Path(folder)
-        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-        state = load_file(folder / WEIGHTS_FILE)
+        config = json.loads((folder / FUSER_CONFIG).read_text("utf-8"))
+        state = load_file(folder / FUSER_WEIGHTS)
         if config.get("version") == 1:
             config, state = _from_version_1(config, state)
-        if config.get("version") != FORMAT_VERSION:
+        if config.get("version") != FUSER_VERSION:
             raise ValueError(
                 f"{folder} holds a fuser of format version {config.get('version')}, expected 1 to "
-                f"{FORMAT_VERSION}: give a folder that `kvlab train-fuser` wrote."
+                f"{FUSER_VERSION}: give a folder that `kvlab train-fuser` wrote."
             )
         receiver, sharer = Size(**config["receiver"]), Size(**config["sharer"])
         indices = torch.tensor(config["layer_map"]["indices"])

@@ -726,9 +726,11 @@ def test_caches_of_other_models_and_other_texts_are_refused(pair, texts):
             fuser(receiver, other, weights)
 
 
-@pytest.mark.parametrize("wrong", [{"keys": "turned"}, {"noise": "normal"}])
+@pytest.mark.parametrize(
+    "wrong", [{"keys": "turned"}, {"noise": "normal"}, {"hidden": 0}, {"dropout": 1.0}]
+)
 def test_settings_that_cannot_be_are_refused(wrong):
-    with pytest.raises(ValueError, match="expected 'unrotated' or 'rotated', and 'logistic' or"):
+    with pytest.raises(ValueError, match="The settings are .*, expected hidden from 1, dropout in"):
         Settings(**wrong)
 
 
