@@ -60,6 +60,7 @@ from kvlab.training import fit
 NOISES = {"logistic": torch.logit, "gumbel": lambda u: -(-u.log()).log()}  # u is uniform in (0, 1)
 LAYER_MAPS = {"last": last_aligned, "proportional": proportional, "first": first_aligned}
 CONTENT_MARK = "\ue000"  # replaces a message's content, to find where a chat template puts it
+END_TEMPERATURE = 0.001  # of the gates in training
 FUSER_VERSION, FUSER_WEIGHTS, FUSER_CONFIG = 2, "fuser.safetensors", "fuser.json"
 VERSION_1_NAMES = {"enter": "input_proj", "shared": "shared_mlp", "project": "value_mlp",
                    "weigh": "weight_mlp", "change": "value_out", "weight": "weight_out"}  # fmt: skip
@@ -614,7 +615,6 @@ def train_fuser(
     *,
     steps: int,
     batch_size: int = 8,
-    end_temperature: float = 0.001,
     decode: bool = False,
     loss: Callable[..., dict[str, Tensor]] = response_loss,
     **options,
@@ -623,7 +623,7 @@ def train_fuser(
 
     The learning rate rises over a tenth of the steps to 1e-4 and falls linearly to 0; weight decay
     is 0.01, gradients are clipped at 1. The temperature of the gates falls geometrically from 1 to
-    `end_temperature`.
+    0.001.
 
     Args:
         receiver, sharer: on the device that `fit` trains on.
@@ -640,9 +640,8 @@ def train_fuser(
         model.requires_grad_(False).eval()
     fuser.trained_for = {"receiver": fingerprint(receiver), "sharer": fingerprint(sharer)}
 
-    def cool(step: int) -> dict[str, float]:
-        fuser.temperature = end_temperature ** ((step - 1) / max(1, steps - 1))
-        return {}
+    def anneal(step: int) -> None:
+        fuser.temperature = END_TEMPERATURE ** ((step - 1) / max(1, steps - 1))
 
     def losses(fuser: nn.Module, batch: Batch) -> dict[str, Tensor]:
         if not decode:
@@ -661,8 +660,7 @@ def train_fuser(
         "decay": 0.9,
         "weight": lambda batch: batch["weights"].sum(),
         "evaluate": lambda fuser: {"open": (fuser.gate_logit > 0).float().mean().item()},
-        "factors": cool,
-        "label": "C2C",
+        "on_step": anneal,
     } | options
     return fit(fuser, loader, losses, steps=steps, **options)
 

@@ -730,7 +730,9 @@ def test_caches_of_other_models_and_other_texts_are_refused(pair, texts):
     "wrong", [{"keys": "turned"}, {"noise": "normal"}, {"hidden": 0}, {"dropout": 1.0}]
 )
 def test_settings_that_cannot_be_are_refused(wrong):
-    with pytest.raises(ValueError, match="The settings are .*, expected hidden from 1, dropout in"):
+    with pytest.raises(
+        ValueError, match=r"The settings are .*, expected hidden from 1, dropout in"
+    ):
         Settings(**wrong)
 
 
