@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kvlab import draft as drafts
 from kvlab.commands import shared
-from kvlab.evaluate import circumstances, figure
+from kvlab.evaluate import figure, run_info
 from kvlab.fuse import Fuser, FuserArm, FuserExample
 from kvlab.generation import encode
 from kvlab.lab import corpora
@@ -108,7 +108,7 @@ def train_fuser_command(
         "figures": figures,
         "history": history,
     }
-    print(shared.write_json(output_dir / "training.json", result | circumstances()))
+    print(shared.write_json(output_dir / "training.json", result | run_info()))
 
 
 def _require_possible(arm: FuserArm, output_dir: Path, max_new_tokens: int) -> None:
