@@ -118,13 +118,13 @@ def answer(step: str, m: Models, request: Request, owners: Mapping[str, dict]) -
     ids = request.question if prefix else torch.cat((request.passage, request.question))
     output = generate(m.target, [ids], proposer, gamma=GAMMA, max_new_tokens=NEW, prefix=prefix)
     seconds, summary = time.perf_counter() - started, summarize(output.rounds)
-    row = {
+    return {
         "step": step,
         "seconds": seconds,
-        "reading": summary.reading_seconds,
         "tokens": tuple(output.tokens[0].tolist()),
+        "acceptance": summary.acceptance,
+        "tokens_per_call": summary.tokens_per_call,
     }
-    return row | {"acceptance": summary.acceptance, "tokens_per_call": summary.tokens_per_call}
 
 
 def run(m: Models, requests: Sequence[Request], repeats: int) -> pd.DataFrame:
