@@ -1,4 +1,4 @@
-"""The Cache-to-Cache (C2C) fuser: it adds to a receiver's KV cache what a sharer's cache holds of the same text.
+"""The Cache-to-Cache (C2C) fuser: a receiver's KV cache, changed by a sharer's of the same text.
 
 Sharer and receiver read the same prompt. For each receiver layer, one network for keys and one for
 values reads the entries that both models have of a token, and proposes a change to the receiver's
@@ -63,7 +63,8 @@ CONTENT_MARK = "\ue000"  # replaces a message's content, to find where a chat te
 END_TEMPERATURE = 0.001  # of the gates in training
 FUSER_VERSION, FUSER_WEIGHTS, FUSER_CONFIG = 2, "fuser.safetensors", "fuser.json"
 VERSION_1_NAMES = {"enter": "input_proj", "shared": "shared_mlp", "project": "value_mlp",
-                   "weigh": "weight_mlp", "change": "value_out", "weight": "weight_out"}  # fmt: skip
+                   "weigh": "weight_mlp", "change": "value_out",
+                   "weight": "weight_out"}  # fmt: skip
 Batch = Mapping[str, Tensor]
 Messages = Sequence[Mapping[str, str]]  # {"role", "content"}
 
@@ -100,9 +101,9 @@ def align_tokens(
 ) -> Aligned:
     """Encode a conversation for both models, and align the tokens by the characters they spell.
 
-    If both chat templates render the same text, all of it is aligned. Otherwise only the contents of
-    the messages are: the templates' own tokens get no counterpart. If both tokenizers cut the text
-    in the same places, tokens correspond one to one.
+    If both chat templates render the same text, all of it is aligned. Otherwise only the contents
+    of the messages are: the templates' own tokens get no counterpart. If both tokenizers cut the
+    text in the same places, tokens correspond one to one.
 
     Args:
         conversation: {"role", "content"} messages.
@@ -116,8 +117,8 @@ def align_tokens(
         >>> from kvlab import lab
         >>> tokenizers = lab.load_tokenizer("lab-draft"), lab.load_tokenizer("lab-teacher")
         >>> aligned = align_tokens(*tokenizers, [{"role": "user", "content": "eggs"}])
-        >>> [tokenizers[1].decode(i) for i in aligned.sharer_ids], aligned.token_weights[1]
-        (['<|user|>', ' e', 'g', 'g', 's', '<|assistant|>'], tensor([0.0000, 0.4000, 0.2000, 0.2000, 0.2000, 0.0000]))
+        >>> [tokenizers[1].decode(i) for i in aligned.sharer_ids], aligned.token_weights[1, :3]
+        (['<|user|>', ' e', 'g', 'g', 's', '<|assistant|>'], tensor([0.0000, 0.4000, 0.2000]))
     """
     if keep not in ("all", "longest"):
         raise ValueError(f"keep is {keep!r}, expected 'all' or 'longest'.")
@@ -161,8 +162,8 @@ def _message_offsets(
         start = text.find(content, max(mark, 0))
         if mark < 0 or start < 0 or text[mark:start].strip():
             raise ValueError(
-                f"The chat template of {type(tokenizer).__name__} changes message {i}, which begins "
-                f"{content[:60]!r}: use a tokenizer whose template leaves it, or chat_template=None."
+                f"The chat template of {type(tokenizer).__name__} changes message {i}, which "
+                f"begins {content[:60]!r}: use a tokenizer whose template leaves it, or none."
             )
         inside[start : start + len(content)] = 1
     return np.concatenate(([0], inside.cumsum()))
@@ -216,8 +217,8 @@ class Settings:
         choices = self.keys in ("unrotated", "rotated") and self.noise in NOISES
         if not choices or self.hidden < 1 or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"The settings are {self}, expected hidden from 1, dropout in [0, 1), keys 'unrotated' "
-                "or 'rotated', and noise 'logistic' or 'gumbel'."
+                f"The settings are {self}, expected hidden from 1, dropout in [0, 1), keys "
+                "'unrotated' or 'rotated', and noise 'logistic' or 'gumbel'."
             )
 
 
@@ -238,7 +239,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedMLP(nn.Module):
-    """x + W2 GELU(W1 RMSNorm(x)) per network, without biases, with dropout on the sum's second term."""
+    """x + Dropout(W2 GELU(W1 RMSNorm(x))) per network, without biases."""
 
     def __init__(self, networks: int, width: int, dropout: float):
         super().__init__()
@@ -286,8 +287,9 @@ class Fuser(nn.Module):
             layer_map = last_aligned(receiver.layers, sharer.layers)
         if (len(layer_map.indices), layer_map.teacher_layers) != (receiver.layers, sharer.layers):
             raise ValueError(
-                f"The layer map is from {layer_map.teacher_layers} layers to {len(layer_map.indices)}, "
-                f"expected from {sharer.layers} to {receiver.layers}: make it for these two models."
+                f"The layer map is from {layer_map.teacher_layers} layers to "
+                f"{len(layer_map.indices)}, expected from {sharer.layers} to {receiver.layers}: "
+                "make it for these two models."
             )
         self.receiver, self.sharer = receiver, sharer
         self.layer_map, self.settings = layer_map, settings
@@ -307,7 +309,7 @@ class Fuser(nn.Module):
     def forward(
         self, receiver: Prefix, sharer: Prefix, token_weights: Tensor | None = None
     ) -> DynamicCache:
-        """Fuse the sharer's entries into the receiver's cache. Returns a new cache; both prefixes stay as they are.
+        """Fuse the sharer's entries into a copy of the receiver's cache.
 
         Args:
             receiver, sharer: the same B texts, T_r and T_s tokens with padding; `positions` and
@@ -324,8 +326,8 @@ class Fuser(nn.Module):
             layers, _, heads, _, width = kv.shape_of(prefix.cache)
             if (layers, heads, width) != size:
                 raise CacheError(
-                    f"A cache has {Size(layers, heads, width)}, the fuser was made for {size}: give "
-                    "the receiver's cache, then the sharer's."
+                    f"A cache has {Size(layers, heads, width)}, the fuser was made for {size}: "
+                    "give the receiver's cache, then the sharer's."
                 )
         stored = kv.to_tensor(receiver.cache)  # (L, 2, B, H, T, d)
         features = self._features(receiver, sharer, token_weights)
@@ -345,7 +347,7 @@ class Fuser(nn.Module):
         return kv.from_tensor(torch.where(changed, stored + change.to(stored), stored))
 
     def _features(self, receiver: Prefix, sharer: Prefix, token_weights: Tensor | None) -> Tensor:
-        """The networks' input, heads side by side, sharer before receiver, (L, 2, B, T, W_s + H d)."""
+        """The networks' input, sharer before receiver, (L, 2, B, T, W_s + H d)."""
         weight, layer_map = self.input_proj.weight, self.layer_map
         picked = kv.pick_layers(sharer.cache, layer_map.indices.flatten().tolist())
         picked = entries(replace(sharer, cache=picked), self.settings.keys).to(weight)
@@ -390,7 +392,7 @@ class Fuser(nn.Module):
                 warnings.warn(f"{message}: train one for these models.", stacklevel=2)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write fuser.safetensors and fuser.json (sizes, layer map, settings, fingerprints). Returns the folder."""
+        """Write fuser.safetensors and fuser.json (sizes, layer map, settings, fingerprints)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / FUSER_WEIGHTS, self.state_dict(), {"format": "pt"})
@@ -429,7 +431,7 @@ class Fuser(nn.Module):
 
 
 def _from_version_1(config: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Rename what version 1 called otherwise, and give its flat biases and norms one row per network."""
+    """Rename modules and settings, and give flat biases and norms one row per network."""
     settings = dict(config["settings"])
     settings["use_sharer"] = settings.pop("sharer_seen")
     renamed = {}
@@ -442,7 +444,7 @@ def _from_version_1(config: dict, state: dict[str, Tensor]) -> tuple[dict, dict[
 
 
 def entries(prefix: Prefix, keys: str = "unrotated") -> Tensor:
-    """The keys and values of each token, heads side by side, (L, 2, B, T, H d); keys "unrotated" or "rotated"."""
+    """Return keys ("unrotated" or "rotated") and values, heads side by side, (L, 2, B, T, H d)."""
     cache = prefix.cache
     if keys == "unrotated":
         cache = kv.unrotate(cache, prefix.positions, prefix.rotary)
@@ -453,7 +455,9 @@ def entries(prefix: Prefix, keys: str = "unrotated") -> Tensor:
 def fuse_prompt(
     fuser: Fuser, receiver: PreTrainedModel, sharer: PreTrainedModel, prompt: Aligned
 ) -> Prefix:
-    """Prefill a prompt with both models, and fuse all but its last token, which the receiver reads afterwards.
+    """Prefill a prompt with both models, and fuse all but its last token.
+
+    The receiver reads the last token afterwards.
 
     >>> from kvlab import lab
     >>> model, ids = lab.load("lab-draft"), torch.tensor([5, 17, 2, 90])
@@ -482,7 +486,7 @@ class FuserExample(NamedTuple):
 
     @classmethod
     def split(cls, input_ids: Tensor, start: int) -> "FuserExample":
-        """Split a text (T,) that both models read in the same tokens, with the response from `start` on."""
+        """Split a text (T,), the same tokens for both models, where the response starts."""
         return cls(Aligned(input_ids[:start], input_ids[:start]), input_ids[start:])
 
 
@@ -544,8 +548,8 @@ def response_loss(
     token_weights, columns = batch.get("token_weights"), ids.shape[1]
     if fused_response_tokens and token_weights is not None:
         raise ValueError(
-            f"fused_response_tokens is {fused_response_tokens}, expected 0 where the sharer has other "
-            "tokens than the receiver: fuse prompts only."
+            f"fused_response_tokens is {fused_response_tokens}, expected 0 where the sharer has "
+            "other tokens than the receiver: fuse prompts only."
         )
     fused = columns - batch["weights"].shape[1] - 1
     middle = fused + fused_response_tokens
@@ -594,8 +598,8 @@ def rehearsal_loss(
     sharer_ids, sharer_mask = batch["sharer_ids"], batch["sharer_mask"]
     if sharer_ids.shape[1] != fused + 1:
         raise ValueError(
-            f"The receiver reads prompts of {fused + 1} tokens, the sharer of {sharer_ids.shape[1]}: "
-            "give prompts that differ in their blanks only."
+            f"The receiver reads prompts of {fused + 1} tokens, the sharer of "
+            f"{sharer_ids.shape[1]}: give prompts that differ in their blanks only."
         )
     with torch.no_grad():
         prefix = kv.prefill(receiver, ids, attention_mask=mask)
@@ -619,7 +623,7 @@ def train_fuser(
     loss: Callable[..., dict[str, Tensor]] = response_loss,
     **options,
 ) -> list[dict[str, float]]:
-    """Train a fuser on responses, by default with the published hyper-parameters. Both models are frozen.
+    """Train a fuser on responses, by default as published. Both models are frozen.
 
     The learning rate rises over a tenth of the steps to 1e-4 and falls linearly to 0; weight decay
     is 0.01, gradients are clipped at 1. The temperature of the gates falls geometrically from 1 to
@@ -700,7 +704,7 @@ class FuserArm(Settings):
         examples: Sequence[FuserExample],
         **options,
     ) -> tuple[Fuser, list[dict[str, float]]]:
-        """Make and train the fuser, with further options of `train_fuser`. Returns it and the history."""
+        """Make and train the fuser (options: of `train_fuser`). Returns it and its history."""
         options = asdict(self) | options
         settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
         control = options.pop("control")

@@ -38,7 +38,7 @@ def fuse(trained):
 
 @pytest.fixture
 def fusible(tiny, monkeypatch):
-    """Return a function that runs train-fuser without training: the arguments of training, and the prompts to measure."""
+    """Return a function that runs train-fuser without training: arguments of training, test prompts."""
 
     def run(*options, name="fusible"):
         calls = []
@@ -163,7 +163,8 @@ def test_a_fuser_learns_the_large_models_answers_from_the_sharer_of_its_control(
 
 
 def test_a_fuser_is_made_as_asked_and_starts_by_the_seed(fusible):
-    options = "--dropout 0.2 --gate -1 --keys rotated --noise gumbel --layer_map proportional --no_decode_fusion"
+    options = "--dropout 0.2 --gate -1 --keys rotated --noise gumbel --layer_map proportional"
+    options += " --no_decode_fusion"
     (fuser, *_, more), _ = fusible(*options.split(), "--accumulate", "2", "--precision", "bf16")
     assert fuser.settings == Settings(16, 0.2, "rotated", "gumbel", -1.0)
     assert torch.equal(fuser.layer_map.indices, layers.proportional(2, 12).indices)
@@ -401,7 +402,9 @@ def test_a_draft_that_reads_from_a_store_is_fused(guesses, learn, facts, tmp_pat
 def test_a_fuser_for_other_models_is_a_sentence(tiny):
     save_fuser("self", lab.load("lab-draft"), lab.load("lab-draft"))  # as --control self makes them
     sizes = [r"Size\(layers=2, heads=2, head_dim=32\)", r"Size\(layers=12, heads=2, head_dim=32\)"]
-    message = f"The fuser is from {sizes[0]} to {sizes[0]}, the models are {sizes[1]} and {sizes[0]}: train one"
+    message = (
+        f"The fuser is from {sizes[0]} to {sizes[0]}, the models are {sizes[1]} and {sizes[0]}"
+    )
     with pytest.raises(SystemExit, match=f"^kvlab: {message}"):
         main([*FEW, "--fuser_checkpoint", "self"])
     save_fuser("fuser", lab.load("lab-draft"), lab.load("lab-target"))

@@ -1,4 +1,4 @@
-"""Laws of the C2C fuser: closed gates change no bit, positions do not matter, tokens meet where they spell alike."""
+"""Laws of the C2C fuser: closed gates change no bit, positions do not matter, tokens are aligned."""
 
 import copy
 import functools
@@ -252,7 +252,7 @@ def test_most_gates_of_training_agree_with_inference_and_gumbel_ones_do_not(logi
 
 
 def test_a_sure_gate_makes_training_what_inference_is(texts):
-    """As temperature falls the two are the same: noise does not turn a gate that is sure, and a gate is 0 or 1."""
+    """As temperature falls the two are the same: noise does not turn a gate that is sure."""
     gaps = []
     for logit in (-18.0, 18.0):
         fuser = make_fuser(options=Settings(hidden=24, dropout=0), logit=logit)
@@ -497,7 +497,7 @@ RAGGED = same_tokens((6, 4), (2, 1), (9, 6), (4, 3))
 
 
 def loss_in_a_loop(fuser, receiver, sharer, examples, count):
-    """Each text by itself: fuse the prompt, read some tokens, fuse these, and read the rest one by one."""
+    """Each text by itself: fuse the prompt, read and fuse some tokens, read the rest one by one."""
     total = tokens = 0
     for prompt, response in examples:
         ids = torch.cat((prompt.receiver_ids, response))[None]

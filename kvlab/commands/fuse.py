@@ -39,11 +39,11 @@ def train_fuser_command(
     teacher_model: str | None = None,
     **options,
 ) -> None:
-    """Train a fuser that adds what a large model's cache holds of a text to a small model's (Cache-to-Cache).
+    """Train a fuser from a large model's cache to a small model's (Cache-to-Cache).
 
     The large model answers prompts. The fuser learns to make these answers likely for the small
-    model, which reads the prompt itself; both models are frozen. Then speculative decoding measures,
-    on held-out prompts, the fraction of the small model's guesses that the large one accepts.
+    model, which reads the prompt itself; both models are frozen. Then speculative decoding
+    measures, on held-out prompts, the fraction of guesses that the large model accepts.
     OUTPUT_DIR holds the fuser and the measurements (training.json). The same command continues an
     interrupted run from the checkpoint in OUTPUT_DIR/run-NAME, which can be deleted afterwards;
     with other settings it starts anew.
@@ -74,8 +74,8 @@ def train_fuser_command(
     texts, heldout_texts = _requests(data, source, split, prompts, heldout, arm.seed)
     if len(texts) < arm.batch_size:
         raise ValueError(
-            f"{len(texts)} prompts are less than a batch of {arm.batch_size}: give more, or a smaller "
-            "batch_size."
+            f"{len(texts)} prompts are less than a batch of {arm.batch_size}: give more, or a "
+            "smaller batch_size."
         )
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process  # gives each process its GPU
     draft, target = scale.load("draft"), scale.load("target")
@@ -136,8 +136,8 @@ def _requests(
     contexts = random.Random(0).sample([*records], len(records))
     if len(contexts) <= heldout:
         raise ValueError(
-            f"There are {len(records)} contexts, {heldout} to hold out: give a source that has more, "
-            "or a smaller heldout."
+            f"There are {len(records)} contexts, {heldout} to hold out: give a source that has "
+            "more, or a smaller heldout."
         )
     heldout_texts = [messages(records[context][0])[:1] for context in contexts[:heldout]]
     texts = []
@@ -168,7 +168,7 @@ def measure_fusion(
     gamma: int,
     max_new_tokens: int,
 ) -> pd.DataFrame:
-    """Decode each prompt with each proposer in turn: one row each, with its summary, tokens and seconds."""
+    """Decode each prompt with each proposer in turn: one row each, with summary and tokens."""
     rows = []
     for number, ids in enumerate(tqdm(prompts, desc="prompts")):
         for arm, make_proposer in proposers.items():

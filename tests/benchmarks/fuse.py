@@ -1,4 +1,4 @@
-"""C2C fusion: acceptance of a draft whose cache is fused from the target's, against controls, and the cost."""
+"""C2C fusion: acceptance of a draft with a fused cache, against controls, and the cost."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ def answered(seed: int, prompts: int, folder: Path) -> list[drafts.Example]:
 
 
 def run(name: str, seed: int, quick: bool, folder: Path) -> None:
-    """Train one fuser, alone in its process, and speculate with it. One that is done is left as it is."""
+    """Train one fuser, alone in its process, and speculate with it, unless it is done."""
     place, arm = folder_of(name, seed, folder), arm_of(name, seed, quick)
     if (place / "scores.json").exists():
         return
@@ -117,7 +117,7 @@ def run(name: str, seed: int, quick: bool, folder: Path) -> None:
 def tuned(
     draft: PreTrainedModel, target: PreTrainedModel, answers: list[drafts.Example], arm: FuserArm
 ) -> PreTrainedModel:
-    """The draft itself, trained for as many steps on the same answers: the way to use them without a fuser."""
+    """The draft itself, trained for as many steps on the same answers, without a fuser."""
     small = drafts.KnowledgeDraft.cut(draft, "first:2")
     epochs = max(1, arm.steps * arm.batch_size // len(answers))
     options = {"batch_size": arm.batch_size, "learning_rate": 1e-3, "seed": arm.seed}
@@ -159,7 +159,7 @@ def blanks_of(arm: str, seed: int, folder: Path) -> Path:
 
 
 def run_blanks(name: str, seed: int, quick: bool, folder: Path) -> None:
-    """Train a fuser on passages that the draft reads with blanks, and have the draft answer from what is fused."""
+    """Train a fuser on passages that the draft reads with blanks; answer from the fused cache."""
     place = blanks_of(name, seed, folder)
     if (place / "answers.json").exists():
         return
@@ -194,7 +194,7 @@ def blank_example(blanks: Tensor, ids: Tensor, answer: Tensor) -> FuserExample:
 def answered_from(
     fuser: Fuser | None, draft: PreTrainedModel, target: PreTrainedModel, row: tuple, saw: int = 0
 ) -> float:
-    """Whether the draft answers word for word: from a fused cache, or from what it reads itself (blanks 0, all 1)."""
+    """Whether the draft answers word for word: from a fused cache, or its own (blanks 0, all 1)."""
     answer, ids = row[2], row[saw]
     prefix = fuse_prompt(fuser, draft, target, blank_example(*row).prompt) if fuser else None
     made = generate(draft, [ids[-1:] if fuser else ids], prefix=prefix, max_new_tokens=len(answer))
@@ -204,7 +204,7 @@ def answered_from(
 def guessed_from(
     fuser: Fuser | None, draft: PreTrainedModel, target: PreTrainedModel, row: tuple, saw: int = 0
 ) -> float:
-    """The share of the draft's guesses that the target accepts, which reads all; the draft as in `answered_from`."""
+    """The fraction of the draft's guesses that the target, which reads all, accepts."""
     ids = row[1]
     if fuser:
         prefix = fuse_prompt(fuser, draft, target, blank_example(*row).prompt)
@@ -217,12 +217,13 @@ def guessed_from(
 
 
 def guess_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
-    """What is accepted of a draft that read blanks, as it is and fused by what was trained on blanks."""
+    """Acceptance of a draft that read blanks: alone, and with each fuser trained on blanks."""
     draft, target, tokenizer = models()
     rows = blanked(tokenizer, 4 if quick else 100, test=True, kind="about")
     told = f"{TOLD}; the draft reads the passages with blanks, the target all; "
-    values = {name: np.array([guessed_from(None, draft, target, row, saw) for row in rows]) for name, saw in (
-        ("blind", 0), ("sighted", 1))}  # fmt: skip
+    values = {}
+    for name, saw in (("blind", 0), ("sighted", 1)):
+        values[name] = np.array([guessed_from(None, draft, target, row, saw) for row in rows])
     notes = {"blind": "nothing fused", "sighted": "the draft reads all, too, nothing fused"}
     for arm, n in BLANKS.items():
         fusers = [
@@ -244,7 +245,8 @@ def guess_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
     ]
     for other in ("blind", "rehearsed_matched", "sighted"):
         gains = values["rehearsed_first"] - values[other]
-        text = f"acceptance of rehearsed_first minus that of {other}, prompt by prompt; {told}n is prompts"
+        text = f"acceptance of rehearsed_first minus that of {other}, prompt by prompt; {told}"
+        text += "n is prompts"
         figures.append(
             figure(
                 f"gain_rehearsed_first_over_{other}", gains[~np.isnan(gains)], "difference", text
@@ -254,17 +256,17 @@ def guess_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
 
 
 def blank_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
-    """What the draft answers about passages of which only the target has read what matters."""
+    """Answers of the draft about passages whose facts only the target has read."""
     draft, target, tokenizer = models()
     rows = blanked(tokenizer, 4 if quick else 200, test=True)
     told = (
         "lab-draft on held-out passages of 8 to 16 facts in which it reads blanks, word for word; "
     )
-    figures = [
-        figure(f"answers_{name}", [answered_from(None, draft, target, row, saw) for row in rows], "fraction",
-               f"{told}{what}; n is prompts")
-        for name, saw, what in (("blind", 0, "nothing fused"), ("sighted", 1, "it reads all, nothing fused"))
-    ]  # fmt: skip
+    figures = []
+    for name, saw in (("blind", 0), ("sighted", 1)):
+        correct = [answered_from(None, draft, target, row, saw) for row in rows]
+        conditions = f"{told}{'it reads all, ' * saw}nothing fused; n is prompts"
+        figures.append(figure(f"answers_{name}", correct, "fraction", conditions))
     for arm, n in BLANKS.items():
         kept = [
             json.loads((blanks_of(arm, seed + i, folder) / "answers.json").read_text())
@@ -302,14 +304,14 @@ def blank_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
 
 
 def by_prompt(frames: Sequence[pd.DataFrame], ways: str, what: str) -> np.ndarray:
-    """One value a prompt: the mean over seeds. Prompts of whose answer nothing could be guessed are left out."""
+    """The mean over seeds per prompt, without prompts where nothing could be guessed."""
     return np.nanmean(
         [f[f["arm"] == ways].set_index("prompt")[what].astype(float) for f in frames], 0
     )
 
 
 def acceptance_figures(found: dict[str, list[pd.DataFrame]]) -> list[dict]:
-    """Acceptance and tokens a target call, of each way to fuse and of each control, and what fusing adds to each."""
+    """Acceptance and tokens per target call of each fusion and control, and their differences."""
     figures, arms = [], {ways: ("fused", ways) for ways in ("none", "prefill", "decode", "both")}
     arms |= {
         arm: (arm, "both")
@@ -358,7 +360,7 @@ def acceptance_figures(found: dict[str, list[pd.DataFrame]]) -> list[dict]:
 
 
 def speed_figures(fuser: Fuser, quick: bool) -> list[dict]:
-    """Decoding with and without the fuser in turn, and what one fusion takes beside a step of each model."""
+    """Time of decoding with and without the fuser in turn, and of one fusion."""
     torch.set_num_threads(THREADS)
     draft, target, _ = models()
     proposers = {"plain": lambda: None, **fusion_proposers(draft, target, fuser)}

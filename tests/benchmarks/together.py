@@ -1,4 +1,4 @@
-"""Everything together: a request about a passage, answered in steps that each add one part of the book."""
+"""Everything together: a request about a passage, in steps that each add one part of the book."""
 
 import tempfile
 import time
@@ -31,7 +31,7 @@ TOLD = "lab-target; held-out passages of 8 to 16 facts, tell about somebody; gre
 
 
 class Models(NamedTuple):
-    """The target, the draft as shipped and as trained on the target's answers, and a fuser to the trained one."""
+    """The target, the draft as shipped and as trained, and a fuser to the trained one."""
 
     target: PreTrainedModel
     draft: PreTrainedModel
@@ -40,7 +40,7 @@ class Models(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request: ids of passage (n,) and of what follows, and a folder with caches of the passage."""
+    """Ids of a passage (n,) and of the question, and a folder with caches of the passage."""
 
     passage: Tensor
     question: Tensor
@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 
 def models(seed: int, quick: bool) -> Models:
-    """What `tests/benchmarks/fuse.py` has trained; a quick run has a draft that is not trained, and a random fuser."""
+    """The models of `tests/benchmarks/fuse.py`; in a quick run nothing is trained."""
     target, draft = lab.load("lab-target"), lab.load("lab-draft")
     if quick:
         torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def models(seed: int, quick: bool) -> Models:
 
 
 def store(m: Models, n: int, folder: Path) -> list[Request]:
-    """Read each passage once with each model, and keep the caches: the target's, and the draft's in three forms."""
+    """Keep the caches of each passage: the target's, and the draft's in three forms."""
     tokenizer, distiller = (
         lab.load_tokenizer("lab-target"),
         KVDistiller.from_pretrained(MODELS / "lab-distiller", m.target),
@@ -142,7 +142,7 @@ def run(m: Models, requests: Sequence[Request], repeats: int) -> pd.DataFrame:
 
 
 def step_figures(runs: list[pd.DataFrame]) -> list[dict]:
-    """Each step's time, what it takes off the time of the step before, what is accepted, and whether the text stays."""
+    """Time of each step, time saved over the step before, acceptance, and equality of the text."""
     texts = pd.concat(runs).groupby(["prompt", "step"])["tokens"].agg(set).unstack()
     times = [r.groupby(["prompt", "step"])["seconds"].median().unstack() for r in runs]
     seconds = 1000 * sum(times) / len(times)
