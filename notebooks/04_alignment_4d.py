@@ -19,7 +19,7 @@
 #
 # **Time and memory**: less than a minute and 1.2 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
-# **Code**: `kvlab/align.py` and `kvlab/similarity.py`; the code written out here is checked against it.
+# **Code**: `kvlab/align.py` and `kvlab/layers.py`; the code written out here is checked against it.
 # ```
 
 # %%
@@ -39,9 +39,12 @@ import pandas as pd
 import torch
 
 import kvlab
-from kvlab import Scale, align, cache, lab, plots, similarity
+from kvlab import Scale, align, cache, lab, plots
+from kvlab.models import rotary_of
 from kvlab.align import Lesson, Projector, plan_time, resample, segment
 from kvlab.lab.corpora import Solutions
+from kvlab.layers import CKA, biased_cka, layer_map, proportional
+from kvlab.layers import hsic as package_hsic
 
 scale = Scale.current()
 print(scale.describe("04_alignment_4d"))
@@ -167,7 +170,7 @@ assert not torch.allclose(nearest, nearest.mean().expand(len(nearest)))
 # Cached keys have been rotated by their positions ({term}`RoPE`), with the teacher's own angles. A mean of keys from two positions is no key at any position. So keys are un-rotated first, aligned, and rotated again for the student's positions with the student's angles. Then the {term}`GQA` heads of a token (KV heads, not attention heads) are laid side by side: $(B, L, H_{kv}, T, d) \to (B, L, T, H_{kv} d)$.
 
 # %%
-rotary = cache.rotary_of(teacher)
+rotary = rotary_of(teacher)
 
 
 def read(model, text, start=0):
@@ -209,7 +212,7 @@ def hsic(x, y):
 
 x, y = torch.randn(2, 60, 24)
 y = x @ torch.randn(24, 24) + y
-assert torch.allclose(hsic(x, y), similarity.hsic(x, y))
+assert torch.allclose(hsic(x, y), package_hsic(x, y))
 turn = torch.linalg.qr(torch.randn(24, 24)).Q
 once = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
 turned = hsic(5 * x @ turn, y) / (hsic(5 * x @ turn, 5 * x @ turn) * hsic(y, y)).sqrt()
@@ -223,8 +226,8 @@ counts = (16, 32, 64, 128, 256, 512, 1024)
 rows = {"biased": [], "unbiased": []}
 for n in counts:
     x, y = torch.randn(2, n, 128)
-    rows["biased"].append(similarity.biased_cka(x, y).item())
-    unbiased = similarity.CKA()
+    rows["biased"].append(biased_cka(x, y).item())
+    unbiased = CKA()
     unbiased.update([x], [y])
     rows["unbiased"].append(unbiased.matrix().item())
 ax = plots.lines(counts, rows, "tokens", "CKA of independent layers")
@@ -242,10 +245,10 @@ maps = {w: align.similar_layers(student, texts, teacher, others, w) for w in wha
 
 # %% mystnb={"image": {"alt": "Three tables of CKA between student layers and teacher layers, for hidden states, keys and values."}}
 plots.similarity_maps(maps, "student layer", "teacher layer")
-chosen = similarity.layer_map(maps["hidden"], k=2)
+chosen = layer_map(maps["hidden"], k=2)
 for layer, (layers, weights) in enumerate(zip(chosen.indices.tolist(), chosen.weights.tolist())):
     print(f"student layer {layer}: teacher layers {layers}, weights {np.round(weights, 2)}")
-even = similarity.proportional(len(chosen.indices), chosen.teacher_layers)
+even = proportional(len(chosen.indices), chosen.teacher_layers)
 print("proportional:", even.indices.flatten().tolist())
 
 # %% [markdown]
@@ -276,7 +279,7 @@ def aligned(texts, others, chosen=chosen):
             names = ("input_ids", "attention_mask", "position_ids")
             ids, mask, places = (batch[name].to(model.device) for name in names)
             made = cache.prefill(model, ids, attention_mask=mask).cache
-            flats.append(align.features(made, places, cache.rotary_of(model)))
+            flats.append(align.features(made, places, rotary_of(model)))
         mine, given = flats
         given = (align.mix_layers(resample(x, plan), chosen) for x in given)
         keep = plan.mask.to(ids.device)
@@ -342,14 +345,14 @@ def as_teacher(model, text, own, chosen, projector):
     """A teacher that has read its text, for `align_kv`."""
     made, positions = read(model, text)
     plan = plan_time(own.borders[None], text.borders[None])
-    return align.Teacher(made, positions, cache.rotary_of(model), plan, chosen, projector)
+    return align.Teacher(made, positions, rotary_of(model), plan, chosen, projector)
 
 
 layers, width = student.config.num_hidden_layers, widths[1]
 like = Projector(width, width, "identity").to(student.device)
-mirror = as_teacher(student, own, own, similarity.proportional(layers, layers), like)
+mirror = as_teacher(student, own, own, proportional(layers, layers), like)
 kept = align.align_kv([mirror])
-assert torch.equal(kept.keys, align.features(*read(student, own), cache.rotary_of(student)).keys)
+assert torch.equal(kept.keys, align.features(*read(student, own), rotary_of(student)).keys)
 
 # %% [markdown]
 # And another teacher? What would the student say next, behind the teacher's cache in place of its own? Of the distribution of the next token, how much stays, $\sum_x \min(p(x), q(x))$, at the end of the prompt, where a solution begins, and at the first digit of the answer?
@@ -360,16 +363,17 @@ def behind(kv, own, at):
     positions = torch.arange(len(own.input_ids), device=student.device)[None]
     heads = student.config.num_key_value_heads
     kv = align.KV(*(x.to(student.dtype) for x in kv))
-    made = align.as_cache(kv, positions, cache.rotary_of(student), heads)
+    made = align.as_cache(kv, positions, rotary_of(student), heads)
     made = cache.truncate(made, at - 1)
-    out = cache.prefill(student, own.input_ids[None, at - 1 : at].to(student.device), made)
+    out = cache.prefill(student, own.input_ids[None, at - 1 : at].to(student.device),
+                        cache.Prefix(made, at - 1))
     return out.logits.float().softmax(-1)[0]
 
 
 rows = {}
 for i in range(32, 48):
     one, two, wrong = texts[i], others[i], others[(i + 5) % 48]
-    truth = align.features(*read(student, one), cache.rotary_of(student))
+    truth = align.features(*read(student, one), rotary_of(student))
     empty = align.KV(*(torch.zeros_like(x) for x in truth))
     arms = {"a cache of zeros": empty}
     for name, text in (("teacher", two), ("teacher, another problem", wrong)):
@@ -424,7 +428,7 @@ def learner():
 problems = [*Solutions(32, seed=6)]
 own_texts = [segment(tokenizer, s) for s, _ in problems]
 begun = learner()
-layers = similarity.proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
 seen = align.seen_by(teacher, words, [t for _, t in problems], own_texts, layers)
 lessons = [Lesson(text, (part,)) for text, part in zip(own_texts, seen)]
 
@@ -539,10 +543,10 @@ results.table(rows, ".0f")
 
 # %%
 depth = lab.models.make_config("lab-teacher").num_hidden_layers
-even = similarity.proportional(3, depth).indices.flatten().tolist()
-for layer, proportional in enumerate(even):
+even = proportional(3, depth).indices.flatten().tolist()
+for layer, even_layer in enumerate(even):
     by_cka = results[f"cka_layer_{layer}"]
-    print(f"student layer {layer}: teacher layer {proportional} in proportion, {by_cka:.1f} by CKA")
+    print(f"student layer {layer}: teacher layer {even_layer} in proportion, {by_cka:.1f} by CKA")
 
 # %% [markdown]
 # It sends all three near the middle of the teacher, and hardly by merit: rows of CKA are nearly flat, and another seed gives another map. So the first layer is asked for what took the teacher several layers to work out, and the last never hears of the teacher's end. The map also takes the mean of two layers where the other takes one; which of the two does the harm was not measured.
@@ -699,14 +703,14 @@ if scale.name == "tiny":
     deep = lab.load("lab-target")
     their = [segment(tokenizer, t) for _, t in pairs]
     likeness = align.similar_layers(student, texts[:32], deep, their[:32])
-    second = similarity.layer_map(likeness, k=2)
+    second = layer_map(likeness, k=2)
 
     def of_both(span):
         for one, two, other in zip(texts[span], others[span], their[span]):
-            mine = align.features(*read(student, one), cache.rotary_of(student))
+            mine = align.features(*read(student, one), rotary_of(student))
             parts = []
             for model, text, chosen_for in ((teacher, two, chosen), (deep, other, second)):
-                flat = align.features(*read(model, text), cache.rotary_of(model))
+                flat = align.features(*read(model, text), rotary_of(model))
                 plan = plan_time(one.borders[None], text.borders[None])
                 parts.append(align.KV(*(align.mix_layers(resample(x, plan), chosen_for) for x in flat)))
             yield *parts, mine
@@ -742,8 +746,9 @@ if scale.name == "tiny":
 # The cell below runs alone, after the imports.
 
 # %%
-from kvlab import Scale, align, lab, similarity
+from kvlab import Scale, align, lab
 from kvlab.lab.corpora import Solutions
+from kvlab.layers import proportional
 
 scale = Scale.current()
 teacher, words = scale.load("teacher"), scale.load_tokenizer("teacher")
@@ -752,7 +757,7 @@ student.requires_grad_(True)
 
 problems = [*Solutions(16, seed=1)]
 texts = [align.segment(tokenizer, mine) for mine, _ in problems]
-layers = similarity.proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
 seen = align.seen_by(teacher, words, [theirs for _, theirs in problems], texts, layers)
 lessons = [align.Lesson(text, (part,)) for text, part in zip(texts, seen)]
 

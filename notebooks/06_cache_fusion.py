@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 import kvlab
-from kvlab import Scale, cache, draft, fuse, lab, plots, similarity
+from kvlab import Scale, cache, draft, fuse, lab, layers, plots
 from kvlab.evaluate import bootstrap
 from kvlab.generation import encode
 from kvlab.fuse import Aligned, Fuser, Lesson, Settings, Size
@@ -106,7 +106,7 @@ def change(fuser, i, s, r):
 torch.manual_seed(0)
 small = Settings(hidden=64, gate=1.0)
 fuser = Fuser(*sizes, settings=small).to(receiver.device)  # random, with all gates open
-own, theirs = (cache.read(model, ids) for model in (receiver, sharer))
+own, theirs = (cache.prefill(model, ids) for model in (receiver, sharer))
 with torch.no_grad():
     fused = fuser(own, theirs)
 
@@ -145,7 +145,7 @@ def moved_and_back(settings):
     one = Fuser(*sizes, settings=settings).to(receiver.device)
     with torch.no_grad():
         here = one(own, theirs)
-        there = one(*(cache.read(model, ids, position=300) for model in (receiver, sharer)))
+        there = one(*(cache.prefill(model, ids, position=300) for model in (receiver, sharer)))
         back = cache.shift(there, -300, own.rotary)
     return (back.layers[0].keys - here.layers[0].keys).abs().max().item()
 
@@ -220,7 +220,7 @@ def lesson(blanks, shown, answer):
 
 lessons = [lesson(*row) for row in rows]
 settings = Settings(hidden=128, dropout=0.0, gate=4.0)
-first = similarity.first_aligned(*(size.layers for size in sizes))
+first = layers.first_aligned(*(size.layers for size in sizes))
 torch.manual_seed(0)
 rehearsed = Fuser(*sizes, first, settings).to(receiver.device)
 options = {"batch_size": 8, "learning_rate": 6e-3 if scale.name == "tiny" else 1e-4}
@@ -375,7 +375,7 @@ def guesses(row, fuser=None, sees=0):
     if fuser:
         known = fuse.fuse_prompt(fuser, receiver, sharer, lesson(*row).prompt)
     else:
-        known = cache.prefix_of(receiver, row[sees][None, :-1].to(receiver.device))
+        known = cache.prefill(receiver, row[sees][None, :-1].to(receiver.device))
     proposer = ModelProposer(receiver, known._replace(input_ids=ids[:-1].tolist()))
     return summarize(decode(ids, proposer).rounds).acceptance
 
@@ -409,7 +409,7 @@ for other in ("blind", "rehearsed_matched", "sighted"):
 
 # %% mystnb={"image": {"alt": "Bars for keys and values of each layer: how large the change is, as a share of what it changes."}}
 with torch.no_grad():
-    own, theirs = (cache.read(model, torch.tensor([requests[0]], device=model.device)) for model in (receiver, sharer))
+    own, theirs = (cache.prefill(model, torch.tensor([requests[0]], device=model.device)) for model in (receiver, sharer))
     before, after = (cache.to_tensor(x).float() for x in (own.cache, fuser(own, theirs)))
 size = (after - before).square().mean((2, 3, 4, 5)).sqrt() / before.square().mean((2, 3, 4, 5)).sqrt()
 plots.gates(fuser.gate_logits(), size.cpu());
@@ -483,7 +483,7 @@ print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
 # ```{exercise-start} Which layers?
 # :label: ex-map
 # ```
-# *Medium, 10 minutes.* As published, the last layers of the sharer are mapped to those of the receiver (`similarity.last_aligned`). Rehearse for twenty steps with each map, and compare what stays unexplained.
+# *Medium, 10 minutes.* As published, the last layers of the sharer are mapped to those of the receiver (`layers.last_aligned`). Rehearse for twenty steps with each map, and compare what stays unexplained.
 # ```{exercise-end}
 # ```
 
@@ -495,7 +495,7 @@ print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
 # %%
 for name in ("last_aligned", "proportional", "first_aligned"):
     torch.manual_seed(0)
-    chosen = getattr(similarity, name)(sizes[0].layers, sizes[1].layers)
+    chosen = getattr(layers, name)(sizes[0].layers, sizes[1].layers)
     one = Fuser(*sizes, chosen, settings).to(receiver.device)
     history = fuse.train(one, receiver, sharer, lessons, steps=20, **more)
     print(f"{name:12} {chosen.indices.flatten().tolist()}", round(history[-1]["unexplained"], 3))
