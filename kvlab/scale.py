@@ -65,7 +65,7 @@ class Scale:
             >>> Scale.current().name in PRESETS
             True
         """
-        name = os.environ.get("KVLAB_SCALE") or _fitting()
+        name = os.environ.get("KVLAB_SCALE") or _preset_for_device()
         if name not in PRESETS:
             raise ValueError(f"KVLAB_SCALE is {name!r}; expected one of {', '.join(PRESETS)}.")
         # The lab models are so small that a GPU only adds latency to each step.
@@ -197,7 +197,7 @@ def _device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _fitting() -> str:
+def _preset_for_device() -> str:
     if not torch.cuda.is_available():
         return "tiny"
     return "full" if torch.cuda.get_device_properties(0).total_memory > 70e9 else "t4"
