@@ -82,7 +82,7 @@ def role(name: str, text: str, titles: dict[str, str]) -> str:
 
 
 def directive(name: str, title: str, options: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Return the lines that stand for a directive's opening and for its end."""
+    """Return the lines that replace a directive's opening and its end."""
     words = {"admonition": "", "seealso": "See also"}.get(name, name.capitalize())
     if name in {"exercise-end", "solution-start", "solution-end"}:
         return [], []
@@ -136,7 +136,7 @@ def plain(text: str, titles: dict[str, str]) -> str:
         else:
             line = re.sub(r"^\([\w-]+\)=$", "", line)
             line = re.sub(r"\$\$ *\(([\w-]+)\)$", r"\\tag{\1} $$", line)
-            out.append(ROLE.sub(lambda found: role(found[1], found[2], titles), line))
+            out.append(ROLE.sub(lambda match: role(match[1], match[2], titles), line))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
 
 
@@ -152,7 +152,7 @@ def colab(path: Path) -> str:
         sys.exit(
             f"{path.name}: its first code cell must install kvlab from git+{REPOSITORY}, and not in a comment."
         )
-    cells, seen, solving = [], Counter(), False
+    cells, repeats, solving = [], Counter(), False
     for cell in source:
         inside, text = solving or "{solution-start}" in cell.source, cell.source
         solving = inside and "{solution-end}" not in cell.source
@@ -166,8 +166,8 @@ def colab(path: Path) -> str:
         elif inside:
             text = f"# @title Solution\n{text}"
             cell.metadata.update(cellView="form", jupyter={"source_hidden": True})
-        seen[text] += 1
-        name = hashlib.sha256(f"{cell.cell_type}{seen[text]}{text}".encode()).hexdigest()[:8]
+        repeats[text] += 1
+        name = hashlib.sha256(f"{cell.cell_type}{repeats[text]}{text}".encode()).hexdigest()[:8]
         empty = {"execution_count": None, "outputs": []} if cell.cell_type == "code" else {}
         if text:
             cells.append(
@@ -182,18 +182,18 @@ def colab(path: Path) -> str:
 
 
 def main(check: bool) -> None:
-    made = {
+    texts = {
         path.with_suffix(".ipynb"): colab(path)
         for path in sorted((ROOT / "notebooks").glob("*.py"))
     }
-    differ = [pair for pair, text in made.items() if not pair.exists() or pair.read_text() != text]
+    differ = [pair for pair, text in texts.items() if not pair.exists() or pair.read_text() != text]
     if check and differ:
         names = ", ".join(pair.name for pair in differ)
         sys.exit(
             f"{names}: not what the .py beside it gives; run `make notebooks` and commit the result."
         )
     for pair in differ:
-        pair.write_text(made[pair])
+        pair.write_text(texts[pair])
         print(f"wrote {pair.relative_to(ROOT)}")
 
 

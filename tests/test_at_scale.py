@@ -37,8 +37,8 @@ def test_a_command_on_the_page_is_one_of_kvlab(command, monkeypatch):
 
 
 def test_all_commands_of_the_page_are_found():
-    told = {"build-cache", "train-draft", "distill", "ask"}
-    assert {command.split()[0] for command in COMMANDS} == told
+    names = {"build-cache", "train-draft", "distill", "ask"}
+    assert {command.split()[0] for command in COMMANDS} == names
     assert len(COMMANDS) == PAGE.count("-m kvlab.cli ") + len(
         re.findall(r"[ `]kvlab (?=build-cache|ask)", PAGE)
     )
@@ -50,7 +50,7 @@ def test_a_script_is_bash(script):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_page_tells_how_often_a_checkpoint_is_written():
+def test_the_page_shows_how_often_a_checkpoint_is_written():
     every = inspect.signature(training.fit).parameters["every"].default
     assert f"each {every} steps" in PAGE
 
@@ -66,13 +66,9 @@ def test_a_draft_begun_by_one_process_is_finished_by_two(tmp_path, monkeypatch):
     monkeypatch.setenv("KVLAB_SCALE", "tiny")
     monkeypatch.chdir(tmp_path)
     options = "--base_model lab-draft --knowledge none --layers first:1 --epochs 2 --batch_size 2 --max_new_tokens 6"
-    command = [
-        "train-draft",
-        *options.split(),
-        "--losses.kl",
-        "1",
-    ]  # one mean over tokens; with ce there would be two
-    cli.main([*command, "--output_dir", "whole"])
+    # One mean over tokens; with ce there would be two.
+    command = ["train-draft", *options.split(), "--losses.kl", "1"]
+    cli.main([*command, "--output_dir", "full"])
     save = training._save
 
     def save_and_die(*args):
@@ -82,31 +78,20 @@ def test_a_draft_begun_by_one_process_is_finished_by_two(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         cli.main([*command, "--output_dir", "split"])
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "kvlab.cli",
-    ]
-    setting = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(cli.__file__).parents[1]),
-    }
+    options = "-m torch.distributed.run --standalone --nproc_per_node 2 -m kvlab.cli"
+    launch = [sys.executable, *options.split()]
+    setting = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
     command = [*launch, *command, "--output_dir", "split"]
     done = subprocess.run(command, env=setting, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, split = (
+    full, split = (
         json.loads((tmp_path / n / "training.json").read_text())["history"]
-        for n in ("whole", "split")
+        for n in ("full", "split")
     )
     assert [entry["loss"] for entry in split] == pytest.approx(
-        [entry["loss"] for entry in whole], rel=1e-3
+        [entry["loss"] for entry in full], rel=1e-3
     )
-    want, got = (load_file(name + "/model.safetensors") for name in ("whole", "split"))
+    want, got = (load_file(name + "/model.safetensors") for name in ("full", "split"))
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5)

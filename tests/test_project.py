@@ -94,8 +94,8 @@ def test_one_repository_address():
     address = re.compile(
         r"(?:github\.com|githubusercontent\.com|research\.google\.com/github)/([\w.-]+/kvlab)\b"
     )
-    found = {(path.name, name) for path in files() for name in address.findall(path.read_text())}
-    assert {name for _, name in found} == {owned}, found
+    names = {(path.name, name) for path in files() for name in address.findall(path.read_text())}
+    assert {name for _, name in names} == {owned}, names
 
 
 def test_notebook_pairs_are_in_sync():
@@ -183,13 +183,13 @@ def test_a_figure_without_alt_text_is_a_warning(alt, warnings, monkeypatch):
     from docutils import nodes
 
     extension = load(ROOT / "book/_ext/kvlab_book.py")
-    said = []
-    monkeypatch.setattr(extension.logger, "warning", lambda *args, **kwargs: said.append(args))
+    messages = []
+    monkeypatch.setattr(extension.logger, "warning", lambda *args, **kwargs: messages.append(args))
     image = nodes.image(uri="x.png") if alt is None else nodes.image(uri="x.png", alt=alt)
     document = nodes.document(None, None)
     document += image
     extension.warn_without_alt(None, document, "page")
-    assert len(said) == warnings
+    assert len(messages) == warnings
 
 
 # the house
@@ -208,7 +208,7 @@ PATHS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "kvlab").rglob("*.py"))
 }
-MODULES = [module for module in PATHS if module != "kvlab"]
+MODULES = sorted(set(PATHS) - {"kvlab"})
 
 
 def floor(module):
@@ -347,8 +347,8 @@ def test_no_registry_host_and_no_machine_path():
         "pypi" + ".org",
         "files.python" + "hosted",
     ]
-    found = [(path.name, word) for path in files() for word in words if word in path.read_text()]
-    assert not found
+    uses = [(path.name, word) for path in files() for word in words if word in path.read_text()]
+    assert not uses
 
 
 def test_package_loads_no_code_from_files():
