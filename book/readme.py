@@ -1,4 +1,4 @@
-"""Put the measured results into README.md: the table between its marks, and the figure, both from kvlab.results.
+"""Put results of kvlab.results into README.md: the table between its marks, and the figure.
 
 python book/readme.py            write the table and the figure
 python book/readme.py --check    write nothing; exit 1 if the table is not what the results say
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 FIGURE = ROOT / "book/_static/kv_distill.png"
 TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
-# Chapter, what is measured, its figure, what it is compared with and the figures of that, conditions.
+# Chapter, quantity, its figure, figures to compare it with, conditions.
 ROWS = (
     (
         "01",
@@ -64,14 +64,16 @@ ROWS = (
         "05",
         "speed, over assisted generation of transformers",
         "speculate:over_assisted",
-        "compiled {speculate:over_assisted_compiled}; eight prompts at once {speculate:batch_8_over_assisted}",
+        "compiled {speculate:over_assisted_compiled}; "
+        "eight prompts at once {speculate:batch_8_over_assisted}",
         "word problems, greedy, without prefill",
     ),
     (
         "06",
         "acceptance, the target's cache fused into the draft's",
         "fuse:acceptance_both",
-        "draft alone {fuse:acceptance_none}; same parameters without the target {fuse:acceptance_matched}; "
+        "draft alone {fuse:acceptance_none}; "
+        "same parameters without the target {fuse:acceptance_matched}; "
         "the draft trained instead {fuse:acceptance_tuned}",
         "descriptions of a person in a passage",
     ),
@@ -86,7 +88,8 @@ ROWS = (
         "06",
         "acceptance of a draft that has read blanks, rehearsed fuser",
         "fuse:guesses_rehearsed_first",
-        "not fused {fuse:guesses_blind}; without the target {fuse:guesses_rehearsed_matched}; if the draft reads the passage "
+        "not fused {fuse:guesses_blind}; without the target {fuse:guesses_rehearsed_matched}; "
+        "if the draft reads the passage "
         "{fuse:guesses_sighted}",
         "descriptions of a person in a passage",
     ),
@@ -94,7 +97,8 @@ ROWS = (
         "07",
         "speed of an answer with all parts, over plain decoding",
         "together:speedup_distilled",
-        "with the knowledge cache alone {together:speedup_knowledge}; with it and a trained draft that has one too "
+        "with the knowledge cache alone {together:speedup_knowledge}; "
+        "with it and a trained draft that has one too "
         "{together:speedup_reads}",
         "from the files to the last token",
     ),
@@ -139,7 +143,8 @@ def main(check: bool) -> None:
     updated = TABLE.sub(lambda marks: marks[1] + table() + marks[2], text)
     if check and updated != text:
         sys.exit(
-            "README.md: its table is not what kvlab/results says; run `python book/readme.py` and commit the result."
+            "README.md: its table is not that of kvlab/results; "
+            "run `python book/readme.py` and commit the result."
         )
     if not check:
         README.write_text(updated)

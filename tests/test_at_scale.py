@@ -1,4 +1,4 @@
-"""The page "At scale": its commands exist, its scripts are bash, and a run goes on in another number of processes."""
+"""The page "At scale": commands exist, scripts are bash, runs resume on more processes."""
 
 import inspect
 import json
@@ -65,7 +65,8 @@ def test_a_draft_begun_by_one_process_is_finished_by_two(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("KVLAB_SCALE", "tiny")
     monkeypatch.chdir(tmp_path)
-    options = "--base_model lab-draft --knowledge none --layers first:1 --epochs 2 --batch_size 2 --max_new_tokens 6"
+    options = "--base_model lab-draft --knowledge none --layers first:1"
+    options += " --epochs 2 --batch_size 2 --max_new_tokens 6"
     # One mean over tokens; with ce there would be two.
     command = ["train-draft", *options.split(), "--losses.kl", "1"]
     cli.main([*command, "--output_dir", "full"])

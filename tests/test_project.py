@@ -1,4 +1,4 @@
-"""What holds between the project's files: one list of packages, one address, pairs in step, nothing out of place."""
+"""Laws between files: one list of packages, one address, pairs in step, imports downward."""
 
 import ast
 import importlib.util
@@ -274,7 +274,8 @@ def test_names_of_the_package_are_imported_when_used():
     import kvlab
 
     assert all(getattr(kvlab, name).__name__ == name for name in kvlab.__all__)
-    run = "import sys, kvlab, kvlab.results; assert callable(kvlab.results); assert 'torch' not in sys.modules"
+    run = "import kvlab, kvlab.results, sys; assert callable(kvlab.results)"
+    run += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", run], check=True)
     with pytest.raises(AttributeError, match="no attribute 'rope'"):
         _ = kvlab.rope

@@ -26,7 +26,8 @@ def warn_without_alt(app: Sphinx, doctree: nodes.document, docname: str) -> None
     for image in doctree.findall(nodes.image):
         if not image.get("alt", "").strip():
             logger.warning(
-                'The image %s has no alternative text; give `:alt:`, or mystnb={"image": {"alt": "..."}} on the cell.',
+                "The image %s has no alternative text; give `:alt:`, "
+                'or mystnb={"image": {"alt": "..."}} on the cell.',
                 image.get("uri"),
                 location=docname,
             )
