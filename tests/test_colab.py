@@ -96,18 +96,11 @@ def test_a_chapter_runs_alone(runtime, tmp_path, name):
         "HF_HUB_OFFLINE": "1",
         "KVLAB_SCALE": "tiny",
     }
-    run = [
-        runtime,
-        "-m",
-        "nbconvert",
-        "--to",
-        "notebook",
-        "--execute",
-        "--output",
-        "ran.ipynb",
-        name,
-    ]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    options = f"-m nbconvert --to notebook --execute --output ran.ipynb {name}"
+    done = subprocess.run(
+        [runtime, *options.split()],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     cells = nbformat.read(tmp_path / "ran.ipynb", as_version=4).cells
     assert all(c.execution_count for c in cells if c.cell_type == "code")
