@@ -221,7 +221,6 @@ def test_joint_histogram_draws_shares_with_the_exact_probability_on_each():
             [0.35, 0.5, 0.1, 0.05],
             {"accepted", "rejected", "from the residual"},
         ),
-        ([0.1, 0.9], [0.95, 0.05], {"accepted", "rejected", "from the residual"}),
         ([0.5, 0.5], [0.5, 0.5], {"accepted"}),
         ([1.0, 0.0], [0.0, 1.0], {"rejected", "from the residual"}),
     ],

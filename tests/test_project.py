@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -233,6 +234,7 @@ def imported(tree, in_functions=True):
             yield from imported(node, in_functions)
 
 
+@cache
 def arrows(module):
     """The modules of kvlab that a module imports, with the packages they are in."""
     targets = set()
