@@ -83,7 +83,7 @@ def test_a_draft_begun_by_one_process_is_finished_by_two(tmp_path, monkeypatch):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_save", save_and_die)
+    monkeypatch.setattr(training, "_save_run", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         cli.main([*command, "--output_dir", "split"])
     options = "-m torch.distributed.run --standalone --nproc_per_node 2 -m kvlab.cli"
