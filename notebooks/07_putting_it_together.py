@@ -117,11 +117,21 @@ with torch.no_grad():
     fused = fuser(draft_prefix, target_prefix)
     chosen = distiller.compress(ids.to(target.device), retention=0.25)
 kept = chosen.positions[0]
+
+
+def select(prefix, indices):
+    """Keep the entries with these indices, and their positions."""
+    positions = prefix.positions[:, indices]
+    kept_cache = cache.select(prefix.cache, indices)
+    return replace(prefix, cache=kept_cache, positions=positions)
+
+
+fused_prefix = replace(draft_prefix, cache=fused)
 forms = {
     "target": target_prefix,
     "read": draft_prefix,
-    "fused": replace(draft_prefix, cache=fused),
-    "distilled": replace(draft_prefix, cache=cache.select(fused, kept)),
+    "fused": fused_prefix,
+    "distilled": select(fused_prefix, kept),
 }
 folder = Path(tempfile.mkdtemp())
 for name, form in forms.items():
@@ -251,12 +261,11 @@ for one in others:
         draft_full = cache.prefill(draft, ids.to(draft.device))
         compressed = distiller.compress(ids.to(target.device), retention=0.25)
     some = compressed.positions[0]
-    few = replace(full, cache=cache.select(full.cache, some))
-    draft_few = replace(draft_full, cache=cache.select(draft_full.cache, some))
     expected = answer(rest, None, full).tokens[0]
-    output = answer(rest, ModelProposer(draft, draft_few), full)
+    output = answer(rest, ModelProposer(draft, select(draft_full, some)), full)
     same["draft"].append(torch.equal(output.tokens[0], expected))
-    same["target"].append(torch.equal(answer(rest, None, few).tokens[0], expected))
+    output = answer(rest, None, select(full, some))
+    same["target"].append(torch.equal(output.tokens[0], expected))
 unchanged = {model: sum(equal) for model, equal in same.items()}
 print(unchanged, "of", len(others), "answers unchanged")
 if target.dtype == torch.float32:
@@ -282,8 +291,8 @@ assert scale.name != "tiny" or not all(same["target"])
 for retention in (0.5, 0.25, 0.1, 0.02):
     ids = document[None].to(target.device)
     some = distiller.compress(ids, retention=retention).positions[0]
-    prefix = replace(draft_prefix, cache=cache.select(fused, some))
-    output = answer(request, ModelProposer(draft, prefix), stored("target"))
+    proposer = ModelProposer(draft, select(fused_prefix, some))
+    output = answer(request, proposer, stored("target"))
     summary = summarize(output.rounds)
     print(f"{retention:4.0%} {len(some):3} entries: accepted {summary.acceptance:.2f}")
 

@@ -86,7 +86,9 @@ def store(m: Models, n: int, folder: Path) -> list[Request]:
             "target": target_prefix,
             "reads": prefix,
             "fused": replace(prefix, cache=fused),
-            "distilled": replace(prefix, cache=select(fused, chosen)),
+            "distilled": replace(
+                prefix, cache=select(fused, chosen), positions=prefix.positions[:, chosen]
+            ),
         }
         for name, form in forms.items():
             owner = owners["target" if name == "target" else "draft"]
