@@ -63,7 +63,7 @@ from kvlab.fuse import Settings as FuserSettings
 from kvlab.fuse import train as train_on
 from kvlab.knowledge import ARMS, Item, KnowledgeCache, loaded
 from kvlab.lab import corpora
-from kvlab.lab.__main__ import report, train
+from kvlab.lab.__main__ import COMMANDS as LAB_COMMANDS
 from kvlab.lab.report import problems
 from kvlab.losses import require_known
 from kvlab.records import (
@@ -2176,7 +2176,7 @@ def main(args: list[str] | None = None) -> None:
         >>> main(["scale"])  # doctest: +ELLIPSIS
         Scale ...
     """
-    models = {"_help": "Make and measure the lab models.", "train": train, "report": report}
+    models = {"_help": "Make and measure the lab models."} | LAB_COMMANDS
     commands = {"scale": scale, "speculate": speculate, "build-cache": build_cache, "ask": ask}
     commands |= {
         "train-draft": train_draft,
