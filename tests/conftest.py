@@ -1,10 +1,15 @@
-"""Small random models that the tests share."""
+"""Small random models, stores and commands that the tests share."""
 
 import functools
+import json
 
+import command_helpers
 import pytest
 import torch
 import transformers
+from command_helpers import FACTS, PEOPLE, write
+
+from kvlab.cli import main
 
 torch.set_num_threads(1)
 
@@ -41,3 +46,100 @@ def tiny_model():
     Models are built once and shared: a test that changes one must copy it.
     """
     return _tiny_model
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVLAB_SCALE", "tiny")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def squad(tiny):
+    """Return a file in SQuAD's form: six contexts, with one to three questions, of several answers."""
+    paragraphs = []
+    for n, (who, city) in enumerate(PEOPLE.items()):
+        asked = [
+            (f"Where does {who} live?", [f"in {city}", city]),
+            (f"Who has {n} dogs?", [who]),
+            ("Who?", [who]),
+        ]
+        qas = [
+            {"question": q, "answers": [{"text": text} for text in texts]}
+            for q, texts in asked[: n % 3 + 1]
+        ]
+        paragraphs.append({"context": f"{who} lives in {city}. {who} has {n} dogs.", "qas": qas})
+    (tiny / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    return "squad.json"
+
+
+@pytest.fixture
+def trained(tiny, capsys):
+    """Return a function that runs a command that trains into a folder, and returns what it wrote and printed."""
+
+    def run(command, name, *options):
+        main([*command, "--output_dir", name, *options])
+        told = json.loads((tiny / name / "training.json").read_text(), parse_constant=pytest.fail)
+        return told | {"printed": capsys.readouterr().out}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def facts(tmp_path_factory):
+    """Return the folder of a small store that keeps both keys and values and hidden states."""
+    folder = tmp_path_factory.mktemp("facts")
+    path = write(folder / "records.jsonl", FACTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVLAB_SCALE", "tiny")
+        keep = ["--keep", "kv", "hidden"]
+        main(
+            [
+                "build-cache",
+                "--records",
+                path,
+                "--base_model",
+                "lab-draft",
+                "--store",
+                str(folder / "both"),
+                *keep,
+            ]
+        )
+        main(
+            [
+                "build-cache",
+                "--records",
+                path,
+                "--base_model",
+                "lab-draft",
+                "--store",
+                str(folder / "kv"),
+            ]
+        )
+    return folder / "both"
+
+
+@pytest.fixture
+def learn(facts, tmp_path, monkeypatch, capsys):
+    """Return a function that runs train-draft into a folder of tmp_path, and returns the folder and what it wrote."""
+    monkeypatch.setenv("KVLAB_SCALE", "tiny")
+
+    def run(name, *options):
+        main(
+            [
+                "train-draft",
+                "--store",
+                str(facts),
+                "--output_dir",
+                str(tmp_path / name),
+                *command_helpers.QUICK,
+                *options,
+            ]
+        )
+        told = json.loads(
+            (tmp_path / name / "training.json").read_text(), parse_constant=pytest.fail
+        )
+        return tmp_path / name, told | {"printed": capsys.readouterr().out}
+
+    return run

@@ -9,11 +9,8 @@ from scipy.stats import chi2, kstest
 
 from kvlab.cache import Prefix, length, prefill, repeat, select
 from kvlab.evaluate import (
-    answers,
     bootstrap,
     chi_square,
-    continuations,
-    encode,
     exact_match,
     f1,
     log_likelihoods,
@@ -21,6 +18,7 @@ from kvlab.evaluate import (
     perplexity,
     rouge_l,
 )
+from kvlab.generation import answers, continuations, encode
 from kvlab.lab.tokenizers import train_tokenizer
 
 WORDS = (

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvlab.evaluate import answers, exact_match
+from kvlab.evaluate import exact_match
+from kvlab.generation import answers
 from kvlab.lab import corpora, models, recipe, report, worlds
 from kvlab.lab.tokenizers import END, PAD, ROLES, train_tokenizer
 
@@ -539,7 +540,7 @@ def test_special_tokens_are_where_models_expect_them():
 @settings(deadline=None)
 @given(before=ANY_TEXT, special=st.sampled_from(SPECIAL), after=ANY_TEXT)
 def test_special_tokens_are_never_split_or_merged(before, special, after):
-    encode = lambda text: tokenizer()(text).input_ids  # noqa: E731
+    encode = lambda text: tokenizer()(text).input_ids
     number = tokenizer().convert_tokens_to_ids(special)
     assert encode(before + special + after) == [*encode(before), number, *encode(after)]
 
@@ -768,7 +769,7 @@ def test_the_recipe_makes_a_plain_folder(tmp_path, tiny_recipe):
     folder = recipe.train_lab_model("lab-target", tmp_path / "work", tmp_path / "out")
     assert folder == tmp_path / "out" / "lab-target"
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
     assert not [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".py")]
     model, loaded = (
         AutoModelForCausalLM.from_pretrained(folder),

@@ -259,7 +259,7 @@ def test_without_weight_a_mean_of_means_is_not_the_mean():
 
 
 def test_batches_of_equal_weight_need_no_weight():
-    plain = lambda model, batch: {"mse": (model(batch["x"]) - batch["y"]).pow(2).mean()}  # noqa: E731
+    plain = lambda model, batch: {"mse": (model(batch["x"]) - batch["y"]).pow(2).mean()}
     whole, parts = net(), net()
     fit(whole, loader(8), plain, steps=6, **QUICK)
     fit(parts, loader(4), plain, steps=6, accumulate=2, **QUICK)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from kvlab.evaluate import encode_parts, rendered
+from kvlab.generation import encode_parts, rendered
 from kvlab.lab import worlds
 
 DATA = Path(__file__).parent / "data"

@@ -1,5 +1,6 @@
 """The lab family: shapes, growth, and loading of the models that ship with kvlab."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,37 +16,9 @@ from transformers import (
 MODELS = Path(__file__).parent / "models"
 NAMES = ("lab-target", "lab-draft", "lab-teacher")
 EMBEDDER = "lab-embedder"
-_SHARED = {
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-_TARGET = {
-    "vocab_size": 1536,
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
-_TEACHER = {
-    "vocab_size": 640,
-    "hidden_size": 160,
-    "intermediate_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 40,
-}
-SHAPES = {
-    "lab-target": _TARGET,
-    "lab-draft": _TARGET | {"num_hidden_layers": 2},
-    "lab-teacher": _TEACHER,
-}
+# Entries of each model's Qwen3Config, beside those that all of them share.
+SHAPES = json.loads((Path(__file__).parent / "data" / "shapes.json").read_text("utf-8"))
+_SHARED = SHAPES.pop("shared")
 
 
 def make(name: str, seed: int = 0, **changes) -> PreTrainedModel:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvlab.evaluate import answers, figure, multiple_choice
+from kvlab.evaluate import figure, multiple_choice
+from kvlab.generation import answers
 from kvlab.lab import corpora, models, worlds
 
 READING = {

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import draft, lab
 from kvlab.draft import Example, KnowledgeDraft, KnowledgeDraftConfig
-from kvlab.evaluate import benchmark, encode, figure
+from kvlab.evaluate import benchmark, figure
+from kvlab.generation import encode
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
 from kvlab.lab.report import problems

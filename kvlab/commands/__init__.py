@@ -1,0 +1,1 @@
+"""The subcommands of `kvlab`, one file per chapter."""

@@ -1,0 +1,384 @@
+"""`kvlab layer-map`, `kvlab train-aligned` and `kvlab compare-alignments`: 4D alignment."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlab.align import (
+    ARMS,
+    LAYER_MAP_PROBLEMS,
+    STATES,
+    AlignedStudent,
+    AlignmentSettings,
+    Arm,
+    Problems,
+    alignment_figures,
+    segment,
+    similar_layers,
+    solved,
+    train_arm,
+)
+from kvlab.answers import extract_answer
+from kvlab.commands.shared import (
+    figures_table,
+    require_counts,
+    require_no_source,
+    run_name,
+    write_json,
+)
+from kvlab.evaluate import circumstances, figure
+from kvlab.lab import corpora
+from kvlab.layers import layer_map, save_layer_map
+from kvlab.records import PROBLEMS, Record, accepted, messages, read_records
+from kvlab.scale import Scale
+
+SOLVED = ("lab", *PROBLEMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentOptions(AlignmentSettings):
+    """Problems and training, for `train-aligned` and `compare-alignments`.
+
+    Args:
+        dataset_name: problems with reasoning to learn from, lab (made up; the teacher reads longer
+            solutions) or records, of which teacher and student read the same.
+        source: of records, a file as their authors published it or a name on the Hugging Face hub.
+        split: part of the hub's data set; a file is read whole.
+        eval_dataset_name: problems to be asked. Default: some that are held out of the others.
+        eval_source: source of these.
+        eval_split: split of these.
+        problems: maximum number of problems to learn from. Default: all; the lab makes 600.
+        heldout: number of problems to be asked.
+        gradient_checkpointing: compute layers again in the backward pass: slower, in less memory.
+        max_new_tokens: of each solution, when problems are asked.
+    """
+
+    dataset_name: Literal[SOLVED] = "lab"
+    source: str | None = None
+    split: str = "train"
+    eval_dataset_name: Literal[SOLVED] | None = None
+    eval_source: str | None = None
+    eval_split: str = "test"
+    problems: int | None = None
+    heldout: int = 200
+    gradient_checkpointing: bool = False
+    max_new_tokens: int = 256
+
+
+def map_layers(
+    student_model: str | None = None,
+    teacher_model: str | None = None,
+    dataset_name: Literal[SOLVED] = "lab",
+    num_samples: int = LAYER_MAP_PROBLEMS,
+    output: Path = Path("layer_map.json"),
+    source: str | None = None,
+    split: str = "train",
+    what: Literal[STATES] = "hidden",
+    k: int = 2,
+) -> None:
+    """Find the teacher layers that are most similar to each student layer (unbiased CKA), and write them as JSON.
+
+    Args:
+        student_model: a lab model, a hub name or a folder. Default: the scale's student.
+        teacher_model: the same. Default: the scale's teacher.
+        dataset_name: problems that both read with their solutions, except for the answers: lab or
+            records.
+        num_samples: number of problems.
+        output: the file, for `kvlab train-aligned --layer_mapping_path`.
+        source: of records, a file as their authors published it or a name on the Hugging Face hub.
+        split: part of the hub's data set; a file is read whole.
+        what: the states to compare, each layer's hidden states, its keys (before they are rotated)
+            or its values.
+        k: teacher layers for each student layer, weighted by a softmax over their CKA.
+    """
+    require_counts(num_samples=num_samples, k=k)
+    scale = Scale.current()
+    scale = replace(
+        scale, student=student_model or scale.student, teacher=teacher_model or scale.teacher
+    )
+    pairs, _ = _solutions(dataset_name, source, split, num_samples)
+    student, tokenizer = scale.load("student"), scale.load_tokenizer("student")
+    teacher, teacher_tokenizer = _load_teacher(scale)
+    layers = teacher.config.num_hidden_layers
+    if k > layers:
+        raise ValueError(f"k is {k}, but {scale.teacher} has {layers} layers: give a smaller one.")
+    texts = [segment(tokenizer, conversation) for conversation, _ in pairs]
+    others = [segment(teacher_tokenizer, conversation) for _, conversation in pairs]
+    matrix = similar_layers(student, texts, teacher, others, what)
+    chosen = layer_map(matrix, k)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    names = {"student": scale.student, "teacher": scale.teacher}
+    save_layer_map(output, chosen, **names, samples=len(pairs), what=what)
+    print(f"CKA of layers of {scale.student} (rows) and {scale.teacher}, {len(pairs)} problems:")
+    print(pd.DataFrame(matrix.numpy()).to_string(float_format="{:.2f}".format))
+    for layer, indices in enumerate(chosen.indices.tolist()):
+        weights = zip(indices, chosen.weights[layer].tolist(), strict=True)
+        text = ", ".join(f"{index} ({weight:.2f})" for index, weight in weights)
+        print(f"student layer {layer}: teacher layers {text}")
+    print(output)
+
+
+def train_aligned(
+    model_name: str | None = None,
+    teacher_model: list[str] | None = None,
+    use_cka_layer_mapping: bool = False,
+    layer_mapping_path: list[str] | None = None,
+    use_segment_resampling: bool = False,
+    seed: int = 0,
+    output_dir: Path = Path("aligned"),
+    **options,
+) -> None:
+    """Train a student to solve problems, toward keys and values like those of its teachers (4D alignment).
+
+    Each teacher reads the problems with their solutions, in its own tokens, one teacher after
+    another; its features are kept in OUTPUT_DIR, so that a run that was stopped continues by the
+    same command. Then OUTPUT_DIR holds the student, a projector for each teacher, and the results
+    (training.json). The four arms of the source are: neither, one or both of
+    --use_cka_layer_mapping and --use_segment_resampling. With both weights 0 there is no teacher.
+
+    Args:
+        model_name: the student; a lab model, a hub name or a folder. Default: the scale's student.
+        teacher_model: one or more teachers, e.g. --teacher_model A B. Default: the scale's teacher.
+        use_cka_layer_mapping: align each student layer to the teacher layers that are most similar
+            to it; otherwise to the one at the same fraction of the depth.
+        layer_mapping_path: for each teacher a file that `kvlab layer-map` wrote. Default: they are
+            made first.
+        use_segment_resampling: stretch the teacher's prompt, reasoning and answer, each over the
+            student's; otherwise token i learns from the teacher's token i.
+        seed: random seed (data, projectors, shuffling).
+        output_dir: folder of the student.
+    """
+    settings = AlignmentOptions(**options)
+    scale, teachers = _models(settings, model_name, teacher_model)
+    maps = layer_mapping_path or []
+    _require_maps(maps, teachers, use_cka_layer_mapping)
+    problems = _load_problems(settings, seed)
+    # before loading: gives each process its own GPU
+    main = PartialState(cpu=scale.device == "cpu").is_main_process
+    if main:
+        print(
+            f"To learn from: {len(problems.student)} problems. To be asked: {len(problems.questions)}."
+        )
+    student, tokenizer = _load_student(scale, settings), scale.load_tokenizer("student")
+    correct = {}
+    if main:
+        correct["before"] = solved(student, tokenizer, problems, settings.max_new_tokens)
+    arm = Arm(use_cka_layer_mapping, use_segment_resampling)
+    if not settings.kv_weight and not settings.codi_weight:
+        arm = None
+    history, aligned = _train(
+        arm, scale, student, problems, teachers, settings, seed, output_dir, maps
+    )
+    if not main:
+        return
+    student.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    for number, projector in enumerate(aligned.projectors):
+        projector.save_pretrained(output_dir / f"projector_{number}")
+    correct["after"] = solved(student, tokenizer, problems, settings.max_new_tokens)
+    conditions = "problems that were not learned from, the answer right, greedy"
+    figures = [
+        figure(f"accuracy_{when}", values, "fraction", conditions)
+        for when, values in correct.items()
+    ]
+    names = {"model_name": scale.student, "teacher_model": teachers, "layer_mapping_path": maps}
+    flags = {
+        "use_cka_layer_mapping": use_cka_layer_mapping,
+        "use_segment_resampling": use_segment_resampling,
+    }
+    _write(
+        output_dir / "training.json",
+        names | flags | {"seed": seed} | asdict(settings),
+        figures,
+        history=history,
+    )
+
+
+def compare_alignments(
+    model_name: str | None = None,
+    teacher_model: list[str] | None = None,
+    arms: list[str] | None = None,
+    seeds: int = 3,
+    output_dir: Path = Path("alignments"),
+    **options,
+) -> None:
+    """Train one student after another, by each arm of 4D alignment and by controls, and compare what they solve.
+
+    Arms are ce_only (no teacher), baseline (by index, proportional layers), cka (layers by
+    similarity), segment (time by segments), full (both), and controls that should be no better than
+    ce_only: shuffled and shuffled_segment (as full and segment, but the teacher read another
+    problem), and random_teacher (as full, with random weights). All have the same problems, order
+    and steps. OUTPUT_DIR holds the results (comparison.json), and the files from which a run that
+    was stopped continues.
+
+    Args:
+        model_name: the student, as for train-aligned.
+        teacher_model: one or more teachers.
+        arms: some of them, e.g. --arms ce_only full. Default: all.
+        seeds: runs of each arm. Each seed has its own problems to learn from, order and projectors.
+        output_dir: folder of the comparison.
+    """
+    settings = AlignmentOptions(**options)
+    require_counts(seeds=seeds)
+    arms = list(dict.fromkeys(arms or ARMS))
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"There is no arm {', '.join(unknown)}: choose from {', '.join(ARMS)}.")
+    scale, teachers = _models(settings, model_name, teacher_model)
+    main = PartialState(cpu=scale.device == "cpu").is_main_process
+    tokenizer = scale.load_tokenizer("student")
+    problems, rows = [_load_problems(settings, seed) for seed in range(seeds)], []
+    for seed, arm in product(range(seeds), arms):
+        student = _load_student(scale, settings)
+        if scale.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        run = _train(
+            ARMS[arm], scale, student, problems[seed], teachers, settings, seed, output_dir
+        )
+        # a stopped run's seconds too
+        row = {"arm": arm, "seed": seed, "seconds": sum(entry["seconds"] for entry in run[0])}
+        if scale.device == "cuda":
+            row["GB"] = torch.cuda.max_memory_allocated() / 1e9
+        correct = solved(student, tokenizer, problems[seed], settings.max_new_tokens)
+        rows.append(row | {"accuracy": float(correct.mean())})
+        if main:
+            print(f"{arm}, seed {seed}: {rows[-1]['accuracy']:.3f}")
+    if main:
+        names = {
+            "model_name": scale.student,
+            "teacher_model": teachers,
+            "arms": arms,
+            "seeds": seeds,
+        }
+        figures = alignment_figures(pd.DataFrame(rows))
+        _write(output_dir / "comparison.json", names | asdict(settings), figures, runs=rows)
+
+
+def _write(path: Path, settings: dict, figures: list[dict], **results) -> None:
+    print(figures_table(figures))
+    print(
+        write_json(path, {"settings": settings, "figures": figures, **circumstances(), **results})
+    )
+
+
+def _models(
+    settings: AlignmentOptions, student: str | None, teachers: list[str] | None
+) -> tuple[Scale, list[str]]:
+    scale = Scale.current()
+    if settings.fp16 and scale.device == "cpu":
+        raise ValueError(f"fp16 needs a GPU, but the scale {scale.name} computes on the CPU.")
+    return replace(scale, student=student or scale.student), teachers or [scale.teacher]
+
+
+def _require_maps(maps: list[str], teachers: list[str], use_cka: bool) -> None:
+    if maps and not use_cka:
+        raise ValueError("layer_mapping_path needs --use_cka_layer_mapping: give both, or none.")
+    if maps and len(maps) != len(teachers):
+        raise ValueError(
+            f"There are {len(teachers)} teachers and {len(maps)} layer maps: give one each."
+        )
+    for path in maps:
+        if not Path(path).is_file():
+            raise ValueError(
+                f"There is no layer map {path}: make it by `kvlab layer-map --output {path}`."
+            )
+
+
+def _load_student(scale: Scale, settings: AlignmentOptions) -> PreTrainedModel:
+    student = scale.load("student").float().requires_grad_(True)
+    if settings.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+    return student
+
+
+def _load_teacher(scale: Scale) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return scale.load("teacher"), scale.load_tokenizer("teacher")
+
+
+def _train(
+    arm: Arm | None,
+    scale: Scale,
+    student: PreTrainedModel,
+    problems: Problems,
+    teachers: Sequence[str],
+    settings: AlignmentOptions,
+    seed: int,
+    folder: Path,
+    maps: Sequence[str] = (),
+) -> tuple[list[dict[str, float]], AlignedStudent]:
+    """Train in a folder of the run's own name."""
+    values = [getattr(settings, field.name) for field in fields(AlignmentSettings)]
+    texts = [Path(path).read_text() for path in maps]
+    run = folder / run_name(
+        student, arm, values, seed, teachers, texts, problems.student, problems.teacher
+    )
+    loaders = [partial(_load_teacher, replace(scale, teacher=name)) for name in teachers]
+    tokenizer = scale.load_tokenizer("student")
+    return train_arm(arm, student, tokenizer, problems, loaders, settings, run, maps, seed)
+
+
+def _load_problems(options: AlignmentOptions, seed: int) -> Problems:
+    """Problems to learn from, which the seed chooses, and others to be asked, the same for every seed."""
+    other = options.eval_dataset_name
+    if options.eval_source is not None and other in (None, "lab"):
+        raise ValueError(
+            f"eval_source is {options.eval_source!r}, which needs --eval_dataset_name, not lab."
+        )
+    heldout = 0 if other else options.heldout
+    pairs, records = _solutions(
+        options.dataset_name, options.source, options.split, options.problems, heldout, seed
+    )
+    name, kind = other or options.dataset_name, "number"
+    if name == "lab":
+        solutions = [own for own, _ in corpora.Solutions(options.heldout, test=True)]
+        questions = [solution[:1] for solution in solutions]
+        answers = [(extract_answer(kind, solution[1]["content"]),) for solution in solutions]
+    else:
+        if other:
+            records = _read_shuffled(other, options.eval_source, options.eval_split)
+        if not records:
+            raise ValueError(f"There is no problem to be asked in {options.eval_source}.")
+        questions = [messages(record)[:1] for record in records[: options.heldout]]
+        answers = [accepted(record) for record in records[: options.heldout]]
+        kind = ANSWER_KINDS[name]
+    asked = {question[0]["content"] for question in questions}
+    pairs = [pair for pair in pairs if pair[0][0]["content"] not in asked]
+    options.steps(len(pairs))
+    return Problems(
+        [own for own, _ in pairs], [text for _, text in pairs], questions, answers, kind
+    )
+
+
+def _solutions(
+    name: str, source: str | None, split: str, problems: int | None, heldout: int = 0, seed: int = 0
+) -> tuple[list[tuple], list[Record]]:
+    """Problems as student and teacher solve them, and records that were held out."""
+    if name == "lab":
+        require_no_source(source)
+        return [*corpora.Solutions(problems or 600, seed=seed)], []
+    records = _read_shuffled(name, source, split)
+    bare = sum(not record.reasoning.strip() for record in records)
+    if bare:
+        raise ValueError(f"{bare} of {len(records)} {name} records have no reasoning to align.")
+    rest = records[heldout:]
+    if not rest:
+        raise ValueError(f"There are {len(records)} problems, {heldout} to hold out: give more.")
+    chosen = random.Random(seed).sample(rest, min(problems or len(rest), len(rest)))
+    return [(messages(record), messages(record)) for record in chosen], records[:heldout]
+
+
+def _read_shuffled(name: str, source: str | None, split: str) -> list[Record]:
+    """Records, each once, in an order that is always the same: many sources are sorted by subject."""
+    if source is None:
+        raise ValueError(f"There is no source of {name} records: give a file or a name on the hub.")
+    records = list(dict.fromkeys(read_records(name, source, split)))
+    return random.Random(0).sample(records, len(records))

@@ -1,0 +1,151 @@
+"""What several commands need: stores, records, run folders, tables, JSON."""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlab.files import write_text
+from kvlab.knowledge import Item, KnowledgeCache
+from kvlab.lab import corpora
+from kvlab.models import fingerprint
+from kvlab.records import CONTEXTS, Record, read_records
+from kvlab.scale import Scale
+
+parsed_options: dict = {}  # of the command that `kvlab.cli.main` runs; empty if Python calls it
+
+
+def command_settings(**resolved) -> dict:
+    """Options of the command line as JSON, with those that the command has resolved (None was the default)."""
+    options = parsed_options | resolved
+    for name, value in options.items():
+        if isinstance(value, Path):
+            options[name] = str(value)
+    return options
+
+
+def defaults_file() -> Path:
+    """The YAML file with this scale's defaults, a section per command."""
+    return Path(__file__).with_name(f"{Scale.current().name}.yaml")
+
+
+def scale_defaults(command: str) -> dict:
+    """Defaults of a command at this scale that differ from those of its signature."""
+    return yaml.safe_load(defaults_file().read_text("utf-8")).get(command, {})
+
+
+def load_shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
+    target, draft = (scale.load_tokenizer(role) for role in ("target", "draft"))
+    if target.get_vocab() != draft.get_vocab():
+        sizes = f"{scale.target} has {len(target)} tokens, {scale.draft} {len(draft)}"
+        raise ValueError(
+            f"The two models' tokenizers differ ({sizes}): choose a base_model of the same family."
+        )
+    return target
+
+
+def scale_with_target(base_model: str | None) -> Scale:
+    scale = Scale.current()
+    return replace(scale, target=base_model or scale.target)
+
+
+def require_store(store: Path, options: str = "") -> None:
+    if not (store / "manifest.json").is_file():
+        raise ValueError(
+            f"There is no store in {store}: build one with `kvlab build-cache --store {store}{options}`."
+        )
+
+
+def open_store(
+    store: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scale: Scale,
+    reads: str | None,
+    embed=True,
+) -> KnowledgeCache:
+    """A store that keeps what is read: "vector", or "kv" and "prefix"; None reads nothing."""
+    known = KnowledgeCache.load(store, model, tokenizer, scale.load_embedder() if embed else None)
+    part, name = ("hidden", "hidden states") if reads == "vector" else ("kv", "keys and values")
+    if reads and part not in known.keep:
+        raise ValueError(
+            f"The store in {store} keeps no {name}: build one with --keep {part}, in a new folder."
+        )
+    return known
+
+
+def find_item(store: KnowledgeCache, question: str, threshold: float) -> Item | None:
+    hits = store.retrieve(question, threshold=threshold)
+    return hits[0].item if hits else None
+
+
+def sample_heldout(texts: Sequence[str], share: float, seed: int) -> list[str]:
+    """A share of texts, at least one if there are any."""
+    if not 0 < share < 1:
+        raise ValueError(f"heldout is {share}, expected a share between 0 and 1, such as 0.1.")
+    return random.Random(seed).sample(texts, min(len(texts), max(1, round(share * len(texts)))))
+
+
+def run_name(target: PreTrainedModel, *told) -> str:
+    """A name for what is trained, how, and on what: a checkpoint serves no other run."""
+    return f"run-{short_digest(json.dumps([fingerprint(target)['weights'], *told]))}"
+
+
+def short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Contexts = Sequence[Sequence[Record]]  # the records of each context
+DATA = ("lab", *CONTEXTS)
+
+
+def require_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}, expected a whole number from 1.")
+
+
+def load_records(data: str, source: str | None, split: str) -> dict[str, list[Record]]:
+    """Records by their context."""
+    if source is None:
+        raise ValueError(
+            f"There is no source of {data} records: give --source, a file or a name on the hub."
+        )
+    records = {}
+    for record in read_records(data, source, split):
+        records.setdefault(record.context, []).append(record)
+    return records
+
+
+def lab_passages(n: int, questions: int, seed: int, source: str | None) -> Contexts:
+    """The lab's test passages."""
+    require_no_source(source)
+    readings = corpora.Readings(n, questions=questions, seed=seed, test=True)
+    return [[Record(text, *turn[:1], turn[1:]) for turn in turns] for text, turns in readings]
+
+
+def require_no_source(source: str | None) -> None:
+    if source is not None:
+        raise ValueError(
+            f"source is {source!r}, but the lab makes its texts up: leave it out, or name other data."
+        )
+
+
+Conversation = list[dict[str, str]]
+
+
+def figures_table(figures: Sequence[Mapping]) -> str:
+    columns = ["value", "low", "high", "n"]
+    return pd.DataFrame(figures).set_index("name")[columns].to_string(float_format="{:.3f}".format)
+
+
+def write_json(path: Path, result: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
+    return write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
