@@ -6,14 +6,15 @@ from pathlib import Path
 import pandas as pd
 from jsonargparse import auto_cli
 
-from kvlab.lab import models, recipe
+from kvlab.lab.models import EMBEDDER, MODELS, NAMES
+from kvlab.lab.recipe import train_embedder, train_lab_model
 from kvlab.lab.report import report
 
-ALL = (*models.NAMES, models.EMBEDDER)
+ALL = (*NAMES, EMBEDDER)
 
 
 def train_lab(
-    names: tuple[str, ...] = ALL, work: Path = Path("lab-runs"), out: Path = models.MODELS
+    names: tuple[str, ...] = ALL, work: Path = Path("lab-runs"), out: Path = MODELS
 ) -> None:
     """Train lab models from scratch; an interrupted run continues from its checkpoint.
 
@@ -23,17 +24,11 @@ def train_lab(
         out: folder that the models are written to; by default the package's own.
     """
     for name in names:
-        is_embedder = name == models.EMBEDDER
-        print(
-            recipe.train_embedder(out) if is_embedder else recipe.train_lab_model(name, work, out)
-        )
+        print(train_embedder(out) if name == EMBEDDER else train_lab_model(name, work, out))
 
 
 def report_lab(
-    names: tuple[str, ...] = models.NAMES,
-    questions: int = 200,
-    seed: int = 0,
-    as_json: bool = False,
+    names: tuple[str, ...] = NAMES, questions: int = 200, seed: int = 0, as_json: bool = False
 ) -> None:
     """Measure lab models on held-out data and print each figure with its 95 % interval.
 

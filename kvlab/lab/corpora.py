@@ -140,7 +140,7 @@ class Mix:
     easy: float = 0.5
 
 
-class Generated(Dataset):
+class IndexedItems(Dataset):
     """`n` items, each made from seed and index alone."""
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class Generated(Dataset):
 
 
 @dataclass(eq=False)
-class Readings(Generated):
+class Readings(IndexedItems):
     """`n` passages with questions about each: (text, [(question, answer), ...]).
 
     Example:
@@ -175,7 +175,7 @@ class Readings(Generated):
 
 
 @dataclass(eq=False)
-class Requests(Generated):
+class Requests(IndexedItems):
     """`n` passages, each with a request to describe somebody or something in it.
 
     Example:
@@ -194,7 +194,7 @@ class Requests(Generated):
 
 
 @dataclass(eq=False)
-class Solutions(Generated):
+class Solutions(IndexedItems):
     """`n` word problems, each solved twice, in the short and in the long style.
 
     Example:
@@ -219,7 +219,7 @@ class Solutions(Generated):
 
 
 @dataclass(eq=False)
-class Wordings(Generated):
+class Wordings(IndexedItems):
     """Rows {"question", "wording", "other"} for `steps` batches, each with every FAQ item once, in order.
 
     A wording is one of many for the item's question, or its answer; the other is a question the FAQ
@@ -289,24 +289,22 @@ def blanked(
     return prompts
 
 
-class Rows(Dataset):
-    """Training rows (input_ids, weights) of fixed length; row i is made from mix, seed and i alone, so runs can resume.
+class Rows(IndexedItems):
+    """`n` training rows {"input_ids", "weights"} of fixed length, made from mix, seed and index alone.
+
+    So an interrupted run can resume at any row.
 
     Weights are 1.0 on answers (and their end token) and 0.05 elsewhere, 0 on padding.
     """
 
-    def __init__(self, tokenizer, mix: Mix, n_rows: int, seed: int = 0):
-        self.tokenizer, self.mix, self.n_rows, self.seed = tokenizer, mix, n_rows, seed
-        self.encode = tokenizer.backend_tokenizer.encode
-        ids = tokenizer.convert_tokens_to_ids
-        self.roles = torch.tensor([ids("<|system|>"), ids("<|user|>"), ids("<|assistant|>")])
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mix: Mix, n: int, seed: int = 0):
+        self.tokenizer, self.mix, self.n, self.seed = tokenizer, mix, n, seed
+        roles = ["<|system|>", "<|user|>", "<|assistant|>"]
+        self.roles = torch.tensor(tokenizer.convert_tokens_to_ids(roles))
 
-    def __len__(self) -> int:
-        return self.n_rows
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def make(self, index: int) -> dict[str, torch.Tensor]:
         rng = random.Random(f"{self.seed}:{index}")
-        ids = self.row(rng, progress=index / self.n_rows)[: self.mix.row]
+        ids = self.row(rng, progress=index / self.n)[: self.mix.row]
         ids += [self.tokenizer.pad_token_id] * (self.mix.row - len(ids))
         input_ids = torch.tensor(ids)
         return {"input_ids": input_ids, "weights": self.weights(input_ids)}
@@ -344,10 +342,10 @@ class Rows(Dataset):
             text += f"<|{message['role']}|> {message['content']}"
             if message["role"] == "assistant":
                 text += "<|end|>"
-        return self.encode(text).ids
+        return self.tokenizer.backend_tokenizer.encode(text).ids
 
     def weights(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """1.0 on what follows an assistant token, 0.05 elsewhere (role tokens too), 0 on padding."""
+        """1.0 after an assistant token, 0.05 elsewhere (role tokens too), 0 on padding."""
         is_role = torch.isin(input_ids, self.roles)
         opened = torch.where(is_role, torch.arange(len(input_ids)), 0).cummax(0).values
         answer = (input_ids[opened] == self.roles[2]) & ~is_role
