@@ -77,8 +77,8 @@ class Record:
         return ascii_uppercase[self.choices.index(self.answer)]
 
 
-def accepted(record: Record) -> tuple[str, ...]:
-    """The accepted answers of a solution: for a multiple choice the letter, else the answers."""
+def accepted_answers(record: Record) -> tuple[str, ...]:
+    """The answers that a solution may end with: for a multiple choice the letter, else the answers."""
     return (record.letter,) if record.choices else record.answers
 
 
@@ -94,7 +94,7 @@ def messages(record: Record) -> list[dict[str, str]]:
     prompt = f"{record.context}\n\n{record.question}" if record.context else record.question
     for letter, choice in zip(ascii_uppercase, record.choices, strict=False):
         prompt += f"\n{letter}) {choice}"
-    solution = f"{record.reasoning} The answer is {accepted(record)[0]}.".strip()
+    solution = f"{record.reasoning} The answer is {accepted_answers(record)[0]}.".strip()
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": solution}]
 
 
@@ -129,7 +129,7 @@ def read_records(
     data_set = DATA_SETS[name]
     records, n_left_out = [], 0
     label, rows = _open_source(source, split)
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows, start=1):
         for place, item in _unnest(f"{label}, row {number}", row, data_set.nested):
             with _naming(place):
                 record = data_set.to_record(item)
@@ -167,6 +167,11 @@ def _quality_record(row: Row) -> Record:
     label = row[fields[0] if fields else "gold_label"]
     context = _html_to_text(row["article"])
     return _choice_record(row["question"], row["options"], labels, label, context)
+
+
+def _instance_record(row: Row) -> Record:
+    """Self-Instruct: the input is the context; an instance without input has nothing to compress."""
+    return Record(row["input"], row["instruction"], (row["output"],))
 
 
 def _html_to_text(article: str) -> str:
@@ -359,12 +364,7 @@ class DataSet:
 DATA_SETS = {
     "squad": DataSet(_squad_record, "text", nested=("paragraphs", "qas"), has_context=True),
     "quality": DataSet(_quality_record, "choice", nested=("questions",), has_context=True),
-    "self_instruct": DataSet(
-        lambda row: Record(row["input"], row["instruction"], (row["output"],)),
-        "text",
-        nested=("instances",),
-        has_context=True,
-    ),
+    "self_instruct": DataSet(_instance_record, "text", nested=("instances",), has_context=True),
     "p3": DataSet(_p3_record, "text", has_context=True),
     "long_alpaca": DataSet(_long_alpaca_record, "text", has_context=True),
     "gsm8k": DataSet(_gsm8k_record, "number"),
