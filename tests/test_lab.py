@@ -659,7 +659,9 @@ def test_weights_are_one_on_answers_and_their_end(mix):
         input_ids, weights = rows[i].values()
         assert input_ids.shape == weights.shape == (MIXES[mix].row,)
         weighed_documents = [weighed(document) for document in documents]
-        want_ids, want_weights = ([x for part in weighed_documents for x in part[k]] for k in (0, 1))
+        want_ids, want_weights = (
+            [x for part in weighed_documents for x in part[k]] for k in (0, 1)
+        )
         n = int((input_ids != tokenizer().pad_token_id).sum())
         assert n > 0
         assert input_ids[:n].tolist() == want_ids[:n]
