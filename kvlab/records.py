@@ -432,7 +432,7 @@ def _open_source(source: str | Path | Iterable[Row], split: str) -> tuple[str, I
 
 
 def _json_rows(path: Path) -> list:
-    """The rows of a JSON file: a list, one in the field "data" or "examples", or value after value."""
+    """The rows of a JSON file: a list (also in the field "data" or "examples"), or value after value."""
     text, values, start = _read_text(path).strip(" \t\r\n"), [], 0
     with _naming(str(path)):
         while start < len(text):

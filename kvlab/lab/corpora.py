@@ -1,4 +1,4 @@
-"""The texts of the lab models: documents from the worlds and the FAQ, and rows of tokens made of them."""
+"""The texts of the lab models: documents from the worlds and the FAQ, and rows of their tokens."""
 
 import json
 import random
@@ -23,7 +23,7 @@ def _json_lines(name: str) -> list[dict]:
 
 @cache
 def faq(language: str = "en") -> tuple[dict, ...]:
-    """The FAQ: id, domain, question, answer, three paraphrases (the last is held out from all training).
+    """The FAQ: id, domain, question, answer, three paraphrases (no training uses the last one).
 
     Example:
         >>> sorted({item["domain"] for item in faq()})[:2], len(faq()) >= 42
@@ -50,7 +50,10 @@ def wordings() -> dict[str, tuple[str, ...]]:
 
 @cache
 def outside(split: str = "test") -> tuple[str, ...]:
-    """English questions that no FAQ item answers, half of them close to one: "train", "calibrate" or "test".
+    """English questions that no FAQ item answers, half of them close to one.
+
+    Args:
+        split: "train", "calibrate" or "test".
 
     Example:
         >>> len(outside("calibrate")), len(outside("test"))
@@ -63,10 +66,10 @@ def outside(split: str = "test") -> tuple[str, ...]:
 
 
 def made_up(n: int, seed: int = 0) -> list[dict[str, str]]:
-    """`n` records whose answers can only be read: two sentences that have nothing to do with the question.
+    """`n` records whose answers can only be read, not known.
 
-    The questions are some that the FAQ does not answer, the sentences are among its questions' many
-    wordings.
+    A question is one that the FAQ does not answer; its answer is two sentences that have nothing to
+    do with it, from the many wordings of the FAQ's questions.
 
     Example:
         >>> sorted(made_up(1)[0]), made_up(2)[0] == made_up(2)[1]
@@ -91,7 +94,7 @@ def faq_texts() -> list[str]:
 
 
 def faq_document(rng: random.Random, reworded: float = 0.0) -> list[dict[str, str]]:
-    """One FAQ item, asked as itself or as a training paraphrase or, in a fraction `reworded`, as a wording."""
+    """One FAQ item, asked as itself or a training paraphrase; a fraction `reworded` in a wording."""
     item = rng.choice(faq())
     question = rng.choice([item["question"], item["question"], *item["paraphrases"][:2]])
     if reworded and rng.random() < reworded:
@@ -100,7 +103,7 @@ def faq_document(rng: random.Random, reworded: float = 0.0) -> list[dict[str, st
 
 
 def sample_document(rng: random.Random) -> list[dict[str, str]]:
-    """A training document of any world, in equal parts reading and arithmetic (for tokenizer training)."""
+    """A training document, in equal parts reading and arithmetic (for tokenizer training)."""
     if rng.random() < 0.5:
         n_facts = rng.randint(2, 16)
         kinds = rng.choices(list(worlds.QUESTIONS), weights=Mix.kinds, k=4)
@@ -115,7 +118,7 @@ def _problem(rng: random.Random, fewest: int, most: int) -> list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Mix:
-    """Content of the training rows: fractions of the worlds, and the difficulty that training ends with.
+    """Content of the training rows: fractions of the worlds, and the final difficulty.
 
     Args:
         row: tokens of a row.
@@ -220,7 +223,7 @@ class Solutions(IndexedItems):
 
 @dataclass(eq=False)
 class Wordings(IndexedItems):
-    """Rows {"question", "wording", "other"} for `steps` batches, each with every FAQ item once, in order.
+    """Rows {"question", "wording", "other"} for `steps` batches, each with every FAQ item once.
 
     A wording is one of many for the item's question, or its answer; the other is a question the FAQ
     does not answer.
@@ -248,7 +251,7 @@ def blanked(
     test: bool = False,
     kind: str = "free",
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """`n` prompts of a passage and a question: the ids (T,) with blanks, the ids (T,), the answer's ids.
+    """`n` prompts of a passage and a question: ids (T,) with blanks, ids (T,), the answer's ids.
 
     A blank, the first token of " unknown", replaces each token of a fact's value. Where the passage
     has "Anna drinks tea", a reader of blanks only learns that Anna drinks.
@@ -290,9 +293,9 @@ def blanked(
 
 
 class Rows(IndexedItems):
-    """`n` training rows {"input_ids", "weights"} of fixed length, made from mix, seed and index alone.
+    """`n` training rows {"input_ids", "weights"} of fixed length.
 
-    So an interrupted run can resume at any row.
+    A row depends on mix, seed and index alone, so an interrupted run can resume at any row.
 
     Weights are 1.0 on answers (and their end token) and 0.05 elsewhere, 0 on padding.
     """
@@ -310,7 +313,7 @@ class Rows(IndexedItems):
         return {"input_ids": input_ids, "weights": self.weights(input_ids)}
 
     def row(self, rng: random.Random, progress: float) -> list[int]:
-        """Token ids of one row: one passage with its questions, or a packed run of shorter documents."""
+        """Token ids of one row: a passage with its questions, or several shorter documents."""
         mix, kind = self.mix, rng.random()
         hardness = min(1.0, progress / mix.easy) if mix.easy else 1.0
         if kind < mix.repetition:

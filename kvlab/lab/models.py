@@ -22,7 +22,7 @@ _SHARED = SHAPES.pop("shared")
 
 
 def make(name: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """A model of the lab's shape `name` with random weights; `changes` replace entries of the shape.
+    """A lab model with random weights; `changes` replace entries of its shape.
 
     Example:
         >>> make("lab-draft").config.num_hidden_layers

@@ -82,7 +82,6 @@ def train_lab_model(
             checkpoint=work / f"{name}-{number}.safetensors",
             every=100,
             seed=seed,
-            label=f"{name}, stage {number + 1} of {len(stages)}",
         )
     model.to(torch.float16).save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
@@ -119,16 +118,7 @@ def train_embedder(out: Path = models.MODELS, seed: int = 0, steps: int = 400) -
 
     loader = DataLoader(Wordings(steps, seed), batch_size=len(faq()), collate_fn=collate)
     schedule = {"warmup": 0, "decay": 1.0, "learning_rate": 0.02, "weight_decay": 0.0}
-    fit(
-        embedder,
-        loader,
-        _ranking_loss,
-        steps=steps,
-        every=steps,
-        seed=seed,
-        label=models.EMBEDDER,
-        **schedule,
-    )
+    fit(embedder, loader, _ranking_loss, steps=steps, every=steps, seed=seed, **schedule)
     folder = out / models.EMBEDDER
     embedder.save_pretrained(str(folder), create_model_card=False)
     # Older releases of sentence-transformers know the module under this name too.

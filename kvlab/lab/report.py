@@ -18,12 +18,14 @@ READING = {
     "letter": ("choice", (8, 16)),
 }
 PROBLEMS = [(steps, style) for steps in range(1, 6) for style in worlds.STYLES]
+_PASSAGES = "held-out passages of 8-16 facts"
+_FREE = "free questions, greedy, the answer word for word"
 CONDITIONS = {
-    "reading": "held-out passages of 8-16 facts, free questions, greedy, the answer word for word",
-    "reading_long": "held-out passages of 24-40 facts, free questions, greedy, the answer word for word",
-    "unanswerable": 'held-out passages of 8-16 facts that leave the question open, answer "unknown"',
-    "choice": "held-out passages of 8-16 facts, the likeliest of four answers to the question; chance is 0.25",
-    "letter": "held-out passages of 8-16 facts, four options in the question, greedy letter; chance is 0.25",
+    "reading": f"{_PASSAGES}, {_FREE}",
+    "reading_long": f"held-out passages of 24-40 facts, {_FREE}",
+    "unanswerable": f'{_PASSAGES} that leave the question open, answer "unknown"',
+    "choice": f"{_PASSAGES}, the likeliest of four answers to the question; chance is 0.25",
+    "letter": f"{_PASSAGES}, four options in the question, greedy letter; chance is 0.25",
     "arithmetic": "held-out problems of 1-5 steps, both styles, final answer right",
     "faq": "questions as trained on, the answer word for word, greedy",
     "faq_heldout": "held-out paraphrases, the answer word for word, greedy",
@@ -64,7 +66,7 @@ def result(solution: str) -> str:
 
 
 def heldout(task: str, n: int, seed: int = 0) -> list[list[dict[str, str]]]:
-    """About `n` conversations of a task of the report (all of them, if fewer); the last message is the answer.
+    """About `n` conversations of a task (all, if fewer); the last message is the answer.
 
     Example:
         >>> heldout("choice", 1)[0][-1]["content"] in worlds.LETTERS
@@ -112,7 +114,7 @@ def scores(task: str, model, tokenizer, documents: Sequence[list[dict[str, str]]
 def report(
     name: str, n: int = 400, seed: int = 0, tasks: Sequence[str] = tuple(CONDITIONS)
 ) -> list[dict]:
-    """Figures of one lab model, with intervals; names begin with its role (target, draft or teacher).
+    """Figures of one lab model, with intervals; names begin with its role, such as "draft".
 
     Args:
         name: name of the lab model.

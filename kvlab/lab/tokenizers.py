@@ -1,7 +1,7 @@
 """The lab's tokenizers: byte-level BPE, digits one by one, with a chat template.
 
-`lab-target` and `lab-draft` share one; `lab-teacher` has a smaller one, so the same texts have other
-lengths there.
+`lab-target` and `lab-draft` share one; `lab-teacher` has a smaller one, so that the same texts have
+other lengths there.
 """
 
 import random
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 def train_tokenizer(
     vocab_size: int, seed: int = 0, n_documents: int = 6000
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries on the lab's training documents."""
+    """Train a byte-level BPE tokenizer of `vocab_size` entries on the lab's documents."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)

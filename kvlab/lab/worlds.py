@@ -63,7 +63,7 @@ class Passage:
 
 
 def make_passage(rng: random.Random, n_facts: int, test: bool = False) -> Passage:
-    """A passage of `n_facts` facts about random people and things, two to three facts per subject on average.
+    """A passage of `n_facts` facts about random people and things, about two per subject.
 
     Example:
         >>> make_passage(random.Random(0), 2).text.count(".")
@@ -105,7 +105,7 @@ def ask_choice(rng: random.Random, passage: Passage) -> tuple[str, str]:
 
 
 def ask_unanswerable(rng: random.Random, passage: Passage) -> tuple[str, str]:
-    """A question that the passage leaves open, mostly about one of its subjects; the answer is "unknown"."""
+    """A question that the passage leaves open, mostly about its subjects; the answer: "unknown"."""
     stated = {(f.subject, f.attribute) for f in passage.facts}
     subjects = sorted({f.subject for f in passage.facts}) if rng.random() < 0.7 else NAMES + THINGS
     if all((s, a) in stated for s in subjects for a in _attributes(s)):
@@ -122,7 +122,7 @@ def _attributes(subject: str) -> list[str]:
 
 
 def ask_about(rng: random.Random, passage: Passage) -> tuple[str, str]:
-    """An open request; order and wording of the answer are free, so sampling from a model varies."""
+    """An open request; order and wording of the answer are free, so samples of a model vary."""
     subject = rng.choice(passage.facts).subject
     facts = [f for f in passage.facts if f.subject == subject]
     rng.shuffle(facts)
