@@ -71,19 +71,17 @@ class Record:
     def letter(self) -> str:
         """The letter of the right choice: A is the first."""
         if not self.choices:
-            raise ValueError(
-                f"{self.question[:60]!r} has no choices, so no letter: use its answer."
-            )
+            raise ValueError(f"{self.question[:60]!r} has no choices: use its answer.")
         return ascii_uppercase[self.choices.index(self.answer)]
 
 
 def accepted_answers(record: Record) -> tuple[str, ...]:
-    """The answers that a solution may end with: for a multiple choice the letter, else the answers."""
+    """The answers that a solution may end with; for a multiple choice, the letter."""
     return (record.letter,) if record.choices else record.answers
 
 
 def messages(record: Record) -> list[dict[str, str]]:
-    r"""A record as a conversation: context, question and lettered options, then reasoning and answer.
+    r"""A record as a conversation: context, question, lettered options; reasoning and answer.
 
     Example:
         >>> messages(Record("", "What is hot?", ("sun",), ("snow", "sun")))[0]["content"]
@@ -119,7 +117,7 @@ def read_records(
             names the file and the row, and says what is missing or wrong.
 
     Example:
-        >>> row = {"context": "Anna lives in Rome.", "question": "Where?", "answers": {"text": ["Rome"]}}
+        >>> row = {"context": "Anna is in Rome.", "question": "Where?", "answers": {"text": ["Rome"]}}
         >>> read_records("squad", [row])[0].answers
         ('Rome',)
     """
@@ -144,8 +142,8 @@ def read_records(
                 n_left_out += 1
     if n_left_out:
         warnings.warn(
-            f"{label}: {n_left_out} of {n_left_out + len(records)} records are left out, which lack "
-            "a question, an answer or a context.",
+            f"{label}: {n_left_out} of {n_left_out + len(records)} records are left out, "
+            "which lack a question, an answer or a context.",
             stacklevel=2,
         )
     return records
@@ -170,7 +168,7 @@ def _quality_record(row: Row) -> Record:
 
 
 def _instance_record(row: Row) -> Record:
-    """Self-Instruct: the input is the context; an instance without input has nothing to compress."""
+    """Self-Instruct: the input is the context; without it there is nothing to compress."""
     return Record(row["input"], row["instruction"], (row["output"],))
 
 
@@ -432,7 +430,7 @@ def _open_source(source: str | Path | Iterable[Row], split: str) -> tuple[str, I
 
 
 def _json_rows(path: Path) -> list:
-    """The rows of a JSON file: a list (also in the field "data" or "examples"), or value after value."""
+    """The rows of a JSON file: a list (or the one in "data" or "examples"), or value by value."""
     text, values, start = _read_text(path).strip(" \t\r\n"), [], 0
     with _naming(str(path)):
         while start < len(text):

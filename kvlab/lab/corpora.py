@@ -94,7 +94,7 @@ def faq_texts() -> list[str]:
 
 
 def faq_document(rng: random.Random, reworded: float = 0.0) -> list[dict[str, str]]:
-    """One FAQ item, asked as itself or a training paraphrase; a fraction `reworded` in a wording."""
+    """One FAQ item, asked as itself or a paraphrase; a fraction `reworded` in a wording."""
     item = rng.choice(faq())
     question = rng.choice([item["question"], item["question"], *item["paraphrases"][:2]])
     if reworded and rng.random() < reworded:
