@@ -154,7 +154,7 @@ def splice(
         >>> texts = tokenizer(["Anna lives in Rome.", " Ben has a dog."]).input_ids
         >>> prefixes = [prefill(model, torch.tensor([ids])) for ids in texts]
         >>> splice(model, prefixes, "shift").next_position
-        10
+        12
     """
     input_ids = list(chain.from_iterable(prefix.input_ids for prefix in prefixes))
     _require_spliceable(model, prefixes, arm, len(input_ids))
@@ -573,12 +573,10 @@ class KnowledgeCache:
         hidden = self._tensors(item, "hidden")["hidden"]
         return hidden.to(self.model.device, self.model.dtype)
 
-    def _tensors(self, item: Item, needed: str) -> dict[str, Tensor]:
+    def _tensors(self, item: Item, needed: str | None = None) -> dict[str, Tensor]:
         """The tensors of an item as stored, in memory that the file is mapped to."""
-        if needed not in self.keep:
-            raise CacheError(
-                f"{self.folder} keeps no {needed!r}: build one with keep=['{needed}']."
-            )
+        if needed and needed not in self.keep:
+            raise CacheError(f"The store keeps no {needed!r}: build one with keep=['{needed}'].")
         path, _ = self._paths(item.shard)
         parts = [*self.keep, "positions"] if item.kept else self.keep
         try:
