@@ -345,7 +345,9 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         if kind == "prefix" and not self.config.aligned:
             start = 0
         positions = torch.arange(start, len(item.input_ids), device=store.model.device)
-        found = to_tensor(unrotate(select(store.read(item).cache, positions), positions, rotary_of(store.model)))
+        found = to_tensor(
+            unrotate(select(store.read(item).cache, positions), positions, rotary_of(store.model))
+        )
         return found[self.config.layers][:, :, 0]
 
     def knowing(

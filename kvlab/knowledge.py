@@ -184,12 +184,12 @@ def _require_spliceable(model, prefixes: Sequence[Prefix], arm: str, tokens: int
     if tokens > limit:
         raise CacheError(f"There are {tokens} tokens, the model reads up to {limit}: give fewer.")
     for prefix in prefixes[: CACHES_USED.get(arm)]:
-        ids, entries, layers = len(prefix.input_ids), length(prefix.cache), len(prefix.cache.layers)
-        found = f"A prefix has {ids} ids, {entries} entries, next position {prefix.next_position}"
-        if not entries <= ids == prefix.next_position or layers != config.num_hidden_layers:
-            raise CacheError(f"{found}: prefill it alone, from position 0, with this model.")
+        ids, entries, end = len(prefix.input_ids), length(prefix.cache), prefix.next_position
+        if not entries <= ids == end or len(prefix.cache.layers) != config.num_hidden_layers:
+            message = f"A prefix has {ids} ids, {entries} entries and next position {end}"
+            raise CacheError(f"{message}: prefill it alone, from position 0, with this model.")
         if arm == "recompute" and entries < ids:
-            raise CacheError(f"{found}: what was evicted cannot be recomputed, use arm 'shift'.")
+            raise CacheError(f"{ids - entries} evicted entries cannot be recomputed: use 'shift'.")
 
 
 def _recompute(
@@ -443,7 +443,9 @@ class KnowledgeCache:
         if items[0].generated:
             prompts = [list(item.input_ids) for item in items]
             answers = continuations(self.model, self.tokenizer, prompts, max_new_tokens, batch_size)
-            items = [self._answered(*pair) for pair in zip(items, answers, strict=True)]
+            for i, (item, ids) in enumerate(zip(items, answers, strict=True)):
+                text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                items[i] = replace(item, answer=text, input_ids=(*item.input_ids, *ids))
         tensors: list[dict[str, Tensor]] = [{}] * len(items)
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))  # little padding
         for start in tqdm(range(0, len(order), batch_size), desc="reading items", leave=False):
@@ -457,11 +459,6 @@ class KnowledgeCache:
                 if items[i].kept:
                     tensors[i]["positions"] = positions
         return self._write(items, tensors, _embed(self.embedder, [item.question for item in items]))
-
-    def _answered(self, item: Item, answer_ids: list[int]) -> Item:
-        """The item with a generated answer, in the tokens in which it was generated."""
-        text = self.tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
-        return replace(item, answer=text, input_ids=(*item.input_ids, *answer_ids))
 
     def _compressed(self, item: Item, compress: Compress) -> tuple[Tensor, Tensor]:
         """Stacked keys and values (L, 2, 1, H_kv, k, D), and their positions (k,)."""
@@ -615,7 +612,14 @@ class KnowledgeCache:
 
     @cached_property
     def _opening(self) -> int:
-        return _opening_length(self.tokenizer)
+        """The number of tokens that the template puts before the first turn, and before no other."""
+        turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
+        alone, later = encode(self.tokenizer, turns[:1]), encode(self.tokenizer, turns)
+        start = 0
+        while later[len(later) - len(alone) + start :] != alone[start:]:
+            start += 1
+        # Without the question in the rest, a first turn has a form of its own.
+        return start if PROBE in self.tokenizer.decode(alone[start:]) else 0
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of a question that follows spliced items, up to where its answer begins."""
@@ -668,15 +672,15 @@ class KnowledgeCache:
 
     def summary(self) -> pd.DataFrame:
         """Items, tokens and megabytes (10^6 bytes) by domain, and in all."""
+        columns = ["domain", "items", "generated", "tokens", "answer tokens", "size (MB)"]
         rows = []
         for item in self.items:
-            tokens = len(item.input_ids)
-            size = self.bytes_of(tokens, item.kept) / 1e6
-            rows.append((item.domain, 1, item.generated, tokens, tokens - item.answer_start, size))
-        names = ["domain", "items", "generated", "tokens", "answer tokens", "size (MB)"]
-        table = pd.DataFrame(rows, columns=names).groupby("domain").sum()
-        total = table.sum().to_frame("all").T
-        return pd.concat([table, total]).astype(dict.fromkeys(names[1:-1], int))
+            tokens, size = len(item.input_ids), self.bytes_of(len(item.input_ids), item.kept)
+            answer_tokens = tokens - item.answer_start
+            rows.append((item.domain, 1, item.generated, tokens, answer_tokens, size / 1e6))
+        table = pd.DataFrame(rows, columns=columns).groupby("domain").sum()
+        table = pd.concat([table, table.sum().to_frame("all").T])
+        return table.astype(dict.fromkeys(columns[1:-1], int))
 
     # -- copying
 
@@ -799,17 +803,6 @@ def _tokenize(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
     if ids[: len(prompt)] != prompt:  # a template may render an answer otherwise than it opens one
         ids = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
     return ids, len(prompt)
-
-
-def _opening_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of tokens that the template puts before the first turn, and before no other."""
-    turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
-    alone, later = encode(tokenizer, turns[:1]), encode(tokenizer, turns)
-    start = 0
-    while later[len(later) - len(alone) + start :] != alone[start:]:
-        start += 1
-    # Without the question in the rest, a first turn has a form of its own.
-    return start if PROBE in tokenizer.decode(alone[start:]) else 0
 
 
 def _normal(text: str) -> str:

@@ -1397,7 +1397,7 @@ def test_spliced_items_and_a_question_are_one_conversation(make, tokenizer, open
         ]
     turns.append({"role": "user", "content": "And now?"})
     whole = encode(tokenizer, turns)
-    assert len(tokenizer(opening).input_ids) == knowledge._opening_length(tokenizer)
+    assert len(tokenizer(opening).input_ids) == store._opening
     for arm in ARMS:
         prefix = store.splice(items, arm)
         assert [*prefix.input_ids, *store.prompt("And now?")] == whole
@@ -1412,7 +1412,7 @@ def test_a_later_item_is_moved_as_if_its_opening_were_not_there(make, tokenizer)
     tokenizer.chat_template = "<|system|> Be brief." + CHAT_TEMPLATE
     store = make(tokenizer=tokenizer)
     first, second = store.items[:2]
-    start, begin = knowledge._opening_length(tokenizer), len(first.input_ids)
+    start, begin = store._opening, len(first.input_ids)
     alone = kv.shift(store.read(second).cache, begin - start, rotary_of(store.model))
     spliced = store.splice([first, second], "shift").cache
     for got, want in zip(spliced.layers, alone.layers, strict=True):
@@ -1422,13 +1422,13 @@ def test_a_later_item_is_moved_as_if_its_opening_were_not_there(make, tokenizer)
         assert torch.equal(got.values[:, :, begin:], want.values[:, :, start:])
 
 
-def test_a_template_whose_first_turn_has_a_form_of_its_own_has_no_opening(tokenizer):
+def test_a_template_whose_first_turn_has_a_form_of_its_own_has_no_opening(make, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.first %}<|system|>{% endif %}{{ m.content }}."
     )
     tokenizer.chat_template += "{% if loop.first %} First.{% endif %}{% endfor %}<|assistant|>"
-    assert knowledge._opening_length(tokenizer) == 0
+    assert make([], tokenizer=tokenizer)._opening == 0
 
 
 # compressed items
@@ -1513,7 +1513,7 @@ def test_an_export_of_compressed_items_is_the_same(make, model, tmp_path):
 
 def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tmp_path):
     store, first = make(compress=halved(model)), halved(model)
-    with pytest.raises(CacheError, match=r"what was evicted cannot be recomputed, use arm 'shift'"):
+    with pytest.raises(CacheError, match=r"evicted entries cannot be recomputed: use 'shift'"):
         store.splice(store.items[:2], "recompute")
     by_head = lambda ids: dataclasses.replace(first(ids), positions=torch.zeros(2, 1, 2, 3))
     with pytest.raises(CacheError, match=r"positions \(2, 1, 2, 3\) .*the same for all heads"):
