@@ -63,9 +63,9 @@ from kvlab.cache import (
 )
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import encode_parts, rendered
+from kvlab.layers import LayerMap, last_aligned
 from kvlab.losses import cross_entropy
 from kvlab.models import differences, fingerprint, require
-from kvlab.similarity import LayerMap, last_aligned
 from kvlab.training import fit
 
 KEYS = ("unrotated", "rotated")
@@ -291,8 +291,8 @@ class Fuser(nn.Module):
         receiver, sharer: sizes of the two models. One model that is both is a control: more
             parameters, and no news.
         layer_map: for each receiver layer one or more of the sharer's, whose weighted mean it sees.
-            Default: `similarity.last_aligned`. Others are `similarity.proportional`, and what
-            `similarity.layer_map` finds.
+            Default: `layers.last_aligned`. Others are `layers.proportional`, and what
+            `layers.layer_map` finds.
         settings: `PUBLISHED` for the fuser of the source.
 
     Example:
@@ -777,7 +777,6 @@ def train(
         "decay": 0.9,
         "weight": lambda batch: batch["weights"].sum(),
         "evaluate": lambda fuser: {"open": fuser.open_gates().float().mean().item()},
-        "label": "C2C",
     } | options
     # `factors` is asked as each step begins, also after a resume, so the temperature is the step's own.
-    return fit(fuser, loader, losses, steps=steps, factors=cool, **options)
+    return fit(fuser, loader, losses, steps=steps, on_step=cool, **options)

@@ -27,17 +27,17 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.draft import Example
-from kvlab.evaluate import circumstances, figure
+from kvlab.evaluate import figure, run_info
 from kvlab.fuse import KEYS, Aligned, Fuser, Size
 from kvlab.fuse import Lesson as FuserLesson
 from kvlab.fuse import Settings as FuserSettings
 from kvlab.fuse import train as train_on
 from kvlab.generation import encode
 from kvlab.lab import corpora
+from kvlab.layers import first_aligned, last_aligned, proportional
 from kvlab.models import fingerprint
 from kvlab.records import messages
 from kvlab.scale import Scale
-from kvlab.similarity import first_aligned, last_aligned, proportional
 from kvlab.speculate import FusedProposer, ModelProposer, generate, summarize
 
 CONTROLS = ("none", "self", "matched")
@@ -155,7 +155,7 @@ def train_fuser(
         "gates": fuser.gate_logits().tolist(),
         "parameters": fuser.num_parameters(),
     }
-    result |= {"figures": figures, **circumstances(), "history": history}
+    result |= {"figures": figures, **run_info(), "history": history}
     print(write_json(output_dir / "training.json", result))
 
 

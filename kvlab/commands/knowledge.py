@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -16,7 +17,7 @@ from kvlab.cache import Prefix, truncate
 from kvlab.commands.shared import open_store, require_store, scale_with_target
 from kvlab.generation import encode
 from kvlab.knowledge import ARMS, CACHES_USED, Item, KnowledgeCache
-from kvlab.records import faq
+from kvlab.records import read_faq
 from kvlab.speculate import decode, generate
 
 
@@ -52,7 +53,7 @@ def build_cache(
     torch_dtype = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype is {dtype!r}, expected the name of one, such as float16.")
-    items = faq(records) if records else lab.faq(language)
+    items = read_faq(records) if records else lab.faq(language)
     scale = scale_with_target(base_model)
     # Before loading: it gives each process its own GPU.
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process
@@ -137,27 +138,21 @@ def _compare_ways(
 ) -> pd.DataFrame:
     """One row per way to answer; without items only the first."""
     alone = encode(store.tokenizer, [{"role": "user", "content": question}])
-    later, sizes = store.prompt(question), [len(item.input_ids) for item in items]
     # Of each way: its prefix, the ids that follow it, tokens prefilled for it, tokens loaded.
     ways = {"question alone": (lambda: None, alone, 0, 0)}
     if items:
+        later, sizes = store.prompt(question), [len(item.input_ids) for item in items]
+        last = items[0].input_ids[items[0].answer_start - 1 : items[0].answer_start]
+        as_text, from_store = (
+            partial(store.splice, items, "full"),
+            partial(store.splice, items, arm),
+        )
+        stored_question = partial(_stored_question, store, items[0])
         exact_count = 1 if arm == "recompute" else CACHES_USED.get(arm, len(items))
-        loaded = sum(sizes[: CACHES_USED.get(arm)])
-        stop = items[0].answer_start - 1
-        last = items[0].input_ids[stop : stop + 1]
-        ways["knowledge as text"] = (lambda: store.splice(items, "full"), later, sum(sizes), 0)
-        ways["knowledge from the store"] = (
-            lambda: store.splice(items, arm),
-            later,
-            sum(sizes[exact_count:]),
-            loaded,
-        )
-        ways["the stored question itself"] = (
-            lambda: _stored_question(store, items[0]),
-            last,
-            0,
-            sizes[0],
-        )
+        prefilled, loaded = sum(sizes[exact_count:]), sum(sizes[: CACHES_USED.get(arm)])
+        ways["knowledge as text"] = (as_text, later, sum(sizes), 0)
+        ways["knowledge from the store"] = (from_store, later, prefilled, loaded)
+        ways["the stored question itself"] = (stored_question, last, 0, sizes[0])
     rows = {}
     for way, (begin, ids, prefilled, loaded) in ways.items():
         seconds = []
