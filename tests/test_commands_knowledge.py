@@ -80,7 +80,7 @@ def test_help_of_a_command_shows_every_option(name, capsys):
     documentation = inspect.getdoc(COMMANDS[name]).partition("Args:")[2]
     for option, parameter in inspect.signature(COMMANDS[name]).parameters.items():
         if parameter.kind != parameter.VAR_KEYWORD:
-            assert f"{option}: " in documentation
+            assert f"{option}:" in documentation
             assert f"--{option}" in printed or option == "questions"
 
 
