@@ -1,4 +1,4 @@
-"""A knowledge cache: question/answer items that a model has read, on disk, found by question, put into prompts.
+"""A knowledge cache: question/answer items that a model has read, stored on disk.
 
 A store is a folder. Items are added in *shards*: `shards/NAME.safetensors` holds the tensors of
 some items, `shards/NAME.index.safetensors` their texts, token ids and the embeddings of their
@@ -10,7 +10,7 @@ of an item are read when the item is.
 >>> import tempfile
 >>> from kvlab import lab
 >>> model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
->>> records = [{"question": "Where does Anna live?", "answer": "Rome"}, {"question": "Who sings?", "answer": "Ben"}]
+>>> records = [{"question": "Where does Anna live?", "answer": "Rome"}]
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     store = KnowledgeCache.build(folder, records, model, tokenizer)
 ...     hit = store.retrieve("where does anna live")[0]
@@ -84,7 +84,7 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    """The description of an item, without its tensors; `input_ids` are those of prompt and answer."""
+    """An item without its tensors; `input_ids` are those of prompt and answer."""
 
     id: str
     domain: str
@@ -331,13 +331,13 @@ class KnowledgeCache:
     # -- adding
 
     def estimate(self, records: Records, generate: bool = False, max_new_tokens: int = 128) -> int:
-        """Bytes of tensors that `add` would write; an upper bound where answers are yet to be generated."""
+        """Bytes of tensors that `add` would write; an upper bound for answers yet to be generated."""
         reserve = max_new_tokens if generate else 0
         items = self._new(self._items(records, generate, max_new_tokens))
         return sum(self.bytes_of(len(item.input_ids) + reserve) for item in items)
 
     def bytes_of(self, tokens: int, entries: int = 0) -> int:
-        """Bytes of the stored tensors of an item with this number of tokens and cache entries (0: one per token)."""
+        """Bytes of an item with this number of tokens and of cache entries (0: one per token)."""
         config = self.model.config.get_text_config(decoder=True)
         sizes = {"kv": (entries or tokens) * bytes_per_token(config, self.dtype)}
         sizes["hidden"] = tokens * config.hidden_size * self.dtype.itemsize
@@ -352,7 +352,7 @@ class KnowledgeCache:
         batch_size: int = 8,
         compress: Compress | None = None,
     ) -> int:
-        """Prefill records and add them; existing items are skipped. Returns the number of new items.
+        """Prefill and add records that are not in the store; return the number of new items.
 
         Items are safe on disk as soon as their shard is, so a run that was stopped continues where
         it was. Under `accelerate launch` each process prefills a part, and the result is one store.
@@ -363,8 +363,8 @@ class KnowledgeCache:
             generate: let the model answer, greedily; answers in the records are not used.
             max_new_tokens: of a generated answer.
             batch_size: of prefill and of generation.
-            compress: from token ids (1, T) to a `Prefix` of k entries, as `kvlab.compress` makes them,
-                with positions (1, k), the same for all heads. An item then takes k / T of the bytes.
+            compress: from token ids (1, T) to a `Prefix` of k entries, with positions (1, k), the
+                same for all heads; see `kvlab.compress`. It takes k / T of the bytes.
 
         Raises:
             CacheError: before any work: a record without a text, an id that is taken, a text that
@@ -497,7 +497,7 @@ class KnowledgeCache:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Hold the store's lock. Make the store if it is new, else delete the leftovers of a kill."""
+        """Hold the store's lock. Make a new store, or delete the leftovers of a kill."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock").acquire(timeout=0):
@@ -566,7 +566,7 @@ class KnowledgeCache:
         return Prefix(cache, count, item.input_ids, positions=positions[None])
 
     def hidden_states(self, item: Item) -> Tensor:
-        """Read the last hidden states of an item from disk, (1, T, d), as `read` does keys and values."""
+        """Read the last hidden states of an item from disk, (1, T, d); see `read`."""
         hidden = self._tensors(item, "hidden")["hidden"]
         return hidden.to(self.model.device, self.model.dtype)
 
@@ -612,7 +612,7 @@ class KnowledgeCache:
 
     @cached_property
     def _opening(self) -> int:
-        """The number of tokens that the template puts before the first turn, and before no other."""
+        """The number of tokens that the template puts before the first turn only."""
         turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
         alone, later = encode(self.tokenizer, turns[:1]), encode(self.tokenizer, turns)
         start = 0
@@ -635,7 +635,7 @@ class KnowledgeCache:
         domain: str | None = None,
         exact: bool = False,
     ) -> list[Hit]:
-        """The items whose questions are most similar to this one, best first; a miss is an empty list.
+        """The items with the most similar questions, best first; an empty list if there are none.
 
         Args:
             k: largest number of hits.
@@ -806,7 +806,7 @@ def _tokenize(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
 
 
 def _normal(text: str) -> str:
-    """A question without case, outer signs of words, and white space; C++ and C#, -1 and 1 stay different."""
+    """A question without case, punctuation and extra space; C++ and C#, -1 and 1 stay apart."""
     words = unicodedata.normalize("NFKC", text).casefold().split()
     return " ".join(filter(None, (word.strip("?!.,;:\"'…。、·()") for word in words)))
 

@@ -564,7 +564,11 @@ def test_an_answer_is_the_same_wherever_its_item_stood(world, kind, aligned):
         tensor = torch.cat((torch.randn_like(shifted[..., :by, :]), shifted), -2)
         hidden = torch.cat((hidden[:, :by], hidden), 1)
         ids = (*item.input_ids[:by], *item.input_ids)
-        return kv.from_tensor(tensor), hidden, dataclasses.replace(item, input_ids=ids, answer_start=item.answer_start + by)
+        return (
+            kv.from_tensor(tensor),
+            hidden,
+            dataclasses.replace(item, input_ids=ids, answer_start=item.answer_start + by),
+        )
 
     for by in (1, 3):
         want = draft.read(store, store.items[ANNA])

@@ -33,7 +33,7 @@ def build_cache(
     language: str = "en",
     batch_size: int = 8,
 ) -> None:
-    """Prefill question/answer records and store the result; items that are in the store already are skipped.
+    """Prefill question/answer records into a store; items that it has already are skipped.
 
     Args:
         store: Folder of the store; new, or one to add to.
@@ -94,7 +94,7 @@ def ask(
     max_new_tokens: int = 96,
     base_model: str | None = None,
 ) -> None:
-    """Ask a model with and without a store, and compare answers, time, tokens read and bytes loaded.
+    """Ask a model with and without a store: answers, time, tokens read and bytes loaded.
 
     Four ways: the question alone; after the retrieved items as text; after the same items from the
     store; and the best item's own question, whose cache is in the store, so that one token is read.
