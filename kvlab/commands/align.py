@@ -280,6 +280,9 @@ def _write(path: Path, settings: dict, figures: list[dict], **results) -> None:
 def _models(
     settings: AlignmentOptions, student: str | None, teachers: list[str] | None
 ) -> tuple[Scale, list[str]]:
+    require_counts(heldout=settings.heldout, max_new_tokens=settings.max_new_tokens)
+    if settings.problems is not None:
+        require_counts(problems=settings.problems)
     scale = Scale.current()
     if settings.fp16 and scale.device == "cpu":
         raise ValueError(f"fp16 needs a GPU, but the scale {scale.name} computes on the CPU.")
