@@ -41,13 +41,14 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.cache import from_tensor, prefill, rotary_of, rotate, to_tensor, unrotate
+from kvlab.answers import extract_answer, same_answer
+from kvlab.cache import from_tensor, prefill, rotate, to_tensor, unrotate
 from kvlab.evaluate import figure
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import answers, rendered
 from kvlab.layers import CKA, LayerMap, layer_map, load_layer_map, proportional, save_layer_map
 from kvlab.losses import cross_entropy
-from kvlab.records import extract_answer, same_answer
+from kvlab.models import rotary_of
 from kvlab.training import fit
 
 SEGMENTS = ("prompt", "reasoning", "answer")

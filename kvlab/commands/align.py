@@ -27,6 +27,7 @@ from kvlab.align import (
     solved,
     train_arm,
 )
+from kvlab.answers import extract_answer
 from kvlab.commands.shared import (
     figures_table,
     require_counts,
@@ -37,15 +38,7 @@ from kvlab.commands.shared import (
 from kvlab.evaluate import circumstances, figure
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
-from kvlab.records import (
-    ANSWER_KINDS,
-    PROBLEMS,
-    Record,
-    accepted,
-    extract_answer,
-    messages,
-    read_records,
-)
+from kvlab.records import PROBLEMS, Record, accepted, messages, read_records
 from kvlab.scale import Scale
 
 SOLVED = ("lab", *PROBLEMS)
@@ -359,7 +352,7 @@ def _load_problems(options: AlignmentOptions, seed: int) -> Problems:
             raise ValueError(f"There is no problem to be asked in {options.eval_source}.")
         questions = [messages(record)[:1] for record in records[: options.heldout]]
         answers = [accepted(record) for record in records[: options.heldout]]
-        kind = ANSWER_KINDS[name]
+        kind = DATA_SETS[name].answer_kind
     asked = {question[0]["content"] for question in questions}
     pairs = [pair for pair in pairs if pair[0][0]["content"] not in asked]
     options.steps(len(pairs))

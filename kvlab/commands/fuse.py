@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from kvlab import draft as drafts
-from kvlab.cache import fingerprint
 from kvlab.commands.shared import (
     DATA,
     Conversation,
@@ -36,6 +35,7 @@ from kvlab.fuse import train as train_on
 from kvlab.generation import encode
 from kvlab.lab import corpora
 from kvlab.layers import first_aligned, last_aligned, proportional
+from kvlab.models import fingerprint
 from kvlab.records import messages
 from kvlab.scale import Scale
 from kvlab.speculate import FusedProposer, ModelProposer, generate, summarize
