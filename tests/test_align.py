@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from tokenizers import processors
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, StackDataset
-from transformers import DynamicCache, GPT2TokenizerFast, Qwen2TokenizerFast
+from transformers import GPT2TokenizerFast, Qwen2TokenizerFast
 
 from kvlab import align as module
 from kvlab import cache as kv
@@ -28,7 +29,7 @@ from kvlab.align import (
     StoredTeacherFeatures,
     TimePlan,
     align_kv,
-    as_cache,
+    as_prefix,
     by_index,
     codi_loss,
     encode_with_teacher,
@@ -45,11 +46,11 @@ from kvlab.align import (
     similar_layers,
     train_student,
 )
+from kvlab.cache import Prefix
 from kvlab.generation import encode
 from kvlab.lab.worlds import arithmetic_document
 from kvlab.layers import LayerMap, layer_map, proportional
 from kvlab.losses import cross_entropy
-from kvlab.models import rotary_of
 from kvlab.training import fit
 
 DOUBLE = torch.float64
@@ -482,13 +483,13 @@ BORDERS = borders_of((2, 3, 4), (1, 2, 1), (2, 3, 1))
 
 
 def read(model, texts=TEXTS):
-    """The cache of texts, padded on the left with a token of its own, and its positions."""
+    """The prefix of texts, padded on the left with a token of its own."""
     length = max(map(len, texts))
     ids = torch.stack(
         [torch.nn.functional.pad(text, (length - len(text), 0), value=7) for text in texts]
     )
     mask = torch.stack([(torch.arange(length) >= length - len(text)).long() for text in texts])
-    return kv.prefill(model, ids, attention_mask=mask).cache
+    return kv.prefill(model, ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -504,10 +505,10 @@ def test_features_are_what_the_projections_gave_out(tiny_model, family, rope):
         for path, module in model.named_modules()
         if path.endswith((keys, "v_proj"))
     ]
-    cache = kv.prefill(model, text[None]).cache
+    prefix = kv.prefill(model, text[None])
     for hook in hooks:
         hook.remove()
-    got = features(cache, torch.arange(9)[None], rotary_of(model))
+    got = features(prefix)
     assert (
         got.keys.shape == got.values.shape == (1, 3, 9, 2 * 16)
     )  # two KV heads, though there are four for attention
@@ -522,50 +523,49 @@ def test_features_are_what_the_projections_gave_out(tiny_model, family, rope):
 @pytest.mark.parametrize("rope", ["default", "llama3", "yarn"])
 def test_where_a_text_stands_does_not_change_its_features(tiny_model, rope):
     model = tiny_model("Qwen2", rope)
-    rotary, here = rotary_of(model), kv.prefill(model, TEXTS[0][None]).cache
-    there = kv.prefill(model, TEXTS[0][None], position=70).cache
-    one, two = (
-        features(here, torch.arange(9)[None], rotary),
-        features(there, 70 + torch.arange(9)[None], rotary),
-    )
+    here = kv.prefill(model, TEXTS[0][None])
+    there = kv.prefill(model, TEXTS[0][None], position=70)
+    one, two = features(here), features(there)
     near(one.keys, two.keys, within=5e-5)
     near(one.values, two.values, within=5e-5)
-    assert (here.layers[0].keys - there.layers[0].keys).abs().max() > 0.1
+    assert (here.cache.layers[0].keys - there.cache.layers[0].keys).abs().max() > 0.1
 
 
 def test_padding_does_not_change_features(tiny_model):
     model = tiny_model("Qwen3")
-    whole = features(read(model), positions_of(BORDERS), rotary_of(model))
+    whole = features(read(model))
     for b, text in enumerate(TEXTS):
-        alone = features(read(model, [text]), torch.arange(len(text))[None], rotary_of(model))
+        alone = features(read(model, [text]))
         for one, two in zip(whole, alone, strict=True):
             near(one[b, :, 9 - len(text) :], two[0], within=5e-5)
 
 
 def test_half_precision_is_turned_in_float32(tiny_model):
     model = tiny_model("Qwen3", dtype=torch.bfloat16)
-    cache, rotary = read(model), rotary_of(model)
-    got = features(cache, positions_of(BORDERS), rotary)
-    wide = kv.from_tensor(kv.to_tensor(cache).float())
+    prefix = read(model)
+    got = features(prefix)
+    wide = replace(prefix, cache=kv.from_tensor(kv.to_tensor(prefix.cache).float()))
     assert got.keys.dtype == torch.float32
-    assert torch.equal(got.keys, features(wide, positions_of(BORDERS), rotary).keys)
-    rounded = kv.unrotate(cache, positions_of(BORDERS), rotary).layers[0].keys
+    assert torch.equal(got.keys, features(wide).keys)
+    rounded = kv.unrotate(prefix.cache, prefix.positions, prefix.rotary).layers[0].keys
     assert not torch.equal(got.keys[:, 0], rounded.transpose(1, 2).flatten(2).float())
 
 
 @pytest.mark.parametrize("rope", ["default", "yarn"])
 def test_features_make_the_cache_again(tiny_model, rope):
     model = tiny_model("Qwen3", rope)
-    cache, rotary, positions = read(model), rotary_of(model), positions_of(BORDERS)
-    again = as_cache(features(cache, positions, rotary), positions, rotary, heads=2)
-    near(kv.to_tensor(again), kv.to_tensor(cache), within=1e-5)
-    assert again.layers[0].keys.shape == cache.layers[0].keys.shape
+    prefix = read(model)
+    again = as_prefix(features(prefix), prefix.positions, model)
+    near(kv.to_tensor(again.cache), kv.to_tensor(prefix.cache), within=1e-5)
+    assert again.cache.layers[0].keys.shape == prefix.cache.layers[0].keys.shape
+    assert again.next_position.tolist() == [9, 4, 6]
 
 
 def test_features_carry_the_students_gradient(tiny_model):
     model = tiny_model("Qwen3")
-    stored = kv.to_tensor(read(model)).requires_grad_()
-    got = features(kv.from_tensor(stored), positions_of(BORDERS), rotary_of(model))
+    prefix = read(model)
+    stored = kv.to_tensor(prefix.cache).requires_grad_()
+    got = features(replace(prefix, cache=kv.from_tensor(stored)))
     (got.keys.square().sum() + got.values.sum()).backward()
     near(stored.grad[:, 0], 2 * stored[:, 0].detach(), within=1e-4)  # a rotation is orthogonal
     assert (stored.grad[:, 1] == 1).all()
@@ -746,20 +746,22 @@ def test_weights_can_be_learned():
 
 
 class Teacher(NamedTuple):
-    """A teacher's cache of a batch, and the plan by which it is carried over."""
+    """A teacher's prefix of a batch, and the plan by which it is carried over."""
 
-    cache: DynamicCache
-    positions: torch.Tensor
-    rotary: nn.Module
+    prefix: Prefix
     plan: TimePlan
     layer_map: LayerMap
     projector: Projector
 
 
+def with_cache(teacher, stored):
+    """The teacher with another cache, as one tensor."""
+    return teacher._replace(prefix=replace(teacher.prefix, cache=kv.from_tensor(stored)))
+
+
 def moved(teacher):
     """Teacher features with the student's tokens and layers."""
-    kv = features(teacher.cache, teacher.positions, teacher.rotary)
-    return align_kv(kv, teacher.plan, teacher.layer_map)
+    return align_kv(features(teacher.prefix), teacher.plan, teacher.layer_map)
 
 
 def carried(*teachers, weights=None):
@@ -772,7 +774,7 @@ def itself(model, texts=TEXTS, borders=BORDERS):
     """A model as the teacher of itself, on the same texts."""
     width, layers = 2 * 16, model.config.num_hidden_layers
     steps = plan_time(borders, borders), proportional(layers, layers), identity_of(width)
-    return Teacher(read(model, texts), positions_of(borders), rotary_of(model), *steps)
+    return Teacher(read(model, texts), *steps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -780,11 +782,11 @@ def itself(model, texts=TEXTS, borders=BORDERS):
 def test_a_teacher_that_is_the_student_gives_back_its_own_cache(tiny_model, family, rope):
     model = tiny_model(family, rope)
     teacher, mask = itself(model), plan_time(BORDERS, BORDERS).mask
-    got, own = carried(teacher), features(teacher.cache, teacher.positions, teacher.rotary)
+    got, own = carried(teacher), features(teacher.prefix)
     for one, two in zip(got, own, strict=True):
         assert torch.equal(one, two * mask[:, None, :, None])
-    stored = kv.to_tensor(as_cache(got, teacher.positions, teacher.rotary, heads=2))
-    real = kv.to_tensor(teacher.cache) * mask[:, None, :, None]
+    stored = kv.to_tensor(as_prefix(got, teacher.prefix.positions, model).cache)
+    real = kv.to_tensor(teacher.prefix.cache) * mask[:, None, :, None]
     near(stored, real, within=1e-5)
     assert torch.equal(stored[:, 1], real[:, 1])
 
@@ -792,16 +794,13 @@ def test_a_teacher_that_is_the_student_gives_back_its_own_cache(tiny_model, fami
 def test_the_students_rope_is_its_own_and_so_are_its_positions(tiny_model):
     one, two = tiny_model("Llama"), tiny_model("Llama", "linear")
     text = [TEXTS[0]]
-    there = kv.prefill(one, TEXTS[0][None], position=40).cache
-    teacher = itself(one, text, BORDERS[:1])._replace(
-        cache=there, positions=40 + torch.arange(9)[None]
-    )
-    got = as_cache(carried(teacher), torch.arange(9)[None], rotary_of(two), heads=2)
-    want = kv.prefill(
-        two, TEXTS[0][None]
-    ).cache  # the same weights: the first layer differs in rope only
+    there = kv.prefill(one, TEXTS[0][None], position=40)
+    teacher = itself(one, text, BORDERS[:1])._replace(prefix=there)
+    got = as_prefix(carried(teacher), torch.arange(9)[None], two).cache
+    # the same weights: the first layer differs in rope only
+    want = kv.prefill(two, TEXTS[0][None]).cache
     near(got.layers[0].keys, want.layers[0].keys, within=5e-5)
-    assert (there.layers[0].keys - want.layers[0].keys).abs().max() > 0.1
+    assert (there.cache.layers[0].keys - want.layers[0].keys).abs().max() > 0.1
 
 
 def other(model, seed=0):
@@ -816,7 +815,7 @@ def other(model, seed=0):
     chosen = layer_map(some(3, layers, seed=seed), k=2)
     torch.manual_seed(seed)
     steps = plan_time(BORDERS, borders), chosen, Projector(16 * heads, 32)
-    return Teacher(read(model, texts), positions_of(borders), rotary_of(model), *steps), borders
+    return Teacher(read(model, texts), *steps), borders
 
 
 def test_all_steps_are_taken_for_teachers_of_other_shapes(tiny_model):
@@ -830,9 +829,9 @@ def test_all_steps_are_taken_for_teachers_of_other_shapes(tiny_model):
     for side in range(2):
         want = 0
         for (teacher, borders), share in zip(taught, (0.75, 0.25), strict=True):
-            turned = kv.to_tensor(kv.unrotate(teacher.cache, teacher.positions, teacher.rotary))[
-                :, side
-            ]  # (L, B, H, T, d)
+            turned = kv.to_tensor(
+                kv.unrotate(teacher.prefix.cache, teacher.prefix.positions, teacher.prefix.rotary)
+            )[:, side]  # (L, B, H, T, d)
             timed = looped(turned.permute(1, 0, 3, 2, 4).flatten(3), BORDERS, borders)
             pairs = zip(teacher.layer_map.indices, teacher.layer_map.weights, strict=True)
             mixed = torch.stack(
@@ -851,33 +850,30 @@ def test_an_aligned_batch_is_its_rows_one_by_one(tiny_model):
     for b in range(3):
         own, theirs = BORDERS[b : b + 1], borders[b : b + 1]
         n, pad = int(own[0, 3]), int(borders[:, 3].max() - theirs[0, 3])
-        cache = kv.from_tensor(kv.to_tensor(teacher.cache)[:, :, b : b + 1, :, pad:])
-        one = teacher._replace(
-            cache=cache, positions=positions_of(theirs), plan=plan_time(own, theirs)
+        stored = kv.to_tensor(teacher.prefix.cache)[:, :, b : b + 1, :, pad:]
+        prefix = replace(
+            teacher.prefix, cache=kv.from_tensor(stored), positions=positions_of(theirs)
         )
+        one = teacher._replace(prefix=prefix, plan=plan_time(own, theirs))
         for got, want in zip(whole, carried(one), strict=True):
             near(got[b : b + 1, :, 9 - n :], want, within=1e-5)
 
 
 def test_what_stands_in_padding_does_not_matter(tiny_model):
     teacher, borders = other(tiny_model("Qwen3"))
-    stored = kv.to_tensor(teacher.cache)
+    stored = kv.to_tensor(teacher.prefix.cache)
     columns = torch.arange(stored.shape[4]) < borders[:, 3].max() - borders[:, 3:]
     spoiled = stored.masked_fill(columns[None, None, :, None, :, None], float("nan"))
     assert columns.any()
-    for one, two in zip(
-        carried(teacher), carried(teacher._replace(cache=kv.from_tensor(spoiled))), strict=True
-    ):
+    for one, two in zip(carried(teacher), carried(with_cache(teacher, spoiled)), strict=True):
         assert torch.equal(one, two)
 
 
 def test_gradients_reach_projectors_weights_and_caches(tiny_model):
     taught = [other(tiny_model("Qwen3"), seed)[0] for seed in range(2)]
-    stored = kv.to_tensor(taught[0].cache).requires_grad_()
+    stored = kv.to_tensor(taught[0].prefix.cache).requires_grad_()
     logits = torch.nn.Parameter(torch.zeros(2))
-    got = carried(
-        taught[0]._replace(cache=kv.from_tensor(stored)), taught[1], weights=logits.softmax(0)
-    )
+    got = carried(with_cache(taught[0], stored), taught[1], weights=logits.softmax(0))
     sum(x.square().sum() for x in got).backward()
     grads = [logits.grad, *(p.grad for teacher in taught for p in teacher.projector.parameters())]
     assert all(grad.norm() > 0 for grad in [*grads, stored.grad[:, 0], stored.grad[:, 1]])
@@ -904,11 +900,11 @@ def test_lab_models_of_two_vocabularies_are_aligned(style):
     models = [lab.load(name).requires_grad_(False) for name in names]
     read_by = read(models[1], [text.input_ids for text in cut[1]])
     steps = plan_time(student, teacher), proportional(2, 6), Projector(4 * 40, 2 * 32)
-    got = carried(Teacher(read_by, positions_of(teacher), rotary_of(models[1]), *steps))
+    got = carried(Teacher(read_by, *steps))
     assert got.keys.shape == got.values.shape == (3, 2, int(student[:, 3].max()), 64)
     own = read(models[0], [text.input_ids for text in cut[0]])
-    made = as_cache(got, positions_of(student), rotary_of(models[0]), heads=2)
-    assert kv.to_tensor(made).shape == kv.to_tensor(own).shape
+    made = as_prefix(got, positions_of(student), models[0])
+    assert kv.to_tensor(made.cache).shape == kv.to_tensor(own.cache).shape
 
 
 @pytest.mark.parametrize(
@@ -980,12 +976,12 @@ def test_what_a_teacher_makes_is_align_kv_text_by_text(batch_size):
     seen = encode_with_teacher(
         teacher, tokenizer_of("lab-teacher"), conversations, texts, chosen, batch_size=batch_size
     )
-    same, rotary = Projector(160, 160, "identity"), rotary_of(teacher)
+    same = Projector(160, 160, "identity")
     for text, conversation, part in zip(texts, conversations, seen, strict=True):
         ids, borders = segment(tokenizer_of("lab-teacher"), conversation)
-        out = teacher(ids[None], use_cache=True, output_hidden_states=True)
-        plan, at = plan_time(text.borders[None], borders[None]), positions_of(borders[None])
-        want = carried(Teacher(out.past_key_values, at, rotary, plan, chosen, same))
+        out = teacher(ids[None], output_hidden_states=True)
+        prefix, plan = kv.prefill(teacher, ids[None]), plan_time(text.borders[None], borders[None])
+        want = carried(Teacher(prefix, plan, chosen, same))
         near(part.keys.float(), want.keys[0], 0.02)  # kept in half precision
         near(part.values.float(), want.values[0], 0.02)
         before = torch.stack([x[0, borders[2] - 1] for x in out.hidden_states[1:]])
@@ -1042,7 +1038,7 @@ def test_another_file_is_refused(tmp_path):
 def test_own_features_are_those_of_the_cache(tiny_model, family, checkpointing):
     model = copy.deepcopy(tiny_model(family, dtype=DOUBLE)).requires_grad_()
     ids = torch.arange(20).view(2, 10)
-    want = features(kv.prefill(model, ids).cache, torch.arange(10).expand(2, -1), rotary_of(model))
+    want = features(kv.prefill(model, ids))
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
     made = own_features(model, model(ids, use_cache=False, output_hidden_states=True).hidden_states)
