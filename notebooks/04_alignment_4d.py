@@ -40,8 +40,7 @@ import torch
 
 import kvlab
 from kvlab import Scale, align, cache, lab, plots
-from kvlab.models import rotary_of
-from kvlab.align import Lesson, Projector, plan_time, resample, segment
+from kvlab.align import AlignedStudent, Projector, plan_time, resample, segment
 from kvlab.lab.corpora import Solutions
 from kvlab.layers import CKA, biased_cka, layer_map, proportional
 from kvlab.layers import hsic as package_hsic
@@ -133,7 +132,7 @@ a, b = segment(tokenizer, simple), segment(words, wordy)
 
 
 def links(plan):
-    return zip(plan.tokens.tolist(), plan.columns.tolist(), plan.shares.tolist())
+    return zip(plan.tokens.tolist(), plan.columns.tolist(), plan.weights.tolist())
 
 
 borders = a.borders[None], b.borders[None]
@@ -170,22 +169,17 @@ assert not torch.allclose(nearest, nearest.mean().expand(len(nearest)))
 # Cached keys have been rotated by their positions ({term}`RoPE`), with the teacher's own angles. A mean of keys from two positions is no key at any position. So keys are un-rotated first, aligned, and rotated again for the student's positions with the student's angles. Then the {term}`GQA` heads of a token (KV heads, not attention heads) are laid side by side: $(B, L, H_{kv}, T, d) \to (B, L, T, H_{kv} d)$.
 
 # %%
-rotary = rotary_of(teacher)
-
-
 def read(model, text, start=0):
-    """The cache of a text whose positions begin at `start`, and these positions."""
-    ids = text.input_ids[None].to(model.device)
-    positions = start + torch.arange(ids.shape[1], device=ids.device)[None]
-    return cache.prefill(model, ids, position=start).cache, positions
+    """The prefix of a text whose positions begin at `start`."""
+    return cache.prefill(model, text.input_ids[None].to(model.device), position=start)
 
 
 here, there = read(teacher, theirs), read(teacher, theirs, start=500)
-flat, moved = (align.features(*one, rotary) for one in (here, there))
+flat, moved = align.features(here), align.features(there)
 print("keys:", tuple(flat.keys.shape), " (B, L, T, H_kv d)")
 spread = flat.keys[:, 0].std()
 assert (flat.keys[:, 0] - moved.keys[:, 0]).abs().max() < 0.05 * spread
-stored = [one[0].layers[0].keys for one in (here, there)]  # as they lie in the cache
+stored = [prefix.cache.layers[0].keys for prefix in (here, there)]  # rotated
 assert (stored[0] - stored[1]).abs().max() > spread
 
 # %% [markdown]
@@ -275,13 +269,11 @@ def aligned(texts, others, chosen=chosen):
         plan = plan_time(*(torch.stack([t.borders for t in part]) for part in (one, two)))
         flats = []
         for model, part in ((student, one), (teacher, two)):
-            batch = align.collate([Lesson(t) for t in part])
-            names = ("input_ids", "attention_mask", "position_ids")
-            ids, mask, places = (batch[name].to(model.device) for name in names)
-            made = cache.prefill(model, ids, attention_mask=mask).cache
-            flats.append(align.features(made, places, rotary_of(model)))
+            batch = align.pad_problems([(text,) for text in part])
+            ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+            flats.append(align.features(cache.prefill(model, ids, attention_mask=mask)))
         mine, given = flats
-        given = (align.mix_layers(resample(x, plan), chosen) for x in given)
+        given = align.align_kv(given, plan, chosen)
         keep = plan.mask.to(ids.device)
         # all tokens of the batch in a row: (1, L, N, D)
         yield tuple(align.KV(*(x.transpose(0, 1)[:, keep][None] for x in kv)) for kv in (given, mine))
@@ -338,51 +330,45 @@ assert sum(counts) < 21e6 / 50
 #
 # ## All steps at once
 #
-# `align_kv` runs the steps in the source's order and checks shapes at each: rotation and head, time, layer, hidden, and then {term}`fusion`, a weighted mean over several teachers. `as_cache` rotates the result for the student and splits it into its heads: a cache that the student can read on from. A teacher that *is* the student must give back the student's own cache, bit for bit:
+# The steps follow each other in the source's order. `features` undoes rotation and heads, `align_kv` aligns time and layers, a `Projector` maps to the student's width, and `fuse` ({term}`fusion`) takes a weighted mean over several teachers. `as_prefix` rotates the result for the student and splits it into its heads: a cache that the student can continue. A teacher that *is* the student must give back the student's own cache, bit for bit:
 
 # %%
-def as_teacher(model, text, own, chosen, projector):
-    """A teacher that has read its text, for `align_kv`."""
-    made, positions = read(model, text)
+def carried(model, text, own, chosen, projector):
+    """A teacher's features of its text, with the student's tokens, layers and width."""
     plan = plan_time(own.borders[None], text.borders[None])
-    return align.Teacher(made, positions, rotary_of(model), plan, chosen, projector)
+    return projector(align.align_kv(align.features(read(model, text)), plan, chosen))
 
 
 layers, width = student.config.num_hidden_layers, widths[1]
 like = Projector(width, width, "identity").to(student.device)
-mirror = as_teacher(student, own, own, proportional(layers, layers), like)
-kept = align.align_kv([mirror])
-assert torch.equal(kept.keys, align.features(*read(student, own), rotary_of(student)).keys)
+mirror = carried(student, own, own, proportional(layers, layers), like)
+assert torch.equal(mirror.keys, align.features(read(student, own)).keys)
 
 # %% [markdown]
 # And another teacher? What would the student say next, behind the teacher's cache in place of its own? Of the distribution of the next token, how much stays, $\sum_x \min(p(x), q(x))$, at the end of the prompt, where a solution begins, and at the first digit of the answer?
 
 # %%
-def behind(kv, own, at):
-    """What the student says of token `at`, behind a cache of what stands before it."""
+def continued(kv, own, at):
+    """The student's probabilities after token `at`, given a cache of the tokens before it."""
     positions = torch.arange(len(own.input_ids), device=student.device)[None]
-    heads = student.config.num_key_value_heads
-    kv = align.KV(*(x.to(student.dtype) for x in kv))
-    made = align.as_cache(kv, positions, rotary_of(student), heads)
-    made = cache.truncate(made, at - 1)
-    out = cache.prefill(student, own.input_ids[None, at - 1 : at].to(student.device),
-                        cache.Prefix(made, at - 1))
+    prefix = cache.part(align.as_prefix(kv, positions, student), 0, at - 1)
+    ids = own.input_ids[None, at - 1 : at].to(student.device)
+    out = cache.prefill(student, ids, prefix, position=at - 1)
     return out.logits.float().softmax(-1)[0]
 
 
 rows = {}
 for i in range(32, 48):
     one, two, wrong = texts[i], others[i], others[(i + 5) % 48]
-    truth = align.features(*read(student, one), rotary_of(student))
+    truth = align.features(read(student, one))
     empty = align.KV(*(torch.zeros_like(x) for x in truth))
     arms = {"a cache of zeros": empty}
     for name, text in (("teacher", two), ("teacher, another problem", wrong)):
-        taught = as_teacher(teacher, text, one, chosen, projectors["ridge"].to(student.device))
-        arms[name] = align.align_kv([taught])
+        arms[name] = carried(teacher, text, one, chosen, projectors["ridge"].to(student.device))
     for name, kv in arms.items():
         for place, at in (("prompt ends", one.borders[1]), ("first digit", one.borders[2] + 3)):
             with torch.no_grad():
-                p, q = (behind(each, one, int(at)) for each in (truth, kv))
+                p, q = (continued(each, one, int(at)) for each in (truth, kv))
             rows.setdefault(name, {}).setdefault(place, []).append(torch.minimum(p, q).sum().item())
 pd.DataFrame({name: {k: np.mean(v) for k, v in r.items()} for name, r in rows.items()}).T.round(2)
 
@@ -413,7 +399,7 @@ mask = torch.rand(3, 5) > 0.3
 assert torch.allclose(kv_loss(one, two, mask), align.kv_loss(one, two, mask), atol=1e-5)
 
 # %% [markdown]
-# In the source, the student's keys and values were computed without gradients, and so its loss, a fine-looking curve, taught nothing. The check is simple: does the loss reach the weights that make keys and values? And does none of it reach the teacher, which was read once and put away (`seen_by`)?
+# In the source, the student's keys and values were computed without gradients, and so its loss, a fine-looking curve, taught nothing. The check is simple: does the loss reach the weights that make keys and values? And does none of it reach the teacher, which was read once and put away (`encode_with_teacher`)?
 
 # %%
 def learner():
@@ -429,12 +415,14 @@ problems = [*Solutions(32, seed=6)]
 own_texts = [segment(tokenizer, s) for s, _ in problems]
 begun = learner()
 layers = proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
-seen = align.seen_by(teacher, words, [t for _, t in problems], own_texts, layers)
-lessons = [Lesson(text, (part,)) for text, part in zip(own_texts, seen)]
+solutions = [solution for _, solution in problems]
+seen = align.encode_with_teacher(teacher, words, solutions, own_texts, layers)
+examples = list(zip(own_texts, seen))
 
-pupil = align.Pupil(begun, align.KVAlignmentLoss([Projector(*widths)])).to(begun.device)
-batch = {name: x.to(begun.device) for name, x in align.collate(lessons[:4]).items()}
-pupil(batch)["kv"].backward()
+aligned_student = AlignedStudent(begun, [Projector(*widths)]).to(begun.device)
+batch = align.pad_problems(examples[:4])
+batch = {name: x.to(begun.device) for name, x in batch.items()}
+aligned_student(batch)["kv"].backward()
 attention = begun.base_model.layers[0].self_attn
 for name in ("k_proj", "v_proj", "q_proj"):
     gradient = getattr(attention, name).weight.grad
@@ -449,7 +437,7 @@ assert all(p.grad is None for p in teacher.parameters())
 # A term can look fine and have no part in what is learned. `fit` logs the share of each loss in the norm of the gradient (of all that learns, projectors included). Here are the first steps of two ways: the source's (weight 1, rising over the first 1000 steps, with CODI, projectors that learn along), and the one that the comparison below was made with: projectors that stay as they are, orthogonal, and a large weight that fades to nothing at 60 % of the steps.
 
 # %%
-del pupil, batch, attention, gradient, begun
+del aligned_student, batch, attention, gradient, begun
 tiny = scale.name == "tiny"
 steps, batch, rate = (24, 8, 2e-3) if tiny else (12, 1, 2e-5)
 ways = {
@@ -462,12 +450,11 @@ for name, way in ways.items():
     model, fixed = learner(), name == "large and fading"
     projector = Projector(*widths, "orthogonal" if fixed else "xavier").requires_grad_(not fixed)
     states = [torch.nn.Linear(teacher.config.hidden_size, model.config.hidden_size, bias=False)]
-    loss = align.KVAlignmentLoss([projector], () if fixed else states)
-    histories[name] = align.train(
-        model, lessons, loss, steps=steps, batch_size=batch, learning_rate=rate, shares_every=2, **way
-    )
+    aligned_student = AlignedStudent(model, [projector], () if fixed else states)
+    options = {"steps": steps, "batch_size": batch, "learning_rate": rate, "shares_every": 2}
+    histories[name] = align.train_student(aligned_student, examples, **options, **way)
     shares[name] = [h["share_kv"] for h in histories[name] if "share_kv" in h]
-    del model, loss
+    del model, aligned_student
 
 # %% mystnb={"image": {"alt": "Share of the KV loss in the gradient over the first steps. As the source has it, it stays near 0; large and fading, it begins high and falls to 0."}}
 at = [h["step"] for h in histories["as the source"] if "share_kv" in h]
@@ -659,10 +646,10 @@ def as_stored(texts, others):
     for one, two in zip(texts, others):
         plan = plan_time(one.borders[None], two.borders[None])
         given, mine = (
-            align.KV(*(align.merge_heads(x) for x in cache.to_tensor(read(model, t)[0]).float().transpose(0, 1).transpose(1, 2)))
+            align.KV(*cache.to_tensor(read(model, t).cache).float().permute(1, 2, 0, 4, 3, 5).flatten(4))
             for model, t in ((teacher, two), (student, one))
         )
-        yield align.KV(*(align.mix_layers(resample(x, plan), chosen) for x in given)), mine
+        yield align.align_kv(given, plan, chosen), mine
 
 
 def share_explained(projector, pairs):
@@ -707,12 +694,11 @@ if scale.name == "tiny":
 
     def of_both(span):
         for one, two, other in zip(texts[span], others[span], their[span]):
-            mine = align.features(*read(student, one), rotary_of(student))
+            mine = align.features(read(student, one))
             parts = []
             for model, text, chosen_for in ((teacher, two, chosen), (deep, other, second)):
-                flat = align.features(*read(model, text), rotary_of(model))
                 plan = plan_time(one.borders[None], text.borders[None])
-                parts.append(align.KV(*(align.mix_layers(resample(x, plan), chosen_for) for x in flat)))
+                parts.append(align.align_kv(align.features(read(model, text)), plan, chosen_for))
             yield *parts, mine
 
     learned = [*of_both(slice(0, 32))]
@@ -758,13 +744,14 @@ student.requires_grad_(True)
 problems = [*Solutions(16, seed=1)]
 texts = [align.segment(tokenizer, mine) for mine, _ in problems]
 layers = proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-seen = align.seen_by(teacher, words, [theirs for _, theirs in problems], texts, layers)
-lessons = [align.Lesson(text, (part,)) for text, part in zip(texts, seen)]
-
+solutions = [theirs for _, theirs in problems]
+seen = align.encode_with_teacher(teacher, words, solutions, texts, layers)
 width = seen[0].keys.shape[-1], student.base_model.layers[0].self_attn.k_proj.out_features
-loss = align.KVAlignmentLoss([align.Projector(*width, "orthogonal").requires_grad_(False)])
+projector = align.Projector(*width, "orthogonal").requires_grad_(False)
 options = {"steps": 4, "batch_size": 4, "kv_weight": 1, "kv_warmup": 0}  # and "kv_end": 0.6 for more steps
-history = align.train(student, lessons, loss, learning_rate=1e-4, **options)
+aligned_student = align.AlignedStudent(student, [projector])
+examples = list(zip(texts, seen))
+history = align.train_student(aligned_student, examples, learning_rate=1e-4, **options)
 print([round(h["kv"], 2) for h in history])
 
 # %% [markdown]
