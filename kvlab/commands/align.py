@@ -36,7 +36,7 @@ from kvlab.commands.shared import (
     run_name,
     write_json,
 )
-from kvlab.evaluate import circumstances, figure
+from kvlab.evaluate import figure, run_info
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
 from kvlab.records import DATA_SETS, PROBLEMS, Record, accepted, messages, read_records
@@ -260,9 +260,7 @@ def _write(
     if arms:
         settings["arms"] = arms
     print(figures_table(figures))
-    print(
-        write_json(path, {"settings": settings, "figures": figures, **circumstances(), **results})
-    )
+    print(write_json(path, {"settings": settings, "figures": figures, **run_info(), **results}))
 
 
 def _models(

@@ -20,11 +20,11 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.draft import Accepted, Example, KnowledgeDraft
-from kvlab.evaluate import circumstances, figure
+from kvlab.evaluate import figure, run_info
 from kvlab.generation import encode
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
-from kvlab.losses import require_known
+from kvlab.losses import require_known_losses
 from kvlab.records import read_prompts
 
 
@@ -132,7 +132,7 @@ def train_draft(
 def _shares(losses: Mapping[str, float] | None, reads: str | None) -> dict[str, float]:
     """Losses as asked for, or as in the sources, which have no given answers for a draft that reads keys and values."""
     shares = dict(losses if losses is not None else drafts.source_shares(reads, given=True))
-    require_known(shares)
+    require_known_losses(shares)
     return shares
 
 
@@ -251,5 +251,5 @@ def _told(arms: dict[str, Accepted], draft: KnowledgeDraft, target: PreTrainedMo
     return {
         "figures": [f for ways in found.values() for f in ways.values()],
         "parameters": sizes,
-        **circumstances(),
+        **run_info(),
     }
