@@ -208,11 +208,12 @@ def _plan(student: Tensor, teacher: Tensor, entries: Callable) -> TimePlan:
     width = int(student[:, -1].max())
     teacher_length = int(teacher[:, -1].max())
     parts = []
-    for row, (own, other) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True)):
-        for i in range(len(own) - 1):
-            tokens, columns, weights = entries(own[i + 1] - own[i], other[i + 1] - other[i])
-            tokens = tokens + row * width + width - own[-1] + own[i]
-            parts.append((tokens, columns + teacher_length - other[-1] + other[i], weights))
+    for row, (to, of) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True)):
+        token_start = (row + 1) * width - to[-1]
+        column_start = teacher_length - of[-1]
+        for i in range(len(to) - 1):
+            tokens, columns, weights = entries(to[i + 1] - to[i], of[i + 1] - of[i])
+            parts.append((token_start + to[i] + tokens, column_start + of[i] + columns, weights))
     mask = torch.arange(width) >= width - student[:, -1:].cpu()
     return TimePlan(*map(torch.cat, zip(*parts, strict=True)), mask, teacher_length)
 
