@@ -627,7 +627,11 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
 @pytest.mark.parametrize(
     ("command", "options", "said"),
     [
-        (ALIGNED, [*MAPPED[1:], "sums.jsonl"], "There are 1 layer maps for 1 teachers: give one each, and --use_cka"),
+        (
+            ALIGNED,
+            [*MAPPED[1:], "sums.jsonl"],
+            "There are 1 layer maps for 1 teachers: give one each, and --use_cka",
+        ),
         (
             ALIGNED,
             [*MAPPED, "none.json"],

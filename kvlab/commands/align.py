@@ -39,7 +39,7 @@ from kvlab.commands.shared import (
 from kvlab.evaluate import figure, run_info
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
-from kvlab.records import DATA_SETS, PROBLEMS, Record, accepted, messages, read_records
+from kvlab.records import DATA_SETS, PROBLEMS, Record, accepted_answers, messages, read_records
 from kvlab.scale import Scale
 
 SOLVED = ("lab", *PROBLEMS)
@@ -336,7 +336,7 @@ def _questions(name: str, source: str | None, split: str, count: int) -> tuple[l
     if not records:
         raise ValueError(f"There is no problem to be asked in {source}: give another source.")
     questions = [messages(record)[:1] for record in records]
-    return questions, [accepted(record) for record in records], DATA_SETS[name].answer_kind
+    return questions, [accepted_answers(record) for record in records], DATA_SETS[name].answer_kind
 
 
 def _solutions(
