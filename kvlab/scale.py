@@ -93,7 +93,7 @@ class Scale:
         """The model of a role ("target", "draft", "teacher", "student"), frozen, on the device."""
         name = getattr(self, role)
         if name in lab.NAMES:
-            return lab.load(name, self.device, self.dtype).requires_grad_(False)
+            return lab.load_model(name, self.device, self.dtype).requires_grad_(False)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=self.dtype)
         return model.to(self.device).eval().requires_grad_(False)
 
