@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser, auto_cli
 
 from kvlab.commands.align import compare_alignments, map_layers, train_aligned
 from kvlab.commands.distill import distill, eval_compression
-from kvlab.commands.draft import train_draft
+from kvlab.commands.draft import train_draft_command
 from kvlab.commands.fuse import train_fuser
 from kvlab.commands.knowledge import ask, build_cache
 from kvlab.commands.lab import scale
@@ -45,7 +45,7 @@ def main(args: list[str] | None = None) -> None:
     models = {"_help": "Make and measure the lab models.", "train": train, "report": report}
     commands = {"scale": scale, "speculate": speculate, "build-cache": build_cache, "ask": ask}
     commands |= {
-        "train-draft": train_draft,
+        "train-draft": train_draft_command,
         "distill": distill,
         "eval-compression": eval_compression,
     }

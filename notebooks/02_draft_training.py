@@ -170,7 +170,7 @@ wordings = corpora.wordings()
 def listen(questions, tokens=64):
     asked = [[{"role": "user", "content": q}] for q in questions]
     prompts = [encode(tokenizer, conversation) for conversation in asked]
-    return draft.listen(target, tokenizer, prompts, folder, tokens)
+    return draft.generate_targets(target, tokenizer, prompts, folder, tokens)
 
 
 def some_ways_to_ask(record, more):
@@ -232,7 +232,7 @@ def shown(values):
     return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(values))
 
 
-scores = draft.acceptance(cut, target, said["seen"])
+scores = draft.measure_acceptance(cut, target, said["seen"])
 by_hand = [acceptance_of(cut, example) for example in said["seen"]]
 if target.dtype == torch.float32:  # half precision rounds differently
     assert np.allclose(np.array(by_hand).T, scores, atol=1e-3)
@@ -248,7 +248,7 @@ def fit(model, examples, choose, **options):
     settings["learning_rate"] = 1.5e-3 if scale.name == "tiny" else 3e-5
     settings["batch_size"] = scale.needs["02_draft_training"].batch
     settings |= options
-    return draft.train(model, target, examples, choose, **settings)
+    return draft.train_draft(model, target, examples, choose, **settings)
 
 
 trained = KnowledgeDraft.cut(target, "uniform:3").float()  # to be trained
@@ -257,7 +257,7 @@ print(say(trained, question))
 
 # %%
 for name in ("seen", "new", "outside"):
-    accepted = draft.acceptance(trained, target, said[name])
+    accepted = draft.measure_acceptance(trained, target, said[name])
     print(f"{name:8} greedy {shown(accepted.greedy)}")
 assert weights_hash(target) == untouched
 
@@ -273,7 +273,7 @@ def watch(model, example, known=None, gamma=6):
     return speculate.generate(target, [prompt], drafts, **options).rounds
 
 
-scores = draft.acceptance(trained, target, said["new"]).greedy
+scores = draft.measure_acceptance(trained, target, said["new"]).greedy
 worst = int(scores.argmin())
 rounds = watch(trained, said["new"][worst])
 print(questions["new"][worst])
@@ -393,7 +393,7 @@ with torch.no_grad():
 # The attention itself, written out for one layer and checked (with the gate opened a little, or there would be nothing to see):
 
 # %%
-from kvlab.draft import REACH
+from kvlab.draft import GATE_SCALE
 from transformers.models.llama.modeling_llama import rotate_half
 
 
@@ -418,7 +418,7 @@ nothing = torch.zeros_like(scores[..., :1])  # a head may look at nothing
 shares = torch.cat((nothing, scores), -1).softmax(-1)[..., 1:]
 read = part.output((shares @ values).transpose(1, 2).flatten(2))
 
-part.gate.data.fill_(0.5 / REACH)
+part.gate.data.fill_(0.5 / GATE_SCALE)
 place = reader._turn(torch.arange(5, device=device)[None] - 2)
 entries = reader._entries(known)
 theirs = part(hidden, *entries.layers[0], entries.mask, place)
@@ -450,13 +450,13 @@ def attach(model, examples, questions):
     return draft.attach(model, store, examples, found(questions))
 
 
-drill = draft.attach(reader, practice, draft.given(practice), list(practice))
-lessons = draft.unsettle(attach(reader, texts, asked), hide=0.2, mislead=0.4)
+drill = draft.attach(reader, practice, draft.item_examples(practice), list(practice))
+lessons = draft.corrupt_knowledge(attach(reader, texts, asked), hide=0.2, mislead=0.4)
 checks = attach(reader, said["choose"], questions["choose"])
 
 # %%
 history = fit(reader, [*lessons, *others, *drill], checks)
-gates = [REACH * part.gate.item() for part in reader.readers]
+gates = [GATE_SCALE * part.gate.item() for part in reader.readers]
 print("gates:", np.round(gates, 2), "after layers", reader.config.layers)
 assert weights_hash(target) == untouched
 
@@ -470,7 +470,7 @@ for name in ("seen", "new", "outside"):
         "reads what was found": (reader, with_items),
     }
     for arm, (model, examples) in arms.items():
-        scored = draft.acceptance(model, target, examples).greedy
+        scored = draft.measure_acceptance(model, target, examples).greedy
         rows.setdefault(arm, {})[name] = shown(scored)
 pd.DataFrame(rows).T
 
@@ -481,9 +481,9 @@ pd.DataFrame(rows).T
 
 # %%
 new_items = found(questions["new"])
-without = draft.acceptance(trained, target, said["new"]).greedy
+without = draft.measure_acceptance(trained, target, said["new"]).greedy
 given = draft.attach(reader, store, said["new"], new_items)
-reads = draft.acceptance(reader, target, given).greedy
+reads = draft.measure_acceptance(reader, target, given).greedy
 stored = {ending(i.input_ids): i.question for i in store}
 answers = [stored.get(ending(e.input_ids.tolist()), "-") for e in said["new"]]
 rows = {
@@ -500,8 +500,8 @@ outside = attach(reader, said["outside"], questions["outside"])
 pairs = {
     "new items": (without, reads),
     "outside": (
-        draft.acceptance(trained, target, said["outside"]).greedy,
-        draft.acceptance(reader, target, outside).greedy,
+        draft.measure_acceptance(trained, target, said["outside"]).greedy,
+        draft.measure_acceptance(reader, target, outside).greedy,
     ),
 }
 plots.with_and_without(pairs, ("without knowledge", "reading"));
@@ -527,7 +527,7 @@ controls["another item"] = wrong
 controls["one position off"] = late
 results_of = {}
 for name, examples in controls.items():
-    values = draft.acceptance(reader, target, examples).greedy[right]
+    values = draft.measure_acceptance(reader, target, examples).greedy[right]
     results_of[name] = values.mean()
     print(f"{name:18} {shown(values)}")
 if scale.name == "tiny":
@@ -573,7 +573,7 @@ def decode(example, proposer=None):
 
 
 def knows(example, item):
-    return ModelProposer(*reader.knowing(store, [item], [example.start]))
+    return ModelProposer(*reader.with_knowledge(store, [item], [example.start]))
 
 
 rounds = {"plain": [], "trained": [], "reads": []}
@@ -603,7 +603,7 @@ table.round(2)
 best = int(np.argmax(reads - without))
 example, item = said["new"][best], new_items[best]
 print(questions["new"][best])
-known = reader.knowing(store, [item], [example.start])
+known = reader.with_knowledge(store, [item], [example.start])
 plots.token_view(watch(reader, example, known, gamma=4), tokenizer)
 
 # %% [markdown]
@@ -663,7 +663,7 @@ if target.dtype == torch.float32:
 rest = listen([q for r in (*checked, *new) for q in some_ways_to_ask(r, 2)])
 by_heart = copy.deepcopy(trained)  # it goes on from what it knows
 fit(by_heart, [*said["train"], *rest], said["choose"], epochs=1)
-scored = draft.acceptance(by_heart, target, said["new"]).greedy
+scored = draft.measure_acceptance(by_heart, target, said["new"]).greedy
 print("greedy acceptance on what was new:", shown(scored))
 
 # %% [markdown]
@@ -686,12 +686,12 @@ print("greedy acceptance on what was new:", shown(scored))
 
 # %%
 kept = [e for e, good in zip(given, right) if good]
-scored = draft.acceptance(reader, target, kept).greedy
+scored = draft.measure_acceptance(reader, target, kept).greedy
 print(f"all open:              {shown(scored)}")
 for part, layer in zip(reader.readers, reader.config.layers):
     gate = part.gate.data.clone()
     part.gate.data.zero_()
-    scored = draft.acceptance(reader, target, kept).greedy
+    scored = draft.measure_acceptance(reader, target, kept).greedy
     part.gate.data.copy_(gate)
     print(f"closed after layer {layer:2}: {shown(scored)}")
 
@@ -747,11 +747,11 @@ scale = Scale.current()
 target, tokenizer = scale.load("target"), scale.load_tokenizer("target")
 starts = "Anna lives", "Ben has a", "Carla likes", "The box"
 prompts = [tokenizer(text)["input_ids"] for text in starts]
-texts = draft.listen(target, tokenizer, prompts, max_new_tokens=16)
+texts = draft.generate_targets(target, tokenizer, prompts, max_new_tokens=16)
 
 small = draft.KnowledgeDraft.cut(target, "first:2").float()
 options = {"batch_size": 2, "epochs": 10, "learning_rate": 1e-3}
-draft.train(small, target, texts[:2], heldout=texts[2:], **options)
+draft.train_draft(small, target, texts[:2], heldout=texts[2:], **options)
 proposer = speculate.ModelProposer(small)
 made = speculate.generate(target, prompts, proposer, max_new_tokens=16)
 print(f"acceptance {speculate.summarize(made.rounds).acceptance:.2f}")

@@ -282,7 +282,7 @@ if results:
 def listen(n, seed=0, test=False):
     """The target's own answers to requests."""
     prompts = [encode(tokenizer, r) for r in Requests(n, seed=seed, test=test)]
-    return draft.listen(sharer, tokenizer, prompts, max_new_tokens=96)
+    return draft.generate_targets(sharer, tokenizer, prompts, max_new_tokens=96)
 
 
 shipped = lab.models.MODELS / "lab-fuser"

@@ -180,7 +180,7 @@ def test_a_fuser_learns_what_the_large_model_says_from_the_sharer_of_its_control
         "seed": 3,
     }
     assert more | options | {"decode": True} == more
-    said = drafts.listen(
+    said = drafts.generate_targets(
         lab.load("lab-target"),
         lab.load_tokenizer("lab-target"),
         spelled(corpora.Requests(8, seed=3)),
@@ -440,7 +440,7 @@ def test_a_draft_that_reads_from_a_store_is_fused(guesses, learn, facts, tmp_pat
     (ids,) = spelled([[{"role": "user", "content": "Clara what?"}]])
     each = []
     for item in (next(item for item in store if item.question == "Clara what?"), None):
-        knowing, prefix = draft.knowing(store, [item], [len(ids)])
+        knowing, prefix = draft.with_knowledge(store, [item], [len(ids)])
         for proposer in (
             FusedProposer(knowing, store.model, fuser, prefix),
             ModelProposer(knowing, prefix),

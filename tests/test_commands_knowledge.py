@@ -14,7 +14,7 @@ from kvlab import lab
 from kvlab.cli import main
 from kvlab.commands.align import compare_alignments, map_layers, train_aligned
 from kvlab.commands.distill import distill, eval_compression
-from kvlab.commands.draft import train_draft
+from kvlab.commands.draft import train_draft_command
 from kvlab.commands.fuse import train_fuser
 from kvlab.commands.knowledge import ask, build_cache
 from kvlab.knowledge import KnowledgeCache
@@ -79,7 +79,7 @@ def answered(monkeypatch, capsys):
     [
         ("build-cache", build_cache),
         ("ask", ask),
-        ("train-draft", train_draft),
+        ("train-draft", train_draft_command),
         ("distill", distill),
         ("eval-compression", eval_compression),
         ("layer-map", map_layers),

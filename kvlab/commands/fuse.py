@@ -27,7 +27,7 @@ from kvlab.commands.shared import (
     run_name,
     write_json,
 )
-from kvlab.draft import Example
+from kvlab.draft import DraftExample
 from kvlab.evaluate import circumstances, figure
 from kvlab.fuse import KEYS, Aligned, Fuser, Size
 from kvlab.fuse import Lesson as FuserLesson
@@ -122,7 +122,7 @@ def train_fuser(
     ).is_main_process  # before loading: gives each process its own GPU
     draft, target = scale.load("draft"), scale.load("target")
     asked, checked = ([encode(tokenizer, text) for text in part] for part in (texts, checks))
-    said = drafts.listen(target, tokenizer, asked, output_dir, max_new_tokens)
+    said = drafts.generate_targets(target, tokenizer, asked, output_dir, max_new_tokens)
     if main:
         print(
             f"To learn from: {len(said)} answers of {scale.target}. Held out: {len(checks)} prompts."
@@ -212,7 +212,7 @@ def _requests(settings: Mapping) -> tuple[list[Conversation], list[Conversation]
 def tuned(
     draft: PreTrainedModel,
     target: PreTrainedModel,
-    said: Sequence[Example],
+    said: Sequence[DraftExample],
     settings: Mapping,
     options: Mapping,
     folder: Path,

@@ -92,11 +92,11 @@ def folder_of(arm: str, seed: int, folder: Path) -> Path:
     return folder / f"{arm}-{seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
-def answered(seed: int, prompts: int, folder: Path) -> list[drafts.Example]:
+def answered(seed: int, prompts: int, folder: Path) -> list[drafts.DraftExample]:
     """The target's answers to prompts, which all arms of a seed share."""
     _, target, tokenizer = models()
     texts = [encode(tokenizer, text) for text in Requests(prompts, seed=seed)]
-    return drafts.listen(target, tokenizer, texts, folder, NEW)
+    return drafts.generate_targets(target, tokenizer, texts, folder, NEW)
 
 
 def run(arm: str, seed: int, quick: bool, folder: Path) -> None:
@@ -126,13 +126,15 @@ def run(arm: str, seed: int, quick: bool, folder: Path) -> None:
 
 
 def taught(
-    draft: PreTrainedModel, target: PreTrainedModel, said: list[drafts.Example], options: dict
+    draft: PreTrainedModel, target: PreTrainedModel, said: list[drafts.DraftExample], options: dict
 ):
     """The draft itself, trained for as many steps on the same answers: the way to use them without a fuser."""
     small = drafts.KnowledgeDraft.cut(draft, "first:2")
     epochs = max(1, options["steps"] * options["batch_size"] // len(said))
     rest = {"batch_size": options["batch_size"], "learning_rate": 1e-3, "seed": options["seed"]}
-    drafts.train(small, target, said, said[:64], shares={"kl": 1.0}, epochs=epochs, **rest)
+    drafts.train_draft(
+        small, target, said, said[:64], loss_weights={"kl": 1.0}, epochs=epochs, **rest
+    )
     return small.plain
 
 
