@@ -49,19 +49,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import rotate_half
 
-from kvlab.cache import (
-    Prefix,
-    fingerprint,
-    from_tensor,
-    require_supported,
-    rotary_of,
-    select,
-    to_tensor,
-    unrotate,
-)
+from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
 from kvlab.files import write_tensors
 from kvlab.generation import continuations
 from kvlab.losses import acceptance, distill
+from kvlab.models import fingerprint, require_supported, rotary_of
 from kvlab.training import fit
 
 KINDS = ("vector", "kv", "prefix")
@@ -89,10 +81,8 @@ def sample_layers(layers: str | Sequence[int], depth: int) -> list[int]:
         indices = {"first": range(count), "uniform": uniform}.get(method, ())
     indices = list(indices)
     if not indices or indices != sorted({*indices}) or not {*indices} <= {*range(depth)}:
-        raise ValueError(
-            f"layers is {layers!r}, expected 'first:N', 'uniform:N' or rising indices, "
-            f"with at most {depth} layers (0 to {depth - 1})."
-        )
+        expected = f"'first:N', 'uniform:N' or rising indices, of at most {depth} layers"
+        raise ValueError(f"layers is {layers!r}, expected {expected}.")
     return indices
 
 
@@ -310,21 +300,15 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         """The `states` of `Knowledge` for an item of a `KnowledgeCache`, without the batch dimension."""
         kind = self.config.knowledge
         if kind is None:
-            raise ValueError(
-                "This draft does not read: cut one with knowledge='vector', 'kv' or 'prefix'."
-            )
+            raise ValueError("This draft does not read: cut one with knowledge='kv', say.")
         part = "hidden" if kind == "vector" else "kv"
         if part not in store.keep:
-            raise ValueError(
-                f"The store keeps no {part!r}: build one with keep=['{part}'] for this draft."
-            )
+            raise ValueError(f"The store keeps no {part!r}: build one with keep=['{part}'].")
         piece = store.read(item)
         if kind == "vector":
             return piece.hidden_states[0, item.answer_start :]
         if item.kept:
-            raise ValueError(
-                "The store keeps compressed caches, which drafts do not read: build one without."
-            )
+            raise ValueError("Drafts do not read compressed caches: build a store without.")
         start = 0 if kind == "prefix" and not self.config.aligned else item.answer_start
         positions = torch.arange(start, len(item.input_ids), device=store.model.device)
         cache = unrotate(select(piece.cache, positions), positions, rotary_of(store.model))
@@ -357,10 +341,6 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
             >>> reader(torch.arange(8).expand(2, -1)).logits.shape
             torch.Size([2, 8, 1536])
         """
-        if len(items) != len(starts):
-            raise ValueError(
-                f"There are {len(items)} items and {len(starts)} starts: give one for each row."
-            )
         states = [None if item is None else self.read(store, item) for item in items]
         knowledge = gather(states, starts)
         if knowledge is None:
@@ -494,13 +474,14 @@ def gather(states: Sequence[Tensor | None], starts: Sequence[int]) -> Knowledge 
     present = [row for row in states if row is not None]
     if not present:
         return None
-    nothing = present[0][..., :0, :]
-    rows = [nothing if row is None else row for row in states]
-    lengths = torch.tensor([row.shape[-2] for row in rows], device=nothing.device)
-    longest = max(1, *(row.shape[-2] for row in rows))
-    padded = [pad(row, (0, 0, 0, longest - row.shape[-2])) for row in rows]
-    mask = torch.arange(longest, device=nothing.device) < lengths[:, None]
-    return Knowledge(torch.stack(padded), mask, torch.tensor(starts, device=nothing.device))
+    longest = max(1, *(row.shape[-2] for row in present))
+    padded, lengths = [], []
+    for row, _ in zip(states, starts, strict=True):
+        row = present[0][..., :0, :] if row is None else row
+        lengths.append(row.shape[-2])
+        padded.append(pad(row, (0, 0, 0, longest - row.shape[-2])))
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return Knowledge(torch.stack(padded), mask, torch.tensor(starts))
 
 
 # -- training
@@ -727,11 +708,8 @@ def _require_targets(examples: Sequence[DraftExample]) -> None:
     own = sum(example.hidden_states is not None for example in examples)
     guessed = sum(len(example.input_ids) - example.start > 1 for example in examples)
     if own < len(examples) or not guessed:
-        raise ValueError(
-            f"Of {len(examples)} held-out answers {own} are the target's own and {guessed} have two "
-            "tokens or more, expected all and at least one: give what `generate_targets` returns for "
-            "other questions."
-        )
+        counts = f"Of {len(examples)} answers {own} are the target's own, {guessed} have two tokens"
+        raise ValueError(f"{counts} or more; expected all and some: use `generate_targets`.")
 
 
 def default_loss_weights(knowledge: str | None, stored_answers: bool) -> dict[str, float]:
@@ -785,9 +763,7 @@ def train_draft(
     if loss_weights is None:
         loss_weights = default_loss_weights(draft.config.knowledge, not targets_only)
     if "ce" not in loss_weights and not targets_only:
-        raise ValueError(
-            "Some answers are not the target's own: they need the loss 'ce' among the loss weights."
-        )
+        raise ValueError("Some answers are not the target's own: give 'ce' a loss weight.")
     steps = epochs * (len(examples) // batch_size) // accumulate
     if steps < 1:
         step = f"{batch_size} * {accumulate}"
@@ -916,16 +892,14 @@ def export(
     if isinstance(draft, KnowledgeDraft):
         if not draft.compilable:
             raise ValueError(
-                "The draft has cross-attention or transitions, which no other program knows: save it "
-                "with save_pretrained, or cut one with knowledge None or 'prefix' and transitions=False."
+                "No other program knows the draft's cross-attention or transitions: save it with "
+                "save_pretrained, or cut one with knowledge None or 'prefix' and no transitions."
             )
         model = draft.plain
     size = model.config.vocab_size
     if 0 < vocab_size < size:
-        raise ValueError(
-            f"The draft has {size} tokens, the target {vocab_size}, expected at least as many: use a "
-            "draft of the target's family."
-        )
+        sizes = f"The draft has {size} tokens, the target {vocab_size}"
+        raise ValueError(f"{sizes}, expected as many or more: use a draft of its family.")
     if vocab_size > size:
         model = copy.deepcopy(model)
         model.resize_token_embeddings(vocab_size, mean_resizing=False)

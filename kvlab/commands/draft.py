@@ -1,13 +1,16 @@
 """`kvlab train-draft`: a draft from the first or sampled layers of a target, with knowledge."""
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from kvlab import draft as drafts
 from kvlab.commands.shared import (
+    command_settings,
     figures_table,
     find_item,
     open_store,
@@ -21,7 +24,7 @@ from kvlab.commands.shared import (
 from kvlab.draft import DraftExample, KnowledgeDraft
 from kvlab.evaluate import circumstances, figure
 from kvlab.generation import encode
-from kvlab.knowledge import Item, KnowledgeCache
+from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
 from kvlab.losses import require_known
 from kvlab.records import read_prompts
@@ -44,7 +47,7 @@ def train_draft_command(
     losses: dict[str, float] | None = None,
     epochs: int = 5,
     batch_size: int = 8,
-    learning_rate: float | None = None,
+    learning_rate: float = 3e-5,
     accumulate: int = 1,
     precision: Literal["no", "fp16", "bf16"] = "no",
     seed: int = 0,
@@ -81,87 +84,103 @@ def train_draft_command(
             answers. Default: ce 1, and kl 0.8, tv 0.3 for kv, kl 0.5, tv 0.3 for others.
         epochs: Passes over all examples.
         batch_size: Examples per batch.
-        learning_rate: Default: 1e-3 at scale tiny, else 3e-5.
+        learning_rate: Of AdamW.
         accumulate: Batches per optimizer step.
         precision: Precision of the arithmetic; weights are trained in float32.
         seed: Random seed (held-out questions, shuffling, corrupted knowledge).
         base_model: Model that the store was built with. Default: the scale's target.
     """
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     require_store(store, " --keep kv hidden")
     require_counts(epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     reads = None if knowledge == "none" else knowledge
-    loss_weights = drafts.default_loss_weights(reads, True) if losses is None else dict(losses)
-    require_known(loss_weights)
+    weights = dict(drafts.default_loss_weights(reads, True) if losses is None else losses)
+    require_known(weights)
     if max_new_tokens < 2:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens}, expected at least 2: the model itself gives the first."
-        )
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 2.")
     more_questions = read_prompts(questions) if questions else []
     others = read_prompts(other_prompts) if other_prompts else []
     scale = scale_with_target(base_model)
-    rate = learning_rate if learning_rate is not None else 1e-3 if scale.name == "tiny" else 3e-5
-    settings |= {"base_model": scale.target, "losses": loss_weights, "learning_rate": rate}
-    main = PartialState(cpu=scale.device == "cpu").is_main_process  # gives each process its GPU
+    state = PartialState(cpu=scale.device == "cpu")  # before loading: each process gets its GPU
     target = scale.load("target")
     tokenizer = scale.load_tokenizer("target")
     known = open_store(store, target, tokenizer, scale, reads, embed=reads is not None)
-    stored = [item.question for item in known]
-    pool = [*dict.fromkeys([*stored, *more_questions])]
-    held = sample_heldout([*dict.fromkeys(more_questions or stored)], heldout, seed)
-    if len(held) >= len(pool):
-        raise ValueError(
-            f"There are {len(pool)} questions, {len(held)} to hold out: add items to the store, or "
-            "give --questions."
-        )
+    pool, held = _split([item.question for item in known], more_questions, heldout, seed)
     torch.manual_seed(seed)
-    draft = KnowledgeDraft.cut(target, layers, knowledge=reads, transitions=transitions)
-    drafts.cast(draft, torch.float32)
-
-    def answer(texts: list[str]) -> list[DraftExample]:
-        prompts = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
-        return drafts.generate_targets(target, tokenizer, prompts, output_dir, max_new_tokens)
-
-    def stored_answers(source: KnowledgeCache, items: list[Item]) -> list[DraftExample]:
-        examples = drafts.item_examples(items)
-        return drafts.attach(draft, source, examples, items) if reads else examples
-
+    draft = KnowledgeDraft.cut(target, layers, knowledge=reads, transitions=transitions).float()
+    answer = partial(_answers, known, folder=output_dir, max_new_tokens=max_new_tokens)
     items = [find_item(known, text, threshold) if reads else None for text in pool]
     answers = drafts.attach(draft, known, answer(pool), items)
     checks = [answers[pool.index(text)] for text in held]
     examples = [answers[i] for i, text in enumerate(pool) if text not in held]
-    free, practice = answer(others), []
-    if "ce" in loss_weights:  # the other losses compare with the model's own distributions
-        examples += stored_answers(known, [i for i in known if i.question not in held])
-        if reads and made_up:
-            records = corpora.made_up(made_up)
-            options = {"keep": known.keep, "dtype": known.dtype}
-            folder = output_dir / "made_up"
-            invented = KnowledgeCache.build(folder, records, target, tokenizer, **options)
-            practice = stored_answers(invented, invented.items[:made_up])
-    if main:
-        print(
-            f"To learn from: {len(examples)} answers to questions, {len(free)} to other prompts, "
-            f"{len(practice)} made-up records. Held out: {len(checks)} questions; items are found "
-            f"for {sum(e.knowledge is not None for e in checks)}."
-        )
-    examples = [*drafts.corrupt_knowledge(examples, seed=seed), *free, *practice]
-    options = {"loss_weights": loss_weights, "epochs": epochs, "batch_size": batch_size}
-    options |= {"learning_rate": rate, "accumulate": accumulate, "precision": precision}
-    options |= {"seed": seed}
-    texts = [
-        [e.input_ids.tolist(), e.knowledge is not None and list(e.knowledge.shape)]
-        for e in [*examples, *checks]
-    ]
-    run = run_name(target, [draft.config.layers, reads, transitions], options, texts)
-    options["folder"] = output_dir / run
+    practice = []
+    if "ce" in weights:  # the other losses compare with the model's own distributions
+        examples += _stored_answers(draft, known, [i for i in known if i.question not in held])
+        practice = _made_up_answers(draft, known, output_dir / "made_up", made_up if reads else 0)
+    examples = [*drafts.corrupt_knowledge(examples, seed=seed), *answer(others), *practice]
+    options = {"loss_weights": weights, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    options |= {"learning_rate": learning_rate, "accumulate": accumulate, "precision": precision}
+    options["folder"] = output_dir / _run_name(draft, target, [*examples, *checks], options)
+    if state.is_main_process:
+        print(f"{len(examples)} answers to learn from, {len(practice)} of them made up.")
     history, arms = drafts.train_and_measure(draft, target, examples, checks, **options)
-    if not main:
-        return
-    draft.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    if draft.compilable:
-        drafts.export(draft, output_dir / "plain", tokenizer, target.config.vocab_size)
+    if state.is_main_process:
+        draft.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+        if draft.compilable:
+            drafts.export(draft, output_dir / "plain", tokenizer, target.config.vocab_size)
+        settings = command_settings(base_model=scale.target, losses=weights)
+        result = {"settings": settings, "heldout": held, **_report(arms, draft, target)}
+        print(write_json(output_dir / "training.json", result | {"history": history}))
+
+
+def _split(
+    stored: list[str], more: list[str], fraction: float, seed: int
+) -> tuple[list[str], list[str]]:
+    """All questions, and those to hold out, which are of `more` if there are any."""
+    pool = list(dict.fromkeys([*stored, *more]))
+    heldout = sample_heldout(list(dict.fromkeys(more or stored)), fraction, seed)
+    if len(heldout) >= len(pool):
+        counts = f"There are {len(pool)} questions, {len(heldout)} to hold out"
+        raise ValueError(f"{counts}: add items to the store, or give --questions.")
+    return pool, heldout
+
+
+def _answers(store: KnowledgeCache, texts: list[str], **options) -> list[DraftExample]:
+    """The model's own answers."""
+    prompts = [encode(store.tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    return drafts.generate_targets(store.model, store.tokenizer, prompts, **options)
+
+
+def _stored_answers(draft: KnowledgeDraft, store: KnowledgeCache, items) -> list[DraftExample]:
+    examples = drafts.item_examples(items)
+    return drafts.attach(draft, store, examples, items) if draft.config.knowledge else examples
+
+
+def _made_up_answers(
+    draft: KnowledgeDraft, store: KnowledgeCache, folder: Path, count: int
+) -> list[DraftExample]:
+    """Answers that a draft can only read, in a store like the given one."""
+    if count == 0:
+        return []
+    options = {"keep": store.keep, "dtype": store.dtype}
+    records = corpora.made_up(count)
+    practice = KnowledgeCache.build(folder, records, store.model, store.tokenizer, **options)
+    return _stored_answers(draft, practice, practice.items[:count])
+
+
+def _run_name(draft, target, examples: list[DraftExample], options: dict) -> str:
+    texts = []
+    for example in examples:
+        shape = example.knowledge is not None and list(example.knowledge.shape)
+        texts.append([example.input_ids.tolist(), shape])
+    config = draft.config
+    return run_name(target, config.layers, config.knowledge, config.transitions, options, texts)
+
+
+def _report(
+    arms: dict[str, drafts.Acceptance], draft: KnowledgeDraft, target: PreTrainedModel
+) -> dict:
+    """Print and return the measured figures."""
     figures = []
     for arm, acceptance in arms.items():
         for way, values in acceptance._asdict().items():
@@ -169,6 +188,4 @@ def train_draft_command(
     parameters = {"draft": draft.num_parameters(), "target": target.num_parameters()}
     print(f"{ACCEPTED.capitalize()} (95 % intervals):", figures_table(figures), sep="\n")
     print("Parameters: draft {draft:,}, target {target:,}.".format(**parameters))
-    result = {"settings": settings, "heldout": held, "figures": figures, "parameters": parameters}
-    result |= {**circumstances(), "history": history}
-    print(write_json(output_dir / "training.json", result))
+    return {"figures": figures, "parameters": parameters, **circumstances()}
