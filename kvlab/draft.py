@@ -52,7 +52,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
 from kvlab.files import write_tensors
 from kvlab.generation import continuations
-from kvlab.losses import acceptance, distill
+from kvlab.losses import acceptance, distillation_losses
 from kvlab.models import fingerprint, require_supported, rotary_of
 from kvlab.training import fit
 
@@ -747,7 +747,7 @@ def train_draft(
             with knowledge (`attach`).
         heldout: the target's own answers to other questions. Their greedy acceptance decides which
             weights are kept.
-        loss_weights: the weight of each loss (`kvlab.losses.distill`); by default those of
+        loss_weights: the weight of each loss (`kvlab.losses.distillation_losses`); by default those of
             `default_loss_weights`.
         accumulate: batches per optimizer step.
         folder: where checkpoint.safetensors, from which a stopped run goes on, and best.safetensors
@@ -779,7 +779,8 @@ def train_draft(
             target_logits = head(batch["hidden_states"].to(target.dtype))
         weights = batch["weights"], batch["distill_weights"]
         logits = _logits(model, batch)
-        return distill(loss_weights, logits, target_logits, batch["input_ids"], *weights)
+        ids = batch["input_ids"]
+        return distillation_losses(loss_weights, logits, target_logits, ids, *weights)
 
     def token_counts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         counts = {name: batch["distill_weights"].sum() for name in loss_weights if name != "ce"}

@@ -89,7 +89,7 @@ def test_what_is_saved_is_what_was_measured(learn, facts):
 
 def test_a_draft_that_was_killed_goes_on_and_ends_the_same(learn, tmp_path, monkeypatch):
     whole, _ = learn("whole")
-    save, fit, steps = training._save, training.fit, []
+    save, fit, steps = training._save_run, training.fit, []
 
     def killed(*state):
         save(*state)
@@ -99,7 +99,7 @@ def test_a_draft_that_was_killed_goes_on_and_ends_the_same(learn, tmp_path, monk
         return fit(model, loader, lambda *batch: steps.append(1) or losses(*batch), **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", killed)
+        patch.setattr(training, "_save_run", killed)
         with pytest.raises(KeyboardInterrupt):
             learn("killed")
     assert not (tmp_path / "killed" / "training.json").exists()
@@ -215,8 +215,8 @@ def test_train_draft_reads_a_config_file_with_a_mapping(lessons, tmp_path):
             "The store in .* keeps no hidden states: build one with --keep hidden",
         ),
         (["--base_model", "lab-target"], "The store in .* was built with another model"),
-        (["--losses.lk", "1"], r"There is no loss \['lk'\]; expected one or more of ce, kl"),
-        (["--losses", "{}"], r"There is no loss \{\}; expected one or more of ce, kl"),
+        (["--losses.lk", "1"], r"There is no loss \['lk'\]: expected one or more of ce, kl"),
+        (["--losses", "{}"], r"There is no loss \[\]: expected one or more of ce, kl"),
         (["--heldout", "1"], "heldout is 1.0, expected a share between 0 and 1"),
         (["--heldout", "0.95"], "There are 6 questions, 6 to hold out"),
         (["--layers", "first:5"], "layers is 'first:5', expected"),

@@ -22,11 +22,11 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.draft import DraftExample, KnowledgeDraft
-from kvlab.evaluate import circumstances, figure
+from kvlab.evaluate import figure, run_info
 from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
-from kvlab.losses import require_known
+from kvlab.losses import require_known_losses
 from kvlab.records import read_prompts
 
 ACCEPTED = "fraction of guesses accepted on held-out questions, by which the weights were chosen"
@@ -94,7 +94,7 @@ def train_draft_command(
     require_counts(epochs=epochs, batch_size=batch_size, accumulate=accumulate)
     reads = None if knowledge == "none" else knowledge
     weights = dict(drafts.default_loss_weights(reads, True) if losses is None else losses)
-    require_known(weights)
+    require_known_losses(weights)
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 2.")
     more_questions = read_prompts(questions) if questions else []
@@ -188,4 +188,4 @@ def _report(
     parameters = {"draft": draft.num_parameters(), "target": target.num_parameters()}
     print(f"{ACCEPTED.capitalize()} (95 % intervals):", figures_table(figures), sep="\n")
     print("Parameters: draft {draft:,}, target {target:,}.".format(**parameters))
-    return {"figures": figures, "parameters": parameters, **circumstances()}
+    return {"figures": figures, "parameters": parameters, **run_info()}
