@@ -807,7 +807,6 @@ def train_draft(
             weight=token_counts,
             evaluate=evaluate,
             checkpoint=checkpoint,
-            label="draft",
             **{"learning_rate": 3e-5, "every": max(1, steps // epochs)} | options,
         )
         state.wait_for_everyone()
