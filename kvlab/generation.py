@@ -33,8 +33,8 @@ def answers(
         ['Rome']
     """
     prompts = [encode(tokenizer, c) for c in conversations]
-    ids = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, label)
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    rows = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, label)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
 
 
 @torch.inference_mode()
