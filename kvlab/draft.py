@@ -772,19 +772,6 @@ def train_draft(
     state = PartialState(cpu=target.device.type == "cpu")  # before `fit`, which would take a GPU
     if state.num_processes > 1 and not folder:
         raise ValueError("Several processes train this draft: give a folder that all can read.")
-    head = target.get_output_embeddings()
-
-    def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            target_logits = head(batch["hidden_states"].to(target.dtype))
-        weights = batch["weights"], batch["distill_weights"]
-        logits = _logits(model, batch)
-        ids = batch["input_ids"]
-        return distillation_losses(loss_weights, logits, target_logits, ids, *weights)
-
-    def token_counts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        counts = {name: batch["distill_weights"].sum() for name in loss_weights if name != "ce"}
-        return {"ce": batch["weights"].sum()} | counts if "ce" in loss_weights else counts
 
     def evaluate(model: KnowledgeDraft) -> dict[str, float]:
         score = float(measure_acceptance(model, target, heldout).greedy.mean())
@@ -800,11 +787,11 @@ def train_draft(
         history = fit(
             draft,
             _loader(examples, batch_size, target.config.hidden_size),
-            losses,
+            partial(_draft_losses, target, loss_weights),
             steps=steps,
             warmup=max(1, steps // 20),
             accumulate=accumulate,
-            weight=token_counts,
+            weight=partial(_token_counts, loss_weights),
             evaluate=evaluate,
             checkpoint=checkpoint,
             **{"learning_rate": 3e-5, "every": max(1, steps // epochs)} | options,
@@ -814,15 +801,31 @@ def train_draft(
     return history
 
 
+def _draft_losses(target, loss_weights, model, batch) -> dict[str, Tensor]:
+    head = target.get_output_embeddings()
+    with torch.no_grad():
+        target_logits = head(batch["hidden_states"].to(target.dtype))
+    inputs = [batch[name] for name in ("input_ids", "weights", "distill_weights")]
+    return distillation_losses(loss_weights, _logits(model, batch), target_logits, *inputs)
+
+
+def _token_counts(loss_weights, batch) -> dict[str, Tensor]:
+    """The weight of a batch in each loss; "ce" first, which goes into the history."""
+    counts = {}
+    for name in sorted(loss_weights, key="ce".__ne__):
+        counts[name] = batch["weights" if name == "ce" else "distill_weights"].sum()
+    return counts
+
+
 def _loader(examples: Sequence[DraftExample], batch_size: int, hidden_size: int) -> DataLoader:
     """Full batches; where one example has knowledge, each batch does, if only of no entries."""
     states = next((e.knowledge for e in examples if e.knowledge is not None), None)
     if states is not None:
         nothing = states[..., :0, :]
-        examples = [
-            example._replace(knowledge=nothing) if example.knowledge is None else example
-            for example in examples
-        ]
+        examples = list(examples)
+        for i, example in enumerate(examples):
+            if example.knowledge is None:
+                examples[i] = example._replace(knowledge=nothing)
     collate = partial(pad_draft_examples, hidden_size=hidden_size)
     return DataLoader(examples, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
 

@@ -685,10 +685,7 @@ def test_no_gradient_flows_into_knowledge_for_decoding(world, kind):
 
 def test_a_draft_or_store_without_what_is_read_is_refused(world, tmp_path, tokenizer):
     target, store = world()
-    with pytest.raises(
-        ValueError,
-        match="This draft does not read: cut one with knowledge='kv'",
-    ):
+    with pytest.raises(ValueError, match="This draft does not read: cut one with knowledge='kv'"):
         KnowledgeDraft.cut(target).with_knowledge(store, [store.items[0]], [4])
     for kind, kept, needed in (
         ("vector", "kv", "hidden"),
@@ -1510,17 +1507,14 @@ def test_what_training_cannot_work_with_is_refused(lesson):
     target, store, examples, heldout = lesson
     draft = KnowledgeDraft.cut(target)
     with pytest.raises(
-        ValueError,
-        match=r"Of 0 answers 0 are the target's own, .* use `generate_targets`",
+        ValueError, match=r"Of 0 answers 0 are the target's own, .* use `generate_targets`"
     ):
         train_draft(draft, target, examples, [])
     with pytest.raises(ValueError, match=r"7 examples are less than a step of 8 \* 1: give more"):
         train_draft(draft, target, examples[:7], heldout)
     with pytest.raises(ValueError, match=r"24 examples are less than a step of 8 \* 100"):
         train_draft(draft, target, examples, heldout, accumulate=100)
-    with pytest.raises(
-        ValueError, match="not the target's own: give 'ce' a loss weight"
-    ):
+    with pytest.raises(ValueError, match="not the target's own: give 'ce' a loss weight"):
         train_draft(
             draft, target, [*examples, *item_examples(store)], heldout, loss_weights={"kl": 1.0}
         )

@@ -124,10 +124,7 @@ def train_draft_command(
         print(f"{len(examples)} answers to learn from, {len(practice)} of them made up.")
     history, arms = drafts.train_and_measure(draft, target, examples, checks, **options)
     if state.is_main_process:
-        draft.save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
-        if draft.compilable:
-            drafts.export(draft, output_dir / "plain", tokenizer, target.config.vocab_size)
+        _save(draft, tokenizer, target.config.vocab_size, output_dir)
         settings = command_settings(base_model=scale.target, losses=weights)
         result = {"settings": settings, "heldout": held, **_report(arms, draft, target)}
         print(write_json(output_dir / "training.json", result | {"history": history}))
@@ -175,6 +172,14 @@ def _run_name(draft, target, examples: list[DraftExample], options: dict) -> str
         texts.append([example.input_ids.tolist(), shape])
     config = draft.config
     return run_name(target, config.layers, config.knowledge, config.transitions, options, texts)
+
+
+def _save(draft: KnowledgeDraft, tokenizer, vocab_size: int, folder: Path) -> None:
+    """Save a draft and, if it is a plain model, that model too."""
+    draft.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if draft.compilable:
+        drafts.export(draft, folder / "plain", tokenizer, vocab_size)
 
 
 def _report(
