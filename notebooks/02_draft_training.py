@@ -507,9 +507,11 @@ for name in ("seen", "new", "outside"):
 pd.DataFrame(rows).T
 
 # %% [markdown]
-# On new items the draft that reads gets far more accepted than the one that cannot, and given nothing it falls back to where that one is, or a little below: what it gains, it gains from reading. Questions that no item answers gain nothing from it.
+# On new items, the draft that reads has a far higher acceptance than the one that cannot.
+# Without an item it falls back to the other's acceptance, or a little below: the gain comes from reading.
+# Questions that no item answers gain nothing.
 #
-# Not every new question gains. Here is each one: what was found, what the target targets, and how much of it was accepted.
+# Not every new question gains. This table has each question, the retrieved item, the target's answer, and the acceptance.
 
 # %%
 new_items = retrieve(questions["new"])
