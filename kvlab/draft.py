@@ -301,17 +301,14 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         kind = self.config.knowledge
         if kind is None:
             raise ValueError("This draft does not read: cut one with knowledge='kv', say.")
-        part = "hidden" if kind == "vector" else "kv"
-        if part not in store.keep:
-            raise ValueError(f"The store keeps no {part!r}: build one with keep=['{part}'].")
-        piece = store.read(item)
         if kind == "vector":
-            return piece.hidden_states[0, item.answer_start :]
+            return store.hidden_states(item)[0, item.answer_start :]
         if item.kept:
             raise ValueError("Drafts do not read compressed caches: build a store without.")
         start = 0 if kind == "prefix" and not self.config.aligned else item.answer_start
         positions = torch.arange(start, len(item.input_ids), device=store.model.device)
-        cache = unrotate(select(piece.cache, positions), positions, rotary_of(store.model))
+        cache = select(store.read(item).cache, positions)
+        cache = unrotate(cache, positions, rotary_of(store.model))
         return to_tensor(cache)[self.config.layers][:, :, 0]
 
     def with_knowledge(
