@@ -1095,10 +1095,10 @@ def test_given_answers_are_those_of_the_items(world):
 @every_kind
 def test_attach_gives_each_example_its_item_which_is_read_once(world, targets, monkeypatch, kind):
     target, store = world()
-    draft, calls, real = cut(target, kind), [], KnowledgeCache.read
+    draft, calls, real = cut(target, kind), [], KnowledgeCache._tensors
     numbers = [ANNA, None, BEN, ANNA, WHY, None, ANNA]
     want = [None if i is None else draft.read(store, store.items[i]) for i in numbers]
-    monkeypatch.setattr(KnowledgeCache, "read", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(KnowledgeCache, "_tensors", lambda *args: calls.append(1) or real(*args))
     got = attach(draft, store, targets, [None if i is None else store.items[i] for i in numbers])
     assert len(calls) == 3
     for example, before, states in zip(got, targets, want, strict=True):
