@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, auto_parser
 from kvlab.commands import shared
 from kvlab.commands.align import compare_alignments, map_layers, train_aligned
 from kvlab.commands.distill import distill, eval_compression
-from kvlab.commands.draft import train_draft
+from kvlab.commands.draft import train_draft_command
 from kvlab.commands.fuse import train_fuser_command
 from kvlab.commands.knowledge import ask, build_cache
 from kvlab.commands.lab import scale
@@ -28,7 +28,7 @@ COMMANDS = {
     "speculate": speculate,
     "build-cache": build_cache,
     "ask": ask,
-    "train-draft": train_draft,
+    "train-draft": train_draft_command,
     "distill": distill,
     "eval-compression": eval_compression,
     "layer-map": map_layers,

@@ -11,13 +11,13 @@
 #
 # ```{admonition} In this chapter
 # :class: tip
-# - cut a {term}`draft` out of a large model, and see why a third of its layers do not make a third of its sense;
-# - train it on what the large model says, and choose a loss by what it does to {term}`acceptance`;
+# - cut a {term}`draft` out of a large model, and see why a third of the layers does not keep a third of the ability;
+# - train it on the large model's own answers, and choose a loss by its effect on {term}`acceptance`;
 # - give it a {term}`knowledge cache` to read, so that it can guess answers it was never trained on;
-# - tell what it knows by heart from what it reads, with controls that must fail;
+# - separate the answers that it knows by heart from those that it reads, with controls that must fail;
 # - put it into the loop of chapter 05, and give it away as a model that other programs load.
 #
-# **Time and memory**: about a minute and 1 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
+# **Time and memory**: about a minute and 1 GB, most of it PyTorch itself, at `tiny`; the second cell prints the memory of the models at any scale.
 #
 # **Code**: `kvlab/draft.py` and `kvlab/losses.py`; what is written out here is checked against them.
 # ```
@@ -62,16 +62,19 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The question
 #
-# Speculative decoding (chapter 05) needs a small model that guesses what a large one will say. Where does it come from? If the family has a small model, one can try that: chapter 05 did, and on
-# the FAQ it lost, for the small model had never heard of it. The other way is to make a draft out of the large model itself: copy a few of its layers, and train them to say what the whole says.
+# Speculative decoding (chapter 05) needs a small model that guesses the next tokens of a large one.
+# Where does it come from?
+# If the family has a small model, we can try that. Chapter 05 did, and on the FAQ it was slower, because the small model had never read the FAQ.
+# The other way is to make a draft out of the large model itself: copy a few of its layers, and train them to predict the large model's tokens.
 #
-# A small model cannot hold everything, though. The large one has read a help desk's answers; tomorrow there will be new ones. So this chapter asks a second question: if somebody keeps what the
-# large model has read, in a knowledge cache, can the draft *read* there what it does not *know*? The text would still be the large model's, to the last token: knowledge goes to the draft alone, and a wrong
-# guess costs only time.
+# A small model cannot hold everything, though.
+# The large one has read a help desk's answers, and tomorrow there will be new ones.
+# So this chapter asks a second question: if a knowledge cache keeps what the large model has read, can the draft *read* there what it does not *know*?
+# The text would still be the large model's, to the last token: only the draft gets the knowledge, and a wrong guess costs only time.
 #
 # ## Cut
 #
-# A cut is a choice of layers. The first $N$, or $N$ of them spread evenly, the first and the last included:
+# A cut is a choice of layers: the first $N$, or $N$ of them spread evenly, with the first and the last:
 #
 # $$\ell_i = \operatorname{round}\!\left(i\,\frac{L-1}{N-1}\right),\qquad i = 0,\dots,N-1 .$$
 
@@ -101,13 +104,13 @@ with torch.no_grad():
     assert torch.allclose(by_hand, cut(ids).logits, atol=1e-3)
 
 # %% [markdown]
-# And what does it say? Not much. Each layer was trained to get what the layer before it gives, and here it gets something else.
+# And what does it write? Nothing useful. Each layer was trained on the output of the layer before it, and here it gets another input.
 
 # %%
-def say(model, question, tokens=40):
+def write_answer(model, question, tokens=40):
     prompt = encode(tokenizer, [{"role": "user", "content": question}])
-    made = speculate.generate(model, [prompt], max_new_tokens=tokens)
-    text = tokenizer.decode(made.tokens[0], skip_special_tokens=True)
+    output = speculate.generate(model, [prompt], max_new_tokens=tokens)
+    text = tokenizer.decode(output.tokens[0], skip_special_tokens=True)
     return textwrap.fill(text.strip(), 76)
 
 
@@ -121,7 +124,7 @@ def weights_hash(model):
 untouched = weights_hash(target)  # training a draft must not change the target
 for name, model in {"target": target, "cut": cut}.items():
     print(f"{name}, {model.num_parameters() / 1e6:.2f} M parameters:")
-    print(say(model, question), "\n")
+    print(write_answer(model, question), "\n")
 
 # %% [markdown]
 # ### How many parameters is that?
@@ -150,15 +153,19 @@ table["of which embedding"] = large.vocab_size * large.hidden_size / 1e6
 table.round(1)
 
 # %% [markdown]
-# A public description of such a draft ("six sampled layers, cross-attention, transition layers") gives 686 M parameters, more than the whole target has. Storing the tied output head a second time explains 155.6 M of the difference; the
-# rest may be wider cross-attention, fusion and transition layers than these, whose sizes were not given.
+# A public description of such a draft ("six sampled layers, cross-attention, transition layers") gives 686 M parameters, more than the whole target has.
+# Storing the tied output head a second time explains 155.6 M of the difference.
+# The rest may be wider cross-attention, fusion and transition layers than these; the description does not give their sizes.
 #
-# ## Train on what the target says
+# ## Train on the target's answers
 #
-# What should a draft learn? Not what is true, but what the target will say next. So the target answers questions, and its own tokens are the training text. It answers once: `listen` keeps the tokens, and with them the last hidden states, from which the
-# head gives back the target's whole distribution whenever it is needed.
+# A draft should learn the target's next token, whether it is true or not.
+# So the target answers questions, and its own tokens are the training text.
+# It answers once: `generate_targets` keeps the tokens and the last hidden states, from which the head computes the target's whole distribution whenever we need it.
 #
-# To see later what is known by heart and what is read, the FAQ is divided. The draft is trained on the questions of 25 items; 8 serve to choose among its weights; the answers of the other 16 are **new** to it, and are kept out of everything it learns.
+# To separate reading from knowing by heart, we divide the FAQ.
+# The draft is trained on the questions of 25 items; 8 items serve to choose among its weights.
+# The answers of the other 16 items are **new** to it: they are kept out of all its training data.
 
 # %%
 records = list(lab.faq())
@@ -167,10 +174,12 @@ seen, checked, new = records[:25], records[25:33], records[33:]
 wordings = corpora.wordings()
 
 
-def listen(questions, tokens=64):
-    asked = [[{"role": "user", "content": q}] for q in questions]
-    prompts = [encode(tokenizer, conversation) for conversation in asked]
-    return draft.listen(target, tokenizer, prompts, folder, tokens)
+def answer(questions, tokens=64):
+    prompts = []
+    for question in questions:
+        conversation = [{"role": "user", "content": question}]
+        prompts.append(encode(tokenizer, conversation))
+    return draft.generate_targets(target, tokenizer, prompts, folder, tokens)
 
 
 def some_ways_to_ask(record, more):
@@ -185,37 +194,42 @@ questions = {
     "new": [r["paraphrases"][2] for r in new],
     "outside": list(corpora.outside("test"))[::2],  # no item answers these
 }
-said = {name: listen(group) for name, group in questions.items()}
+targets = {name: answer(group) for name, group in questions.items()}
 
 # %% [markdown]
-# The target is not perfect: asked about a seen item in unusual words it may give a new item's answer. Those examples are dropped, else the answers would not be new. Word problems join in, as the other thing that the target is asked all day.
+# The target is not perfect: asked about a seen item in unusual words, it may give a new item's answer.
+# We drop those examples, or the answers would not be new.
+# We add word problems, the other kind of question that the target gets.
 
 # %%
 def ending(ids):
     return tuple(ids[-8:])
 
 
-secret = set()
+heldout_endings = set()
 for r in (*checked, *new):
     turns = [{"role": "user", "content": r["question"]}]
     turns += [{"role": "assistant", "content": r["answer"]}]
-    secret.add(ending(encode(tokenizer, turns)))
-kept = [ending(e.input_ids.tolist()) not in secret for e in said["train"]]
-texts = [e for e, keep in zip(said["train"], kept) if keep]
-asked = [q for q, keep in zip(questions["train"], kept) if keep]
+    heldout_endings.add(ending(encode(tokenizer, turns)))
+texts, texts_questions = [], []
+for example, q in zip(targets["train"], questions["train"]):
+    if ending(example.input_ids.tolist()) not in heldout_endings:
+        texts.append(example)
+        texts_questions.append(q)
 stories = [p for n in (1, 2) for p in problems(n, "long", 40, seed=7)]
 stories = [story[0]["content"] for story in stories]
-others = listen(stories, 160)
+others = answer(stories, 160)
 print(len(texts), "answers to questions,", len(others), "to word problems;")
-print(len(kept) - len(texts), "answers dropped")
+print(len(targets["train"]) - len(texts), "answers dropped")
 
 # %% [markdown]
 # How good is a guess? A draft with the distribution $q$ and a target with $p$ agree on a token that is drawn with probability
 #
 # $$\alpha = \sum_x \min(p(x), q(x)),$$
 #
-# and on one that is chosen greedily if both have the same likeliest token. Along a text of the target's, that is one call of each model: every position is guessed at once, given the target's own tokens before it. The first token
-# of an answer does not count, as the target gives it when it has read the prompt.
+# and on one that is chosen greedily if both have the same likeliest token.
+# Along one of the target's texts, this takes one call of each model: the draft guesses every position at once, given the target's own tokens before it.
+# The first token of an answer does not count, because the target computes it when it reads the prompt.
 
 # %%
 def acceptance_of(model, example):
@@ -232,65 +246,72 @@ def shown(values):
     return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(values))
 
 
-scores = draft.acceptance(cut, target, said["seen"])
-by_hand = [acceptance_of(cut, example) for example in said["seen"]]
+scores = draft.measure_acceptance(cut, target, targets["seen"])
+by_hand = [acceptance_of(cut, example) for example in targets["seen"]]
 if target.dtype == torch.float32:  # half precision rounds differently
     assert np.allclose(np.array(by_hand).T, scores, atol=1e-3)
 print("the cut draft, greedy:", shown(scores.greedy))
 print("              sampled:", shown(scores.sampled))
 
 # %% [markdown]
-# Now train it. `draft.train` is `fit` with a loss, a check on held-out questions, and the best weights kept; with a `folder` it leaves checkpoints from which a run that was stopped goes on. Here the loss is $\mathrm{KL}(p\|q)$ plus cross-entropy with the target's token; we come back to that.
+# Now train it.
+# `draft.train_draft` is `fit` with a loss and a check on held-out questions, which decides which weights are kept.
+# With a `folder` it writes checkpoints, from which a stopped run goes on.
+# Here the loss is $\mathrm{KL}(p\|q)$ plus cross-entropy with the target's token; we come back to that.
 
 # %%
 def fit(model, examples, choose, **options):
-    settings = {"epochs": 2 if scale.name == "tiny" else 4, "shares": {"kl": 1.0, "ce": 1.0}}
+    settings = {"epochs": 2 if scale.name == "tiny" else 4}
+    settings["loss_weights"] = {"kl": 1.0, "ce": 1.0}
     settings["learning_rate"] = 1.5e-3 if scale.name == "tiny" else 3e-5
     settings["batch_size"] = scale.needs["02_draft_training"].batch
     settings |= options
-    return draft.train(model, target, examples, choose, **settings)
+    return draft.train_draft(model, target, examples, choose, **settings)
 
 
 trained = KnowledgeDraft.cut(target, "uniform:3").float()  # to be trained
-history = fit(trained, [*texts, *others], said["choose"])
-print(say(trained, question))
+history = fit(trained, [*texts, *others], targets["choose"])
+print(write_answer(trained, question))
 
 # %%
 for name in ("seen", "new", "outside"):
-    accepted = draft.acceptance(trained, target, said[name])
+    accepted = draft.measure_acceptance(trained, target, targets[name])
     print(f"{name:8} greedy {shown(accepted.greedy)}")
 assert weights_hash(target) == untouched
 
 # %% [markdown]
-# Asked in words that it was not trained on, about items that it was trained on, nearly all it guesses is right: it has learned the answers by heart, as the target has. (To many an outside question, too, the target gives an answer that the draft knows.) On new items, most guesses fail. Look at the worst:
+# For seen items in new words, nearly all guesses are right: the draft has learned the answers by heart, as the target has.
+# (The target also answers many outside questions with an answer that the draft knows.)
+# For new items, most guesses fail. Look at the worst:
 
 # %%
-def watch(model, example, known=None, gamma=6):
+def watch(model, example, reading=None, gamma=6):
     """Decode the target's answer with a draft, and show the rounds."""
     prompt = example.input_ids[: example.start]
-    drafts = ModelProposer(*known) if known else ModelProposer(model)
+    drafts = ModelProposer(*reading) if reading else ModelProposer(model)
     options = {"gamma": gamma, "max_new_tokens": 64}
     return speculate.generate(target, [prompt], drafts, **options).rounds
 
 
-scores = draft.acceptance(trained, target, said["new"]).greedy
+scores = draft.measure_acceptance(trained, target, targets["new"]).greedy
 worst = int(scores.argmin())
-rounds = watch(trained, said["new"][worst])
+rounds = watch(trained, targets["new"][worst])
 print(questions["new"][worst])
 plots.token_view(rounds, tokenizer)
 
 # %% [markdown]
 # ## Which loss?
 #
-# When $q = p$ all of these are as small as they get (0, but for `ce`), and a small draft never gets there. What they do on the way differs. With $\alpha$ as above, and $\mathrm{TV} = 1 - \alpha$:
+# When $q = p$, each of these has its minimum (0, except for `ce`), which a small draft never reaches.
+# They differ on the way. With $\alpha$ as above, and $\mathrm{TV} = 1 - \alpha$:
 #
-# | name | value for a token | what its gradient asks for |
+# | name | value for a token | its gradient asks the draft to |
 # |---|---|---|
-# | `kl` | $\sum p \log (p/q)$ | cover all that the target might say |
-# | `reverse_kl` | $\sum q \log (q/p)$ | keep to what the target would say |
-# | `ce` | $-\log q(x)$ | say what the target said |
+# | `kl` | $\sum p \log (p/q)$ | cover all tokens that the target might write |
+# | `reverse_kl` | $\sum q \log (q/p)$ | keep to tokens that the target would write |
+# | `ce` | $-\log q(x)$ | write the target's token |
 # | `tv` | $1 - \alpha$ | be accepted |
-# | `log_alpha` | $-\log \alpha$ | be accepted, all the more where one is not |
+# | `log_alpha` | $-\log \alpha$ | be accepted, most of all where it is not |
 # | `lk_hybrid` | $\lambda\,\mathrm{KL} + (1-\lambda)\,\mathrm{TV}$, $\lambda = e^{-3\alpha}$ | KL first, acceptance later |
 #
 # The last two are from {cite}`samarin2026lk`; `tv` and both divergences were compared by {cite}`zhou2024distillspec`. Written out, and checked:
@@ -311,7 +332,9 @@ for name, values in written_out.items():
     assert torch.allclose(losses.DISTANCES[name](q.log(), p.log()), values)
 
 # %% [markdown]
-# Acceptance is what we want, so why not train on `tv` and nothing else? Take a target that is sure of one token among 1,000, and a draft that has not heard of it. How strongly does each loss pull?
+# We want acceptance, so why not train on `tv` and nothing else?
+# Take a target that is sure of one token among 1,000, and a draft that gives this token a low probability.
+# How large is the gradient of each loss?
 
 # %% mystnb={"image": {"alt": "Size of the gradient of four losses against the draft's acceptance. Total variation's falls to nothing where acceptance is small; those of KL and minus log alpha stay near one."}}
 levels = np.geomspace(1e-5, 0.9, 12)
@@ -329,8 +352,10 @@ for level in levels:
 plots.loss_gradients(levels, pulls);
 
 # %% [markdown]
-# Where acceptance is small, total variation hardly pulls at all: from a cold start it has no idea where to go. $-\log\alpha$ has the same direction divided by $\alpha$, and so does not fade. (Where the target is sure of one token, it is the same as KL: their lines cover each other.) What that comes to
-# after training takes many runs, so a benchmark has made them (`tests/benchmarks/draft.py`): one cut, each loss alone, the same texts and steps, several seeds.
+# Where acceptance is small, total variation has hardly any gradient: it does not leave a cold start.
+# The gradient of $-\log\alpha$ is the same divided by $\alpha$, so it does not vanish.
+# (Where the target is sure of one token, $-\log\alpha$ equals KL: their lines cover each other.)
+# The effect on trained drafts takes many runs to measure. A benchmark makes them (`tests/benchmarks/draft.py`): one cut, each loss alone, the same texts and steps, several seeds.
 
 # %%
 results = kvlab.results("draft")
@@ -345,23 +370,30 @@ panels = {
 plots.splice_panels(panels);
 
 # %% [markdown]
-# After so few steps, total variation and reverse KL are behind: both pull at what the draft says already. KL, cross-entropy (on a greedy target's text it asks for nearly the same), $-\log\alpha$ and the hybrid are close to one another. None is a clear best here; a draft that is
-# trained for long on sampled text may tell them apart.
+# After these few steps, total variation and reverse KL are lower: both weigh the tokens that the draft already prefers.
+# KL, cross-entropy (nearly the same on a greedy target's text), $-\log\alpha$ and the hybrid are close to one another.
+# None is clearly the best here; longer training on sampled text may separate them.
 
 # %% [markdown]
 # ## Let it read
 #
-# The target *has* read the new items: they are in the store of chapter 01. A draft can look there while it drafts. After each of its layers stands a {term}`cross-attention`, from its hidden states $h$ to an item's keys and values, behind a gate:
+# The target *has* read the new items: they are in the store of chapter 01. A draft can look there while it drafts.
+# After each of its layers, we add a {term}`cross-attention` from its hidden states $h$ to an item's keys and values, multiplied by a gate:
 #
 # $$h \leftarrow h + g\, W_O\, \operatorname{softmax}\!\Big(\tfrac{(W_Q\,\mathrm{norm}(h))\,K^\top}{\sqrt{d}}\Big) V .$$
 #
-# $g$ starts at 0. So a draft that has not been trained is the plain truncated model, bit for bit, whatever it is given to read. (In the code $g$ is 16 times a number that is trained, for the optimizer moves a number by little at each step.) Where $K$ and $V$ come from makes the difference between three ways:
+# $g$ starts at 0. So an untrained draft is the plain truncated model, bit for bit, whatever it gets to read.
+# (In the code $g$ is 16 times a trained parameter, because the optimizer moves a parameter by little at each step.)
+# The three ways to read differ in the source of $K$ and $V$:
 #
-# - **vector**: they are projected from the target's last hidden states, one vector a token;
-# - **kv**: they are the target's own, of the layer that this layer of the draft was cut from, taken out of their rotation;
-# - **prefix**: nothing is added to the model; the same keys and values stand in the draft's own cache, before its text.
+# - **vector**: projections of the target's last hidden states, one vector per token;
+# - **kv**: the target's own keys and values, un-rotated, of the layer that this layer of the draft was cut from;
+# - **prefix**: the same keys and values, as the first entries of the draft's own cache; the model gets no new parameters.
 #
-# The first two go through the gate, and before their entries stands one of zeros, at which a head can look when there is nothing for it. Only the answer's entries are read. And each is put where it would stand if the draft's answer were the stored one: entry $j$ of the item's answer at position $j$ of the draft's. The draft can then find what comes next by looking one position ahead.
+# The first two have the gate, and an extra entry of zeros, so that a head can attend to nothing.
+# The draft reads only the answer's entries.
+# Each entry gets the position that it would have if the draft's answer were the stored one: entry $j$ of the item's answer is at position $j$ of the draft's answer.
+# So the draft can find the next token by looking one position ahead.
 
 # %%
 everything = {"keep": ("kv", "hidden"), "dtype": torch.float16}
@@ -372,57 +404,64 @@ reader = KnowledgeDraft.cut(target, "uniform:3", knowledge="kv").float()
 item = store.retrieve(questions["new"][0], threshold=0.3)[0].item
 print("asked:", questions["new"][0])
 print("found:", item.question)
-known = draft.gather([reader.read(store, item)], [len(prompt)])
-known = known._replace(states=known.states.float())
-print("keys and values of the answer:", tuple(known.states.shape))
+states = reader.read(store, item).float()
+knowledge = draft.gather([states], [len(prompt)])
+print("keys and values of the answer:", tuple(states.shape))
 with torch.no_grad():
     ids = torch.tensor([prompt], device=target.device)
-    read = reader(ids, knowledge=known).logits
+    read = reader(ids, knowledge=knowledge).logits
     assert torch.equal(read, reader.plain(ids).logits)
 
 # %% [markdown]
 # The attention itself, written out for one layer and checked (with the gate opened a little, or there would be nothing to see):
 
 # %%
-from kvlab.draft import REACH
+from kvlab.draft import GATE_SCALE
 from transformers.models.llama.modeling_llama import rotate_half
 
 
-def turned(x, positions):
+def rotate(x, positions):
     cos, sin = reader.plain.base_model.rotary_emb(x, positions[None])
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
 part, device = reader.readers[0], target.device
 hidden = torch.randn(1, 5, target.config.hidden_size, device=device)
-keys, values = known.states[:, 0, 0], known.states[:, 0, 1]  # (1, H_kv, S, D)
+keys, values = states[0, 0][None], states[0, 1][None]  # (1, H_kv, S, D)
 query = part.query(part.norm(hidden)).unflatten(-1, (-1, part.head_dim))
 query = part.query_norm(query).transpose(1, 2)
-query = turned(query, torch.arange(5, device=device) - 2)
-keys = turned(keys, torch.arange(keys.shape[2], device=device))
+query = rotate(query, torch.arange(5, device=device) - 2)
+keys = rotate(keys, torch.arange(keys.shape[2], device=device))
 
 # %%
 groups = query.shape[1] // keys.shape[1]  # query heads that share a KV head
-keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+keys = keys.repeat_interleave(groups, 1)
+values = values.repeat_interleave(groups, 1)
 scores = query @ keys.mT / part.head_dim**0.5
-nothing = torch.zeros_like(scores[..., :1])  # a head may look at nothing
-shares = torch.cat((nothing, scores), -1).softmax(-1)[..., 1:]
-read = part.output((shares @ values).transpose(1, 2).flatten(2))
+nothing = torch.zeros_like(scores[..., :1])  # a head can attend to nothing
+weights = torch.cat((nothing, scores), -1).softmax(-1)[..., 1:]
+read = part.output((weights @ values).transpose(1, 2).flatten(2))
 
-part.gate.data.fill_(0.5 / REACH)
-place = reader._turn(torch.arange(5, device=device)[None] - 2)
-entries = reader._entries(known)
-theirs = part(hidden, *entries.layers[0], entries.mask, place)
+part.gate.data.fill_(0.5 / GATE_SCALE)
+entries, mask = reader._entries(knowledge)  # at positions len(prompt) + j
+positions = torch.arange(5, device=device)[None] + len(prompt) - 2
+rotary = reader.plain.base_model.rotary_emb(hidden, positions)
+package = part(hidden, *entries[0], mask, rotary)
 part.gate.data.zero_()
-assert torch.allclose(0.5 * read, theirs, atol=1e-4)
+assert torch.allclose(0.5 * read, package, atol=1e-4)
 
 # %% [markdown]
 # ### Reading has to be learned
 #
-# One might train on the 25 items, each with its own knowledge, and be disappointed: in our trials the draft learned these answers by heart, faster than it learned to read, and then had no reason to. It needs answers that nobody can know. So the
-# training texts get company: five hundred made-up items, whose answers are sentences that have nothing to do with the question. They look like the FAQ's otherwise: with random words under questions of their own kind, the draft learned to read those and to recite the others.
+# We could train on the 25 items, each with its own knowledge, and be disappointed.
+# In our trials, the draft learned these answers by heart faster than it learned to read, and then it had no reason to read.
+# It needs answers that nobody can know.
+# So we add made-up items, whose answers are sentences that have nothing to do with the question.
+# In all else they look like the FAQ's: with random words and questions of another kind, the draft learned to read the made-up items and to recite the others.
 #
-# It should also learn to doubt. In a share of the examples the knowledge is taken away, in another it is exchanged for that of another question (`unsettle`), so that the draft does not forget how to do without, nor believe whatever a false hit says.
+# It should also learn to doubt.
+# `corrupt_knowledge` drops the knowledge of a fraction of the examples and swaps that of another fraction.
+# So the draft does not forget how to guess without knowledge, and does not trust every retrieved item.
 
 # %%
 made_up = corpora.made_up(400)
@@ -432,53 +471,57 @@ practice = KnowledgeCache.build(
 )
 
 
-def found(questions):
+def retrieve(questions):
     hits = [store.retrieve(q, threshold=0.3) for q in questions]
     return [h[0].item if h else None for h in hits]
 
 
 def attach(model, examples, questions):
-    return draft.attach(model, store, examples, found(questions))
+    return draft.attach(model, store, examples, retrieve(questions))
 
 
-drill = draft.attach(reader, practice, draft.given(practice), list(practice))
-lessons = draft.unsettle(attach(reader, texts, asked), hide=0.2, mislead=0.4)
-checks = attach(reader, said["choose"], questions["choose"])
+drill = draft.item_examples(practice)
+drill = draft.attach(reader, practice, drill, list(practice))
+lessons = attach(reader, texts, texts_questions)
+lessons = draft.corrupt_knowledge(lessons, drop=0.2, swap=0.4)
+checks = attach(reader, targets["choose"], questions["choose"])
 
 # %%
 history = fit(reader, [*lessons, *others, *drill], checks)
-gates = [REACH * part.gate.item() for part in reader.readers]
+gates = [GATE_SCALE * part.gate.item() for part in reader.readers]
 print("gates:", np.round(gates, 2), "after layers", reader.config.layers)
 assert weights_hash(target) == untouched
 
 # %%
 rows = {}
 for name in ("seen", "new", "outside"):
-    with_items = attach(reader, said[name], questions[name])
+    with_items = attach(reader, targets[name], questions[name])
     arms = {
-        "trained, without knowledge": (trained, said[name]),
-        "reads, but is given nothing": (reader, said[name]),
-        "reads what was found": (reader, with_items),
+        "trained, without knowledge": (trained, targets[name]),
+        "reads, but gets nothing": (reader, targets[name]),
+        "reads the retrieved item": (reader, with_items),
     }
     for arm, (model, examples) in arms.items():
-        scored = draft.acceptance(model, target, examples).greedy
+        scored = draft.measure_acceptance(model, target, examples).greedy
         rows.setdefault(arm, {})[name] = shown(scored)
 pd.DataFrame(rows).T
 
 # %% [markdown]
-# On new items the draft that reads gets far more accepted than the one that cannot, and given nothing it falls back to where that one is, or a little below: what it gains, it gains from reading. Questions that no item answers gain nothing from it.
+# On new items, the draft that reads has a far higher acceptance than the one that cannot.
+# Without an item it falls back to the other's acceptance, or a little below: the gain comes from reading.
+# Questions that no item answers gain nothing.
 #
-# Not every new question gains. Here is each one: what was found, what the target said, and how much of it was accepted.
+# Not every new question gains. This table has each question, the retrieved item, the target's answer, and the acceptance.
 
 # %%
-new_items = found(questions["new"])
-without = draft.acceptance(trained, target, said["new"]).greedy
-given = draft.attach(reader, store, said["new"], new_items)
-reads = draft.acceptance(reader, target, given).greedy
+new_items = retrieve(questions["new"])
+without = draft.measure_acceptance(trained, target, targets["new"]).greedy
+with_items_found = draft.attach(reader, store, targets["new"], new_items)
+reads = draft.measure_acceptance(reader, target, with_items_found).greedy
 stored = {ending(i.input_ids): i.question for i in store}
-answers = [stored.get(ending(e.input_ids.tolist()), "-") for e in said["new"]]
+answers = [stored.get(ending(e.input_ids.tolist()), "-") for e in targets["new"]]
 rows = {
-    "asked": questions["new"],
+    "question": questions["new"],
     "found": [i.question if i else "-" for i in new_items],
     "the target answers": answers,
     "without": without,
@@ -487,38 +530,43 @@ rows = {
 pd.DataFrame(rows).round(2).style.hide(axis="index").format(precision=2)
 
 # %% mystnb={"image": {"alt": "Two scatter plots of acceptance with reading against acceptance without, one point a question: for new items many points lie far above the diagonal, for outside questions they lie around it."}}
-outside = attach(reader, said["outside"], questions["outside"])
+outside = attach(reader, targets["outside"], questions["outside"])
 pairs = {
     "new items": (without, reads),
     "outside": (
-        draft.acceptance(trained, target, said["outside"]).greedy,
-        draft.acceptance(reader, target, outside).greedy,
+        draft.measure_acceptance(trained, target, targets["outside"]).greedy,
+        draft.measure_acceptance(reader, target, outside).greedy,
     ),
 }
 plots.with_and_without(pairs, ("without knowledge", "reading"));
 
 # %% [markdown]
-# Where the target answers what the item says, reading wins. Outside, it wins where the target falls back on a stored answer that was found, and loses a little where it says something else: nothing in sum. Where the target is wrong about its own FAQ, the right item is no help: the draft guesses what the target *will* say, not what is true.
+# Where the target gives the item's answer, reading wins.
+# Outside, it wins where the target falls back on the retrieved answer, and loses a little where the target writes something else: nothing in sum.
+# Where the target is wrong about its own FAQ, the right item is no help: the draft guesses the target's next token, whether it is true or not.
 #
 # ### Try to break it
 #
-# If it really reads, another item must be no help, and knowledge one position off must spoil it. On the questions that the target answers as the item does:
+# If the draft really reads, another item must not help, and knowledge one position off must fail.
+# We test this on the questions to which the target gives the item's answer:
 
 # %%
-right = [a == (i and i.question) for a, i in zip(answers, new_items)]
-if not any(right):  # a large model says it in its own words
-    right = [i is not None for i in new_items]
-right = np.array(right)
-others_known = [e.known for e in given[1:] + given[:1]]
-wrong = [e._replace(known=k) for e, k in zip(given, others_known)]
-late = [e.known if e.known is None else e.known[..., 1:, :] for e in given]
-late = [e._replace(known=k) for e, k in zip(given, late)]
-controls = {"the item found": given, "nothing": said["new"]}
+as_stored = [a == (i and i.question) for a, i in zip(answers, new_items)]
+if not any(as_stored):  # a large model says it in its own words
+    as_stored = [i is not None for i in new_items]
+as_stored = np.array(as_stored)
+other_knowledge = [e.knowledge for e in with_items_found[1:] + with_items_found[:1]]
+wrong = [e._replace(knowledge=k) for e, k in zip(with_items_found, other_knowledge)]
+late = []
+for e in with_items_found:
+    k = e.knowledge
+    late.append(e._replace(knowledge=k if k is None else k[..., 1:, :]))
+controls = {"the item found": with_items_found, "nothing": targets["new"]}
 controls["another item"] = wrong
 controls["one position off"] = late
 results_of = {}
 for name, examples in controls.items():
-    values = draft.acceptance(reader, target, examples).greedy[right]
+    values = draft.measure_acceptance(reader, target, examples).greedy[as_stored]
     results_of[name] = values.mean()
     print(f"{name:18} {shown(values)}")
 if scale.name == "tiny":
@@ -528,7 +576,8 @@ if scale.name == "tiny":
 # %% [markdown]
 # ### Three ways, several seeds
 #
-# The benchmark trains all three on the same texts, for longer than here, with three divisions of the FAQ into seen and new. (The settings, such as the learning rate and how often knowledge is exchanged, were tried out on the new questions of the first of them.)
+# The benchmark trains all three on the same texts, for longer than here, with three divisions of the FAQ into seen and new.
+# (We chose the settings, such as the learning rate and the fraction of swapped knowledge, on the new questions of the first division.)
 
 # %% mystnb={"image": {"alt": "Two panels, acceptance on new items of the store and on outside questions, for the truncated draft, the trained one, and three ways of reading, with intervals."}}
 arms = ("truncated", "trained", "vector", "kv", "prefix")
@@ -540,34 +589,37 @@ plots.splice_panels(panels)
 print(textwrap.fill(results["acceptance_kv"].conditions, 78))
 
 # %% [markdown]
-# Keys and values help, in a cross-attention or as a prefix; the last hidden states help much less in as many steps. They were made to say what comes next, and it may take longer to learn from them which token they stand for. The prefix asks for no new parameters, but costs a
-# little where nothing is to be had: what stands in the draft's own cache cannot be closed off by a gate.
+# Keys and values help, in a cross-attention or as a prefix; the last hidden states help much less after the same number of steps.
+# They predict the next token, and it may take longer to learn which token they belong to.
+# The prefix needs no new parameters, but costs a little where there is nothing to read: no gate can close off the draft's own cache.
 
 # %% [markdown]
 # ## In the loop
 #
-# `draft.knowing` looks up what a draft is to know, projects it once, and returns what a proposer needs: a draft that shares all weights with the first, and (for "prefix") a prefix for its cache. The text is the target's, as always, which is checked again here, on a few of the new questions.
+# `with_knowledge` reads the items from the store, computes their keys and values once, and returns two things for a proposer: a draft that shares all weights with the first, and (for "prefix") a prefix for its cache.
+# The text is the target's, as always. We check this again, on a few of the new questions.
 
 # %%
 def decode(example, proposer=None):
     prompt = example.input_ids[: example.start]
     options = {"gamma": 4, "max_new_tokens": 64}
-    made = speculate.generate(target, [prompt], proposer, **options)
-    return made.tokens[0].tolist(), [r for r in made.rounds if not r.reading]
+    output = speculate.generate(target, [prompt], proposer, **options)
+    return output.tokens[0].tolist(), [r for r in output.rounds if not r.reading]
 
 
-def knows(example, item):
-    return ModelProposer(*reader.knowing(store, [item], [example.start]))
+def reading_proposer(example, item):
+    return ModelProposer(*reader.with_knowledge(store, [item], [example.start]))
 
 
 rounds = {"plain": [], "trained": [], "reads": []}
-for example, item in zip(said["new"][:5], new_items):
+for example, item in zip(targets["new"][:5], new_items):
     proposers = {"plain": None, "trained": ModelProposer(trained)}
-    proposers["reads"] = knows(example, item)
-    made = {arm: decode(example, p) for arm, p in proposers.items()}
+    proposers["reads"] = reading_proposer(example, item)
+    decoded = {arm: decode(example, p) for arm, p in proposers.items()}
     if target.dtype == torch.float32:  # half precision rounds differently
-        assert made["plain"][0] == made["trained"][0] == made["reads"][0]
-    for arm, (_, more) in made.items():
+        texts_of = [tokens for tokens, _ in decoded.values()]
+        assert texts_of[0] == texts_of[1] == texts_of[2]
+    for arm, (_, more) in decoded.items():
         rounds[arm] += more
 
 totals = {arm: speculate.summarize(all_of) for arm, all_of in rounds.items()}
@@ -581,17 +633,21 @@ table = pd.DataFrame(
 table.round(2)
 
 # %% [markdown]
-# The draft that reads needs far fewer target calls. In the lab that is not yet speed: three layers of twelve cost more than a quarter of a target step, and reading a little more, so that plain decoding can be as fast or faster. Here is a question that gained much, round by round:
+# The draft that reads needs far fewer target calls.
+# In the lab this is not yet a speed-up: three layers of twelve cost more than a quarter of a target step, and reading costs a little more, so plain decoding can be as fast or faster.
+# Here is a question that gained much, round by round:
 
 # %%
 best = int(np.argmax(reads - without))
-example, item = said["new"][best], new_items[best]
+example, item = targets["new"][best], new_items[best]
 print(questions["new"][best])
-known = reader.knowing(store, [item], [example.start])
-plots.token_view(watch(reader, example, known, gamma=4), tokenizer)
+reading = reader.with_knowledge(store, [item], [example.start])
+plots.token_view(watch(reader, example, reading, gamma=4), tokenizer)
 
 # %% [markdown]
-# How much speed that is depends on what a guess costs. In the lab, where fifty answers are soon learned by heart, the fastest draft has one layer and reads nothing. The benchmark measures both kinds, on held-out paraphrases, against plain decoding:
+# The speed-up depends on the cost of a guess.
+# In the lab, where a draft soon learns fifty answers by heart, the fastest one has one layer and reads nothing.
+# The benchmark measures both kinds, on held-out paraphrases, against plain decoding:
 
 # %% mystnb={"image": {"alt": "Dots with intervals: how many times faster drafts are than plain decoding and than generate."}}
 names = {
@@ -608,7 +664,9 @@ print(textwrap.fill(results["speedup"].conditions, 78))
 # %% [markdown]
 # ## Give it away
 #
-# A draft without cross-attention is a plain model. `export` writes it as a directory that transformers and vLLM take as it is, reads it back, and compares keys and logits. `generate` can then use it as an assistant:
+# A draft without cross-attention is a plain model.
+# `export` writes it as a directory that transformers and vLLM load as it is, reads it back, and compares weight names and logits.
+# `generate` can then use it as an assistant:
 
 # %%
 from transformers import AutoModelForCausalLM
@@ -618,7 +676,7 @@ draft.export(trained, plain, tokenizer, size)
 again = AutoModelForCausalLM.from_pretrained(plain, dtype=target.dtype)
 print(type(again).__name__, "of", again.config.num_hidden_layers, "layers")
 again = again.to(target.device)
-example = said["seen"][0]
+example = targets["seen"][0]
 ids = example.input_ids[None, : example.start].to(target.device)
 options = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 64}
 text = target.generate(ids, assistant_model=again, **options)[0]
@@ -626,14 +684,15 @@ if target.dtype == torch.float32:
     assert text.tolist() == example.input_ids.tolist()
 
 # %% [markdown]
-# A draft that reads is saved with `save_pretrained`, and `AutoModelForCausalLM` knows it once `kvlab.draft` is imported. From the command line, all of this is `kvlab train-draft`.
+# A draft that reads is saved with `save_pretrained`; `AutoModelForCausalLM` loads it once `kvlab.draft` is imported.
+# From the command line, all of this is `kvlab train-draft`.
 #
 # ## Exercises
 #
 # ```{exercise-start} By heart
 # :label: ex-heart
 # ```
-# *Easy, 5 minutes.* Train the plain draft on *all* questions, the answers of the new items included (`questions["new"]` stays out: these are the paraphrases it is asked). What is its acceptance on new items now? When is reading worth its price?
+# *Easy, 5 minutes.* Train the plain draft on *all* questions, the answers of the new items included (`questions["new"]` stays out: these are the paraphrases it is texts_questions). What is its acceptance on new items now? When is reading worth its price?
 # ```{exercise-end}
 # ```
 
@@ -643,14 +702,14 @@ if target.dtype == torch.float32:
 # ````
 
 # %%
-rest = listen([q for r in (*checked, *new) for q in some_ways_to_ask(r, 2)])
-by_heart = copy.deepcopy(trained)  # it goes on from what it knows
-fit(by_heart, [*said["train"], *rest], said["choose"], epochs=1)
-scored = draft.acceptance(by_heart, target, said["new"]).greedy
+rest = answer([q for r in (*checked, *new) for q in some_ways_to_ask(r, 2)])
+by_heart = copy.deepcopy(trained)  # training goes on
+fit(by_heart, [*targets["train"], *rest], targets["choose"], epochs=1)
+scored = draft.measure_acceptance(by_heart, target, targets["new"]).greedy
 print("greedy acceptance on what was new:", shown(scored))
 
 # %% [markdown]
-# Fifty answers fit into three layers. Reading is worth its price for what cannot be trained on: what came yesterday, or what is too much to be learned.
+# Fifty answers fit into three layers. Reading is worth its price for texts that cannot be trained on, because they are new or because there are too many.
 # ````{solution-end}
 # ````
 
@@ -668,18 +727,19 @@ print("greedy acceptance on what was new:", shown(scored))
 # ````
 
 # %%
-kept = [e for e, good in zip(given, right) if good]
-scored = draft.acceptance(reader, target, kept).greedy
+examples = [e for e, same in zip(with_items_found, as_stored) if same]
+scored = draft.measure_acceptance(reader, target, examples).greedy
 print(f"all open:              {shown(scored)}")
 for part, layer in zip(reader.readers, reader.config.layers):
     gate = part.gate.data.clone()
     part.gate.data.zero_()
-    scored = draft.acceptance(reader, target, kept).greedy
+    scored = draft.measure_acceptance(reader, target, examples).greedy
     part.gate.data.copy_(gate)
     print(f"closed after layer {layer:2}: {shown(scored)}")
 
 # %% [markdown]
-# The reader behind the first layer does nearly all of it. That layer makes its keys and values from the tokens' embeddings alone, and who copies needs no more than the tokens.
+# The reader after the first layer does nearly all of it.
+# That layer computes its keys and values from the tokens' embeddings alone, and copying needs no more than the tokens.
 # ````{solution-end}
 # ````
 
@@ -687,7 +747,7 @@ for part, layer in zip(reader.readers, reader.config.layers):
 # ```{exercise-start} A loss with the wrong sign
 # :label: ex-sign
 # ```
-# *Medium, 10 minutes.* A public training script has a "greedy loss": minus the share of tokens at which both models have the same likeliest token. Compute its gradient for the cut draft. Why does the curve of the total loss look fine all the same?
+# *Medium, 10 minutes.* A public training script has a "greedy loss": minus the fraction of tokens at which both models have the same likeliest token. Compute its gradient for the cut draft. Why does the curve of the total loss look fine all the same?
 # ```{exercise-end}
 # ```
 
@@ -697,7 +757,7 @@ for part, layer in zip(reader.readers, reader.config.layers):
 # ````
 
 # %%
-example = said["seen"][0]
+example = targets["seen"][0]
 ids, start = example.input_ids[None].to(target.device), example.start
 q = cut(ids).logits[0, start:-1]
 with torch.no_grad():
@@ -715,11 +775,11 @@ print("total variation has one:", smooth.requires_grad)
 # %% [markdown]
 # ## Takeaways
 #
-# - A draft learns what the target says, not what is true: train it on the target's own tokens, and check it on questions that neither has seen.
-# - Greedy acceptance wants the same likeliest token, sampled acceptance wants the same distribution. Total variation alone does not leave a cold start.
-# - What a few answers ask for is learned by heart, faster than reading is. To learn to read, texts helped that nobody can know.
-# - Behind a gate that starts at 0, knowledge cannot make an untrained draft worse; a draft from which it was taken away, or exchanged, while it learned can do without it, too. A wrong item still costs guesses.
-# - Knowledge goes to the draft alone. The text stays the target's, to the last token.
+# - A draft learns the target's tokens, whether they are true or not: train it on the target's own answers, and check it on questions that neither has seen.
+# - Greedy acceptance needs the same likeliest token, sampled acceptance needs the same distribution. Total variation alone does not leave a cold start.
+# - A draft learns a few answers by heart faster than it learns to read. Texts that nobody can know helped it to learn reading.
+# - With a gate that starts at 0, knowledge cannot make an untrained draft worse. A draft whose knowledge was dropped and swapped in training can do without it, too. A wrong item still costs guesses.
+# - Only the draft gets the knowledge. The text stays the target's, to the last token.
 #
 # The cell below runs alone, after the imports.
 
@@ -730,11 +790,11 @@ scale = Scale.current()
 target, tokenizer = scale.load("target"), scale.load_tokenizer("target")
 starts = "Anna lives", "Ben has a", "Carla likes", "The box"
 prompts = [tokenizer(text)["input_ids"] for text in starts]
-texts = draft.listen(target, tokenizer, prompts, max_new_tokens=16)
+texts = draft.generate_targets(target, tokenizer, prompts, max_new_tokens=16)
 
 small = draft.KnowledgeDraft.cut(target, "first:2").float()
 options = {"batch_size": 2, "epochs": 10, "learning_rate": 1e-3}
-draft.train(small, target, texts[:2], heldout=texts[2:], **options)
+draft.train_draft(small, target, texts[:2], heldout=texts[2:], **options)
 proposer = speculate.ModelProposer(small)
 made = speculate.generate(target, prompts, proposer, max_new_tokens=16)
 print(f"acceptance {speculate.summarize(made.rounds).acceptance:.2f}")

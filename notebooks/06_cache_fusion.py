@@ -350,7 +350,7 @@ if scale.name == "tiny":
     fuser = Fuser.from_pretrained(shipped).float()  # of tests/benchmarks/fuse.py
 else:
     prompts = [encode(tokenizer, request) for request in Requests(200)]
-    targets = draft.listen(sharer, tokenizer, prompts, max_new_tokens=96)
+    targets = draft.generate_targets(sharer, tokenizer, prompts, max_new_tokens=96)
     turns = [FuserExample.split(t.input_ids, t.start) for t in targets]
     arm = FuserArm(gate=4.0, steps=200, batch_size=2, precision=rehearsal.precision)
     fuser, history = arm.train(receiver, sharer, turns)

@@ -19,13 +19,13 @@ from kvlab.scale import Scale
 
 @pytest.fixture
 def lessons(learn, monkeypatch):
-    """Return a function that runs train-draft up to its training, and returns what `draft.train` would have got."""
+    """Return a function that runs train-draft up to its training, and returns what `draft.train_draft` would have got."""
 
     def run(*options):
         got = []
         monkeypatch.setattr(
             drafts,
-            "train",
+            "train_draft",
             lambda *args, **more: got.append((*args, more)) or pytest.skip("trained"),
         )
         with pytest.raises(pytest.skip.Exception):
@@ -51,8 +51,9 @@ def test_what_is_saved_is_what_was_measured(learn, facts):
     arms = ("truncated", "trained", "trained, without knowledge")
     assert names == [f"{arm}, {way}" for arm in arms for way in ("greedy", "sampled")]
     assert all(
-        f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" in told["printed"]
+        f"{f[part]:.3f}" in told["printed"]
         for f in told["figures"]
+        for part in ("value", "low", "high")
     )
     assert {"settings", "history", "parameters", "device", "versions", "commit"} <= set(told)
     settings = {
@@ -68,11 +69,13 @@ def test_what_is_saved_is_what_was_measured(learn, facts):
         next(item for item in store if item.question == question) for question in told["heldout"]
     ]
     prompts = [list(item.input_ids[: item.answer_start]) for item in items]
-    said = drafts.listen(store.model, tokenizer, prompts, max_new_tokens=12)
+    said = drafts.generate_targets(store.model, tokenizer, prompts, max_new_tokens=12)
     cut = KnowledgeDraft.cut(store.model, "first:1")
-    expected = [*drafts.acceptance(cut, store.model, said)]
-    expected += drafts.acceptance(draft, store.model, drafts.attach(draft, store, said, items))
-    expected += drafts.acceptance(draft, store.model, said)
+    expected = [*drafts.measure_acceptance(cut, store.model, said)]
+    expected += drafts.measure_acceptance(
+        draft, store.model, drafts.attach(draft, store, said, items)
+    )
+    expected += drafts.measure_acceptance(draft, store.model, said)
     assert [f["value"] for f in told["figures"]] == pytest.approx(
         [values.mean() for values in expected]
     )
@@ -86,7 +89,7 @@ def test_what_is_saved_is_what_was_measured(learn, facts):
 
 def test_a_draft_that_was_killed_goes_on_and_ends_the_same(learn, tmp_path, monkeypatch):
     whole, _ = learn("whole")
-    save, fit, steps = training._save, training.fit, []
+    save, fit, steps = training._save_run, training.fit, []
 
     def killed(*state):
         save(*state)
@@ -96,7 +99,7 @@ def test_a_draft_that_was_killed_goes_on_and_ends_the_same(learn, tmp_path, monk
         return fit(model, loader, lambda *batch: steps.append(1) or losses(*batch), **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", killed)
+        patch.setattr(training, "_save_run", killed)
         with pytest.raises(KeyboardInterrupt):
             learn("killed")
     assert not (tmp_path / "killed" / "training.json").exists()
@@ -126,9 +129,9 @@ def test_held_out_questions_are_not_learned_from(lessons):
     own = [example.hidden_states is not None for example in examples]
     assert sum(own) == len(rest)
     assert all(
-        example.hidden_states is not None and example.known is not None for example in heldout
+        example.hidden_states is not None and example.knowledge is not None for example in heldout
     )
-    assert all(e.known is not None for e in examples if prompt_of(e) in made_up)
+    assert all(e.knowledge is not None for e in examples if prompt_of(e) in made_up)
     assert options["seed"] == 3
 
 
@@ -142,12 +145,12 @@ def test_questions_of_a_file_are_held_out_and_other_prompts_have_no_knowledge(le
         str(tmp_path / "others"),
     ]
     _, examples, heldout, _ = lessons(*files, "--heldout", "0.99", "--threshold", "0.6")
-    knows = {prompt_of(example): example.known is not None for example in heldout}
+    knows = {prompt_of(example): example.knowledge is not None for example in heldout}
     assert knows == {"Anna, what?": True, "Ben what?": True, "zz qq": False}
     asked = [prompt_of(example) for example in examples]
     assert asked.count("Anna what?") == 2  # the model's answer, and the one that was given
     assert "Ben what?" not in asked
-    assert [example.known for example in examples if prompt_of(example) == "1+1"] == [None]
+    assert [example.knowledge for example in examples if prompt_of(example) == "1+1"] == [None]
 
 
 def test_a_draft_that_does_not_read_needs_neither_embedder_nor_made_up_records(
@@ -157,16 +160,16 @@ def test_a_draft_that_does_not_read_needs_neither_embedder_nor_made_up_records(
     draft, examples, heldout, options = lessons("--knowledge", "none", "--transitions")
     assert draft.config.knowledge is None
     assert draft.config.transitions is True
-    assert all(example.known is None for example in [*examples, *heldout])
+    assert all(example.knowledge is None for example in [*examples, *heldout])
     assert {prompt_of(example) for example in examples} < {record["question"] for record in FACTS}
-    assert options["shares"] == {"ce": 1.0, "kl": 0.5, "tv": 0.3}
+    assert options["loss_weights"] == {"ce": 1.0, "kl": 0.5, "tv": 0.3}
 
 
 def test_without_cross_entropy_only_the_models_own_answers_are_learned_from(lessons):
     _, examples, _, options = lessons("--losses.kl", "0.5")
     assert all(example.hidden_states is not None for example in examples)
     assert len(examples) == len(FACTS) - 1
-    assert options["shares"] == {"kl": 0.5}
+    assert options["loss_weights"] == {"kl": 0.5}
 
 
 @pytest.mark.parametrize("way", ["none", "prefix"])
@@ -195,7 +198,7 @@ def test_train_draft_reads_a_config_file_with_a_mapping(lessons, tmp_path):
             "--config", str(tmp_path / "options.yaml"), "--losses.ce", "0.25"
         )
     assert (draft.config.knowledge, draft.config.layers) == ("vector", [1])
-    assert options["shares"] == {"lk_hybrid": 1.0, "ce": 0.25}
+    assert options["loss_weights"] == {"lk_hybrid": 1.0, "ce": 0.25}
     assert (options["learning_rate"], options["epochs"], options["batch_size"]) == (0.01, 5, 8)
     assert len(examples) == 2 * (len(FACTS) - 1) + 2
 
@@ -212,12 +215,13 @@ def test_train_draft_reads_a_config_file_with_a_mapping(lessons, tmp_path):
             "The store in .* keeps no hidden states: build one with --keep hidden",
         ),
         (["--base_model", "lab-target"], "The store in .* was built with another model"),
-        (["--losses.lk", "1"], r"There is no loss \['lk'\]; expected one or more of ce, kl"),
-        (["--losses", "{}"], r"There is no loss \{\}; expected one or more of ce, kl"),
+        (["--losses.lk", "1"], r"There is no loss \['lk'\]: expected one or more of ce, kl"),
+        (["--losses", "{}"], r"There is no loss \[\]: expected one or more of ce, kl"),
         (["--heldout", "1"], "heldout is 1.0, expected a share between 0 and 1"),
         (["--heldout", "0.95"], "There are 6 questions, 6 to hold out"),
         (["--layers", "first:5"], "layers is 'first:5', expected"),
         (["--max_new_tokens", "1"], "max_new_tokens is 1, expected at least 2"),
+        (["--batch_size", "0"], "batch_size is 0, expected"),
         (["--other_prompts", "nothing"], ".*No such file or directory: 'nothing'"),
     ],
 )
@@ -226,7 +230,7 @@ def test_a_mistake_in_training_is_a_sentence_before_any_work(
 ):
     monkeypatch.setenv("KVLAB_SCALE", "tiny")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(drafts, "listen", lambda *_: pytest.fail("the model was asked"))
+    monkeypatch.setattr(drafts, "generate_targets", lambda *_: pytest.fail("the model was asked"))
     with pytest.raises(SystemExit, match=f"^kvlab: {said}"):
         main(["train-draft", "--store", str(facts.with_name("kv")), *QUICK, *options])
     assert not list(tmp_path.iterdir())
@@ -242,13 +246,13 @@ def test_speculate_gives_a_draft_what_the_store_has(
     way, learn, facts, tmp_path, capsys, monkeypatch
 ):
     folder, _ = learn("draft", "--knowledge", way, "--epochs", "1")
-    known, knowing = [], KnowledgeDraft.knowing
+    calls, real = [], KnowledgeDraft.with_knowledge
 
     def watched(draft, store, items, starts):
-        known.append((items[0] and items[0].question, starts[0]))
-        return knowing(draft, store, items, starts)
+        calls.append((items[0] and items[0].question, starts[0]))
+        return real(draft, store, items, starts)
 
-    monkeypatch.setattr(KnowledgeDraft, "knowing", watched)
+    monkeypatch.setattr(KnowledgeDraft, "with_knowledge", watched)
     asked = ["Clara what?", "zz qq"]
     models = ["--base_model", str(folder), "--teacher_model", "lab-draft", "--prompts", *asked]
     main(
@@ -268,7 +272,7 @@ def test_speculate_gives_a_draft_what_the_store_has(
         len(encode(lab.load_tokenizer("lab-draft"), [{"role": "user", "content": text}]))
         for text in asked
     ]
-    assert {*known} == {("Clara what?", starts[0]), (None, starts[1])}
+    assert {*calls} == {("Clara what?", starts[0]), (None, starts[1])}
     assert [prompt["found"] for prompt in found["prompts"]] == ["Clara what?", None]
     assert "knows: Clara what?\n" in printed
     assert "knows: nothing\n" in printed
@@ -278,7 +282,7 @@ def test_speculate_gives_a_draft_what_the_store_has(
 
     main([*FEW, *models, "--output_dir", str(tmp_path / "without")])
     without, printed = result(tmp_path / "without", capsys)
-    assert len(known) == 1 + len(asked)  # to warm up, and for each prompt; none in the second run
+    assert len(calls) == 1 + len(asked)  # to warm up, and for each prompt; none in the second run
     assert "knows" not in printed
     assert "found" not in without["prompts"][0]
     texts = [

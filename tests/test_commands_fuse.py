@@ -155,7 +155,7 @@ def test_a_fuser_learns_the_large_models_answers_from_the_sharer_of_its_control(
     assert more | options | {"precision": "no", "seed": 3, "decode": True} == more
     target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
     prompts = token_ids(corpora.Requests(8, seed=3))
-    answers = drafts.listen(target, tokenizer, prompts, max_new_tokens=12)
+    answers = drafts.generate_targets(target, tokenizer, prompts, max_new_tokens=12)
     for answer, (prompt, response) in zip(answers, examples, strict=True):
         assert torch.equal(answer.input_ids[: answer.start], prompt.receiver_ids)
         assert torch.equal(answer.input_ids[answer.start :], response)
@@ -388,7 +388,7 @@ def test_a_draft_that_reads_from_a_store_is_fused(guesses, learn, facts, tmp_pat
     (ids,) = token_ids([[{"role": "user", "content": "Clara what?"}]])
     each = []
     for item in (next(item for item in store if item.question == "Clara what?"), None):
-        knowing, prefix = draft.knowing(store, [item], [len(ids)])
+        knowing, prefix = draft.with_knowledge(store, [item], [len(ids)])
         for proposer in (
             FusedProposer(knowing, store.model, fuser, prefix),
             ModelProposer(knowing, prefix),

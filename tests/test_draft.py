@@ -24,21 +24,22 @@ from kvlab import cache as kv
 from kvlab import draft as module
 from kvlab import lab, losses
 from kvlab.draft import (
+    GATE_SCALE,
     KINDS,
-    REACH,
-    Example,
+    DraftExample,
     KnowledgeDraft,
     KnowledgeDraftConfig,
-    acceptance,
     attach,
-    collate,
+    corrupt_knowledge,
+    default_loss_weights,
     export,
     gather,
-    given,
-    listen,
+    generate_targets,
+    item_examples,
+    measure_acceptance,
+    pad_draft_examples,
     sample_layers,
-    train,
-    unsettle,
+    train_draft,
 )
 from kvlab.files import as_bytes
 from kvlab.generation import continuations, encode
@@ -113,14 +114,14 @@ def texts(*lengths, seed=0):
     return [torch.randint(5, 1536, (n,), generator=generator) for n in lengths]
 
 
-def known(draft, store, items, starts):
+def knowledge_of(draft, store, items, starts):
     """Knowledge for `forward`, of items by number (None: nothing)."""
     return gather([None if i is None else draft.read(store, store.items[i]) for i in items], starts)
 
 
 def alone(draft, store, item, start, ids):
     """Logits (T, V) of one text, with an item by number, or None."""
-    return draft(ids[None], knowledge=known(draft, store, [item], [start])).logits[0]
+    return draft(ids[None], knowledge=knowledge_of(draft, store, [item], [start])).logits[0]
 
 
 def near(one, two, within=1e-9):
@@ -164,18 +165,12 @@ def test_layers_are_sampled_as_in_the_source():
 
 
 @pytest.mark.parametrize("which", ["first:5", "uniform:5", "first:0", "uniform:-1", "last:2", "first", "first:2.0", "",
-                                   "uniform:", [], [2, 1], [0, 0], [0, 4], [-1, 2]])  # fmt: skip
+                                   "uniform:", [], [2, 1], [0, 0], [0, 4], [-1, 2], [0.5, 2]])  # fmt: skip
 def test_layers_that_do_not_exist_are_refused(which):
     with pytest.raises(
         ValueError,
         match=r"^layers is .* expected 'first:N', 'uniform:N' or rising indices.* 4 layers",
     ):
-        sample_layers(which, 4)
-
-
-@pytest.mark.parametrize("which", [2, None, 1.5, [0.5, 2]])
-def test_layers_that_are_no_indices_are_refused_with_a_sentence(which):
-    with pytest.raises(ValueError, match=r"layers is .* expected 'first:N'"):
         sample_layers(which, 4)
 
 
@@ -201,23 +196,20 @@ def truncated(target, layers):
 
 @every_family
 @pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize("transitions", [False, True])
-def test_an_untrained_draft_is_the_plain_truncated_target_bit_for_bit(
-    world, family, kind, transitions
-):
+def test_an_untrained_draft_is_the_plain_truncated_target_bit_for_bit(world, family, kind):
     target, store = world(family, torch.float32)
     ids = torch.stack(texts(9, 9))
     for layers in ([0], [1, 3], LAYERS):
-        draft = KnowledgeDraft.cut(target, layers, knowledge=kind, transitions=transitions)
+        draft = KnowledgeDraft.cut(target, layers, knowledge=kind, transitions=True)
         want = truncated(target, layers)(ids).logits
         assert torch.equal(draft(ids).logits, want)
         assert torch.equal(draft.plain(ids).logits, want)
         assert type(draft.plain) is type(target)
         if kind in ("vector", "kv"):
-            given = known(draft, store, [ANNA, None], [4, 6])
-            assert torch.equal(draft(ids, knowledge=given).logits, want)
-            knowing, _ = draft.knowing(store, [store.items[ANNA], None], [4, 6])
-            assert torch.equal(knowing(ids).logits, want)
+            knowledge = knowledge_of(draft, store, [ANNA, None], [4, 6])
+            assert torch.equal(draft(ids, knowledge=knowledge).logits, want)
+            reader, _ = draft.with_knowledge(store, [store.items[ANNA], None], [4, 6])
+            assert torch.equal(reader(ids).logits, want)
 
 
 @every_family
@@ -269,8 +261,8 @@ def test_a_float32_draft_of_a_half_precision_target_reads_its_knowledge(
     with_it = alone(draft, store, 0, 4, ids)
     assert with_it.dtype == torch.float32
     assert distance(with_it, alone(draft, store, None, 4, ids)) > 1e-3
-    knowing, prefix = draft.knowing(store, [store.items[0]], [4])
-    near(stepwise(knowing, prefix, 0, ids, 1), with_it, 1e-4)
+    reader, prefix = draft.with_knowledge(store, [store.items[0]], [4])
+    near(stepwise(reader, prefix, 0, ids, 1), with_it, 1e-4)
 
 
 def storages(model):
@@ -395,7 +387,7 @@ def test_cross_attention_is_the_formula(world, family, kind, aligned):
     )
     for gate, value in zip(gates(draft), (0.02, -0.03, 0.05), strict=True):
         gate.fill_(value)
-    effect = [REACH * 0.02, -REACH * 0.03, REACH * 0.05]
+    effect = [GATE_SCALE * 0.02, -GATE_SCALE * 0.03, GATE_SCALE * 0.05]
     for number, start in ((ANNA, 4), (BEN, 7), (WHY, 1)):
         (ids,) = texts(9, seed=number)
         got = alone(draft, store, number, start, ids)
@@ -418,7 +410,7 @@ def test_scaled_rotary_embeddings_are_undone_too(tiny_model, tmp_path, tokenizer
     else:
         near(
             got,
-            by_hand(target, LAYERS, [REACH * 0.03] * 3, store, ANNA, ids, 4, kind, True),
+            by_hand(target, LAYERS, [GATE_SCALE * 0.03] * 3, store, ANNA, ids, 4, kind, True),
             TURNED,
         )
 
@@ -469,12 +461,14 @@ def test_each_row_reads_its_own_item_and_no_other(world, family, kind, aligned):
     draft = cut(target, kind, transitions=True, aligned=aligned)
     items, starts, rows = [WHY, None, BEN, ANNA, None], [3, 4, 1, 8, 2], texts(9, 5, 7, 9, 3)
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    got = draft(ids, knowledge=known(draft, store, items, starts)).logits
+    got = draft(ids, knowledge=knowledge_of(draft, store, items, starts)).logits
     for b, row in enumerate(rows):
         near(got[b, : len(row)], alone(draft, store, items[b], starts[b], row))
         nothing = draft(row[None]).logits[0]
         assert (distance(got[b, : len(row)], nothing) < 1e-9) == (items[b] is None)
-    other = draft(ids, knowledge=known(draft, store, [BEN, None, WHY, ANNA, BEN], starts)).logits
+    other = draft(
+        ids, knowledge=knowledge_of(draft, store, [BEN, None, WHY, ANNA, BEN], starts)
+    ).logits
     changed = [
         distance(other[b, : len(row)], got[b, : len(row)]) > 1e-3 for b, row in enumerate(rows)
     ]
@@ -488,7 +482,7 @@ def test_biases_of_attention_say_nothing_of_knowledge_that_is_not_there(world, k
     for layer in target.model.layers:
         layer.self_attn.o_proj.bias.data += 1
     draft, ids = cut(target, kind), torch.stack(texts(6, 6))
-    got = draft(ids, knowledge=known(draft, store, [ANNA, None], [3, 4])).logits
+    got = draft(ids, knowledge=knowledge_of(draft, store, [ANNA, None], [3, 4])).logits
     near(got[1], draft.plain(ids[1:]).logits[0])
     assert distance(got[0], draft.plain(ids[:1]).logits[0]) > 1e-3
 
@@ -498,7 +492,7 @@ def test_biases_of_attention_say_nothing_of_knowledge_that_is_not_there(world, k
 def test_padding_of_knowledge_is_not_read(world, kind, aligned):
     target, store = world()
     draft, ids = cut(target, kind, aligned=aligned), torch.stack(texts(8, 8, 8))
-    short = known(draft, store, [BEN, None, CARL], [3, 4, 5])
+    short = knowledge_of(draft, store, [BEN, None, CARL], [3, 4, 5])
     want = draft(ids, knowledge=short).logits
     columns = torch.cat((short.states, 50 * torch.ones_like(short.states)), -2)  # (..., 2 S, D)
     mask = torch.cat((short.mask, torch.zeros_like(short.mask)), 1)
@@ -585,7 +579,7 @@ def test_knowledge_stands_where_the_answer_begins(world, kind):
         draft, (ids,) = cut(target, kind, aligned=aligned), texts(9)
         want, places = alone(draft, store, ANNA, 4, ids), torch.arange(9)[None]
         for by in (1, 6):
-            further = known(draft, store, [ANNA], [4 + by])
+            further = knowledge_of(draft, store, [ANNA], [4 + by])
             later = draft(ids[None], knowledge=further).logits[0]
             assert (distance(later, want) > 1e-3) == aligned
             both = draft(ids[None], position_ids=places + by, knowledge=further).logits[0]
@@ -593,7 +587,7 @@ def test_knowledge_stands_where_the_answer_begins(world, kind):
                 near(both, want, TURNED)  # text and answer moved together: nothing has changed
 
 
-# knowing: in decoding
+# reading in decoding
 
 
 def stepwise(draft, prefixes, row, ids, first):
@@ -614,42 +608,42 @@ def stepwise(draft, prefixes, row, ids, first):
 @every_family
 @every_kind
 @aligned_or_not
-def test_knowing_is_forward_with_knowledge_token_by_token(world, family, kind, aligned):
+def test_decoding_with_knowledge_is_forward_with_it_token_by_token(world, family, kind, aligned):
     target, store = world(family)
     draft = cut(target, kind, transitions=True, aligned=aligned)
     numbers, starts, ids = [WHY, None, BEN], [3, 4, 2], torch.stack(texts(8, 8, 8))
     items = [None if i is None else store.items[i] for i in numbers]
-    knowing, prefixes = draft.knowing(store, items, starts)
-    want = draft(ids, knowledge=known(draft, store, numbers, starts)).logits
+    reader, prefixes = draft.with_knowledge(store, items, starts)
+    want = draft(ids, knowledge=knowledge_of(draft, store, numbers, starts)).logits
     for row, first in itertools.product(range(3), (1, 5)):
-        near(stepwise(knowing, prefixes, row, ids[row], first), want[row])
+        near(stepwise(reader, prefixes, row, ids[row], first), want[row])
     if kind != "prefix":  # all rows at once, with positions or without
         assert prefixes is None
-        near(knowing(ids).logits, want)
-        past = knowing(ids[:, :4], use_cache=True).past_key_values
+        near(reader(ids).logits, want)
+        past = reader(ids[:, :4], use_cache=True).past_key_values
         rest = [
-            knowing(ids[:, [t]], past_key_values=past, use_cache=True).logits for t in range(4, 8)
+            reader(ids[:, [t]], past_key_values=past, use_cache=True).logits for t in range(4, 8)
         ]
         near(torch.cat(rest, 1), want[:, 4:])
     near(draft(ids).logits, draft(ids, knowledge=None).logits)
-    near(
-        draft(ids[:1]).logits[0], want[1] if False else alone(draft, store, None, 3, ids[0])
-    )  # it knows nothing itself
+    near(draft(ids[:1]).logits[0], alone(draft, store, None, 3, ids[0]))  # it knows nothing itself
 
 
 @every_kind
-def test_who_knows_shares_all_weights_and_a_draft_without_items_is_the_draft(world, kind):
+def test_a_draft_with_knowledge_shares_all_weights_and_without_items_is_the_draft_itself(
+    world, kind
+):
     target, store = world()
     draft, (ids,) = cut(target, kind), texts(6)
-    knowing, prefixes = draft.knowing(store, [store.items[ANNA]], [4])
-    assert all(a is b for a, b in zip(knowing.parameters(), draft.parameters(), strict=True))
+    reader, prefixes = draft.with_knowledge(store, [store.items[ANNA]], [4])
+    assert all(a is b for a, b in zip(reader.parameters(), draft.parameters(), strict=True))
     before = draft(ids[None]).logits
-    assert kind == "prefix" or distance(knowing(ids[None]).logits, before) > 1e-3
+    assert kind == "prefix" or distance(reader(ids[None]).logits, before) > 1e-3
     assert (prefixes is None) == (kind != "prefix")
-    nothing, prefixes = draft.knowing(store, [None, None], [4, 4])
+    nothing, prefixes = draft.with_knowledge(store, [None, None], [4, 4])
     assert prefixes is None
     assert torch.equal(nothing(ids[None]).logits, before)
-    again, prefixes = knowing.knowing(
+    again, prefixes = reader.with_knowledge(
         store, [store.items[BEN]], [4]
     )  # another item in place of the first
     near(stepwise(again, prefixes, 0, ids, 6), alone(draft, store, BEN, 4, ids))
@@ -659,11 +653,11 @@ def test_knowledge_is_projected_once(world, monkeypatch):
     target, store = world()
     draft, calls, real = cut(target, "vector"), [], module.Reader.project
     monkeypatch.setattr(module.Reader, "project", lambda *args: calls.append(1) or real(*args))
-    knowing, _ = draft.knowing(store, [store.items[ANNA], store.items[BEN]], [4, 5])
+    reader, _ = draft.with_knowledge(store, [store.items[ANNA], store.items[BEN]], [4, 5])
     assert len(calls) == len(LAYERS)
     prompts = texts(4, 5)
-    generate(target, prompts, ModelProposer(knowing), gamma=3, max_new_tokens=9)
-    knowing.generate(
+    generate(target, prompts, ModelProposer(reader), gamma=3, max_new_tokens=9)
+    reader.generate(
         torch.stack(texts(5, 5)),
         max_new_tokens=5,
         do_sample=False,
@@ -674,29 +668,26 @@ def test_knowledge_is_projected_once(world, monkeypatch):
 
 
 @every_kind
-def test_no_gradient_flows_into_what_is_known_for_decoding(world, kind):
+def test_no_gradient_flows_into_knowledge_for_decoding(world, kind):
     target, store = world()
     draft = KnowledgeDraft.cut(target, LAYERS, knowledge=kind)
-    knowing, prefixes = draft.knowing(store, [store.items[ANNA]], [4])
+    reader, prefixes = draft.with_knowledge(store, [store.items[ANNA]], [4])
     tensors = (
         [x for layer in prefixes[0].cache.layers for x in (layer.keys, layer.values)]
         if prefixes
         else []
     )
     assert not any(x.requires_grad for x in tensors)
-    knowing.generate(
+    reader.generate(
         torch.stack(texts(5)), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert all(p.grad is None and p.requires_grad for p in draft.parameters())
 
 
-def test_who_cannot_read_is_told_so(world, tmp_path, tokenizer):
+def test_a_draft_or_store_without_what_is_read_is_refused(world, tmp_path, tokenizer):
     target, store = world()
-    with pytest.raises(
-        ValueError,
-        match="This draft does not read: cut one with knowledge='vector', 'kv' or 'prefix'",
-    ):
-        KnowledgeDraft.cut(target).knowing(store, [store.items[0]], [4])
+    with pytest.raises(ValueError, match="This draft does not read: cut one with knowledge='kv'"):
+        KnowledgeDraft.cut(target).with_knowledge(store, [store.items[0]], [4])
     for kind, kept, needed in (
         ("vector", "kv", "hidden"),
         ("kv", "hidden", "kv"),
@@ -710,8 +701,8 @@ def test_who_cannot_read_is_told_so(world, tmp_path, tokenizer):
             ValueError, match=rf"The store keeps no '{needed}': build one with keep=\['{needed}'\]"
         ):
             draft.read(poor, poor.items[0])
-    with pytest.raises(ValueError, match="There are 2 items and 1 starts: give one for each row"):
-        draft.knowing(store, [store.items[0], None], [4])
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        draft.with_knowledge(store, [store.items[0], None], [4])
 
 
 # speculative decoding
@@ -732,28 +723,27 @@ def what_happened(rounds, row=0):
 
 
 @every_kind
-@aligned_or_not
-def test_the_text_is_the_targets_and_each_rows_rounds_are_its_own(world, kind, aligned):
+def test_the_text_is_the_targets_and_each_rows_rounds_are_its_own(world, kind):
     target, store = world()
-    draft = cut(target, kind, transitions=True, aligned=aligned)
+    draft = cut(target, kind, transitions=True)
     prompts, numbers = texts(6, 3, 9, 4), [WHY, None, BEN, ANNA]
     items = [None if i is None else store.items[i] for i in numbers]
     starts, want = [len(p) for p in prompts], [plain(target, p, 11) for p in prompts]
     accepted = 0
-    for gamma in range(1, 6) if aligned else (3,):
-        got = generate(target, prompts, ModelProposer(*draft.knowing(store, items, starts)), gamma=gamma,
+    for gamma in (1, 4):
+        got = generate(target, prompts, ModelProposer(*draft.with_knowledge(store, items, starts)), gamma=gamma,
                        max_new_tokens=11)  # fmt: skip
         assert [row.tolist() for row in got.tokens] == want
         accepted += sum(sum(r.accepted) for r in got.rounds)
         for row in range(4):
-            own = ModelProposer(*draft.knowing(store, [items[row]], [starts[row]]))
+            own = ModelProposer(*draft.with_knowledge(store, [items[row]], [starts[row]]))
             single = generate(target, [prompts[row]], own, gamma=gamma, max_new_tokens=11)
             assert what_happened(got.rounds, row) == what_happened(single.rounds)
         nothing = generate(
             target, [prompts[1]], ModelProposer(draft), gamma=gamma, max_new_tokens=11
         )
         assert what_happened(got.rounds, 1) == what_happened(nothing.rounds)
-    assert accepted > (10 if aligned else 1)
+    assert accepted > 4
 
 
 @every_kind
@@ -765,7 +755,7 @@ def test_guesses_are_those_of_the_draft_with_its_knowledge(world, kind):
     got = generate(
         target,
         prompts,
-        ModelProposer(*draft.knowing(store, items, starts)),
+        ModelProposer(*draft.with_knowledge(store, items, starts)),
         gamma=2,
         max_new_tokens=8,
     )
@@ -783,8 +773,8 @@ def test_rows_with_the_same_prompt_may_know_different_things(world):
     for kind in KINDS:
         draft = cut(target, kind)
         runner, rows = Runner(draft), [store.items[ANNA], store.items[BEN], None, store.items[ANNA]]
-        knowing, prefixes = draft.knowing(store, rows, [6] * 4)
-        runner = Runner(knowing)
+        reader, prefixes = draft.with_knowledge(store, rows, [6] * 4)
+        runner = Runner(reader)
         with torch.inference_mode():
             logits = runner.start([ids.tolist()] * 4, prefixes or [None] * 4, room=2)
             later = runner(torch.tensor([[7], [8], [9], [7]]), runner.slots.lengths)[:, -1]
@@ -809,8 +799,8 @@ def test_a_draft_that_is_the_whole_target_is_always_right(world, kind):
     got = generate(target, prompts, ModelProposer(draft), gamma=4, max_new_tokens=12)
     assert summarize(got.rounds).acceptance == 1
     if kind in ("vector", "kv"):  # gates are closed
-        knowing = draft.knowing(store, store.items[:2], [6, 3])
-        got = generate(target, prompts, ModelProposer(*knowing), gamma=4, max_new_tokens=12)
+        reader = draft.with_knowledge(store, store.items[:2], [6, 3])
+        got = generate(target, prompts, ModelProposer(*reader), gamma=4, max_new_tokens=12)
         assert summarize(got.rounds).acceptance == 1
 
 
@@ -825,12 +815,12 @@ def test_sampled_rows_do_not_depend_on_the_rows_beside_them(world, kind):
     got = generate(
         target,
         prompts,
-        ModelProposer(*draft.knowing(store, items, [6, 3])),
+        ModelProposer(*draft.with_knowledge(store, items, [6, 3])),
         sampling=own(1, 2),
         **options,
     )
     for row, start in enumerate((6, 3)):
-        proposer = ModelProposer(*draft.knowing(store, [items[row]], [start]))
+        proposer = ModelProposer(*draft.with_knowledge(store, [items[row]], [start]))
         single = generate(target, [prompts[row]], proposer, sampling=own(row + 1), **options)
         assert what_happened(got.rounds, row) == what_happened(single.rounds)
 
@@ -843,7 +833,7 @@ GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": None, "
 def test_generate_of_transformers_on_a_draft_that_knows(world, family, kind):
     target, store = world(family)
     draft, (one, two) = cut(target, kind, scale=0.1, transitions=True), texts(7, 4)
-    knowing, _ = draft.knowing(store, [store.items[ANNA], None], [7, 4])
+    reader, _ = draft.with_knowledge(store, [store.items[ANNA], None], [7, 4])
     want = []
     for number, ids, start in ((ANNA, one, 7), (None, two, 4)):
         for _ in range(6):
@@ -853,7 +843,7 @@ def test_generate_of_transformers_on_a_draft_that_knows(world, family, kind):
         (one, torch.cat((torch.zeros(3, dtype=torch.long), two)))
     )  # on the left, as it is done there
     mask = (torch.arange(7) >= torch.tensor([[0], [3]])).long()
-    got = knowing.generate(
+    got = reader.generate(
         padded, attention_mask=mask, generation_config=GenerationConfig(max_new_tokens=6, **GREEDY)
     )
     assert got[:, 7:].tolist() == want
@@ -869,7 +859,7 @@ def test_a_draft_assists_its_target_in_transformers(world, family, kind):
     mask, want = torch.ones(1, 7, dtype=torch.long), plain(target, ids, 10)
     assistants = [draft]
     if kind in ("vector", "kv"):
-        assistants.append(draft.knowing(store, [store.items[ANNA]], [7])[0])
+        assistants.append(draft.with_knowledge(store, [store.items[ANNA]], [7])[0])
     for assistant in assistants:
         got = target.generate(
             ids[None], attention_mask=mask, generation_config=config, assistant_model=assistant
@@ -888,9 +878,9 @@ folder, found = sys.argv[1], []
 for name in json.load(open(folder + "/names.json")):
     draft = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", dtype="auto")
     again = kvlab.draft.KnowledgeDraft.from_pretrained(f"{folder}/{name}", dtype="auto")
-    ids, want, given = torch.load(f"{folder}/{name}.pt").values()
-    given = given and kvlab.draft.Knowledge(*given)
-    same = [torch.equal(model(ids, knowledge=given).logits, want) for model in (draft, again)]
+    ids, want, knowledge = torch.load(f"{folder}/{name}.pt").values()
+    knowledge = knowledge and kvlab.draft.Knowledge(*knowledge)
+    same = [torch.equal(model(ids, knowledge=knowledge).logits, want) for model in (draft, again)]
     config = draft.config
     found.append([name, type(draft).__name__, same, str(draft.dtype), config.layers, config.knowledge, config.aligned])
 print(json.dumps(found))
@@ -899,23 +889,24 @@ print(json.dumps(found))
 
 def test_a_saved_draft_is_the_same_in_another_process(world, tmp_path):
     want = []
-    for (family, kind), dtype in zip(itertools.product(FAMILIES, ("vector", "kv", "prefix", None)),
-                                     itertools.cycle([torch.float32] * 3 + [torch.float16] * 2)):  # fmt: skip
+    for family, kind, dtype in zip(
+        FAMILIES, ("vector", "kv", "prefix", None), (torch.float32, torch.float16) * 2
+    ):
         target, store = world(
             family, torch.float32, **({"tie_word_embeddings": True} if kind == "kv" else {})
         )
-        aligned, name = family != "Llama", f"{family}-{kind}"
+        aligned, name = family != "Qwen2", f"{family}-{kind}"
         draft = cut(target, kind, [1, 3], transitions=kind != "prefix", aligned=aligned)
         for p in draft.parameters():
             p.data = p.data.to(dtype)
         draft.save_pretrained(tmp_path / name)
         ids = torch.stack(texts(8, 8))
-        given = known(draft, store, [ANNA, None], [3, 4]) if kind else None
-        given = given and given._replace(states=given.states.to(dtype))
+        knowledge = knowledge_of(draft, store, [ANNA, None], [3, 4]) if kind else None
+        knowledge = knowledge and knowledge._replace(states=knowledge.states.to(dtype))
         entry = {
             "ids": ids,
-            "logits": draft(ids, knowledge=given).logits,
-            "given": given and tuple(given),
+            "logits": draft(ids, knowledge=knowledge).logits,
+            "knowledge": knowledge and tuple(knowledge),
         }
         torch.save(entry, tmp_path / f"{name}.pt")
         want.append([name, "KnowledgeDraft", [True, True], str(dtype), [1, 3], kind, aligned])
@@ -959,19 +950,19 @@ def test_a_saved_draft_with_a_weight_missing_says_so(world, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def asked():
+def prompts():
     return [ids.tolist() for ids in texts(5, 3, 8, 3, 6, 4, 7)]
 
 
 @pytest.fixture(scope="session")
-def heard(world, tokenizer, asked):
+def targets(world, tokenizer, prompts):
     target, _ = world()
-    return listen(target, tokenizer, asked, max_new_tokens=9, batch_size=3)
+    return generate_targets(target, tokenizer, prompts, max_new_tokens=9, batch_size=3)
 
 
-def test_what_is_heard_is_what_the_target_says(world, tokenizer, asked, heard):
+def test_targets_are_the_targets_greedy_answers(world, tokenizer, prompts, targets):
     target, _ = world()
-    for prompt, example in zip(asked, heard, strict=True):
+    for prompt, example in zip(prompts, targets, strict=True):
         assert example.start == len(prompt)
         assert example.input_ids[: len(prompt)].tolist() == prompt
         config = GenerationConfig(
@@ -979,7 +970,7 @@ def test_what_is_heard_is_what_the_target_says(world, tokenizer, asked, heard):
         )
         want = target.generate(torch.tensor([prompt]), generation_config=config)[0].tolist()
         assert example.input_ids.tolist() == want
-        assert example.known is None
+        assert example.knowledge is None
         logits = target(example.input_ids[None]).logits[
             0, example.start - 1 : -1
         ]  # before each token of the answer
@@ -990,8 +981,8 @@ def test_what_is_heard_is_what_the_target_says(world, tokenizer, asked, heard):
         )
 
 
-def test_what_is_heard_can_be_learned_from_as_it_is(world, heard):
-    draft, example = KnowledgeDraft.cut(world()[0]), heard[0]
+def test_targets_are_no_inference_tensors(world, targets):
+    draft, example = KnowledgeDraft.cut(world()[0]), targets[0]
     logits = draft(example.input_ids[None]).logits[0, example.start - 1 : -1]
     (
         draft.get_input_embeddings().weight.sum()
@@ -1000,44 +991,46 @@ def test_what_is_heard_can_be_learned_from_as_it_is(world, heard):
     assert draft.get_output_embeddings().weight.grad.any()
 
 
-def test_an_answer_that_ends_is_heard_to_its_end(world, tokenizer, asked, heard):
+def test_an_answer_that_ends_is_generated_to_its_end(world, tokenizer, prompts, targets):
     target, _ = world()
     early = copy.deepcopy(tokenizer)
-    early.eos_token = tokenizer.convert_ids_to_tokens(heard[0].input_ids[heard[0].start + 3].item())
-    example = listen(target, early, asked, max_new_tokens=9, batch_size=4)[0]
-    answer = heard[0].input_ids[heard[0].start :].tolist()
+    early.eos_token = tokenizer.convert_ids_to_tokens(
+        targets[0].input_ids[targets[0].start + 3].item()
+    )
+    example = generate_targets(target, early, prompts, max_new_tokens=9, batch_size=4)[0]
+    answer = targets[0].input_ids[targets[0].start :].tolist()
     stop = answer.index(early.eos_token_id) + 1
     assert example.input_ids[example.start :].tolist() == answer[:stop]
     assert len(example.hidden_states) == stop
 
 
-def test_what_was_heard_is_read_from_its_file(world, tokenizer, asked, heard, tmp_path):
+def test_targets_are_read_from_their_file(world, tokenizer, prompts, targets, tmp_path):
     target, _ = world()
     folder, options = tmp_path / "new" / "answers", {"max_new_tokens": 9, "batch_size": 3}
-    first = listen(target, tokenizer, asked, folder, **options)
+    first = generate_targets(target, tokenizer, prompts, folder, **options)
     calls, (file,) = [], folder.iterdir()
     hook = target.model.register_forward_hook(lambda *args: calls.append(1))
     try:
-        again = listen(target, tokenizer, asked, folder, **options)
+        again = generate_targets(target, tokenizer, prompts, folder, **options)
         assert not calls
-        for a, b, c in zip(first, again, heard, strict=True):
+        for a, b, c in zip(first, again, targets, strict=True):
             assert a.start == b.start == c.start
             for name in ("input_ids", "hidden_states"):
                 assert torch.equal(getattr(a, name), getattr(b, name))
                 assert torch.equal(getattr(a, name), getattr(c, name))
-        listen(target, tokenizer, asked[:3], folder, **options)
-        listen(target, tokenizer, asked, folder, **options | {"max_new_tokens": 4})
+        generate_targets(target, tokenizer, prompts[:3], folder, **options)
+        generate_targets(target, tokenizer, prompts, folder, **options | {"max_new_tokens": 4})
     finally:
         hook.remove()
     assert calls
     other = copy.deepcopy(target)
     other.model.norm.weight.data *= 1.01
-    listen(other, tokenizer, asked, folder, **options)
+    generate_targets(other, tokenizer, prompts, folder, **options)
     assert len({*folder.iterdir()} - {file}) == 3
 
 
-def test_what_was_heard_before_a_kill_is_not_asked_again(
-    world, tokenizer, asked, heard, tmp_path, monkeypatch
+def test_targets_before_a_kill_are_not_generated_again(
+    world, tokenizer, prompts, targets, tmp_path, monkeypatch
 ):
     target, calls = world()[0], []
 
@@ -1047,35 +1040,35 @@ def test_what_was_heard_before_a_kill_is_not_asked_again(
             raise KeyboardInterrupt
         return continuations(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr("kvlab.draft.PART", 3)
+    monkeypatch.setattr("kvlab.draft.ANSWERS_PER_FILE", 3)
     monkeypatch.setattr("kvlab.draft.continuations", killed)
     with pytest.raises(KeyboardInterrupt):
-        listen(target, tokenizer, asked, tmp_path, max_new_tokens=9, batch_size=3)
-    again = listen(target, tokenizer, asked, tmp_path, max_new_tokens=9, batch_size=3)
+        generate_targets(target, tokenizer, prompts, tmp_path, max_new_tokens=9, batch_size=3)
+    again = generate_targets(target, tokenizer, prompts, tmp_path, max_new_tokens=9, batch_size=3)
     assert calls == [3, 3, 1, 1]  # seven prompts
-    for a, b in zip(again, heard, strict=True):
+    for a, b in zip(again, targets, strict=True):
         assert a.input_ids.tolist() == b.input_ids.tolist()
         near(a.hidden_states.to(DOUBLE), b.hidden_states.to(DOUBLE))
 
 
-LISTENING = """
+GENERATION = """
 import sys
 from accelerate import PartialState
 from kvlab import draft, lab
 
 if __name__ == "__main__":
-    rank, draft.PART = PartialState(cpu=True).process_index, 2
+    rank, draft.ANSWERS_PER_FILE = PartialState(cpu=True).process_index, 2
     target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
-    prompts, calls, hear = [[5, 6, n] for n in range(10, 20)], [], draft.continuations
-    draft.continuations = lambda *given: calls.append(given[2]) or hear(*given)
-    heard = draft.listen(target, tokenizer, prompts, sys.argv[1], max_new_tokens=4)
-    assert [example.input_ids[:3].tolist() for example in heard] == prompts
+    prompts, calls, real = [[5, 6, n] for n in range(10, 20)], [], draft.continuations
+    draft.continuations = lambda *args: calls.append(args[2]) or real(*args)
+    targets = draft.generate_targets(target, tokenizer, prompts, sys.argv[1], max_new_tokens=4)
+    assert [example.input_ids[:3].tolist() for example in targets] == prompts
     print(f"rank {rank}: {len(calls)} parts")
 """
 
 
-def test_processes_share_the_listening(tmp_path):
-    (tmp_path / "script.py").write_text(LISTENING)
+def test_processes_share_the_generation(tmp_path):
+    (tmp_path / "script.py").write_text(GENERATION)
     launch = [
         sys.executable,
         "-m",
@@ -1093,55 +1086,64 @@ def test_processes_share_the_listening(tmp_path):
 
 def test_given_answers_are_those_of_the_items(world):
     _, store = world()
-    for item, example in zip(store, given(store), strict=True):
+    for item, example in zip(store, item_examples(store), strict=True):
         assert tuple(example.input_ids.tolist()) == item.input_ids
         assert example.start == item.answer_start
-        assert example.hidden_states is None is example.known
+        assert example.hidden_states is None is example.knowledge
 
 
 @every_kind
-def test_attach_gives_each_example_its_item_which_is_read_once(world, heard, monkeypatch, kind):
+def test_attach_gives_each_example_its_item_which_is_read_once(world, targets, monkeypatch, kind):
     target, store = world()
-    draft, calls, real = cut(target, kind), [], KnowledgeCache.read
+    draft, calls, real = cut(target, kind), [], KnowledgeCache._tensors
     numbers = [ANNA, None, BEN, ANNA, WHY, None, ANNA]
     want = [None if i is None else draft.read(store, store.items[i]) for i in numbers]
-    monkeypatch.setattr(KnowledgeCache, "read", lambda *args: calls.append(1) or real(*args))
-    got = attach(draft, store, heard, [None if i is None else store.items[i] for i in numbers])
+    monkeypatch.setattr(KnowledgeCache, "_tensors", lambda *args: calls.append(1) or real(*args))
+    got = attach(draft, store, targets, [None if i is None else store.items[i] for i in numbers])
     assert len(calls) == 3
-    for example, before, states in zip(got, heard, want, strict=True):
+    for example, before, states in zip(got, targets, want, strict=True):
         assert example[:3] == before[:3]
-        assert example.known is states is None or torch.equal(example.known, states)
+        assert example.knowledge is states is None or torch.equal(example.knowledge, states)
     with pytest.raises(ValueError, match="argument 2"):
-        attach(draft, store, heard, store.items[:2])
+        attach(draft, store, targets, store.items[:2])
 
 
-def test_unsettle_takes_and_swaps_the_shares_it_says():
+def test_corruption_drops_and_swaps_the_fractions():
     examples = [
-        Example(torch.tensor([i, 1]), 1, None, torch.full((1, 2), float(i))) for i in range(2000)
+        DraftExample(torch.tensor([i, 1]), 1, None, torch.full((1, 2), float(i)))
+        for i in range(2000)
     ]
-    got = unsettle(examples, hide=0.25, mislead=0.1, seed=3)
+    got = corrupt_knowledge(examples, drop=0.25, swap=0.1, seed=3)
     assert [
         a.input_ids is b.input_ids and a.start == b.start
         for a, b in zip(got, examples, strict=True)
     ] == [True] * 2000
-    none = sum(example.known is None for example in got)
-    wrong = sum(e.known is not None and e.known[0, 0] != e.input_ids[0] for e in got)
+    none = sum(example.knowledge is None for example in got)
+    wrong = sum(e.knowledge is not None and e.knowledge[0, 0] != e.input_ids[0] for e in got)
     assert abs(none - 500) < 80  # four standard deviations
     assert abs(wrong - 200) < 55
-    again, other = (unsettle(examples, hide=0.25, mislead=0.1, seed=seed) for seed in (3, 4))
+    again, other = (corrupt_knowledge(examples, drop=0.25, swap=0.1, seed=seed) for seed in (3, 4))
     kinds = [
-        [e.known if e.known is None else e.known[0, 0].item() for e in one]
+        [e.knowledge if e.knowledge is None else e.knowledge[0, 0].item() for e in one]
         for one in (got, again, other)
     ]
     assert kinds[0] == kinds[1] != kinds[2]
-    assert all(e.known is x.known for e, x in zip(unsettle(examples, 0, 0), examples, strict=True))
-    assert all(e.known is None for e in unsettle(examples, 1, 0))
+    assert all(
+        e.knowledge is x.knowledge
+        for e, x in zip(corrupt_knowledge(examples, 0, 0), examples, strict=True)
+    )
+    assert all(e.knowledge is None for e in corrupt_knowledge(examples, 1, 0))
 
 
-def test_a_batch_is_padded_on_the_right_and_weighs_answers_only(world, heard):
+def test_a_batch_is_padded_on_the_right_and_weighs_answers_only(world, targets):
     _, store = world()
-    examples = [heard[0], given(store)[BEN], heard[1]._replace(known=torch.ones(4, 64)), heard[2]]
-    batch = collate(examples, 64)
+    examples = [
+        targets[0],
+        item_examples(store)[BEN],
+        targets[1]._replace(knowledge=torch.ones(4, 64)),
+        targets[2],
+    ]
+    batch = pad_draft_examples(examples, 64)
     longest = max(len(example.input_ids) for example in examples)
     assert batch["input_ids"].shape == batch["weights"].shape == (4, longest)
     for row, example in enumerate(examples):
@@ -1158,7 +1160,7 @@ def test_a_batch_is_padded_on_the_right_and_weighs_answers_only(world, heard):
     assert batch["mask"].tolist() == [[False] * 4, [False] * 4, [True] * 4, [False] * 4]
     assert batch["start"].tolist() == [example.start for example in examples]
     assert torch.equal(batch["states"][2], torch.ones(4, 64))
-    assert "states" not in collate(heard, 64)
+    assert "states" not in pad_draft_examples(targets, 64)
 
 
 def test_gather_puts_pieces_of_different_lengths_into_one_batch():
@@ -1176,11 +1178,13 @@ def test_gather_puts_pieces_of_different_lengths_into_one_batch():
 
 
 @every_kind
-def test_acceptance_is_that_of_a_plain_loop(world, heard, kind):
+def test_acceptance_is_that_of_a_plain_loop(world, targets, kind):
     target, store = world()
     draft, numbers = cut(target, kind, transitions=True), [ANNA, None, BEN, WHY, CARL, None, ANNA]
-    examples = attach(draft, store, heard, [None if i is None else store.items[i] for i in numbers])
-    got = acceptance(draft, target, examples, batch_size=3)
+    examples = attach(
+        draft, store, targets, [None if i is None else store.items[i] for i in numbers]
+    )
+    got = measure_acceptance(draft, target, examples, batch_size=3)
     greedy, sampled = [], []
     for example, number in zip(examples, numbers, strict=True):
         q = alone(draft, store, number, example.start, example.input_ids).softmax(-1)
@@ -1195,18 +1199,18 @@ def test_acceptance_is_that_of_a_plain_loop(world, heard, kind):
     assert 0 < got.greedy.mean() < 1
     for size in (1, 32):
         np.testing.assert_allclose(
-            acceptance(draft, target, examples, batch_size=size).sampled, sampled, atol=1e-5
+            measure_acceptance(draft, target, examples, batch_size=size).sampled, sampled, atol=1e-5
         )
 
 
 @every_kind
-def test_acceptance_predicts_the_rounds_of_decoding(world, heard, kind):
+def test_acceptance_predicts_the_rounds_of_decoding(world, targets, kind):
     target, store = world()
     draft, numbers = cut(target, kind), [ANNA, None, BEN, WHY, CARL, None, ANNA]
     items = [None if i is None else store.items[i] for i in numbers]
-    examples = attach(draft, store, heard, items)
+    examples = attach(draft, store, targets, items)
     for example, item in zip(examples, items, strict=True):
-        proposer = ModelProposer(*draft.knowing(store, [item], [example.start]))
+        proposer = ModelProposer(*draft.with_knowledge(store, [item], [example.start]))
         prompt, count = example.input_ids[: example.start], len(example.input_ids) - example.start
         got = generate(target, [prompt], proposer, gamma=1, max_new_tokens=count, eos_token_id=[])
         logits = alone(draft, store, numbers[items.index(item)], example.start, example.input_ids)
@@ -1215,16 +1219,16 @@ def test_acceptance_predicts_the_rounds_of_decoding(world, heard, kind):
             assert drafted[0] == logits[example.start + at].argmax()
             assert accepted == right[at]
             at += len(tokens)
-        share = acceptance(draft, target, [example]).greedy
+        share = measure_acceptance(draft, target, [example]).greedy
         np.testing.assert_allclose(share, right.float().mean(), atol=1e-6)
 
 
-def test_the_whole_target_is_accepted_always(world, heard):
+def test_the_whole_target_is_accepted_always(world, targets):
     target, _ = world()
-    got = acceptance(KnowledgeDraft.cut(target, "first:4"), target, heard)
+    got = measure_acceptance(KnowledgeDraft.cut(target, "first:4"), target, targets)
     assert (got.greedy == 1).all()
     np.testing.assert_allclose(got.sampled, 1, atol=1e-5)
-    assert len(got.greedy) == len(heard)
+    assert len(got.greedy) == len(targets)
 
 
 # training
@@ -1235,7 +1239,7 @@ def lesson(world, tokenizer):
     """A float32 target, and its answers to 24 prompts and to eight others."""
     target, store = world(dtype=torch.float32)
     prompts = [ids.tolist() for ids in texts(*([4, 5, 6, 7] * 8), seed=9)]
-    examples = listen(target, tokenizer, prompts, max_new_tokens=12)
+    examples = generate_targets(target, tokenizer, prompts, max_new_tokens=12)
     return target, store, examples[:24], examples[24:]
 
 
@@ -1256,21 +1260,24 @@ def test_training_helps_on_questions_that_were_held_out_and_leaves_the_target_al
         encode(tokenizer, [{"role": "user", "content": entry["question"]}])
         for entry in lab.faq()[:32]
     ]
-    examples, before = listen(target, tokenizer, questions, max_new_tokens=24), every_byte(target)
+    examples, before = (
+        generate_targets(target, tokenizer, questions, max_new_tokens=24),
+        every_byte(target),
+    )
     examples, heldout = examples[:24], examples[24:]
     draft = KnowledgeDraft.cut(target, "uniform:3")
-    start = acceptance(draft, target, heldout)
-    history = train(
+    start = measure_acceptance(draft, target, heldout)
+    history = train_draft(
         draft,
         target,
         examples,
         heldout,
-        shares={"kl": 1.0},
+        loss_weights={"kl": 1.0},
         epochs=8,
         batch_size=4,
         learning_rate=1e-3,
     )
-    after = acceptance(draft, target, heldout)
+    after = measure_acceptance(draft, target, heldout)
     assert after.greedy.mean() > start.greedy.mean() + 0.08
     assert after.sampled.mean() > start.sampled.mean() + 0.05
     assert every_byte(target) == before
@@ -1283,7 +1290,7 @@ def test_the_best_weights_are_kept(lesson):
     target, _, examples, heldout = lesson
     draft = KnowledgeDraft.cut(target, "first:3")
     before = weights_of(draft)
-    history = train(
+    history = train_draft(
         draft, target, examples, heldout, **QUICK | {"learning_rate": 3.0}, every=1
     )  # it only gets worse
     assert [entry["acceptance"] for entry in history][-1] < history[0]["acceptance"]
@@ -1293,17 +1300,17 @@ def test_the_best_weights_are_kept(lesson):
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("family", ["Qwen3", "Llama"])
-def test_gradients_reach_all_that_is_to_learn(world, family, kind, heard):
+def test_gradients_reach_all_that_is_to_learn(world, family, kind, targets):
     target, store = world(family, torch.float32)
     draft = opened(
         KnowledgeDraft.cut(target, LAYERS, knowledge=kind, transitions=True)
     ).requires_grad_(True)
-    examples = [example._replace(hidden_states=None) for example in heard[:4]]
+    examples = [example._replace(hidden_states=None) for example in targets[:4]]
     if kind:
         examples = attach(
             draft, store, examples, [store.items[ANNA], None, store.items[BEN], store.items[WHY]]
         )
-    batch = collate(examples, 64)
+    batch = pad_draft_examples(examples, 64)
     knowledge = (
         module.Knowledge(*(batch[name] for name in module.Knowledge._fields)) if kind else None
     )
@@ -1319,7 +1326,7 @@ def test_closed_gates_and_transitions_learn_first(lesson, kind):
     draft = KnowledgeDraft.cut(target, LAYERS, knowledge=kind, transitions=True)
     before = weights_of(draft)
     items = [store.items[i % 4] for i in range(24)]
-    train(
+    train_draft(
         draft,
         target,
         attach(draft, store, examples, items),
@@ -1332,10 +1339,7 @@ def test_closed_gates_and_transitions_learn_first(lesson, kind):
     } <= moved
 
 
-STOPS = [("kv", stop) for stop in (2, 4, 6, 8, 11, "saving 1", "saving 2")] + [
-    ("vector", 8),
-    ("prefix", 6),
-]
+STOPS = [("kv", 2), ("kv", 8), ("kv", "saving 1"), ("kv", "saving 2"), ("vector", 6)]
 
 
 @pytest.mark.parametrize(("kind", "stop"), STOPS)
@@ -1351,7 +1355,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
             KnowledgeDraft.cut(target, LAYERS, knowledge=kind, transitions=True)
         ).requires_grad_(True)
         data = [attach(draft, store, part, items[: len(part)]) for part in (examples, heldout)]
-        return draft, train(draft, target, *data, folder=folder, **QUICK)
+        return draft, train_draft(draft, target, *data, folder=folder, **QUICK)
 
     def interrupt(*args):
         calls.append(1)
@@ -1380,26 +1384,24 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     assert drop(third) == drop(history)
 
 
-def test_default_shares_are_those_of_the_sources(lesson):
+def test_default_loss_weights_are_those_of_the_sources(lesson):
     target, _, examples, heldout = lesson
     for kind, names in (
         ("kv", {"kl", "tv"}),
         ("vector", {"kl", "ce", "tv"}),
         (None, {"kl", "ce", "tv"}),
     ):
-        history = train(
+        history = train_draft(
             KnowledgeDraft.cut(target, knowledge=kind), target, examples[:8], heldout, epochs=1
         )
         assert {*history[0]} & {*losses.NAMES} == names
-    assert module.SHARES == {
-        "vector": {"kl": 0.5, "ce": 1.0, "tv": 0.3},
-        "kv": {"kl": 0.8, "tv": 0.3},
-    }
+    assert default_loss_weights("vector", False) == {"kl": 0.5, "ce": 1.0, "tv": 0.3}
+    assert default_loss_weights("kv", False) == {"kl": 0.8, "tv": 0.3}
 
 
 def test_the_losses_are_those_of_the_batch(lesson):
     target, store, examples, heldout = lesson
-    draft, mixed = cut(target, "kv"), [*examples[:5], *given(store)[:3]]
+    draft, mixed = cut(target, "kv"), [*examples[:5], *item_examples(store)[:3]]
     mixed = attach(draft, store, mixed, [store.items[i % 4] if i % 2 else None for i in range(8)])
     total = {"kl": 0.0, "ce": 0.0}
     for i, example in enumerate(mixed):
@@ -1413,14 +1415,23 @@ def test_the_losses_are_those_of_the_batch(lesson):
                 (p[t].exp() * (p[t] - logs[t])).sum().item() if i < 5 else 0.0
             )  # given ones count for ce only
     answers = [len(example.input_ids) - example.start for example in mixed]
-    shares = {"kl": 0.5, "ce": 2.0}
-    first = train(draft.requires_grad_(True), target, mixed, heldout, shares=shares, epochs=1)[0]
+    loss_weights = {"kl": 0.5, "ce": 2.0}
+    first = train_draft(
+        draft.requires_grad_(True), target, mixed, heldout, loss_weights=loss_weights, epochs=1
+    )[0]
     assert first["kl"] == pytest.approx(0.5 * total["kl"] / sum(answers[:5]), rel=1e-4)
     assert first["ce"] == pytest.approx(2.0 * total["ce"] / sum(answers), rel=1e-4)
     assert first["weight"] == sum(answers)
     again = cut(target, "kv").requires_grad_(True)
-    halves = train(
-        again, target, mixed, heldout, shares=shares, epochs=1, batch_size=4, accumulate=2
+    halves = train_draft(
+        again,
+        target,
+        mixed,
+        heldout,
+        loss_weights=loss_weights,
+        epochs=1,
+        batch_size=4,
+        accumulate=2,
     )[0]
     for name in (
         "kl",
@@ -1443,15 +1454,16 @@ def secrets(world, tmp_path_factory, tokenizer):
     return target, KnowledgeCache.build(folder, records, target, tokenizer, keep=("kv", "hidden"))
 
 
-@every_kind
-@aligned_or_not
-def test_a_little_training_makes_a_draft_use_what_it_reads(secrets, heard, kind, aligned):
+@pytest.mark.parametrize(
+    ("kind", "aligned"), [("vector", True), ("kv", True), ("prefix", True), ("kv", False)]
+)
+def test_a_little_training_makes_a_draft_use_what_it_reads(secrets, targets, kind, aligned):
     target, store = secrets
     draft = KnowledgeDraft.cut(target, "first:2", knowledge=kind, aligned=aligned)
     items = list(store)
 
     def loss(items):
-        batch = collate(attach(draft, store, given(store), items), 64)
+        batch = pad_draft_examples(attach(draft, store, item_examples(store), items), 64)
         knowledge = (
             module.Knowledge(*(batch[name] for name in module.Knowledge._fields))
             if "states" in batch
@@ -1461,66 +1473,67 @@ def test_a_little_training_makes_a_draft_use_what_it_reads(secrets, heard, kind,
             logits = draft(batch["input_ids"], knowledge=knowledge).logits
         return losses.cross_entropy(logits, batch["input_ids"], batch["weights"]).item()
 
-    examples = attach(draft, store, given(store), items)
-    heldout = [example._replace(hidden_states=example.hidden_states.float()) for example in heard]
+    examples = attach(draft, store, item_examples(store), items)
+    heldout = [example._replace(hidden_states=example.hidden_states.float()) for example in targets]
     options = {
-        "shares": {"ce": 1.0},
+        "loss_weights": {"ce": 1.0},
         "epochs": 40,
         "learning_rate": 3e-3,
         "batch_size": 8,
         "every": 40,
     }
-    train(draft, target, examples, heldout, **options)
+    train_draft(draft, target, examples, heldout, **options)
     right, wrong, none = loss(items), loss(items[1:] + items[:1]), loss([None] * 8)
     assert right < 0.7 * min(wrong, none)
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
 @pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize("family", ["Qwen3", "Qwen2"])
-def test_half_precision_arithmetic_trains_all_kinds(world, lesson, family, kind, precision):
-    target, store = world(family, torch.float32)
+def test_half_precision_arithmetic_trains_all_kinds(world, lesson, kind):
+    target, store = world("Qwen2", torch.float32)
     draft = KnowledgeDraft.cut(target, LAYERS, knowledge=kind, transitions=True)
-    examples = given(store) if kind is None else attach(draft, store, given(store), store.items)
+    examples = (
+        item_examples(store)
+        if kind is None
+        else attach(draft, store, item_examples(store), store.items)
+    )
     heldout = lesson[3][:2]
-    history = train(draft, target, examples, heldout, shares={"ce": 1.0}, epochs=3, batch_size=2, precision=precision,
+    history = train_draft(draft, target, examples, heldout, loss_weights={"ce": 1.0}, epochs=3, batch_size=2, precision="bf16",
                     learning_rate=1e-3)  # fmt: skip
     assert all(math.isfinite(entry["loss"]) for entry in history)
     assert history[-1]["loss"] < history[0]["loss"]
     assert draft.dtype == torch.float32
 
 
-def test_what_training_cannot_work_with_is_told(lesson):
+def test_what_training_cannot_work_with_is_refused(lesson):
     target, store, examples, heldout = lesson
     draft = KnowledgeDraft.cut(target)
     with pytest.raises(
-        ValueError,
-        match="Nothing is held out that has an answer of two tokens or more: give what `listen` returns",
+        ValueError, match=r"Of 0 answers 0 are the target's own, .* use `generate_targets`"
     ):
-        train(draft, target, examples, [])
+        train_draft(draft, target, examples, [])
     with pytest.raises(ValueError, match=r"7 examples are less than a step of 8 \* 1: give more"):
-        train(draft, target, examples[:7], heldout)
+        train_draft(draft, target, examples[:7], heldout)
     with pytest.raises(ValueError, match=r"24 examples are less than a step of 8 \* 100"):
-        train(draft, target, examples, heldout, accumulate=100)
-    with pytest.raises(
-        ValueError, match="Some answers are given: they need the loss 'ce' among the shares"
-    ):
-        train(draft, target, [*examples, *given(store)], heldout, shares={"kl": 1.0})
+        train_draft(draft, target, examples, heldout, accumulate=100)
+    with pytest.raises(ValueError, match="not the target's own: give 'ce' a loss weight"):
+        train_draft(
+            draft, target, [*examples, *item_examples(store)], heldout, loss_weights={"kl": 1.0}
+        )
     with pytest.raises(
         ValueError, match=r"There is no loss .*'kld'.* expected one or more of ce, kl"
     ):
-        train(draft, target, examples, heldout, shares={"kld": 1.0})
+        train_draft(draft, target, examples, heldout, loss_weights={"kld": 1.0})
 
 
-def test_what_is_held_out_must_be_the_targets_own(lesson):
+def test_heldout_answers_must_be_the_targets_own(lesson):
     target, store, examples, _ = lesson
     draft = KnowledgeDraft.cut(target)
-    for odd in (
-        lambda: train(draft, target, examples, given(store)),
-        lambda: acceptance(draft, target, given(store)),
+    for call in (
+        lambda: train_draft(draft, target, examples, item_examples(store)),
+        lambda: measure_acceptance(draft, target, item_examples(store)),
     ):
         with pytest.raises(ValueError, match="target's own"):
-            odd()
+            call()
 
 
 # giving a draft away
@@ -1601,18 +1614,18 @@ def test_what_other_programs_cannot_take_is_not_exported(world, tmp_path):
     for options in ({"knowledge": "kv"}, {"knowledge": "vector"}, {"transitions": True}):
         with pytest.raises(
             ValueError,
-            match="cross-attention or transitions, which no other program knows: save it with",
+            match="No other program knows the draft's cross-attention or transitions: save it with",
         ):
             export(KnowledgeDraft.cut(target, LAYERS, **options), tmp_path)
     with pytest.raises(
-        ValueError, match="The draft has 1536 tokens, the target 1000, expected at least as many"
+        ValueError, match="The draft has 1536 tokens, the target 1000, expected as many or more"
     ):
         export(KnowledgeDraft.cut(target, LAYERS), tmp_path, vocab_size=1000)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("harm", ["missing", "unexpected", "shape", "number"])
-def test_a_file_that_does_not_hold_the_draft_is_told(world, tmp_path, monkeypatch, harm):
+def test_a_file_that_does_not_hold_the_draft_is_refused(world, tmp_path, monkeypatch, harm):
     target, _ = world(dtype=torch.float32)
     draft = KnowledgeDraft.cut(target, LAYERS)
     real = type(target).save_pretrained
@@ -1634,7 +1647,7 @@ def test_a_file_that_does_not_hold_the_draft_is_told(world, tmp_path, monkeypatc
     sentence = (
         "gives other logits than the draft"
         if harm == "number"
-        else "does not hold what the model asks for"
+        else "does not hold the model's weights"
     )
     with pytest.raises(
         (ValueError, RuntimeError),

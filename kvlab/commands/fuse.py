@@ -80,7 +80,7 @@ def train_fuser_command(
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process  # gives each process its GPU
     draft, target = scale.load("draft"), scale.load("target")
     training_ids = [encode(tokenizer, text) for text in texts]
-    answers = drafts.listen(target, tokenizer, training_ids, output_dir, max_new_tokens)
+    answers = drafts.generate_targets(target, tokenizer, training_ids, output_dir, max_new_tokens)
     if is_main:
         print(f"Training: {len(answers)} answers of {scale.target}. Held out: {heldout} prompts.")
     examples = [FuserExample.split(answer.input_ids, answer.start) for answer in answers]

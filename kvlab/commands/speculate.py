@@ -194,7 +194,7 @@ def _proposer(
         return drafter(draft), {}
     started = time.perf_counter()
     item = find_item(store, text, threshold)
-    knowing, prefix = draft.model.knowing(store, [item], [len(ids)])
+    knowing, prefix = draft.model.with_knowledge(store, [item], [len(ids)])
     proposer, seconds = drafter(knowing, prefix=prefix), time.perf_counter() - started
     return proposer, {"found": item and item.question, "finding_seconds": seconds}
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import draft, lab
-from kvlab.draft import Example, KnowledgeDraft, KnowledgeDraftConfig
+from kvlab.draft import DraftExample, KnowledgeDraft, KnowledgeDraftConfig
 from kvlab.evaluate import benchmark, figure
 from kvlab.generation import encode
 from kvlab.knowledge import Item, KnowledgeCache
@@ -42,7 +42,7 @@ class Lab(NamedTuple):
 class Texts(NamedTuple):
     """What the target says to questions, and the item that each question finds."""
 
-    examples: list[Example]
+    examples: list[DraftExample]
     items: list[Item | None]
 
 
@@ -51,7 +51,7 @@ def ask(s: Lab, questions: Sequence[str], search: bool = True) -> Texts:
         encode(s.tokenizer, [{"role": "user", "content": question}]) for question in questions
     ]
     items = [find(s, question) if search else None for question in questions]
-    return Texts(draft.listen(s.target, s.tokenizer, prompts, s.folder, NEW), items)
+    return Texts(draft.generate_targets(s.target, s.tokenizer, prompts, s.folder, NEW), items)
 
 
 def find(s: Lab, question: str) -> Item | None:
@@ -141,10 +141,10 @@ def train(s: Lab, parts: Split, way: str | None, seed: int, layers: str = LAYERS
         EPOCHS,
     )
     if way:
-        known = draft.unsettle(
-            draft.attach(small, s.store, *parts.train), hide=0.15, mislead=0.3, seed=seed
+        known = draft.corrupt_knowledge(
+            draft.attach(small, s.store, *parts.train), drop=0.15, swap=0.3, seed=seed
         )
-        practice = draft.attach(small, s.made_up, draft.given(s.made_up), list(s.made_up))
+        practice = draft.attach(small, s.made_up, draft.item_examples(s.made_up), list(s.made_up))
         examples, checks = (
             [*known, *parts.other.examples, *practice],
             draft.attach(small, s.store, *parts.checks),
@@ -152,9 +152,16 @@ def train(s: Lab, parts: Split, way: str | None, seed: int, layers: str = LAYERS
     else:
         epochs = round(epochs * (len(examples) + len(s.made_up)) / len(examples))
     options = {"epochs": 1, "batch_size": 8} if s.quick else {"epochs": epochs, "batch_size": 32}
-    shares = {"kl": 1.0, "ce": 1.0} if way else {"kl": 1.0}
-    draft.train(
-        small, s.target, examples, checks, shares=shares, learning_rate=1.5e-3, seed=seed, **options
+    loss_weights = {"kl": 1.0, "ce": 1.0} if way else {"kl": 1.0}
+    draft.train_draft(
+        small,
+        s.target,
+        examples,
+        checks,
+        loss_weights=loss_weights,
+        learning_rate=1.5e-3,
+        seed=seed,
+        **options,
     )
     return small
 
@@ -162,7 +169,7 @@ def train(s: Lab, parts: Split, way: str | None, seed: int, layers: str = LAYERS
 def accepted(s: Lab, small: KnowledgeDraft, texts: Texts, know: bool = True) -> np.ndarray:
     reads = know and small.config.knowledge
     examples = draft.attach(small, s.store, *texts) if reads else texts.examples
-    return draft.acceptance(small, s.target, examples).greedy
+    return draft.measure_acceptance(small, s.target, examples).greedy
 
 
 # -- speed
@@ -197,7 +204,7 @@ def drafted(s: Lab, small: KnowledgeDraft, question: str, ids: list[int]) -> Run
 
     def proposer() -> ModelProposer:
         item = find(s, question) if small.config.knowledge else None
-        return ModelProposer(*small.knowing(s.store, [item], [len(ids)]))
+        return ModelProposer(*small.with_knowledge(s.store, [item], [len(ids)]))
 
     return timed(s, ids, proposer)
 
@@ -368,7 +375,7 @@ def reading_figures(
 
 def loss_figures(s: Lab, splits: dict[int, Split]) -> list[dict]:
     """Each loss alone, from the same cut, on the same texts, for the same few steps."""
-    rows: dict[str, list[draft.Accepted]] = {}
+    rows: dict[str, list[draft.Acceptance]] = {}
     for seed, parts in splits.items():
         tests = [
             *parts.seen.examples,
@@ -383,16 +390,16 @@ def loss_figures(s: Lab, splits: dict[int, Split]) -> list[dict]:
                 "learning_rate": 1e-3,
                 "seed": seed,
             }
-            draft.train(
+            draft.train_draft(
                 small,
                 s.target,
                 texts,
                 parts.checks.examples,
-                shares={name: 1.0},
+                loss_weights={name: 1.0},
                 every=10_000,
                 **options,
             )
-            rows.setdefault(name, []).append(draft.acceptance(small, s.target, tests))
+            rows.setdefault(name, []).append(draft.measure_acceptance(small, s.target, tests))
     told = f"first:2 of 12 layers, one pass over the same texts with each loss alone, {len(splits)} seeds; held-out "
     told += "paraphrases of the FAQ and word problems"
     return [

@@ -86,11 +86,11 @@ def folder_of(name: str, seed: int, folder: Path) -> Path:
     return folder / f"{name}-{seed}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
-def answered(seed: int, prompts: int, folder: Path) -> list[drafts.Example]:
+def answered(seed: int, prompts: int, folder: Path) -> list[drafts.DraftExample]:
     """The target's answers to prompts, which all arms of a seed share."""
     _, target, tokenizer = models()
     texts = [encode(tokenizer, text) for text in Requests(prompts, seed=seed)]
-    return drafts.listen(target, tokenizer, texts, folder, NEW)
+    return drafts.generate_targets(target, tokenizer, texts, folder, NEW)
 
 
 def run(name: str, seed: int, quick: bool, folder: Path) -> None:
@@ -115,13 +115,18 @@ def run(name: str, seed: int, quick: bool, folder: Path) -> None:
 
 
 def tuned(
-    draft: PreTrainedModel, target: PreTrainedModel, answers: list[drafts.Example], arm: FuserArm
+    draft: PreTrainedModel,
+    target: PreTrainedModel,
+    answers: list[drafts.DraftExample],
+    arm: FuserArm,
 ) -> PreTrainedModel:
     """The draft itself, trained for as many steps on the same answers, without a fuser."""
     small = drafts.KnowledgeDraft.cut(draft, "first:2")
     epochs = max(1, arm.steps * arm.batch_size // len(answers))
     options = {"batch_size": arm.batch_size, "learning_rate": 1e-3, "seed": arm.seed}
-    drafts.train(small, target, answers, answers[:64], shares={"kl": 1.0}, epochs=epochs, **options)
+    drafts.train_draft(
+        small, target, answers, answers[:64], loss_weights={"kl": 1.0}, epochs=epochs, **options
+    )
     return small.plain
 
 
