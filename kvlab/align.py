@@ -40,10 +40,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.cache import from_tensor, prefill, require, rotary_of, rotate, to_tensor, unrotate
+from kvlab.cache import from_tensor, prefill, rotate, to_tensor, unrotate
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import rendered
 from kvlab.losses import cross_entropy
+from kvlab.models import require, rotary_of
 from kvlab.similarity import CKA, STATES, LayerMap
 from kvlab.training import fit
 

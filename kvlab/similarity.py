@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlab.cache import prefill, require, rotary_of, to_tensor, unrotate
+from kvlab.cache import prefill, to_tensor, unrotate
 from kvlab.files import write_text
+from kvlab.models import require, rotary_of
 
 FORMAT_VERSION = 1
 STATES = ("hidden", "keys", "values")
@@ -247,7 +248,7 @@ def states(
             for keys and values, a model that `prefill` does not support.
 
     Example:
-        >>> from kvlab.cache import _example
+        >>> from kvlab.models import _example
         >>> model, ids = _example()
         >>> [layer.shape for layer in states(model, ids, torch.ones_like(ids), ids != 2, "keys")]
         [torch.Size([4, 32]), torch.Size([4, 32])]

@@ -29,17 +29,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kvlab.cache import (
-    Prefix,
-    Read,
-    Slots,
-    first_layers,
-    length,
-    prefill,
-    require_supported,
-    rotary_of,
-    step,
-)
+from kvlab.cache import Prefix, length, prefill
+from kvlab.models import first_layers, require_supported, rotary_of
+from kvlab.slots import Slots, step
 
 Texts = list[list[int]]  # token ids of each row
 
@@ -94,14 +86,18 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: the likeliest at temperature 0 (the default), else drawn.
+    """How tokens are chosen, by the logits processors of transformers, in its order.
 
-    `top_k` 0 and `top_p` 1.0 keep all. The processors are those of transformers, in its order.
-    `generator` is one for all rows, or a list of one for each: then a row's text does not depend on
-    the rows beside it.
+    Args:
+        temperature: 0 takes the most probable token (greedy), else tokens are sampled.
+        top_k: Sample among the k most probable tokens; 0 keeps all.
+        top_p: Sample among the most probable tokens that together reach this probability; 1.0 keeps all.
+        repetition_penalty: Above 1.0 makes tokens of the context less probable.
+        generator: One for all rows, or a list with one per row: then a row's text does not depend on the other rows.
 
-    >>> Sampling(0.7, top_p=0.9).greedy, Sampling().greedy
-    (False, True)
+    Example:
+        >>> Sampling(0.7, top_p=0.9).greedy, Sampling().greedy
+        (False, True)
     """
 
     temperature: float = 0.0
@@ -298,10 +294,7 @@ class Runner:
         for model, text, prefix in zip(models, texts, prefixes, strict=True):
             keys.append((tuple(text), id(prefix), id(model)))
             if keys[-1] not in states:  # many samples of one prompt read it once
-                past, position = (prefix.cache, prefix.next_position) if prefix else (None, None)
-                states[keys[-1]] = prefill(
-                    model, torch.tensor([text], device=device), past, position
-                )
+                states[keys[-1]] = prefill(model, torch.tensor([text], device=device), prefix)
         self.prepare(len(texts), max(length(state.cache) for state in states.values()) + room)
         for row, key in enumerate(keys):
             self.slots.put(row, states[key].cache, states[key].next_position)
@@ -319,7 +312,9 @@ class Runner:
                     torch._dynamo.mark_static_address(layer.values)
 
     def __call__(self, tokens: Tensor, starts: list[int]) -> Tensor:
-        columns = self.slots.aim(starts, tokens.shape[1], fixed=self.compiled_room is not None)
+        columns = self.slots.set_write_positions(
+            starts, tokens.shape[1], fixed=self.compiled_room is not None
+        )
         if self.compiled_room is None:
             return step(self.model, self.slots, tokens, columns)
         if tokens.shape not in self._programs:
@@ -467,7 +462,7 @@ class FusedProposer(ModelProposer):
     Args:
         model, prefix: as for `ModelProposer`. The draft's own prefix is not fused.
         target: the model that verifies, or its Runner.
-        fuser: from the target to the draft, as `fuse.Fuser`: called with a `Read` of each, it
+        fuser: from the target to the draft, as `fuse.Fuser`: called with a `Prefix` of each, it
             returns the draft's cache.
         prefill, decode: whether to fuse what stands before the first guess, and what is accepted
             later.
@@ -477,7 +472,7 @@ class FusedProposer(ModelProposer):
         self,
         model: PreTrainedModel | Runner,
         target: PreTrainedModel | Runner,
-        fuser: Callable[[Read, Read], DynamicCache],
+        fuser: Callable[[Prefix, Prefix], DynamicCache],
         prefix: Prefix | Sequence[Prefix] | None = None,
         prefill: bool = True,
         decode: bool = True,
@@ -512,7 +507,7 @@ class FusedProposer(ModelProposer):
         count, self.settled[row] = read - self.settled[row], read
         if count > 0:
             ends = own.lengths[row], target_cache.lengths[row] - (len(text) - 1 - read)
-            reads = [slots.read(row, end - count, end, rotary) for slots, end, rotary in zip(
+            reads = [slots.prefix(row, end - count, end, rotary) for slots, end, rotary in zip(
                 (own, target_cache), ends, (self.rotary, self.sharer_rotary), strict=True)]  # fmt: skip
             own.replace(row, ends[0] - count, self.fuser(*reads))
 

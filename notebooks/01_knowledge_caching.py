@@ -44,8 +44,10 @@ import torch
 from tqdm.auto import tqdm
 
 from kvlab import Scale, knowledge, lab, plots, speculate
-from kvlab.cache import CacheError, Prefix, bytes_per_token, clone, join
-from kvlab.cache import length, nbytes, prefill, rotary_of, shift, to_tensor
+from kvlab.cache import Prefix, bytes_per_token, clone, join
+from kvlab.models import CacheError
+from kvlab.cache import length, nbytes, prefill, shift, to_tensor
+from kvlab.models import rotary_of
 from kvlab.cache import truncate
 from kvlab.evaluate import bootstrap
 from kvlab.generation import encode
@@ -491,7 +493,7 @@ def read_it(item):
 
 
 def load_it(item):
-    return prefill(model, more, speed.read(item).cache)
+    return prefill(model, more, Prefix(speed.read(item).cache, len(item.input_ids)))
 
 
 # %%

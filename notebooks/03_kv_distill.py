@@ -46,6 +46,7 @@ import torch
 from IPython.display import display
 
 from kvlab import Scale, cache, compress, lab, plots
+from kvlab.models import fingerprint, rotary_of
 from kvlab.compress import KVDistiller, compact, evict, routed
 from kvlab.evaluate import bootstrap
 from kvlab.lab.corpora import Readings
@@ -83,7 +84,7 @@ def asked(text, turns):
     return context, [e.text[e.weights == 0] for e in made], [answer for _, answer in turns]
 
 
-everything = partial(cache.prefix_of, target)  # the whole cache, and where to go on
+everything = partial(cache.prefill, target)  # the whole cache, and where to go on
 passages = [asked(*reading) for reading in test]
 ids = passages[0][0]
 whole = everything(ids).cache
@@ -203,7 +204,7 @@ def at_the_number_of_entries(context):
     return prefix._replace(next_position=cache.length(prefix.cache))
 
 
-rotary = cache.rotary_of(target)
+rotary = rotary_of(target)
 answered = {
     "as it was": evicted["key_norm_reversed", 0.5],
     "compacted": right(lambda c: compact(half(c), rotary).prefix),
@@ -306,7 +307,7 @@ steps = 20 if scale.name == "tiny" else 1000
 batch = 8 if scale.name == "tiny" else 2
 readings = Readings(8 * steps, facts=(8, 16), questions=6, seed=scale.seed)
 examples = compress.Examples(tokenizer, readings)
-before = cache.fingerprint(target)["weights"]
+before = fingerprint(target)["weights"]
 history = compress.train(
     distiller,
     examples,
@@ -317,7 +318,7 @@ history = compress.train(
     retention=(0.05, 0.8),
     precision="fp16" if target.dtype == torch.float16 else "no",
 )
-assert cache.fingerprint(target)["weights"] == before  # frozen
+assert fingerprint(target)["weights"] == before  # frozen
 
 # %% mystnb={"image": {"alt": "The loss of each training step. It falls, and scatters, since each step keeps another share."}}
 ax = plots.axes(height=2.4)[0]
@@ -593,7 +594,7 @@ def next_word(store, item):
     prefix = store.splice([item], "shift") if store else cache.Prefix(None, 0)
     prompt = stores["all entries"].prompt(item.question)
     prompt = torch.tensor([prompt], device=target.device)
-    out = cache.prefill(target, prompt, prefix.cache, prefix.next_position)
+    out = cache.prefill(target, prompt, prefix)
     return out.logits.float().softmax(-1)[0]
 
 

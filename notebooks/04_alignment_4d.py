@@ -42,6 +42,7 @@ import torch
 from IPython.display import display
 
 from kvlab import Scale, align, cache, lab, plots, similarity
+from kvlab.models import rotary_of
 from kvlab.align import Lesson, Projector, plan_time, resample, segment
 from kvlab.lab.corpora import Solutions
 
@@ -169,7 +170,7 @@ assert not torch.allclose(nearest, nearest.mean().expand(len(nearest)))
 # Cached keys have been rotated by their positions ({term}`RoPE`), with the teacher's own angles. A mean of keys from two positions is no key at any position. So keys are un-rotated first, aligned, and rotated again for the student's positions with the student's angles. Then the {term}`GQA` heads of a token (KV heads, not attention heads) are laid side by side: $(B, L, H_{kv}, T, d) \to (B, L, T, H_{kv} d)$.
 
 # %%
-rotary = cache.rotary_of(teacher)
+rotary = rotary_of(teacher)
 
 
 def read(model, text, start=0):
@@ -278,7 +279,7 @@ def aligned(texts, others, chosen=chosen):
             names = ("input_ids", "attention_mask", "position_ids")
             ids, mask, places = (batch[name].to(model.device) for name in names)
             made = cache.prefill(model, ids, attention_mask=mask).cache
-            flats.append(align.features(made, places, cache.rotary_of(model)))
+            flats.append(align.features(made, places, rotary_of(model)))
         mine, given = flats
         given = (align.mix_layers(resample(x, plan), chosen) for x in given)
         keep = plan.mask.to(ids.device)
@@ -344,14 +345,14 @@ def as_teacher(model, text, own, chosen, projector):
     """A teacher that has read its text, for `align_kv`."""
     made, positions = read(model, text)
     plan = plan_time(own.borders[None], text.borders[None])
-    return align.Teacher(made, positions, cache.rotary_of(model), plan, chosen, projector)
+    return align.Teacher(made, positions, rotary_of(model), plan, chosen, projector)
 
 
 layers, width = student.config.num_hidden_layers, widths[1]
 like = Projector(width, width, "identity").to(student.device)
 mirror = as_teacher(student, own, own, similarity.proportional(layers, layers), like)
 kept = align.align_kv([mirror])
-assert torch.equal(kept.keys, align.features(*read(student, own), cache.rotary_of(student)).keys)
+assert torch.equal(kept.keys, align.features(*read(student, own), rotary_of(student)).keys)
 
 # %% [markdown]
 # And another teacher? What would the student say next, behind the teacher's cache in place of its own? Of the distribution of the next token, how much stays, $\sum_x \min(p(x), q(x))$, at the end of the prompt, where a solution begins, and at the first digit of the answer?
@@ -362,16 +363,17 @@ def behind(kv, own, at):
     positions = torch.arange(len(own.input_ids), device=student.device)[None]
     heads = student.config.num_key_value_heads
     kv = align.KV(*(x.to(student.dtype) for x in kv))
-    made = align.as_cache(kv, positions, cache.rotary_of(student), heads)
+    made = align.as_cache(kv, positions, rotary_of(student), heads)
     made = cache.truncate(made, at - 1)
-    out = cache.prefill(student, own.input_ids[None, at - 1 : at].to(student.device), made)
+    out = cache.prefill(student, own.input_ids[None, at - 1 : at].to(student.device),
+                        cache.Prefix(made, at - 1))
     return out.logits.float().softmax(-1)[0]
 
 
 rows = {}
 for i in range(32, 48):
     one, two, wrong = texts[i], others[i], others[(i + 5) % 48]
-    truth = align.features(*read(student, one), cache.rotary_of(student))
+    truth = align.features(*read(student, one), rotary_of(student))
     empty = align.KV(*(torch.zeros_like(x) for x in truth))
     arms = {"a cache of zeros": empty}
     for name, text in (("teacher", two), ("teacher, another problem", wrong)):
@@ -719,10 +721,10 @@ if scale.name == "tiny":
 
     def of_both(span):
         for one, two, other in zip(texts[span], others[span], their[span]):
-            mine = align.features(*read(student, one), cache.rotary_of(student))
+            mine = align.features(*read(student, one), rotary_of(student))
             parts = []
             for model, text, chosen_for in ((teacher, two, chosen), (deep, other, second)):
-                flat = align.features(*read(model, text), cache.rotary_of(model))
+                flat = align.features(*read(model, text), rotary_of(model))
                 plan = plan_time(one.borders[None], text.borders[None])
                 parts.append(align.KV(*(align.mix_layers(resample(x, plan), chosen_for) for x in flat)))
             yield *parts, mine

@@ -216,7 +216,7 @@ def exact_pairs(model, temperature):
     first = (state.logits[0] / temperature).softmax(-1)
     pairs = []
     for token in range(6):
-        step = prefill(model, torch.tensor([[token]]), state.cache, state.next_position)
+        step = prefill(model, torch.tensor([[token]]), state)
         pairs.append(first[token] * (step.logits[0] / temperature).softmax(-1))
     return torch.cat(pairs).double().numpy()
 

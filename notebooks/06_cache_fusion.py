@@ -109,7 +109,7 @@ def change(fuser, i, s, r):
 torch.manual_seed(0)
 small = Settings(hidden=64, gate=1.0)
 fuser = Fuser(*sizes, settings=small).to(receiver.device)  # random, with all gates open
-own, theirs = (cache.read(model, ids) for model in (receiver, sharer))
+own, theirs = (cache.prefill(model, ids) for model in (receiver, sharer))
 with torch.no_grad():
     fused = fuser(own, theirs)
 
@@ -148,7 +148,7 @@ def moved_and_back(settings):
     one = Fuser(*sizes, settings=settings).to(receiver.device)
     with torch.no_grad():
         here = one(own, theirs)
-        there = one(*(cache.read(model, ids, position=300) for model in (receiver, sharer)))
+        there = one(*(cache.prefill(model, ids, position=300) for model in (receiver, sharer)))
         back = cache.shift(there, -300, own.rotary)
     return (back.layers[0].keys - here.layers[0].keys).abs().max().item()
 
@@ -384,7 +384,7 @@ def guesses(row, fuser=None, sees=0):
     if fuser:
         known = fuse.fuse_prompt(fuser, receiver, sharer, lesson(*row).prompt)
     else:
-        known = cache.prefix_of(receiver, row[sees][None, :-1].to(receiver.device))
+        known = cache.prefill(receiver, row[sees][None, :-1].to(receiver.device))
     proposer = ModelProposer(receiver, known._replace(input_ids=ids[:-1].tolist()))
     return summarize(decode(ids, proposer).rounds).acceptance
 
@@ -419,7 +419,7 @@ if results:
 
 # %% mystnb={"image": {"alt": "Bars for keys and values of each layer: how large the change is, as a share of what it changes."}}
 with torch.no_grad():
-    own, theirs = (cache.read(model, torch.tensor([requests[0]], device=model.device)) for model in (receiver, sharer))
+    own, theirs = (cache.prefill(model, torch.tensor([requests[0]], device=model.device)) for model in (receiver, sharer))
     before, after = (cache.to_tensor(x).float() for x in (own.cache, fuser(own, theirs)))
 size = (after - before).square().mean((2, 3, 4, 5)).sqrt() / before.square().mean((2, 3, 4, 5)).sqrt()
 plots.gates(fuser.gate_logits(), size.cpu());

@@ -42,6 +42,7 @@ import torch
 from IPython.display import display
 
 from kvlab import Scale, cache, lab, plots
+from kvlab.models import fingerprint
 from kvlab.cache import Prefix
 from kvlab.compress import KVDistiller
 from kvlab.generation import encode_parts
@@ -102,7 +103,7 @@ fuser = fuser.to(draft.device, torch.float32)
 
 ids = document[None]
 with torch.no_grad():
-    own, theirs = cache.read(draft, ids.to(draft.device)), cache.read(target, ids.to(target.device))
+    own, theirs = cache.prefill(draft, ids.to(draft.device)), cache.prefill(target, ids.to(target.device))
     fused = fuser(own, theirs)
     chosen = distiller.compress(ids.to(target.device), retention=0.25)
 kept = chosen.positions[0]
@@ -128,7 +129,7 @@ plots.score_view(document.tolist(), {"kept": (chosen.scores[0].float().tolist(),
 
 # %%
 owned = {"target": target, "draft": draft}
-owners = {name: cache.fingerprint(model) for name, model in owned.items()}
+owners = {name: fingerprint(model) for name, model in owned.items()}
 
 
 def known(name):
@@ -218,7 +219,7 @@ same = {"draft": [], "target": []}
 for one in others:
     passage, rest = (torch.tensor(part) for part in encode_parts(tokenizer, one))
     with torch.no_grad():
-        both = [cache.prefix_of(model, passage[None].to(model.device)) for model in (target, draft)]
+        both = [cache.prefill(model, passage[None].to(model.device)) for model in (target, draft)]
         some = distiller.compress(passage[None].to(target.device), retention=0.25).positions[0]
     right = answer(rest, None, both[0]).tokens[0]
     poor = [p._replace(cache=cache.select(p.cache, some)) for p in both]
@@ -304,7 +305,7 @@ document = {"role": "system", "content": "Anna lives in Rome. Anna has a dog. Be
 turns = [document, {"role": "user", "content": "Tell me about Anna."}]
 passage, request = (torch.tensor(ids) for ids in encode_parts(tokenizer, turns))
 with torch.no_grad():
-    stored = [cache.prefix_of(model, passage[None].to(model.device)) for model in (target, draft)]
+    stored = [cache.prefill(model, passage[None].to(model.device)) for model in (target, draft)]
 proposer = speculate.ModelProposer(draft, stored[1])
 made = speculate.generate(target, [request], proposer, prefix=stored[0], max_new_tokens=48)
 print(tokenizer.decode(made.tokens[0], skip_special_tokens=True))

@@ -1,6 +1,7 @@
 """The command line: train-fuser, and what speculate does with a fuser."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -106,7 +107,7 @@ def spelled(conversations):
 
 def noise(read):
     """What was read, but for its content."""
-    return read._replace(cache=from_tensor(torch.randn_like(to_tensor(read.cache))))
+    return replace(read, cache=from_tensor(torch.randn_like(to_tensor(read.cache))))
 
 
 @pytest.mark.parametrize("control", ["none", "self", "matched"])

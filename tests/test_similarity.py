@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlab import similarity as module
-from kvlab.cache import CacheError, prefill, rotary_of, unrotate
+from kvlab.cache import prefill, unrotate
+from kvlab.models import CacheError, rotary_of
 from kvlab.similarity import (
     CKA,
     LayerMap,

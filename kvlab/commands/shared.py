@@ -8,14 +8,36 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.cache import fingerprint
 from kvlab.files import write_text
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
+from kvlab.models import fingerprint
 from kvlab.records import CONTEXTS, Record, read_records
 from kvlab.scale import Scale
+
+parsed_options: dict = {}  # of the command that `kvlab.cli.main` runs; empty if Python calls it
+
+
+def command_settings(**resolved) -> dict:
+    """Options of the command line as JSON, with those that the command has resolved (None was the default)."""
+    options = parsed_options | resolved
+    for name, value in options.items():
+        if isinstance(value, Path):
+            options[name] = str(value)
+    return options
+
+
+def defaults_file() -> Path:
+    """The YAML file with this scale's defaults, a section per command."""
+    return Path(__file__).with_name(f"{Scale.current().name}.yaml")
+
+
+def scale_defaults(command: str) -> dict:
+    """Defaults of a command at this scale that differ from those of its signature."""
+    return yaml.safe_load(defaults_file().read_text("utf-8")).get(command, {})
 
 
 def load_shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:

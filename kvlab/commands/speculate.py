@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.commands.shared import (
+    command_settings,
     find_item,
     load_shared_tokenizer,
     open_store,
@@ -56,36 +57,39 @@ def speculate(
     save_results: bool = False,
     output_dir: Path = Path("results"),
     prompt_file: Path | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
     seed: int = 0,
     compiled: bool = False,
     store: Path | None = None,
     threshold: float = 0.5,
+    **options,
 ) -> None:
     """Decode prompts plainly and speculatively, prompt by prompt in one run, and compare.
 
-    Args: prompts: a user's messages, e.g. --prompts "One?" "Two?", or, if the tokenizer has no chat
-    template, texts to continue. By default three word problems. max_new_tokens: of each prompt.
-    gamma: tokens drafted a round. base_model: the small model, which drafts; a lab model, a hub
-    name or a folder, such as `kvlab train-draft` makes. Default: the scale's draft. teacher_model:
-    the large model, whose text it is. Default: the scale's target. fuser_checkpoint: folder that
-    `kvlab train-fuser` made for these two models: the draft's cache is fused from the target's.
-    Default: the draft is alone. skip_standard: leave plain decoding out, and with it every
-    comparison. no_prefill_fusion: do not fuse the prompt. no_decode_fusion: do not fuse what was
-    accepted. save_results: write a JSON file with settings, texts and numbers. output_dir: folder
-    of that file. prompt_file: more prompts, one a line, or JSON lines with "turns", of which the
-    first is used. temperature: 0 takes the likeliest token, else tokens are drawn. top_k: draw
-    among so many of the likeliest tokens; 0 keeps all. top_p: draw among the likeliest tokens that
-    reach this probability; 1.0 keeps all. repetition_penalty: above 1.0 makes tokens seen before
-    less likely. seed: of what is drawn. compiled: compile both models first; worth it for many
-    prompts. store: folder that `kvlab build-cache` made; a draft that reads is given the item found
-    for each prompt. What finding and loading it takes is told apart, as finding_seconds. Default:
-    it drafts without knowledge. threshold: least similarity of an item that counts as found.
+    Args:
+        prompts: A user's messages, e.g. --prompts "One?" "Two?", or, if the tokenizer has no chat template, texts to
+            continue. Default: three word problems.
+        max_new_tokens: Tokens per prompt.
+        gamma: Tokens drafted per round.
+        base_model: The small model, which drafts: a lab model, a hub name or a folder, such as `kvlab train-draft`
+            makes. Default: the scale's draft.
+        teacher_model: The large model, whose text is generated. Default: the scale's target.
+        fuser_checkpoint: Folder that `kvlab train-fuser` made for these two models: the draft's cache is fused from
+            the target's. Default: the draft is alone.
+        skip_standard: Leave plain decoding out, and with it every comparison.
+        no_prefill_fusion: Do not fuse the prompt.
+        no_decode_fusion: Do not fuse accepted tokens.
+        save_results: Write a JSON file with settings, texts and numbers.
+        output_dir: Folder of that file.
+        prompt_file: More prompts, one per line, or JSON lines with "turns", of which the first is used.
+        seed: Random seed of sampling.
+        compiled: Compile both models first; worth it for many prompts.
+        store: Folder that `kvlab build-cache` made; a draft that reads knowledge gets the item retrieved for each
+            prompt. Retrieval and loading are timed apart, as finding_seconds. Default: no knowledge.
+        threshold: Minimum cosine similarity of a retrieved item.
+        **options: Of `kvlab.speculate.Sampling`.
     """
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
+    generator = torch.Generator()
+    sampling = Sampling(generator=generator, **options)
     if (no_prefill_fusion or no_decode_fusion) and not fuser_checkpoint:
         raise ValueError(
             "Without a fuser nothing is fused: give --fuser_checkpoint, or leave --no_..._fusion out."
@@ -118,8 +122,7 @@ def speculate(
     def run(
         ids: list[int], arm: str, proposer: ModelProposer, tokens: int = max_new_tokens
     ) -> Generated:
-        generator = torch.Generator().manual_seed(seed)
-        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, generator)
+        generator.manual_seed(seed)
         proposer = None if arm == "plain" else proposer
         return generate(
             target, [ids], proposer, gamma=gamma, max_new_tokens=tokens, sampling=sampling
@@ -143,7 +146,7 @@ def speculate(
         len(rows),
         gamma,
     )
-    if temperature == 0 and not skip_standard:
+    if sampling.greedy and not skip_standard:
         summary["equal_texts"] = all(
             r["plain"]["token_ids"] == r["speculative"]["token_ids"] for r in results
         )
@@ -152,7 +155,7 @@ def speculate(
         summary["finding_seconds"] = float(np.mean([r["finding_seconds"] for r in results]))
     _print(results, summary)
     if save_results:
-        settings |= {"base_model": scale.draft, "teacher_model": scale.target}
+        settings = command_settings(base_model=scale.draft, teacher_model=scale.target)
         result = {"settings": settings, "prompts": results, "summary": summary, **circumstances()}
         print(write_json(output_dir / f"speculate_{datetime.now():%Y%m%d_%H%M%S}.json", result))
 
