@@ -43,7 +43,7 @@ from kvlab.compress import AWARE, METHODS, count_kept, evict, require_one_text
 from kvlab.evaluate import exact_match, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import encode_parts
-from kvlab.losses import distillation_losses
+from kvlab.losses import distill as distillation_losses
 from kvlab.models import differences, fingerprint, first_layers, require_supported, rotary_of
 from kvlab.records import Record
 from kvlab.training import fit
@@ -153,7 +153,11 @@ class KVDistiller(nn.Module):
             task_type="CAUSAL_LM",
         )
         weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.adapted = get_peft_model(copy.deepcopy(model, weights), lora)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "`is_gradient_checkpointing`", FutureWarning
+            )  # PEFT's
+            self.adapted = get_peft_model(copy.deepcopy(model, weights), lora)
         self.scorer = Scorer(config.hidden_size, self.settings.scorer_hidden_size)
         self.scorer.requires_grad_(self.settings.gate != "none")
         self.marker = None
@@ -192,10 +196,10 @@ class KVDistiller(nn.Module):
         positions = _positions(attention_mask)
         ranked = scores.detach().masked_fill(positions < self.settings.sinks, float("inf"))
         ranked = ranked.masked_fill(attention_mask == 0, float("-inf"))
-        order = ranked.argsort(1, descending=True, stable=True)  # of equal scores the first
+        order = ranked.argsort(dim=1, descending=True, stable=True)  # of equal scores the first
         ranks = order.argsort(1)
         kept = ranks < torch.tensor(counts, device=ranks.device)[:, None]  # (B, T)
-        columns = kept.int().argsort(1, stable=True)[:, -max(counts) :]  # (B, k), in order
+        columns = kept.int().argsort(dim=1, stable=True)[:, -max(counts) :]  # (B, k), in order
         cache = select(self._encode(input_ids, attention_mask, kept), columns)
         if self.settings.gate == "multiply":
             cache = scale_keys(cache, scores.gather(1, columns).sigmoid())

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import pandas as pd
 import torch
@@ -70,9 +70,6 @@ from kvlab.models import (
     rotary_of,
 )
 from kvlab.slots import Slots, step
-
-if TYPE_CHECKING:
-    from kvlab.compress import Compressed
 
 FORMAT_VERSION = 1
 PARTS = ("kv", "hidden")
@@ -146,7 +143,7 @@ class Piece(NamedTuple):
     positions: Tensor | None = None
 
 
-Compress = Callable[[Tensor], "Compressed"]
+Compress = Callable[[Tensor], Prefix]
 
 
 # -- putting pieces together
@@ -687,15 +684,15 @@ class KnowledgeCache:
     def _compressed(self, item: Item, compress: Compress) -> tuple[Item, Tensor, dict[str, Tensor]]:
         """The item with the number of its entries, these, and their positions."""
         small = compress(torch.tensor([item.input_ids], device=self.model.device))
-        positions, kept = small.positions, length(small.prefix.cache)
+        positions, kept = small.positions, length(small.cache)
         seen = f"compress returned positions {tuple(positions.shape)} for {kept} entries"
         hint = "let all heads keep the same (shared=True)"
         require(positions.shape == (1, kept), f"{seen}, expected (1, {kept}): {hint}.")
-        told = small.prefix.next_position == len(item.input_ids)
+        told = small.next_position == len(item.input_ids)
         require(told, "compress moved the entries: give them where they stood, without `compact`.")
         return (
             replace(item, kept=kept),
-            to_tensor(small.prefix.cache),
+            to_tensor(small.cache),
             {"positions": positions[0].to("cpu", copy=True)},
         )
 

@@ -31,7 +31,6 @@ from kvlab import cache as kv
 from kvlab import lab, losses
 from kvlab.compress import capture_attention
 from kvlab.distill import (
-    GATES,
     ROUTINGS,
     DistillDataset,
     DistillExample,
@@ -42,7 +41,6 @@ from kvlab.distill import (
     train_distiller,
 )
 from kvlab.models import CacheError
-
 
 # the start
 
@@ -326,11 +324,11 @@ def test_gates_act_on_the_logits_of_kept_entries(tiny_model, family, gate):
         logits[..., :13] += s.sigmoid().log()
     causal = torch.cat([torch.zeros(6, 13), torch.full((6, 6), -INF).triu(1)], 1)
     expected = ((logits + causal).softmax(-1) @ values).transpose(1, 2).flatten(2)
-    outputs = []
+    kept, outputs = distiller.keep(IDS, all_ones(IDS), [13]), []
     hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
         lambda _, inputs: outputs.append(inputs[0])
     )
-    distiller.read_on(distiller.keep(IDS, all_ones(IDS), [13]), TEXT)
+    distiller.read_on(kept, TEXT)
     if gate != "log":
         read_on(model, prefix, TEXT)
     hook.remove()

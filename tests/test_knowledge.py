@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 
 from kvlab import cache as kv
 from kvlab import files, knowledge, lab
-from kvlab.compress import Compressed, compact
+from kvlab.compress import compact
 from kvlab.draft import KnowledgeDraft
 from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Hit, KnowledgeCache, Piece, read, splice
@@ -1599,10 +1600,9 @@ def halved(model):
     def compress(input_ids):
         count = input_ids.shape[1]
         positions = torch.tensor([[*range(count // 2), count - 1]])
-        cache = kv.select(kv.prefill(model, input_ids).cache, positions)
-        return Compressed(
-            kv.Prefix(cache, count, input_ids[0].tolist()), positions, torch.zeros(1, count)
-        )
+        prefix = kv.prefill(model, input_ids)
+        cache = kv.select(prefix.cache, positions)
+        return replace(prefix, cache=cache, positions=positions, logits=None)
 
     return compress
 
@@ -1611,7 +1611,7 @@ def test_a_compressed_item_is_kept_with_fewer_entries_and_where_they_stand(make,
     store, whole = make(compress=halved(model)), make(name="whole")
     for item in load(store):
         piece, expected = load(store).read(item), halved(model)(torch.tensor([item.input_ids]))
-        near(piece.cache, expected.prefix.cache, 1e-5)
+        near(piece.cache, expected.cache, 1e-5)
         assert piece.positions.tolist() == expected.positions[0].tolist()
         assert (
             item.kept
@@ -1633,10 +1633,7 @@ def test_a_compressed_item_is_kept_with_fewer_entries_and_where_they_stand(make,
 def test_a_single_compressed_item_is_continued_at_the_length_of_its_text(make, model, arm):
     store = make(compress=halved(model))
     item = store.items[1]
-    prefix, expected = (
-        store.splice([item], arm),
-        halved(model)(torch.tensor([item.input_ids])).prefix,
-    )
+    prefix, expected = (store.splice([item], arm), halved(model)(torch.tensor([item.input_ids])))
     near(prefix.cache, expected.cache, 1e-5)
     assert prefix.next_position == len(item.input_ids)
 
@@ -1645,7 +1642,7 @@ def test_compressed_items_behind_one_another_stand_where_their_texts_would(make,
     store, rotary = make(compress=halved(model)), rotary_of(model)
     one, two = store.items[:2]
     start = len(one.input_ids)
-    parts = [halved(model)(torch.tensor([i.input_ids])).prefix.cache for i in (one, two)]
+    parts = [halved(model)(torch.tensor([i.input_ids])).cache for i in (one, two)]
     prefix = store.splice([one, two], "shift")
     near(prefix.cache, kv.join(parts[0], kv.shift(parts[1], start, rotary)), 1e-4)
     assert prefix.next_position == start + len(two.input_ids)
@@ -1680,12 +1677,12 @@ def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tm
         CacheError, match=r"compressed, and what was evicted cannot be computed again.*another arm"
     ):
         store.splice(store.items[:2], "recompute")
-    by_head = lambda ids: first(ids)._replace(positions=torch.zeros(2, 1, 2, 3))
+    by_head = lambda ids: replace(first(ids), positions=torch.zeros(2, 1, 2, 3))
     with pytest.raises(
         CacheError, match=r"positions \(2, 1, 2, 3\) .* let all heads keep the same"
     ):
         make(name="by_head", compress=by_head)
-    moved = lambda ids: compact(first(ids), rotary_of(model))
+    moved = lambda ids: compact(first(ids))
     with pytest.raises(CacheError, match="moved the entries: give them where they stood"):
         make(name="moved", compress=moved)
     draft = KnowledgeDraft.cut(model, "first:1", knowledge="kv")

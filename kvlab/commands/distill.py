@@ -34,7 +34,7 @@ from kvlab.distill import (
     compression_scores,
     train_distiller,
 )
-from kvlab.evaluate import run_info
+from kvlab.evaluate import circumstances as run_info
 from kvlab.lab import corpora
 from kvlab.speculate import generate
 

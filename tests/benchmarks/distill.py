@@ -338,7 +338,9 @@ def ablation_figures(s: Lab, folder: Path, seeds: Sequence[int]) -> list[dict]:
             slopes = [slope(distiller, passages, 0.25) for distiller in distillers]
             conditions = f"mean of sigma(s) (1 - sigma(s)) over tokens kept at 25 %, after {steps} steps, n is seeds"
             figures.append(figure(f"gate_slope_{name}", slopes, "per unit of score", conditions))
-    conditions = f"{steps} steps, every token of the answer the likeliest, same 48 passages, n is seeds: "
+    conditions = (
+        f"{steps} steps, every token of the answer the likeliest, same 48 passages, n is seeds: "
+    )
     conditions += "the interval has the chance of training in it"
     for (name, percent), means in scores.items():
         figures.append(
@@ -400,7 +402,7 @@ def speed_figures(quick: bool) -> list[dict]:
     for turn in range(1 if quick else 12):
         for percent, slots in memory.items():
             started = time.perf_counter()
-            step(model, slots, torch.tensor([[turn]]), slots.aim(slots.lengths, 1))
+            step(model, slots, torch.tensor([[turn]]), slots.set_write_positions(slots.lengths, 1))
             seconds[percent].append(time.perf_counter() - started)
     conditions = f"one token, batch 1, float32, {config.num_hidden_layers} layers, behind {entries} tokens of which so many "
     conditions += f"percent of the entries are kept; random weights, {torch.get_num_threads()} threads, in turn"
@@ -420,7 +422,9 @@ def speed_figures(quick: bool) -> list[dict]:
                 f"the whole cache's time over this; {conditions}",
             )
         )
-        figures.append(figure(f"cache_mb_{percent}", [size], "MB", f"keys and values; {conditions}"))
+        figures.append(
+            figure(f"cache_mb_{percent}", [size], "MB", f"keys and values; {conditions}")
+        )
     return figures
 
 
