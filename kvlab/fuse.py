@@ -63,9 +63,9 @@ from kvlab.cache import (
 )
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import encode_parts, rendered
+from kvlab.layers import LayerMap, last_aligned
 from kvlab.losses import cross_entropy
 from kvlab.models import differences, fingerprint, require
-from kvlab.similarity import LayerMap, last_aligned
 from kvlab.training import fit
 
 KEYS = ("unrotated", "rotated")
@@ -291,8 +291,8 @@ class Fuser(nn.Module):
         receiver, sharer: sizes of the two models. One model that is both is a control: more
             parameters, and no news.
         layer_map: for each receiver layer one or more of the sharer's, whose weighted mean it sees.
-            Default: `similarity.last_aligned`. Others are `similarity.proportional`, and what
-            `similarity.layer_map` finds.
+            Default: `layers.last_aligned`. Others are `layers.proportional`, and what
+            `layers.layer_map` finds.
         settings: `PUBLISHED` for the fuser of the source.
 
     Example:

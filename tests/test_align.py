@@ -52,9 +52,9 @@ from kvlab.align import (
 )
 from kvlab.generation import encode
 from kvlab.lab.worlds import arithmetic_document
+from kvlab.layers import LayerMap, layer_map, proportional
 from kvlab.losses import cross_entropy
 from kvlab.models import rotary_of
-from kvlab.similarity import LayerMap, layer_map, proportional
 from kvlab.training import fit
 
 DOUBLE = torch.float64

@@ -34,8 +34,8 @@ from kvlab.fuse import (
     train,
 )
 from kvlab.generation import encode
+from kvlab.layers import last_aligned, layer_map
 from kvlab.models import CacheError, fingerprint, rotary_of
-from kvlab.similarity import last_aligned, layer_map
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"

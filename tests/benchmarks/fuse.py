@@ -35,7 +35,7 @@ from kvlab.fuse import (
 from kvlab.fuse import Settings as FuserSettings
 from kvlab.generation import encode
 from kvlab.lab.corpora import Requests, Solutions, blanked
-from kvlab.similarity import first_aligned, last_aligned
+from kvlab.layers import first_aligned, last_aligned
 from kvlab.speculate import ModelProposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS = Path("lab-runs/fuse"), 4, 96, 2
