@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -79,9 +79,9 @@ class DistillSettings:
     layer: int
     rank: int = 128
     scorer_hidden_size: int = 1024
-    gate: str = "multiply"
+    gate: Literal[GATES] = "multiply"
     standardize: bool = False
-    routing: str = "conditional"
+    routing: Literal[ROUTINGS] = "conditional"
     sinks: int = 4
     chunk_size: int = 1536
 

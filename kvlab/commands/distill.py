@@ -218,7 +218,7 @@ def eval_compression(
     if data == "lab":
         records = lab_passages(contexts, questions, seed, source)
     else:
-        records = _test_records(load_records(data, source, split), distiller, contexts, seed)
+        records = _test_records(data, source, split, distiller, contexts, seed)
         records = [rows[:questions] for rows in records]
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
     print(f"Comparing answers on: {_count(records)}.")
@@ -246,11 +246,12 @@ def _method_names(methods: Sequence[str] | None, distiller: Path | None) -> list
 
 
 def _test_records(
-    records: dict[str, list], distiller: Path | None, contexts: int, seed: int
+    data: str, source: str | None, split: str, distiller: Path | None, contexts: int, seed: int
 ) -> Contexts:
     """Records of some contexts; if some were held out of the distiller's training, only of these."""
+    records = load_records(data, source, split)
     if not records:
-        raise ValueError("There is no record in the source: give a source that has some.")
+        raise ValueError(f"There is no record in {source}: give a source that has some.")
     training = distiller and distiller / "training.json"
     if training and training.is_file():
         heldout = json.loads(training.read_text("utf-8"))["heldout"]
