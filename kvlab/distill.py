@@ -43,7 +43,7 @@ from kvlab.compress import AWARE, METHODS, count_kept, evict, require_one_text
 from kvlab.evaluate import exact_match, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import encode_parts
-from kvlab.losses import distill as distillation_losses
+from kvlab.losses import distillation_losses
 from kvlab.models import differences, fingerprint, first_layers, require_supported, rotary_of
 from kvlab.records import Record
 from kvlab.training import fit
@@ -484,14 +484,11 @@ def train_distiller(
     loader = DataLoader(
         examples, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=pad_contexts
     )
-    defaults = {
-        "weight": lambda batch: batch["weights"][:, 1:].sum(),
-        "weight_decay": 0.0,
-        "warmup": max(1, steps // 20),
-        "label": "KV-Distill",
-    }
-    options = defaults | options
-    return fit(distiller, loader, losses, steps=steps, learning_rate=learning_rate, **options)
+    options = {"weight_decay": 0.0, "warmup": max(1, steps // 20)} | options
+    options |= {"steps": steps, "learning_rate": learning_rate}
+    return fit(
+        distiller, loader, losses, weight=lambda batch: batch["weights"][:, 1:].sum(), **options
+    )
 
 
 # -- comparison
