@@ -533,11 +533,8 @@ def compress_for(
     context = questions[0].context.to(model.device)
     options = {"retention": retention, "shared": shared}
     if method in AWARE:
-        prefixes = []
-        for q in questions:
-            ids = q.question[None].to(model.device)
-            prefixes.append(evict(model, context, AWARE[method], question_ids=ids, **options))
-        return prefixes
+        ids = [q.question[None].to(model.device) for q in questions]
+        return [evict(model, context, AWARE[method], question_ids=i, **options) for i in ids]
     if method == "full":
         prefix = prefill(model, context)
     elif method == "distill":

@@ -13,19 +13,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from kvlab.commands.shared import (
-    DATA,
-    Contexts,
-    command_settings,
-    lab_passages,
-    load_records,
-    require_counts,
-    run_name,
-    sample_heldout,
-    scale_with_target,
-    short_digest,
-    write_json,
-)
+from kvlab.commands import shared as common
 from kvlab.compress import AWARE, METHODS, count_kept
 from kvlab.distill import (
     DistillDataset,
@@ -34,7 +22,7 @@ from kvlab.distill import (
     compression_scores,
     train_distiller,
 )
-from kvlab.evaluate import circumstances as run_info
+from kvlab.evaluate import run_info
 from kvlab.lab import corpora
 from kvlab.speculate import generate
 
@@ -42,7 +30,7 @@ LONG = ("self_instruct", "p3", "long_alpaca")  # data whose answers are texts, n
 
 
 def distill(
-    data: Literal[DATA] = "lab",
+    data: Literal[common.DATA] = "lab",
     source: str | None = None,
     split: str = "train",
     output_dir: Path = Path("distiller"),
@@ -94,19 +82,19 @@ def distill(
             scale's target.
         **options: Of `kvlab.distill.KVDistiller`.
     """
-    scale = scale_with_target(base_model)
+    scale = common.scale_with_target(base_model)
     counts = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate}
-    require_counts(contexts=contexts, questions=questions, **counts)
+    common.require_counts(contexts=contexts, questions=questions, **counts)
     _require_fractions(forward_share, retention)
     if data == "lab":
-        heldout_records = lab_passages(contexts, questions, seed, source)
+        heldout_records = common.lab_passages(contexts, questions, seed, source)
         readings = corpora.Readings(steps * batch_size * accumulate, questions=questions, seed=seed)
         texts, digests = vars(readings), []
     else:
-        records = load_records(data, source, split)
+        records = common.load_records(data, source, split)
         readings, heldout_records = _split_records(records, heldout, questions, seed)
-        texts = [short_digest(str(reading)) for reading in readings]
-        digests = [short_digest(rows[0].context) for rows in heldout_records]
+        texts = [common.short_digest(str(reading)) for reading in readings]
+        digests = [common.short_digest(rows[0].context) for rows in heldout_records]
     if len(readings) < batch_size:
         raise ValueError(
             f"{len(readings)} examples are fewer than a batch of {batch_size}: give a source that has "
@@ -120,7 +108,9 @@ def distill(
         print(f"Training: {len(readings)} examples. Held out: {_count(heldout_records)}.")
     training = counts | {"retention": list(retention), "forward_share": forward_share}
     training |= {"learning_rate": learning_rate, "precision": precision, "seed": seed}
-    run = output_dir / run_name(model, asdict(distiller.settings), training, instruction, texts)
+    run = output_dir / common.run_name(
+        model, asdict(distiller.settings), training, instruction, texts
+    )
     training["checkpoint"] = run / "checkpoint.safetensors"
     history = train_distiller(
         distiller, DistillDataset(tokenizer, readings, instruction), **training
@@ -130,13 +120,15 @@ def distill(
         arms = {"methods": ["distill"], "retention": [0.5, 0.25, 0.1], "distiller": distiller}
         arms |= {"long_answers": data in LONG, "seed": seed}
         result = {
-            "settings": command_settings(base_model=scale.target, **asdict(distiller.settings)),
+            "settings": common.command_settings(
+                base_model=scale.target, **asdict(distiller.settings)
+            ),
             "heldout": digests,
             "figures": _compare(model, tokenizer, heldout_records[:contexts], **arms),
             **run_info(),
             "history": history,
         }
-        print(write_json(output_dir / "training.json", result))
+        print(common.write_json(output_dir / "training.json", result))
 
 
 def _require_fractions(forward_share: float, retention: Sequence[float]) -> None:
@@ -151,9 +143,9 @@ def _require_fractions(forward_share: float, retention: Sequence[float]) -> None
 
 def _split_records(
     records: dict[str, list], heldout: float, questions: int, seed: int
-) -> tuple[list[tuple[str, list[tuple[str, str]]]], Contexts]:
+) -> tuple[list[tuple[str, list[tuple[str, str]]]], common.Contexts]:
     """Contexts with questions and answers to train on, and the records of held-out contexts."""
-    heldout_contexts = sample_heldout([*records], heldout, seed)
+    heldout_contexts = common.sample_heldout([*records], heldout, seed)
     readings = []
     for context in [c for c in records if c not in set(heldout_contexts)]:
         turns = [(record.question, record.answer) for record in records[context]]
@@ -162,13 +154,13 @@ def _split_records(
     return readings, [records[context][:questions] for context in heldout_contexts]
 
 
-def _count(contexts: Contexts) -> str:
+def _count(contexts: common.Contexts) -> str:
     return f"{len(contexts)} contexts with {sum(map(len, contexts))} questions"
 
 
 def eval_compression(
     distiller: Path | None = None,
-    data: Literal[DATA] = "lab",
+    data: Literal[common.DATA] = "lab",
     source: str | None = None,
     split: str = "validation",
     contexts: int = 64,
@@ -209,20 +201,22 @@ def eval_compression(
         seed: Random seed (choice of contexts, method random).
         base_model: The model that answers. Default: the scale's target.
     """
-    scale = scale_with_target(base_model)
+    scale = common.scale_with_target(base_model)
     methods = _method_names(methods, distiller)
     retention = retention or [1.0, 0.5, 0.25, 0.1, 0.05, 0.02]
-    require_counts(contexts=contexts, questions=questions, max_new_tokens=max_new_tokens)
+    common.require_counts(contexts=contexts, questions=questions, max_new_tokens=max_new_tokens)
     for fraction in retention:
         count_kept(1, fraction)
     if data == "lab":
-        records = lab_passages(contexts, questions, seed, source)
+        records = common.lab_passages(contexts, questions, seed, source)
     else:
         records = _test_records(data, source, split, distiller, contexts, seed)
         records = [rows[:questions] for rows in records]
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
     print(f"Comparing answers on: {_count(records)}.")
-    settings = command_settings(base_model=scale.target, methods=methods, retention=retention)
+    settings = common.command_settings(
+        base_model=scale.target, methods=methods, retention=retention
+    )
     if distiller is not None:
         distiller = KVDistiller.from_pretrained(distiller, model)
     arms = {"methods": methods, "retention": retention, "distiller": distiller, "shared": shared}
@@ -231,7 +225,7 @@ def eval_compression(
     if save_results:
         name = f"eval_compression_{datetime.now():%Y%m%d_%H%M%S}.json"
         result = {"settings": settings, "figures": figures, **run_info()}
-        print(write_json(output_dir / name, result))
+        print(common.write_json(output_dir / name, result))
 
 
 def _method_names(methods: Sequence[str] | None, distiller: Path | None) -> list[str]:
@@ -247,22 +241,24 @@ def _method_names(methods: Sequence[str] | None, distiller: Path | None) -> list
 
 def _test_records(
     data: str, source: str | None, split: str, distiller: Path | None, contexts: int, seed: int
-) -> Contexts:
+) -> common.Contexts:
     """Records of some contexts; if some were held out of the distiller's training, only of these."""
-    records = load_records(data, source, split)
+    records = common.load_records(data, source, split)
     if not records:
         raise ValueError(f"There is no record in {source}: give a source that has some.")
-    training = distiller and distiller / "training.json"
-    if training and training.is_file():
+    training = (distiller or Path()) / "training.json"
+    if distiller and training.is_file():
         heldout = json.loads(training.read_text("utf-8"))["heldout"]
-        heldout_records = {c: rows for c, rows in records.items() if short_digest(c) in heldout}
+        heldout_records = {
+            c: rows for c, rows in records.items() if common.short_digest(c) in heldout
+        }
         records = heldout_records or records
     sample = random.Random(seed).sample([*records], min(contexts, len(records)))
     return [records[context] for context in sample]
 
 
 def _compare(
-    model, tokenizer, records: Contexts, seed: int, max_new_tokens: int = 64, **options
+    model, tokenizer, records: common.Contexts, seed: int, max_new_tokens: int = 64, **options
 ) -> list[dict]:
     """Print a table of methods that do not know the question and one of those that do."""
     torch.manual_seed(seed)
