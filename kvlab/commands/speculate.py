@@ -22,7 +22,7 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.draft import KnowledgeDraft
-from kvlab.evaluate import circumstances
+from kvlab.evaluate import run_info
 from kvlab.fuse import Fuser, Size
 from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
@@ -156,7 +156,7 @@ def speculate(
     _print(results, summary)
     if save_results:
         settings = command_settings(base_model=scale.draft, teacher_model=scale.target)
-        result = {"settings": settings, "prompts": results, "summary": summary, **circumstances()}
+        result = {"settings": settings, "prompts": results, "summary": summary, **run_info()}
         print(write_json(output_dir / f"speculate_{datetime.now():%Y%m%d_%H%M%S}.json", result))
 
 
