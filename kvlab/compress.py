@@ -1,8 +1,9 @@
 """Eviction: scores of the entries of a KV cache, and a cache of those with the best scores only.
 
-A score is a function of the queries, keys and values of one attention layer; it returns one number per
-entry, (B, H_kv, T). `evict` keeps the entries with the highest scores in each head and frees the others.
-The result is a `Prefix`: an ordinary cache, which the unchanged model continues at the next position.
+A score is a function of the queries, keys and values of one attention layer; it returns one number
+per entry, (B, H_kv, T). `evict` keeps the entries with the highest scores in each head and frees
+the others. The result is a `Prefix`: an ordinary cache, which the unchanged model continues at the
+next position.
 
 >>> from kvlab import lab
 >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
@@ -57,8 +58,8 @@ def random(attention: Attention, budget: int) -> Tensor:
 def sinks_recent(attention: Attention, budget: int, sinks: int = 4) -> Tensor:
     """The first entries (attention sinks) and the most recent ones.
 
-    Source: Xiao et al. (2023), StreamingLLM, arXiv 2309.17453, section 3.2. The paper counts positions
-    inside the cache, as `compact` does; `evict` does not change them.
+    Source: Xiao et al. (2023), StreamingLLM, arXiv 2309.17453, section 3.2. The paper counts
+    positions inside the cache, as `compact` does; `evict` does not change them.
     """
     scores = torch.arange(attention.context, device=attention.keys.device).float()
     scores[: min(sinks, budget)] = float("inf")
@@ -68,23 +69,23 @@ def sinks_recent(attention: Attention, budget: int, sinks: int = 4) -> Tensor:
 def key_norm(attention: Attention, budget: int) -> Tensor:
     """Minus the norm of the key: small keys tend to receive more attention.
 
-    Source: Devoto et al. (2024), arXiv 2406.11430, section 3. The paper does not compress the first two
-    layers; here all layers keep the same number of entries.
+    Source: Devoto et al. (2024), arXiv 2406.11430, section 3. The paper does not compress the first
+    two layers; here all layers keep the same number of entries.
     """
     return -attention.keys[:, :, : attention.context].float().norm(dim=-1)
 
 
 def key_norm_reversed(attention: Attention, budget: int) -> Tensor:
-    """The norm of the key. Where keys are normalized (Qwen3), the sign of `key_norm` can be wrong."""
+    """The norm of the key: where keys are normalized (Qwen3), `key_norm` may have it reversed."""
     return -key_norm(attention, budget)
 
 
 def h2o(attention: Attention, budget: int, chunk_size: int = 512) -> Tensor:
-    """Attention received from all queries, summed; half of the budget is for the most recent entries.
+    """Attention received from all queries, summed; half of the budget is for recent entries.
 
-    Source: Zhang et al. (2023), H2O, arXiv 2306.14048, algorithm 1, which evicts at each decoding step;
-    here entries are evicted once, after the context. Query heads that share a key head are summed.
-    Queries are processed `chunk_size` at a time: memory is (B, H, chunk_size, T).
+    Source: Zhang et al. (2023), H2O, arXiv 2306.14048, algorithm 1, which evicts at each decoding
+    step; here entries are evicted once, after the context. Query heads that share a key head are
+    summed. Queries are processed `chunk_size` at a time: memory is (B, H, chunk_size, T).
     """
     total, context = attention.queries.shape[2], attention.context
     received = 0
@@ -97,12 +98,12 @@ def h2o(attention: Attention, budget: int, chunk_size: int = 512) -> Tensor:
 def snapkv(
     attention: Attention, budget: int, window_size: int = 32, kernel_size: int = 5
 ) -> Tensor:
-    """Attention from the last tokens (the window), smoothed over neighbors; the window itself is kept.
+    """Attention from the last tokens (the window), smoothed over neighbors; the window is kept.
 
-    Source: Li et al. (2024), SnapKV, arXiv 2404.14469, section 4 and listing 1, with the average pooling
-    of their code. There each query head selects entries, here the query heads of a key head together.
-    The window is the end of the question. Without a question it is the end of the context, and at most
-    half the budget, since the paper's budgets are much larger than its window.
+    Source: Li et al. (2024), SnapKV, arXiv 2404.14469, section 4 and listing 1, with the average
+    pooling of their code. There each query head selects entries, here the query heads of a key head
+    together. The window is the end of the question. Without a question it is the end of the
+    context, and at most half the budget, since the paper's budgets are much larger than its window.
     """
     total, context = attention.queries.shape[2], attention.context
     window_size = min(window_size, total - context or max(1, budget // 2))
@@ -136,7 +137,8 @@ def capture_attention(
 ) -> Iterator[None]:
     """Call `on_layer(queries, keys, values, scaling)` for each attention layer that runs, in order.
 
-    Inside the context the layers run with PyTorch's attention (sdpa), registered under a temporary name.
+    Inside the context the layers run with PyTorch's attention (sdpa), registered under a temporary
+    name.
     """
     name = f"kvlab_capture_{id(on_layer)}"
     config = model.config.get_text_config(decoder=True)
@@ -204,8 +206,8 @@ def score_entries(
         question_ids: (1, Q), or None.
 
     Returns:
-        Scores, (L, 1, H_kv, T), and the cache of context and question, T + Q entries. Entries that a
-        method always keeps have infinity.
+        Scores, (L, 1, H_kv, T), and the cache of context and question, T + Q entries. Entries that
+        a method always keeps have infinity.
 
     Example:
         >>> from kvlab import lab
@@ -242,8 +244,8 @@ def evict(
         score: one of METHODS, or any function like them.
         retention: fraction of the T entries to keep, the same in each head. Give this or `budget`.
         budget: number of entries to keep.
-        question_ids: (1, Q), a question that is known beforehand. It is used for the scores only and
-            is not in the returned cache, which is made for this one question.
+        question_ids: (1, Q), a question that is known beforehand. It is used for the scores only
+            and is not in the returned cache, which is made for this one question.
         shared: keep the same entries in all heads and layers, by the mean of their scores.
 
     Returns:
@@ -270,9 +272,9 @@ def evict(
 def compact(prefix: Prefix) -> Prefix:
     """Move the kept entries to positions 0 to k - 1, so that the next position is their number, k.
 
-    This is how `generate` of transformers counts. Distances between entries shrink, which changes the
-    logits wherever a gap is closed. If nothing was evicted between or behind the kept entries, the
-    model's output stays the same.
+    This is how `generate` of transformers counts. Distances between entries shrink, which changes
+    the logits wherever a gap is closed. If nothing was evicted between or behind the kept entries,
+    the model's output stays the same.
 
     Example:
         >>> from kvlab import lab

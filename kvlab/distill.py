@@ -1,8 +1,8 @@
-"""KV-Distill: learn which tokens of a context to keep, and what to write into their keys and values.
+"""KV-Distill: learn which tokens of a context to keep, and what to write into their entries.
 
-`KVDistiller` (Chari and Van Durme 2025, arXiv 2503.10337) compresses a context to a small cache, from
-which the unchanged model continues. `train_distiller` trains it; `compression_scores` compares it with
-the scores of `kvlab.compress` on questions about compressed contexts.
+`KVDistiller` (Chari and Van Durme 2025, arXiv 2503.10337) compresses a context to a small cache,
+from which the unchanged model continues. `train_distiller` trains it; `compression_scores` compares
+it with the scores of `kvlab.compress` on questions about compressed contexts.
 """
 
 import copy
@@ -66,14 +66,16 @@ class DistillSettings:
         scorer_hidden_size: width of the scorer's hidden layer (ours).
         gate: "multiply": the attention logits of kept entries are multiplied by sigma(s), that is,
             their keys are. "none": they are not, and the scorer cannot learn.
-        standardize: bring the scores of each context to mean 2 and deviation 1 (ours). Free scores can
-            grow until all gates of kept tokens are open, and then the scorer gets no gradient. The
+        standardize: bring the scores of each context to mean 2 and deviation 1 (ours). Free scores
+            can grow until all gates of kept tokens are open, and then the scorer gets no gradient.
+            The
             price: even with retention 1 the cache is not quite the plain one.
         routing: "conditional", as in the paper: the adapters of q and o act on kept tokens only;
-            "all": on every token; "embedding": on every token, and a learned vector marks kept tokens.
+            "all": on every token; "embedding": on every token, and a learned vector marks kept
+            tokens.
         sinks: number of first tokens that are always kept. Paper: fewer than ten.
-        chunk_size: longer contexts are read in chunks of this many tokens, which do not attend to each
-            other.
+        chunk_size: longer contexts are read in chunks of this many tokens, which do not attend to
+            each other.
     """
 
     layer: int
@@ -93,7 +95,7 @@ class DistillSettings:
 
 
 class Scorer(nn.Module):
-    """s = FFN(h), one number per token, from hidden states (..., d). It starts near 3: gates are open."""
+    """s = FFN(h), one number per token, from hidden states (..., d); near 3 at the start."""
 
     def __init__(self, hidden_size: int, scorer_hidden_size: int):
         super().__init__()
@@ -108,15 +110,15 @@ class Scorer(nn.Module):
 
 
 class KVDistiller(nn.Module):
-    """Choose the tokens of a context to keep, and write what the others say into their keys and values.
+    """Choose the tokens of a context to keep, and write what the others say into their entries.
 
-    First pass: the frozen model up to layer eta, and a scorer on its hidden states; the k best tokens
-    are kept, the same in all layers. Second pass: the whole context through the model with adapters.
-    Kept keys are scaled by sigma(s). The unchanged model continues from the kept entries.
+    First pass: the frozen model up to layer eta, and a scorer on its hidden states; the k best
+    tokens are kept, the same in all layers. Second pass: the whole context through the model with
+    adapters. Kept keys are scaled by sigma(s). The unchanged model continues from the kept entries.
     Source: Chari and Van Durme (2025), arXiv 2503.10337, section 3.
 
-    The given model is frozen and not changed: `adapted` is a PEFT model with modules of its own, which
-    share the model's weights. Adapters and scorer are trained, in float32.
+    The given model is frozen and not changed: `adapted` is a PEFT model with modules of its own,
+    which share the model's weights. Adapters and scorer are trained, in float32.
 
     Args:
         model: a Llama-like decoder.
@@ -149,7 +151,7 @@ class KVDistiller(nn.Module):
             lora_alpha=self.settings.rank,
             use_rslora=True,
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-            exclude_modules=rf".*\.{depth - 1}\.self_attn\.[qo]_proj",  # no key or value comes after
+            exclude_modules=rf".*\.{depth - 1}\.self_attn\.[qo]_proj",  # before no key or value
             task_type="CAUSAL_LM",
         )
         weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -189,8 +191,8 @@ class KVDistiller(nn.Module):
             counts: number of entries to keep, for each of the B contexts.
 
         Returns:
-            A cache of k = max(counts) entries per row; `attention_mask`, (B, k), is 0 for those that a
-            row with a smaller count does not keep.
+            A cache of k = max(counts) entries per row; `attention_mask`, (B, k), is 0 for those
+            that a row with a smaller count does not keep.
         """
         scores = self.scores(input_ids, attention_mask)
         positions = _positions(attention_mask)
@@ -212,7 +214,7 @@ class KVDistiller(nn.Module):
         )
 
     def _encode(self, input_ids: Tensor, mask: Tensor, kept: Tensor) -> DynamicCache:
-        """Keys and values of whole contexts by the adapted model, with kept tokens (B, T) routed."""
+        """Keys and values of contexts by the adapted model, with kept tokens (B, T) routed."""
         inputs = _chunked_inputs(input_ids, mask, self.settings.chunk_size)
         routed_tokens = _chunks(kept, self.settings.chunk_size)
         if self.marker is not None:
@@ -254,7 +256,7 @@ class KVDistiller(nn.Module):
     def forward(
         self, context: Tensor, context_mask: Tensor, text: Tensor, retention: float
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, S, V) of the model on texts, given the compressed contexts and given the full ones.
+        """Logits (B, S, V) of the model on texts, given the compressed and given the full contexts.
 
         Args:
             context: (B, T), padded on the left.
@@ -269,7 +271,7 @@ class KVDistiller(nn.Module):
             return logits, self.read_on(full, text)
 
     def read_on(self, prefix: Prefix, text: Tensor) -> Tensor:
-        """Logits (B, S, V) of the frozen model on texts (B, S) after a batch of caches with a mask."""
+        """Logits (B, S, V) of the frozen model on texts (B, S) after caches with a mask."""
         steps = torch.arange(text.shape[1], device=text.device)
         return self.model(
             input_ids=text,
@@ -357,13 +359,13 @@ def routed(adapted: PeftModel, tokens: Tensor):
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:
-    """(B, T) as (B * chunks, size). Chunks end where texts end, so that the padding before does not matter."""
+    """(B, T) as (B * chunks, size); the first chunk of a row is the padded one."""
     size = min(size, x.shape[1])
     return F.pad(x, (-x.shape[1] % size, 0)).reshape(-1, size)
 
 
 def _chunked_inputs(input_ids: Tensor, mask: Tensor, size: int) -> dict[str, Tensor]:
-    """Inputs of a model for contexts in chunks that do not attend to each other; positions go on."""
+    """Inputs of a model for contexts in chunks that do not attend to each other."""
     chunk_mask = _chunks(mask, size)
     padding_only = ~chunk_mask.any(1, keepdim=True)
     return {
@@ -378,7 +380,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 class DistillExample(NamedTuple):
-    """Token ids of a context, (T,), and of the turns after it, (S,), with the weight of each, (S,)."""
+    """Token ids of a context, (T,), and of the turns after it, (S,), with their weights, (S,)."""
 
     context: Tensor
     text: Tensor
@@ -393,8 +395,8 @@ def encode_turns(
 ) -> DistillExample:
     """Token ids of a context and of (question, answer) turns after it, by the chat template.
 
-    Each turn is encoded as if it were the first, since some templates change earlier turns. Tokens of
-    answers have weight 1, those of questions `instruction`.
+    Each turn is encoded as if it were the first, since some templates change earlier turns. Tokens
+    of answers have weight 1, those of questions `instruction`.
 
     Example:
         >>> from kvlab import lab
@@ -465,7 +467,8 @@ def train_distiller(
         retention: bounds of the fraction that a batch keeps, drawn uniformly on a logarithmic scale
             (the paper does not state how it is drawn).
         forward_share: lambda.
-        options: of `kvlab.training.fit`: checkpoint, every, accumulate, precision, seed, evaluate, ...
+        options: of `kvlab.training.fit`: checkpoint, every, accumulate, precision, seed, evaluate,
+            ...
 
     Returns:
         The history of `fit`; "kl" and "reverse_kl" are already multiplied by their weights.
@@ -495,7 +498,7 @@ def train_distiller(
 
 
 class EncodedQuestion(NamedTuple):
-    """Token ids of a record: context (1, T), question (Q,), and its answer and choices, each (n,)."""
+    """Token ids of a record: context (1, T), question (Q,), answer and choices, each (n,)."""
 
     record: Record
     context: Tensor
@@ -521,7 +524,7 @@ def compress_for(
     distiller: KVDistiller | None = None,
     shared: bool = False,
 ) -> list[Prefix]:
-    """Compress the context of some questions, for each of them: once, unless the method sees the question.
+    """Compress a context for each of its questions: once, unless the method sees the question.
 
     Args:
         questions: questions about one context.
@@ -570,13 +573,13 @@ def compression_scores(
 
     Returns:
         A row for each method, retention and record. The first method is "full", the whole cache.
-        Columns are method, retention, context (its number), exact_match, f1 (the best of the record's
-        answers), log_likelihood (nats) and tokens of its first answer, bytes of the cache and, where
-        they apply, accuracy (whether the right choice is the most probable) and rouge_l.
+        Columns are method, retention, context (its number), exact_match, f1 (the best of the
+        record's answers), log_likelihood (nats) and tokens of its first answer, bytes of the cache
+        and, where they apply, accuracy (whether the right choice is the most probable) and rouge_l.
 
     Example:
         >>> from kvlab import lab, speculate
-        >>> records = [Record("Anna lives in Rome. Ben has a dog.", "Where does Anna live?", ("Rome",))]
+        >>> records = [Record("Anna lives in Rome.", "Where does Anna live?", ("Rome",))]
         >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
         >>> generate = lambda *args, **options: speculate.generate(model, *args, **options)
         >>> table = compression_scores(model, tokenizer, [records], ["key_norm"], [0.5], generate)
@@ -616,7 +619,7 @@ def _score_likelihoods(model, tokenizer, q: EncodedQuestion, prefix: Prefix) -> 
 
 
 def compression_figures(scores: pd.DataFrame) -> list[dict]:
-    """Means of what `compression_scores` returns, with 95 % intervals over contexts, which weigh the same.
+    """Means of `compression_scores`, with 95 % intervals over contexts, which weigh the same.
 
     Besides what `figure` returns, each has method, retention and score: exact_match, f1, accuracy,
     rouge_l, perplexity (of the first answer) or MB (of the cache).

@@ -38,7 +38,7 @@ def train(trained):
 
 @pytest.fixture
 def training_of(train, monkeypatch):
-    """Return a function that runs distill up to its training, and returns the arguments of `train_distiller`."""
+    """Return a function that runs distill and returns the arguments of `train_distiller`."""
 
     def run(*options):
         calls = []
@@ -58,7 +58,7 @@ def training_of(train, monkeypatch):
 
 @pytest.fixture
 def compare(tiny, capsys):
-    """Return a function that runs eval-compression, and returns its file and the tables it printed by title."""
+    """Return a function that runs eval-compression and returns its file and printed tables."""
 
     def run(*options):
         folder = tiny / "results"
@@ -124,7 +124,7 @@ def test_a_distiller_is_saved_and_measured_on_test_passages(train, tiny):
 def test_a_killed_distiller_resumes_and_ends_the_same(train, tiny, squad, monkeypatch):
     options = [*SQUAD, "--steps", "3"]
     train("whole", *options)
-    save, fit, steps = training._save, training.fit, []
+    save, fit, steps = training._save_run, training.fit, []
 
     def killed(*state):
         save(*state)
@@ -137,7 +137,7 @@ def test_a_killed_distiller_resumes_and_ends_the_same(train, tiny, squad, monkey
         return fit(model, loader, lambda *batch: steps.append(1) or losses(*batch), **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", killed)
+        patch.setattr(training, "_save_run", killed)
         patch.setattr(distill, "fit", often)
         with pytest.raises(KeyboardInterrupt):
             train("killed", *options)
@@ -410,11 +410,7 @@ def test_choices_and_long_answers_have_scores_of_their_own(compare, tiny):
         (TRAIN, ["--batch_size", "0"], "batch_size is 0, expected a"),
         (TRAIN, ["--questions", "0"], "questions is 0, expected a"),
         (TRAIN, ["--data", "squad", "--source", "no.json"], "There is no file no.json"),
-        (
-            TRAIN,
-            ["--data", "p3", "--source", "squad.json"],
-            "squad.json, .*'prompt'",
-        ),
+        (TRAIN, ["--data", "p3", "--source", "squad.json"], "squad.json, .*'prompt'"),
         (TRAIN, ["--data", "squad"], "There is no source of squad records: give --source"),
         (TRAIN, ["--source", "squad.json"], "source is 'squad.json', but the lab"),
         ([*TRAIN, *SQUAD], ["--heldout", "1"], "heldout is 1.0, expected"),

@@ -58,7 +58,7 @@ def latest(attention, budget):
 
 @functools.cache
 def attention_of(model, context, total):
-    """Of each layer, for the first `total` ids: its Attention, the weights that eager layers report, its keys."""
+    """For each layer: its Attention for the first `total` ids, eager attention weights, its keys."""
     layers = []
     with capture_attention(model, lambda *layer: layers.append(Attention(*layer, context))):
         cache = kv.prefill(model, IDS[:, :total]).cache

@@ -1,4 +1,4 @@
-"""The laws of KV-Distill: it begins as the model, learns what to keep, and its cache needs nothing else."""
+"""The laws of KV-Distill: it begins as the model, and its cache needs nothing else."""
 
 import copy
 import functools
@@ -55,7 +55,7 @@ def make(model, seed=0, kind=KVDistiller, **settings):
 
 
 def moved(model, seed=0, scale=0.1, **settings):
-    """A distiller with random adapters, a marker if there may be one, and scores of all sizes around 0."""
+    """A distiller with random adapters and marker, and scores of all sizes around 0."""
     distiller = make(model, seed, **settings)
     for name, p in distiller.named_parameters():
         if "lora_B" in name or name == "marker":
@@ -193,7 +193,7 @@ def test_a_sliding_window_is_refused(tiny_model):
 
 
 def projections(distiller, ids, kept):
-    """(input, output, layer) of every projection with adapters, by name, when a context is encoded."""
+    """(input, output, layer) of every projection with adapters when a context is encoded."""
     calls, hooks = {}, []
     for name, part in distiller.adapted.named_modules():
         if hasattr(part, "lora_A"):

@@ -51,26 +51,28 @@ def distill(
     base_model: str | None = None,
     **options,
 ) -> None:
-    """Train a KV-Distill compressor: which tokens of a context to keep, and what to write into them.
+    """Train a KV-Distill compressor: what to keep of a context, and what to write into it.
 
-    Then answers to questions about held-out contexts are compared, with the full cache and with a half,
-    a quarter and a tenth of it. OUTPUT_DIR holds the distiller and all results (training.json). The same
-    command resumes a run that was stopped, from the checkpoint in OUTPUT_DIR/run-NAME, which can be
-    deleted afterwards; with other settings it starts anew.
+    Then answers to questions about held-out contexts are compared, with the full cache and with a
+    half, a quarter and a tenth of it. OUTPUT_DIR holds the distiller and all results
+    (training.json). The same command resumes a run that was stopped, from the checkpoint in
+    OUTPUT_DIR/run-NAME, which can be deleted afterwards; with other settings it starts anew.
 
     Args:
-        data: lab (generated passages without end) or records of squad, quality, self_instruct, p3 or
-            long_alpaca.
+        data: lab (generated passages without end) or records of squad, quality, self_instruct, p3
+            or long_alpaca.
         source: Of records: a file as its authors published it, or a name on the Hugging Face hub.
         split: Part of the hub's data set; a file is read as a whole.
         output_dir: Folder of the distiller.
         width: Width of the scorer's hidden layer.
-        row: Longer contexts are read in chunks of this many tokens, which do not attend to each other.
+        row: Longer contexts are read in chunks of this many tokens, which do not attend to each
+            other.
         retention: Bounds of the fraction to keep, drawn for each batch, e.g. --retention 0.001 0.8
         forward_share: Weight of KL(p||q) in the loss; KL(q||p) has the rest.
         instruction: Weight of the questions' tokens in the loss; answers have 1.
         questions: Most questions about one context in one example, and in the comparison.
-        heldout: Fraction of the contexts of records to hold out; at least one. The lab has test passages.
+        heldout: Fraction of the contexts of records to hold out; at least one. The lab has test
+            passages.
         contexts: Most contexts in the comparison.
         steps: Optimizer steps.
         batch_size: Contexts per batch.
@@ -78,8 +80,8 @@ def distill(
         accumulate: Batches per optimizer step.
         precision: Precision of the arithmetic in training; adapters and scorer are in float32.
         seed: Random seed (held-out contexts, initialization, order, retention).
-        base_model: The model whose cache is compressed: a lab model, a hub name or a folder. Default: the
-            scale's target.
+        base_model: The model whose cache is compressed: a lab model, a hub name or a folder.
+            Default: the scale's target.
         **options: Of `kvlab.distill.KVDistiller`.
     """
     scale = common.scale_with_target(base_model)
@@ -97,8 +99,8 @@ def distill(
         digests = [common.short_digest(rows[0].context) for rows in heldout_records]
     if len(readings) < batch_size:
         raise ValueError(
-            f"{len(readings)} examples are fewer than a batch of {batch_size}: give a source that has "
-            "more, or a smaller batch_size."
+            f"{len(readings)} examples are fewer than a batch of {batch_size}: give a source that "
+            "has more, or a smaller batch_size."
         )
     main = PartialState(cpu=scale.device == "cpu").is_main_process  # gives each process its own GPU
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
@@ -136,8 +138,8 @@ def _require_fractions(forward_share: float, retention: Sequence[float]) -> None
         raise ValueError(f"forward_share is {forward_share}, expected a fraction in [0, 1].")
     if len(retention) != 2 or not 0 < retention[0] <= retention[1] <= 1:
         raise ValueError(
-            f"retention is {' '.join(map(str, retention))}, expected two fractions in (0, 1], the lower "
-            "first, such as 0.001 0.8."
+            f"retention is {' '.join(map(str, retention))}, expected two fractions in (0, 1], the "
+            "lower first, such as 0.001 0.8."
         )
 
 
@@ -178,8 +180,8 @@ def eval_compression(
 
     Each context is compressed, then its questions are answered with the smaller cache. Methods that
     see a question before they compress serve this question only; they have a table of their own.
-    Intervals (95 %) are over contexts, which weigh the same. If the distiller was trained on the same
-    records, only contexts that were held out are used.
+    Intervals (95 %) are over contexts, which weigh the same. If the distiller was trained on the
+    same records, only contexts that were held out are used.
 
     Args:
         distiller: Folder that `kvlab distill` made. Default: only the other methods are compared.
@@ -189,10 +191,10 @@ def eval_compression(
         split: Part of the hub's data set; a file is read as a whole.
         contexts: Most contexts to read.
         questions: Most questions about each.
-        methods: Some of distill, random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed, h2o_aware
-            and snapkv_aware, e.g. --methods distill h2o. Default: all.
-        retention: Fractions of a context's entries to keep, e.g. --retention 0.5 0.1. Default: 1 0.5 0.25
-            0.1 0.05 0.02.
+        methods: Some of distill, random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed,
+            h2o_aware and snapkv_aware, e.g. --methods distill h2o. Default: all.
+        retention: Fractions of a context's entries to keep, e.g. --retention 0.5 0.1. Default: 1
+            0.5 0.25 0.1 0.05 0.02.
         shared: Keep the same entries in all heads and layers, by the mean of their scores; distill
             always does.
         max_new_tokens: Tokens per answer.
@@ -242,7 +244,7 @@ def _method_names(methods: Sequence[str] | None, distiller: Path | None) -> list
 def _test_records(
     data: str, source: str | None, split: str, distiller: Path | None, contexts: int, seed: int
 ) -> common.Contexts:
-    """Records of some contexts; if some were held out of the distiller's training, only of these."""
+    """Records of some contexts; of those held out of the distiller's training, if there are any."""
     records = common.load_records(data, source, split)
     if not records:
         raise ValueError(f"There is no record in {source}: give a source that has some.")

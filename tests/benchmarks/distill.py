@@ -1,4 +1,4 @@
-"""Compressed caches: answers from a part of the entries, by KV-Distill and by scores; bytes, latency."""
+"""Compressed caches by KV-Distill and by scores: answers, bytes, latency."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ class Lab(NamedTuple):
 
 
 class LogGateDistiller(KVDistiller):
-    """The monotone gate: log sigma(s) is added to the attention logits of kept entries, which no key can hold.
+    """The monotone gate: log sigma(s) is added to the logits of kept entries, which no key can hold.
 
     A prefix has it in `attention_mask`, (B, k): -inf for entries that a row does not keep.
     """
@@ -118,7 +118,7 @@ def held_out(s: Lab, n: int, questions: int, seed: int) -> Readings:
 
 
 def exact(s: Lab, passages: Sequence[Passage], compress: Compress) -> np.ndarray:
-    """1 where a question is answered word for word from its compressed cache: (passages, questions)."""
+    """1 where a question is answered word for word from its cache: (passages, questions)."""
     questions = [q for passage in passages for q in passage]
     prefixes = [prefix for passage in passages for prefix in compress(passage)]
     correct = []
@@ -164,7 +164,7 @@ def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistill
 
 
 def by_method(s: Lab, method: str, percent: float, **options) -> Compress:
-    """Compress passages by a method of `compress_for`, or keep what a distiller chose as the plain model made it."""
+    """Compress by a method of `compress_for`, or keep the plain entries that a distiller chose."""
     if method == "choice":
         return partial(choose, s, percent=percent, **options)
     fraction = percent / 100
@@ -295,7 +295,7 @@ def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
 def others(
     rng: np.random.Generator, text: str, relation: worlds.Relation, answer: str
 ) -> list[str]:
-    """Three wrong answers of the same kind, from the passage if it has some: to know its words must not be enough."""
+    """Three wrong answers of the same kind, from the passage where it has some."""
     words = set(re.findall(r"\w+", text))
     wrong = rng.permutation([v for v in relation.values if v != answer]).tolist()
     return sorted(wrong, key=lambda v: v not in words)[:3]
@@ -326,7 +326,7 @@ def needles(s: Lab, facts: int, seed: int) -> Passage:
 
 
 def ablation_figures(s: Lab, folder: Path, seeds: Sequence[int]) -> list[dict]:
-    """What each part of the method is worth: short runs that differ in one thing, each with several seeds."""
+    """Ablations: short runs that differ in one thing, each with several seeds."""
     steps, scores, figures = (1 if s.quick else ABLATION_STEPS), {}, []
     passages = encode_passages(s, held_out(s, 48, 5, 3000))
     for name in ABLATIONS:
@@ -360,7 +360,7 @@ def ablation_figures(s: Lab, folder: Path, seeds: Sequence[int]) -> list[dict]:
 
 
 def slope(distiller: KVDistiller, passages: Sequence[Passage], retention: float) -> float:
-    """Mean derivative of the gates of kept tokens with respect to their scores: at most 0.25, 0 where open."""
+    """Mean derivative of the gates of kept tokens by their scores: at most 0.25, 0 where open."""
     gates = []
     for passage in passages:
         context = passage[0].context
@@ -372,7 +372,7 @@ def slope(distiller: KVDistiller, passages: Sequence[Passage], retention: float)
 
 @torch.no_grad()
 def matches(distiller: KVDistiller, passages: Sequence[Passage], retention: float) -> np.ndarray:
-    """The fraction of each passage's questions for which each token of the answer is the most probable, for any gate."""
+    """Fraction of each passage's questions whose every answer token is the most probable, for any gate."""
     fractions = []
     for passage in passages:
         rows = [torch.cat([q.question, q.answers[0]]) for q in passage]
@@ -391,7 +391,7 @@ def matches(distiller: KVDistiller, passages: Sequence[Passage], retention: floa
 
 @torch.inference_mode()
 def speed_figures(quick: bool) -> list[dict]:
-    """Decoding behind 8,192 tokens or a part of them, on a model of Qwen3-0.6B's shape with random weights."""
+    """Decoding after 8,192 tokens or a part of them, on random weights of Qwen3-0.6B's shape."""
     config, entries = (
         config_of("lab-target" if quick else "Qwen/Qwen3-0.6B"),
         256 if quick else 8192,
@@ -437,7 +437,7 @@ def kept_slots(model: PreTrainedModel, kept: int, entries: int) -> Slots:
 
 
 def measure(quick: bool, seed: int) -> list[dict]:
-    """Exact match from compressed caches over retention, ablations, bytes, choices, needles, and decoding time."""
+    """Exact match over retention, ablations, bytes, choices, needles, and decoding time."""
     torch.set_num_threads(THREADS)
     s = Lab(lab.load("lab-target"), lab.load_tokenizer("lab-target"), quick)
     with tempfile.TemporaryDirectory() as temporary:
