@@ -13,7 +13,7 @@ distribution p.
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -591,7 +591,7 @@ def _per_row(given, rows: int) -> list[Prefix | None]:
     if given is not None and not isinstance(given, Prefix):
         given = Prefix(given.cache, given.next_position)
     return [
-        given and given._replace(input_ids=torch.as_tensor(given.input_ids).flatten().tolist())
+        given and replace(given, input_ids=torch.as_tensor(given.input_ids).flatten().tolist())
     ] * rows
 
 

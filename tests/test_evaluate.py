@@ -332,7 +332,7 @@ def test_of_several_texts_the_best_counts_for_each_score_by_itself():
     assert f1(["red house sea"], [tuple(texts)]) == pytest.approx([max(alone)])
     assert max(alone) not in (alone[0], alone[-1])  # neither the first nor the last is meant
     for score in (exact_match, f1, rouge_l):
-        with pytest.raises(ValueError, match=r"no text to compare 'red' with: give one or several"):
+        with pytest.raises(ValueError, match=r"no reference for 'red': give one or several"):
             score(["red"], [[]])
 
 
