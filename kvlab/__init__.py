@@ -7,7 +7,7 @@ from kvlab.results import results
 
 _MODULES = {
     "Fuser": "kvlab.fuse",
-    "KVDistiller": "kvlab.compress",
+    "KVDistiller": "kvlab.distill",
     "KnowledgeCache": "kvlab.knowledge",
     "KnowledgeDraft": "kvlab.draft",
     "Scale": "kvlab.scale",

@@ -20,7 +20,7 @@
 #
 # **Time and memory**: less than a minute and 1 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
-# **Code**: `kvlab/compress.py`; what is written out here is checked against it.
+# **Code**: `kvlab/compress.py` and `kvlab/distill.py`; what is written out here is checked against them.
 # ```
 
 # %%
@@ -36,6 +36,7 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
 import re
 import tempfile
 import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +46,10 @@ import torch
 
 import kvlab
 from kvlab import Scale, cache, compress, lab, plots
-from kvlab.models import fingerprint, rotary_of
-from kvlab.compress import KVDistiller, compact, evict, routed
+from kvlab.models import fingerprint
+from kvlab.compress import compact, evict
+from kvlab.distill import DistillDataset, KVDistiller, encode_turns, routed
+from kvlab.distill import train_distiller
 from kvlab.evaluate import bootstrap
 from kvlab.lab.corpora import Readings
 from kvlab.speculate import generate
@@ -59,7 +62,7 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The question
 #
-# A cache has one entry a token, in every layer and every head, and none is ever thrown away. At eight thousand tokens the cache of Qwen3-0.6B is four fifths as large as its weights (chapter 00 has the formula), and whoever keeps many texts, as chapter 01 does, pays for each.
+# A cache has one entry per token, in every layer and every head, and none is ever thrown away. At eight thousand tokens the cache of Qwen3-0.6B is four fifths as large as its weights (chapter 00 has the formula), and whoever keeps many texts, as chapter 01 does, pays for each.
 #
 # But a text says less than its tokens take. *The favorite color of Stefan is black*: seven words, and three that matter. So: **which entries can go, and can those that stay be made to say what the others said?** The second half of the question is what this chapter is about. What is forgotten must be chosen before anybody asks. We do not know the question when we compress.
 #
@@ -76,47 +79,53 @@ for question, answer in turns[:3]:
 
 
 # %%
-def asked(text, turns):
+def encode_passage(text, turns):
     """A context in token ids, its questions in token ids, and their answers."""
-    made = [compress.example(tokenizer, text, [turn]) for turn in turns]
-    context = made[0].context[None].to(target.device)
-    return context, [e.text[e.weights == 0] for e in made], [answer for _, answer in turns]
+    examples = [encode_turns(tokenizer, text, [turn]) for turn in turns]
+    context = examples[0].context[None].to(target.device)
+    questions = [e.text[e.weights == 0] for e in examples]  # answers have weight 1
+    return context, questions, [answer for _, answer in turns]
 
 
 everything = partial(cache.prefill, target)  # the whole cache, and where to go on
-passages = [asked(*reading) for reading in test]
+passages = [encode_passage(*reading) for reading in test]
 ids = passages[0][0]
 whole = everything(ids).cache
 print(f"{ids.shape[1]} tokens, {cache.nbytes(whole)} bytes")
 
 # %% [markdown]
-# An answer counts if its word is in what the model says behind a prefix, greedily. Questions are asked one by one, each behind the same cache:
+# An answer counts if its word is in the model's greedy answer after a prefix.
+# Questions are asked one by one, each after the same cache:
 
 # %%
-def right(make, passages=passages):
-    """The share of each passage's questions that are answered behind make(context)."""
-    rows, prefixes, wanted = [], [], []
-    for context, questions, answers in passages:
-        rows, wanted = rows + questions, wanted + answers
-        prefixes += [make(context)] * len(questions)
+def accuracy(compress_context, passages=passages):
+    """The fraction of each passage's questions answered after its compressed context."""
+    rows, prefixes, answers = [], [], []
+    for context, questions, texts in passages:
+        rows += questions
+        answers += texts
+        prefixes += [compress_context(context)] * len(questions)
     length = 8 if scale.name == "tiny" else 24
-    made = generate(target, rows, prefix=prefixes, max_new_tokens=length).tokens
-    said = [tokenizer.decode(ids, skip_special_tokens=True).lower() for ids in made]
-    good = [w.lower() in re.findall(r"\w+", text) for w, text in zip(wanted, said)]
-    return np.reshape(good, (len(passages), -1)).mean(1)
+    generated = generate(target, rows, prefix=prefixes, max_new_tokens=length).tokens
+    matches = []
+    for answer, ids in zip(answers, generated):
+        text = tokenizer.decode(ids, skip_special_tokens=True).lower()
+        matches.append(answer.lower() in re.findall(r"\w+", text))
+    return np.reshape(matches, (len(passages), -1)).mean(1)
 
 
 def shown(values):
     return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values))
 
 
-full = right(everything)
-print("answered with the whole cache:", shown(full))
+full = accuracy(everything)
+print("answered with the full cache:", shown(full))
 
 # %% [markdown]
 # ## Which tokens matter?
 #
-# Four answers from the literature, none of which needs any training. Each is a score an entry, computed in every layer from what attention has at hand: queries $q$, keys $k$, and the weights $a_{ij} = \operatorname{softmax}_j(q_i \cdot k_j / \sqrt d)$.
+# Four answers from the literature need no training.
+# Each is a score per entry, computed in every layer from what attention has at hand: queries $q$, keys $k$, and the weights $a_{ij} = \operatorname{softmax}_j(q_i \cdot k_j / \sqrt d)$.
 #
 # | score | of entry $j$ | idea |
 # |---|---|---|
@@ -125,15 +134,17 @@ print("answered with the whole cache:", shown(full))
 # | SnapKV {cite}`li2024snapkv` | $\sum_{i \in \text{window}} a_{ij}$, smoothed over neighbors | what the last tokens look at |
 # | key norm {cite}`devoto2024l2` | $-\lVert k_j \rVert$ | small keys get much attention |
 #
-# All are asked here in one way: once, after the whole context, for the same share in every layer. Their sources differ: H2O evicts while it writes, SnapKV's window is the end of a question (here, without one, the end of the context), and key norm spares the first two layers. `random` keeps any entries.
+# All are used here in one way: once, after the whole context, for the same fraction in every layer.
+# The papers differ: H2O evicts while it writes, SnapKV's window is the end of a question (here, without one, the end of the context), and key norm spares the first two layers. `random` keeps any entries.
 #
-# Here is H2O, for one layer, beside the library's. `observing` lets a function see what each attention layer computes.
+# Here is H2O, for one layer, beside the library's.
+# `capture_attention` calls a function with the queries, keys and values of each attention layer.
 
 # %%
-seen = []
-with compress.observing(target, lambda *layer: seen.append(layer)):
+layers = []
+with compress.capture_attention(target, lambda *layer: layers.append(layer)):
     cache.prefill(target, ids)
-layer = compress.Attention(*seen[5], context=ids.shape[1])
+layer = compress.Attention(*layers[5], context=ids.shape[1])
 
 heads, groups = layer.queries.shape[1], layer.queries.shape[1] // layer.keys.shape[1]
 keys = layer.keys.repeat_interleave(groups, 1)  # each key head serves several query heads
@@ -148,16 +159,16 @@ assert torch.allclose(ours[..., :-latest], received[..., :-latest], rtol=1e-2)
 assert ours[..., -latest:].isinf().all()
 
 # %% [markdown]
-# `evict` asks a score in every layer, keeps the best entries of each head, and forgets the rest. For a picture, all heads keep the same (`shared=True`): dark tokens have a high score, underlined ones stay.
+# `evict` computes a score in every layer, keeps the best entries of each head, and frees the others.
+# For a picture, all heads keep the same entries (`shared=True`), by the mean of their scores: dark tokens have a high score, underlined ones stay.
 
 # %%
-quarter = {"retention": 0.25, "shared": True}
-views = {name: evict(target, ids, score, **quarter) for name, score in compress.METHODS.items()}
-views = {
-    name: (kept.scores[0].tolist(), kept.positions[0].tolist())
-    for name, kept in views.items()
-    if name != "random"
-}
+budget, views = compress.count_kept(ids.shape[1], retention=0.25), {}
+for name, score in compress.METHODS.items():
+    if name != "random":
+        scores, _ = compress.score_entries(target, ids, score, budget)
+        prefix = evict(target, ids, score, budget=budget, shared=True)
+        views[name] = (scores.mean((0, 2))[0].tolist(), prefix.positions[0].tolist())
 plots.score_view(ids[0].tolist(), views, tokenizer)
 
 # %% [markdown]
@@ -165,49 +176,51 @@ plots.score_view(ids[0].tolist(), views, tokenizer)
 #
 # ## Evict, and watch it forget
 #
-# What `evict` returns is an ordinary cache with fewer entries, and the position at which to go on, the two together as a `Prefix`, as chapters 01 and 05 use it.
+# `evict` returns an ordinary cache with fewer entries and the position at which to continue, together as a `Prefix`, as chapters 01 and 05 use it.
 
 # %%
-kept = evict(target, ids, compress.snapkv, retention=0.25)
-print("entries:", cache.length(whole), "->", cache.length(kept.prefix.cache))
-print("bytes:  ", cache.nbytes(whole), "->", cache.nbytes(kept.prefix.cache))
-print("next position:", kept.prefix.next_position)
+small = evict(target, ids, compress.snapkv, retention=0.25)
+print("entries:", cache.length(whole), "->", cache.length(small.cache))
+print("bytes:  ", cache.nbytes(whole), "->", cache.nbytes(small.cache))
+print("next position:", small.next_position)
 
 # %%
 torch.manual_seed(scale.seed)
 evicted = {}
 for name, score in compress.METHODS.items():
-    for share in (0.5, 0.25, 0.1):
-        evicted[name, share] = right(lambda c: evict(target, c, score, retention=share).prefix)
+    for fraction in (0.5, 0.25, 0.1):
+        small = partial(evict, target, score=score, retention=fraction)
+        evicted[name, fraction] = accuracy(small)
 table = {"everything": {"100 %": shown(full)}}
-for (name, share), values in evicted.items():
-    table.setdefault(name, {})[f"{100 * share:g} %"] = shown(values)
+for (name, fraction), values in evicted.items():
+    table.setdefault(name, {})[f"{100 * fraction:g} %"] = shown(values)
 pd.DataFrame(table).T.fillna("")
 
 # %% [markdown]
-# With half of the entries about half of the answers are left, and in ten passages no score from the literature can be told from a random choice, but those that are worse. They were made for other uses: SnapKV for long prompts that end in a question, H2O and StreamingLLM for going on writing. Here every token of the text counts, and there is no question yet. (Intervals are over passages. Where all ten give 0, no interval can be had this way, and [0, 0] is not one.)
+# With half of the entries about half of the answers are left.
+# In ten passages no published score is distinguishable from random, except those that are worse.
+# They were made for other uses: SnapKV for long prompts that end in a question, H2O and StreamingLLM for going on writing. Here every token of the text counts, and there is no question yet. (Intervals are over passages. Where all ten give 0, no interval can be had this way, and [0, 0] is not one.)
 #
 # The key norm is worse than random: it says something, with the wrong sign. In the models it was found on, small keys draw attention. This target, as all of the Qwen3 family, normalizes keys and weights their channels; and here it is the *large* keys that matter (whether that is why, and whether it holds for Qwen3 itself, is not measured). The last row has the sign turned round, and is the best of all by far. So signs of such rules must be measured on the model at hand, and `key_norm_reversed` is the score to beat.
 
 # %% [markdown]
 # ### Positions after eviction
 #
-# After eviction the number of entries is not the next position. Kept keys are still rotated for the places they had, so the question must go on at the *old* length. Or all kept keys are moved together, to 0, 1, 2 ..., and the question goes on at their number: `compact` does that (it is how StreamingLLM counts), and then `generate` of transformers takes the cache as it is. What one must not do is mix the two.
+# After eviction the number of entries is not the next position. Kept keys are still rotated to their old positions, so the question must continue at the *old* length. Or all kept keys are moved together, to 0, 1, 2 ..., and the question goes on at their number: `compact` does that (it is how StreamingLLM counts), and then `generate` of transformers takes the cache as it is. Do not mix the two.
 
 # %%
 half = partial(evict, target, score=compress.key_norm_reversed, retention=0.5)
 
 
 def at_the_number_of_entries(context):
-    prefix = half(context).prefix
-    return prefix._replace(next_position=cache.length(prefix.cache))
+    prefix = half(context)
+    return replace(prefix, next_position=cache.length(prefix.cache))
 
 
-rotary = rotary_of(target)
 answered = {
     "as it was": evicted["key_norm_reversed", 0.5],
-    "compacted": right(lambda c: compact(half(c), rotary).prefix),
-    "mixed up": right(at_the_number_of_entries),
+    "compacted": accuracy(lambda c: compact(half(c))),
+    "mixed up": accuracy(at_the_number_of_entries),
 }
 for name, values in answered.items():
     print(f"{name:10} {shown(values)}")
@@ -244,13 +257,13 @@ def distill_by_hand(distiller, ids, k):
         s = 2 + (s - s.mean()) / s.std(correction=0)
     ranked = s.clone()
     ranked[: settings.sinks] = float("inf")  # the first tokens always stay
-    kept = ranked.topk(k).indices.sort().values
-    chosen = torch.zeros_like(ids, dtype=torch.bool)
-    chosen[0, kept] = True
-    with routed(distiller.adapted, chosen):  # q and o: zeros for the others
+    positions = ranked.topk(k).indices.sort().values
+    tokens = torch.zeros_like(ids, dtype=torch.bool)
+    tokens[0, positions] = True
+    with routed(distiller.adapted, tokens):  # q and o: zeros for the others
         entries = distiller.adapted(input_ids=ids).past_key_values
-    gate = s[kept].sigmoid()[:, None]
-    pairs = ((e.keys[:, :, kept], e.values[:, :, kept]) for e in entries.layers)
+    gate = s[positions].sigmoid()[:, None]
+    pairs = ((e.keys[:, :, positions], e.values[:, :, positions]) for e in entries.layers)
     return [((keys * gate).to(keys.dtype), values) for keys, values in pairs]
 
 
@@ -259,18 +272,18 @@ def distill_by_hand(distiller, ids, k):
 
 # %%
 torch.manual_seed(scale.seed)
-small = {"standardize": True, "rank": 32, "width": 512, "sinks": 1}
-small = small if scale.name == "tiny" else {}
-distiller = KVDistiller(target, **small)
-trained_now = [p for p in distiller.parameters() if p.requires_grad]
-print(f"{sum(p.numel() for p in trained_now) / 1e6:.2f} M parameters to train,")
+settings = {"standardize": True, "rank": 32, "scorer_hidden_size": 512, "sinks": 1}
+settings = settings if scale.name == "tiny" else {}
+distiller = KVDistiller(target, **settings)
+trainable = [p for p in distiller.parameters() if p.requires_grad]
+print(f"{sum(p.numel() for p in trainable) / 1e6:.2f} M parameters to train,")
 print(f"{target.num_parameters() / 1e6:.2f} M in the frozen model")
 print("tokens are scored after layer", distiller.settings.layer)
 
 with torch.no_grad():
     by_hand = distill_by_hand(distiller, ids, k=24)
-small_cache = distiller.compress(ids, budget=24).prefix.cache
-for (hand_keys, hand_values), e in zip(by_hand, small_cache.layers):
+small = distiller.compress(ids, budget=24)
+for (hand_keys, hand_values), e in zip(by_hand, small.cache.layers):
     assert torch.allclose(hand_keys, e.keys, atol=1e-3, rtol=1e-2)
     assert torch.allclose(hand_values, e.values, atol=1e-3, rtol=1e-2)
 
@@ -280,15 +293,15 @@ for (hand_keys, hand_values), e in zip(by_hand, small_cache.layers):
 # An untrained adapter adds nothing. With all tokens kept and gates wide open (which takes free scores), the distilled cache must be the cache. Open the gates less, or keep one token less, and it is not:
 
 # %%
-opened = KVDistiller(target, **small | {"standardize": False})
+opened = KVDistiller(target, **settings | {"standardize": False})
 with torch.no_grad():
     opened.scorer.down.bias.fill_(100.0)  # sigma(100) = 1
-same = opened.compress(ids, retention=1.0).prefix.cache
+same = opened.compress(ids, retention=1.0).cache
 ordinary = cache.to_tensor(cache.prefill(target, ids).cache)
 assert torch.allclose(cache.to_tensor(same), ordinary, atol=1e-4)
 with torch.no_grad():
     opened.scorer.down.bias.fill_(3.0)  # sigma(3) = 0.95
-half_open = opened.compress(ids, retention=1.0).prefix.cache
+half_open = opened.compress(ids, retention=1.0).cache
 assert not torch.allclose(cache.to_tensor(half_open), ordinary, atol=1e-2)
 del opened
 
@@ -299,15 +312,16 @@ del opened
 #
 # $$\mathcal{L} = \lambda \operatorname{KL}(p \,\|\, q) + (1-\lambda) \operatorname{KL}(q \,\|\, p),\qquad \lambda = 0.6 .$$
 #
-# The share that is kept, the {term}`retention`, is drawn anew for each batch, so that one distiller serves every size. Each passage is asked several questions, one after another, so that what is kept must serve them all.
+# The fraction that is kept, the {term}`retention`, is drawn for each batch, so that one distiller serves every size.
+# Each passage has several questions, one after another, so that the kept entries must serve them all.
 
 # %%
 steps = 20 if scale.name == "tiny" else 1000
 batch = 8 if scale.name == "tiny" else 2
 readings = Readings(8 * steps, facts=(8, 16), questions=6, seed=scale.seed)
-examples = compress.Examples(tokenizer, readings)
+examples = DistillDataset(tokenizer, readings)
 before = fingerprint(target)["weights"]
-history = compress.train(
+history = train_distiller(
     distiller,
     examples,
     steps=steps,
@@ -319,10 +333,10 @@ history = compress.train(
 )
 assert fingerprint(target)["weights"] == before  # frozen
 
-# %% mystnb={"image": {"alt": "The loss of each training step. It falls, and scatters, since each step keeps another share."}}
+# %% mystnb={"image": {"alt": "The loss of each training step. It falls, and scatters, since each step keeps another fraction."}}
 ax = plots.axes(height=2.4)[0]
 ax.plot([h["loss"] for h in history], "o-", ms=3, color=plots.BLUE)
-ax.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None));
+ax.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None));
 
 # %% [markdown]
 # That is how it begins. The lab ships one that was trained longer, from the start: 400 steps with 16 passages each, about ten minutes on one core, as `kvlab distill --steps 400` makes it. (At the larger scales, this chapter goes on with the one it has just trained.)
@@ -334,11 +348,12 @@ if scale.name == "tiny":
 print(textwrap.fill(str(distiller.settings), 76))
 
 # %% [markdown]
-# What does it keep of our passage?
+# Which tokens of our passage does it keep?
 
 # %%
-kept = distiller.compress(ids, retention=0.25)
-view = {"KV-Distill": (kept.scores[0].tolist(), kept.positions[0].tolist())}
+small = distiller.compress(ids, retention=0.25)
+scores = distiller.scores(ids)[0].tolist()
+view = {"KV-Distill": (scores, small.positions[0].tolist())}
 plots.score_view(ids[0].tolist(), view, tokenizer)
 
 # %% [markdown]
@@ -346,18 +361,18 @@ plots.score_view(ids[0].tolist(), view, tokenizer)
 
 # %%
 distilled = {
-    share: right(lambda c: distiller.compress(c, retention=share).prefix)
-    for share in (0.5, 0.25, 0.1, 0.05)
+    fraction: accuracy(partial(distiller.compress, retention=fraction))
+    for fraction in (0.5, 0.25, 0.1, 0.05)
 }
-evicted["key_norm_reversed", 0.05] = right(
-    lambda c: evict(target, c, compress.key_norm_reversed, retention=0.05).prefix
+evicted["key_norm_reversed", 0.05] = accuracy(
+    partial(evict, target, score=compress.key_norm_reversed, retention=0.05)
 )
 rows = {
-    f"{100 * share:g} %": {
+    f"{100 * fraction:g} %": {
         "KV-Distill": shown(values),
-        "key norm, reversed": shown(evicted["key_norm_reversed", share]),
+        "key norm, reversed": shown(evicted["key_norm_reversed", fraction]),
     }
-    for share, values in distilled.items()
+    for fraction, values in distilled.items()
 }
 print(f"at 10 %: {compress.count_kept(ids.shape[1], 0.1)} entries for {test.facts[0]} facts")
 pd.DataFrame(rows).T
@@ -396,9 +411,11 @@ print(f"lost at 25 %, full cache minus KV-Distill: {results['lost_25']:.3f}")
 print(f"gained at 10 %, minus the best score:      {results['gain_10']:.3f}")
 
 # %% [markdown]
-# A quarter of the entries answers what the whole cache answers. A tenth has fewer entries than the passage has facts, and each of them answers for about one. Writing two facts into one entry would go further, but that is not what the adapters have learned here: at a quarter and a tenth nearly all of the gain is in the choice. With still fewer entries, writing has a share in it.
+# A quarter of the entries answers what the whole cache answers. A tenth has fewer entries than the passage has facts, and each of them answers for about one. Writing two facts into one entry would go further, but that is not what the adapters have learned here: at a quarter and a tenth nearly all of the gain is in the choice. With still fewer entries, writing contributes as well.
 #
-# The scores let each head keep entries of its own. What if all heads must keep the same, as KV-Distill has it? And 2 % is a smaller share than any in training (3 % and more): of the two or three entries it leaves, one is the first token, which always stays.
+# With the scores each head keeps entries of its own.
+# What if all heads must keep the same, as with KV-Distill?
+# (2 % is a smaller fraction than any in training, 3 % and more: of the two or three entries that it leaves, one is the first token, which always stays.)
 
 # %%
 for name in ("key_norm_reversed", "snapkv", "random"):
@@ -412,7 +429,7 @@ for name in ("key_norm_reversed", "snapkv", "random"):
 # %% [markdown]
 # ### If the question is known
 #
-# Some methods may look at the question before they choose. Then a good score finds the one fact that is asked for, and needs little else; without the other facts there is even less to confuse than in the whole cache. (H2O, which sums over all tokens, hardly notices the question.) That is another task: such a cache answers *this* question. So these figures stand in a table of their own, and none of them belongs beside the curves above.
+# Some methods may look at the question before they choose. Then a good score finds the one fact that is asked for, and needs little else; without the other facts there is even less to confuse than in the whole cache. (H2O, which sums over all tokens, hardly notices the question.) That is another task: such a cache answers *this* question. So these figures have a table of their own, and none of them belongs beside the curves above.
 
 # %%
 known = {"h2o_aware": "H2O, question known", "snapkv_aware": "SnapKV, question known"}
@@ -425,19 +442,19 @@ results.table(rows)
 # What happens to the second question? Choose with the first in view, and then ask all:
 
 # %%
-def for_the_first(context, questions, share=0.25):
+def for_the_first(context, questions, fraction=0.25):
     asks = questions[0][None].to(target.device)
-    options = {"retention": share, "question_ids": asks}
-    return evict(target, context, compress.snapkv, **options).prefix
+    options = {"retention": fraction, "question_ids": asks}
+    return evict(target, context, compress.snapkv, **options)
 
 
 first, others = [], []
 for context, questions, answers in passages:
     prefix = for_the_first(context, questions)
     one = [(context, [q], [a]) for q, a in zip(questions, answers)]
-    good = right(lambda c: prefix, one)
-    first.append(good[0])
-    others += [g for g, a in zip(good, answers) if a != answers[0]]  # some ask for the same
+    scores = accuracy(lambda c: prefix, one)
+    first.append(scores[0])
+    others += [s for s, a in zip(scores, answers) if a != answers[0]]  # some ask for the same
 print("the question it was chosen for:", shown(first))
 print("the others:                    ", shown(others))
 
@@ -498,7 +515,8 @@ for name, scores in {"base": "standardized", "free_scores": "left free"}.items()
 # %% [markdown]
 # Free scores that are almost all open teach little more. Trained longer they may yet learn; that they can learn well in larger models, the paper shows.
 #
-# Adding $\log \sigma(s)$ teaches worse than multiplying, and without adapters much is lost at a tenth. To score after layer 6 or 12 costs something at a tenth, too. Neither the divergences nor routing make a difference that two seeds can show: the paper's order of $\lambda$, and what routing gained it, are not to be seen here. In passages of plain facts, an entry a fact may be nearly all there is to find. Whether text that says more needs them is not tested.
+# Adding $\log \sigma(s)$ teaches worse than multiplying, and without adapters much is lost at a tenth. To score after layer 6 or 12 costs something at a tenth, too. Neither the divergences nor routing make a difference that two seeds can show: the paper's order of $\lambda$, and what routing gained it, are not to be seen here. In passages of plain facts, one entry per fact may be nearly all there is to find.
+# Whether denser text needs them is not tested.
 #
 # ## Options, and needles
 #
@@ -531,16 +549,16 @@ plots.needle_maps(maps, lengths, depths);
 # %% [markdown]
 # ## Keep it
 #
-# A distilled cache is a cache: `cache.save` writes it with its next position, `cache.load` gives it back to the model it was made for. And a knowledge cache (chapter 01) compresses items as it reads them, if it is told how:
+# A distilled cache is a cache: `cache.save` writes it with its next position, `cache.load` gives it back to the model it was made for. And a knowledge cache (chapter 01) compresses items as it reads them, given a function that does:
 
 # %%
 file = folder / "passage.safetensors"
-kept = distiller.compress(ids, retention=0.25).prefix
-cache.save(kept.cache, file, target, kept.next_position, {"text": text})
-again = cache.load(file, target)
-assert torch.equal(cache.to_tensor(again.cache), cache.to_tensor(kept.cache))
-print(f"{file.stat().st_size / 1000:.0f} kB for {cache.length(again.cache)} entries,", end=" ")
-print("to be continued at", again.next_position)
+small = distiller.compress(ids, retention=0.25)
+cache.save(small, file, target, {"text": text})
+loaded = cache.load(file, target)
+assert torch.equal(cache.to_tensor(loaded.cache), cache.to_tensor(small.cache))
+print(f"{file.stat().st_size / 1000:.0f} kB for {cache.length(loaded.cache)} entries,", end=" ")
+print("to be continued at", loaded.next_position)
 
 # %%
 from kvlab.knowledge import KnowledgeCache
@@ -551,10 +569,10 @@ quarter = {"retention": 0.25, "shared": True}
 ways = {
     "all entries": None,
     "a quarter, by KV-Distill": partial(distiller.compress, retention=0.25),
-    "a quarter, by key norm reversed": lambda i: evict(
-        target, i, compress.key_norm_reversed, **quarter
+    "a quarter, by key norm reversed": partial(
+        evict, target, score=compress.key_norm_reversed, **quarter
     ),
-    "a quarter, by SnapKV": lambda i: evict(target, i, compress.snapkv, **quarter),
+    "a quarter, by SnapKV": partial(evict, target, score=compress.snapkv, **quarter),
 }
 for number, (name, way) in enumerate(ways.items()):
     parts = folder / str(number), records, target, tokenizer
@@ -567,8 +585,8 @@ pd.DataFrame(sizes).T[["items", "tokens", "size (MB)"]].round(2)
 
 # %%
 def next_word(store, item):
-    """Probabilities of the first word of an answer, behind an item or behind nothing."""
-    prefix = store.splice([item], "shift") if store else cache.Prefix(None, 0)
+    """Probabilities of the first word of an answer, after an item or after nothing."""
+    prefix = store.splice([item], "shift") if store else None
     prompt = stores["all entries"].prompt(item.question)
     prompt = torch.tensor([prompt], device=target.device)
     out = cache.prefill(target, prompt, prefix)
@@ -585,7 +603,7 @@ for name, store in {"nothing": None, **stores}.items():
 pd.DataFrame({"stays": rows})
 
 # %% [markdown]
-# Outside its kind of text the distiller helps no more than nothing at all would, while SnapKV, which has learned nothing, keeps more than half of what the item changes. (All heads share their entries here, which the reversed key norm does not stand.) For a store of answers one would have to train one on answers. The mechanism is the same, and so are the bytes.
+# Outside its kind of text the distiller helps no more than nothing at all would, while SnapKV, which has learned nothing, keeps more than half of what the item changes. (All heads share their entries here, which the reversed key norm cannot tolerate.) For a store of answers one would have to train one on answers. The mechanism is the same, and so are the bytes.
 #
 # ## Exercises
 #
@@ -602,18 +620,20 @@ pd.DataFrame({"stays": rows})
 # ````
 
 # %%
-def ungated(context, share=0.25):
-    kept = distiller.compress(context, retention=share)
-    gates = kept.scores.gather(1, kept.positions).sigmoid()
-    plain = cache.scale_keys(kept.prefix.cache, 1 / gates)
-    return kept.prefix._replace(cache=plain)
+def ungated(context, fraction=0.25):
+    small = distiller.compress(context, retention=fraction)
+    return replace(small, cache=cache.scale_keys(small.cache, 1 / gates(context, small)))
 
 
-kept = distiller.compress(ids, retention=0.25)
-open_gates = kept.scores.gather(1, kept.positions).sigmoid()
+@torch.no_grad()
+def gates(context, small):
+    return distiller.scores(context).gather(1, small.positions).sigmoid()
+
+
+open_gates = gates(ids, distiller.compress(ids, retention=0.25))
 print(f"gates of kept tokens: {open_gates.min():.2f} to {open_gates.max():.2f}")
 print(f"with gates:    {shown(distilled[0.25])}")
-print(f"without gates: {shown(right(ungated))}")
+print(f"without gates: {shown(accuracy(ungated))}")
 
 # %% [markdown]
 # The gates of tokens that stay are nearly open, so dividing them out changes little. They were needed to *learn* what stays.
@@ -634,29 +654,30 @@ print(f"without gates: {shown(right(ungated))}")
 # ````
 
 # %%
-def only_chosen(context, share):
-    kept = distiller.compress(context, retention=share)
+def only_chosen(context, fraction):
+    positions = distiller.compress(context, retention=fraction).positions
     plain = everything(context)
-    return plain._replace(cache=cache.select(plain.cache, kept.positions))
+    return replace(plain, cache=cache.select(plain.cache, positions), positions=positions)
 
 
-def only_written(context, share):
-    k = compress.count_kept(context.shape[1], share)
-    kept = torch.randperm(context.shape[1], device=context.device)[:k].sort().values
-    chosen = torch.zeros_like(context, dtype=torch.bool)
-    chosen[0, kept] = True
-    with torch.no_grad(), routed(distiller.adapted, chosen):
+def only_written(context, fraction):
+    k = compress.count_kept(context.shape[1], fraction)
+    positions = torch.randperm(context.shape[1], device=context.device)[:k].sort().values
+    tokens = torch.zeros_like(context, dtype=torch.bool)
+    tokens[0, positions] = True
+    with torch.no_grad(), routed(distiller.adapted, tokens):
         entries = distiller.adapted(input_ids=context).past_key_values
-    return everything(context)._replace(cache=cache.select(entries, kept[None]))
+    small = cache.select(entries, positions)
+    return replace(everything(context), cache=small, positions=positions[None])
 
 
 rows = {
-    f"{100 * share:g} %": {
-        "both": shown(distilled[share]),
-        "only the choice": shown(right(partial(only_chosen, share=share))),
-        "only the writing": shown(right(partial(only_written, share=share))),
+    f"{100 * fraction:g} %": {
+        "both": shown(distilled[fraction]),
+        "only the choice": shown(accuracy(partial(only_chosen, fraction=fraction))),
+        "only the writing": shown(accuracy(partial(only_written, fraction=fraction))),
     }
-    for share in (0.25, 0.1)
+    for fraction in (0.25, 0.1)
 }
 pd.DataFrame(rows)
 
@@ -666,32 +687,34 @@ pd.DataFrame(rows)
 # ````
 
 # %% [markdown]
-# ```{exercise-start} Longer than a row
-# :label: ex-rows
+# ```{exercise-start} Longer than a chunk
+# :label: ex-chunks
 # ```
-# *Medium, 10 minutes.* Contexts longer than `row` tokens are read in rows that do not see one another. Load the distiller, set `row` to 50 (`dataclasses.replace` on its `settings`), and ask again. What is lost, and what would be lost in a text in which every sentence refers to the one before?
+# *Medium, 10 minutes.* Contexts longer than `chunk_size` tokens are read in chunks that do not attend to each other.
+# Set `chunk_size` to 50 (`dataclasses.replace` on the `settings` of the distiller), and ask again.
+# What is lost, and what would be lost in a text in which every sentence refers to the one before?
 # ```{exercise-end}
 # ```
 
 # %% [markdown]
-# ````{solution-start} ex-rows
+# ````{solution-start} ex-chunks
 # :class: dropdown
 # ````
 
 # %%
-from dataclasses import replace
-
 settings = distiller.settings
-by_row = {settings.row: distilled[0.25]}
-for row in (50, 25):
-    distiller.settings = replace(settings, row=row)
-    by_row[row] = right(lambda c: distiller.compress(c, retention=0.25).prefix)
+by_size = {settings.chunk_size: distilled[0.25]}
+for size in (50, 25):
+    distiller.settings = replace(settings, chunk_size=size)
+    by_size[size] = accuracy(partial(distiller.compress, retention=0.25))
 distiller.settings = settings
-for row, scored in by_row.items():
-    print(f"rows of {row:4} tokens: {shown(scored)}")
+for size, values in by_size.items():
+    print(f"chunks of {size:4} tokens: {shown(values)}")
 
 # %% [markdown]
-# Facts stand in a sentence each, and still some answers are lost, more with shorter rows, perhaps because sentences are cut, and the first tokens of later rows have no {term}`attention sink` before them. Where sentences lean on others, what an early row says about a name would not reach the row that uses it.
+# Each fact is one sentence, and still some answers are lost, more with shorter chunks.
+# Perhaps sentences are cut, and the first tokens of later chunks have no {term}`attention sink` before them.
+# Where sentences depend on others, a fact about a name in an early chunk would not reach the chunk that uses it.
 # ````{solution-end}
 # ````
 
@@ -699,7 +722,7 @@ for row, scored in by_row.items():
 # ## Takeaways
 #
 # - Eviction by a score needs no training. In dense text most scores forget as much as they throw away, or more. How good a score is, and even its sign, depends on the model: measure, and compare with the best of them.
-# - KV-Distill learns what to keep and writes into it what goes. Here a quarter of the entries answers as well as all of them, a tenth more than half as well. Nearly all of that is the learned choice; in text that says more than a fact a sentence, writing should matter more.
+# - KV-Distill learns what to keep and writes into it what goes. Here a quarter of the entries answers as well as all of them, a tenth more than half as well. Nearly all of that is the learned choice; in text with more than one fact per sentence, writing should matter more.
 # - The gate is a way for the choice to be learned. It folds into the keys, so the reader of the cache is the unchanged model.
 # - A cache chosen for a question answers that question. Never compare it with one that was chosen for all.
 # - A distiller serves the kind of text it was trained on. Measure on yours (`kvlab eval-compression`).
@@ -707,20 +730,21 @@ for row, scored in by_row.items():
 # The cell below runs alone, after the imports.
 
 # %%
-from kvlab import Scale, compress, speculate
+from kvlab import Scale, distill, speculate
 from kvlab.lab.corpora import Readings
 
 scale = Scale.current()
 target, tokenizer = scale.load("target"), scale.load_tokenizer("target")
-distiller = compress.KVDistiller(target, rank=8)
-readings = compress.Examples(tokenizer, Readings(8, facts=(4, 8), questions=2))
-compress.train(distiller, readings, steps=3, batch_size=4, learning_rate=1e-3)
+distiller = distill.KVDistiller(target, rank=8)
+examples = distill.DistillDataset(tokenizer, Readings(8, facts=(4, 8), questions=2))
+distill.train_distiller(distiller, examples, steps=3, batch_size=4, learning_rate=1e-3)
 
-example = compress.example(tokenizer, "Anna lives in Rome.", [("Where does Anna live?", "Rome")])
-kept = distiller.compress(example.context[None].to(target.device), retention=0.8)
+turn = ("Where does Anna live?", "Rome")
+example = distill.encode_turns(tokenizer, "Anna lives in Rome.", [turn])
+small = distiller.compress(example.context[None].to(target.device), retention=0.8)
 question = example.text[example.weights == 0]
-made = speculate.generate(target, [question], prefix=kept.prefix, max_new_tokens=4)
-print(tokenizer.decode(made.tokens[0], skip_special_tokens=True))
+answer = speculate.generate(target, [question], prefix=small, max_new_tokens=4)
+print(tokenizer.decode(answer.tokens[0], skip_special_tokens=True))
 
 # %% [markdown]
 # **Further reading**: the paper {cite}`chari2025kvdistill`; scores and a library of them {cite}`li2024snapkv,zhang2023h2o,xiao2023streamingllm,devoto2024l2`; learned tokens that stand for a context {cite}`ge2024icae`. Next: models that learn from caches of other shapes.

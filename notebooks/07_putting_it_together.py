@@ -44,7 +44,7 @@ from IPython.display import display
 import kvlab
 from kvlab import Scale, cache, lab, plots
 from kvlab.models import fingerprint
-from kvlab.compress import KVDistiller
+from kvlab.distill import KVDistiller
 from kvlab.generation import encode_parts
 from kvlab.fuse import Fuser, Settings, Size
 from kvlab.lab.corpora import Requests

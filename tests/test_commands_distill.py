@@ -13,10 +13,10 @@ import pytest
 import torch
 from command_helpers import PUBLISHED, result
 
-from kvlab import compress, lab, training
+from kvlab import distill, lab, training
 from kvlab.cli import main
-from kvlab.commands.distill import compression_figures, compression_scores
-from kvlab.compress import AWARE, KVDistiller
+from kvlab.compress import AWARE, METHODS, evict, h2o
+from kvlab.distill import KVDistiller, compression_figures, compression_scores, encode_question
 from kvlab.evaluate import exact_match, log_likelihoods, multiple_choice
 from kvlab.generation import answers, encode
 from kvlab.lab import corpora
@@ -24,82 +24,60 @@ from kvlab.records import Record, read_records
 from kvlab.scale import Scale
 from kvlab.speculate import generate
 
-FEW_STEPS = [
-    "--base_model",
-    "lab-draft",
-    "--steps",
-    "2",
-    "--batch_size",
-    "2",
-    "--rank",
-    "4",
-    "--width",
-    "16",
-]
+TRAIN = "distill --base_model lab-draft --steps 2 --batch_size 2 --rank 4 --width 16".split()
 TWO = ["--contexts", "2", "--questions", "2"]
-FEW_STEPS += TWO
-TAUGHT, COMPARED, SQUAD = (
-    ["distill", *FEW_STEPS],
-    ["eval-compression"],
-    ["--data", "squad", "--source", "squad.json"],
-)
+TRAIN += TWO
+COMPARE, SQUAD = ["eval-compression"], ["--data", "squad", "--source", "squad.json"]
 
 
 @pytest.fixture
-def shrink(trained):
+def train(trained):
     """Return a function that runs distill."""
-    return partial(trained, TAUGHT)
+    return partial(trained, TRAIN)
 
 
 @pytest.fixture
-def taught(shrink, monkeypatch):
-    """Return a function that runs distill up to its training, and returns what `compress.train` would have got."""
+def training_of(train, monkeypatch):
+    """Return a function that runs distill and returns the arguments of `train_distiller`."""
 
     def run(*options):
-        got = []
+        calls = []
+
+        def stop(*args, **more):
+            calls.append((*args, more))
+            pytest.skip("trained")
+
         with monkeypatch.context() as patch:
-            patch.setattr(
-                compress,
-                "train",
-                lambda *args, **more: got.append((*args, more)) or pytest.skip("trained"),
-            )
+            patch.setattr("kvlab.commands.distill.train_distiller", stop)
             with pytest.raises(pytest.skip.Exception):
-                shrink("taught", *options)
-        return got[0]
+                train("distiller", *options)
+        return calls[0]
 
     return run
 
 
 @pytest.fixture
-def measured(tiny, capsys):
-    """Return a function that runs eval-compression, and returns what it wrote and the tables it printed by title."""
+def compare(tiny, capsys):
+    """Return a function that runs eval-compression and returns its file and printed tables."""
 
     def run(*options):
         folder = tiny / "results"
-        main(
-            [
-                *COMPARED,
-                "--base_model",
-                "lab-draft",
-                "--save_results",
-                "--output_dir",
-                str(folder),
-                *options,
-            ]
-        )
+        save = ["--base_model", "lab-draft", "--save_results", "--output_dir", str(folder)]
+        main([*COMPARE, *save, *options])
         (path,) = folder.iterdir()
-        told, printed = result(folder, capsys)
+        written, printed = result(folder, capsys)
         path.unlink()
         first, *parts = printed.removesuffix(f"{path}\n").split("\n\n")
-        return told, {part.split(" (")[0]: part for part in parts} | {"first": first}, path.name
+        tables = {part.split(" (")[0]: part for part in parts}
+        return written, tables | {"first": first}, path.name
 
     return run
 
 
-def read(model, contexts, *arguments, **options):
-    return compression_scores(
-        lab.load(model), lab.load_tokenizer(model), contexts, *arguments, **options
-    )
+def compared(model, contexts, methods, retention, **options):
+    model, tokenizer = lab.load(model), lab.load_tokenizer(model)
+    answer = partial(generate, model, max_new_tokens=64)
+    return compression_scores(model, tokenizer, contexts, methods, retention, answer, **options)
 
 
 def passages(n, questions):
@@ -111,7 +89,7 @@ def passages(n, questions):
 
 
 def rows_of(table):
-    """The method and share of each row of a printed table."""
+    """The method and retention of each row of a printed table."""
     names = [re.match(r"(\w*) +([\d.]+) ", line) for line in table.splitlines()[3:]]
     method, rows = "", []
     for name in filter(None, names):
@@ -120,44 +98,33 @@ def rows_of(table):
     return rows
 
 
-def test_a_distiller_is_saved_and_measured_on_test_passages(shrink, tiny):
-    told = shrink("distiller")
-    names = [(f["method"], f["retention"]) for f in told["figures"] if f["score"] == "exact_match"]
+def test_a_distiller_is_saved_and_measured_on_test_passages(train, tiny):
+    written = train("distiller")
+    figures = written["figures"]
+    names = [(f["method"], f["retention"]) for f in figures if f["score"] == "exact_match"]
     assert names == [("full", 1.0), ("distill", 0.5), ("distill", 0.25), ("distill", 0.1)]
-    settings = {
-        "learning_rate": 1e-3,
-        "retention": [0.03, 0.8],
-        "sinks": 1,
-        "row": 1536,
-        "layer": 1,
-        "rank": 4,
-    }
-    assert (
-        told["settings"] | settings | {"base_model": "lab-draft", "gate": "multiply"}
-        == told["settings"]
-    )
-    assert [entry["step"] for entry in told["history"]] == [1, 2]
-    assert {"device", "versions", "commit"} <= set(told)
-    shown = [f for f in told["figures"] if f["score"] in ("exact_match", "f1")]
-    assert all(
-        f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" in told["printed"] for f in shown
-    )
+    expected = {"learning_rate": 1e-3, "retention": [0.03, 0.8], "sinks": 1, "row": 1536}
+    expected |= {"layer": 1, "rank": 4, "base_model": "lab-draft", "gate": "multiply"}
+    assert written["settings"] | expected == written["settings"]
+    assert [entry["step"] for entry in written["history"]] == [1, 2]
+    assert {"device", "versions", "commit"} <= set(written)
+    for f in figures:
+        assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**f) in written["printed"]
 
     distiller = KVDistiller.from_pretrained(tiny / "distiller", lab.load("lab-draft"))
     assert distiller.settings.sinks == 1
-    assert any(
-        p.abs().sum() > 0 for name, p in distiller.named_parameters() if "lora_B" in name
-    )  # it was trained
-    again = read("lab-draft", passages(2, 2), ["distill"], [0.5, 0.25, 0.1], distiller=distiller)
-    assert [f["value"] for f in compression_figures(again)] == pytest.approx(
-        [f["value"] for f in told["figures"]]
-    )
+    parameters = distiller.named_parameters()
+    assert any(p.abs().sum() > 0 for name, p in parameters if "lora_B" in name)  # it was trained
+    sizes = [0.5, 0.25, 0.1]
+    scores = compared("lab-draft", passages(2, 2), ["distill"], sizes, distiller=distiller)
+    values = [f["value"] for f in compression_figures(scores)]
+    assert values == pytest.approx([f["value"] for f in figures])
 
 
-def test_a_distiller_that_was_killed_goes_on_and_ends_the_same(shrink, tiny, squad, monkeypatch):
+def test_a_killed_distiller_resumes_and_ends_the_same(train, tiny, squad, monkeypatch):
     options = [*SQUAD, "--steps", "3"]
-    shrink("whole", *options)
-    save, fit, steps = training._save, training.fit, []
+    train("whole", *options)
+    save, fit, steps = training._save_run, training.fit, []
 
     def killed(*state):
         save(*state)
@@ -170,74 +137,59 @@ def test_a_distiller_that_was_killed_goes_on_and_ends_the_same(shrink, tiny, squ
         return fit(model, loader, lambda *batch: steps.append(1) or losses(*batch), **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", killed)
-        patch.setattr(compress, "fit", often)
+        patch.setattr(training, "_save_run", killed)
+        patch.setattr(distill, "fit", often)
         with pytest.raises(KeyboardInterrupt):
-            shrink("killed", *options)
+            train("killed", *options)
     assert not (tiny / "killed" / "training.json").exists()
-    monkeypatch.setattr(compress, "fit", counted)
-    shrink("killed", *options)
+    monkeypatch.setattr(distill, "fit", counted)
+    train("killed", *options)
     assert len(steps) == 1
-    whole, again = (
-        KVDistiller.from_pretrained(tiny / n, lab.load("lab-draft")) for n in ("whole", "killed")
-    )
-    mine = dict(again.named_parameters())
-    assert all(torch.equal(p, mine[name]) for name, p in whole.named_parameters())
-    for other in (
-        ["--instruction", "0.5"],
-        ["--heldout", "0.5"],
-        ["--routing", "all"],
-        ["--forward_share", "1"],
-    ):
+    model = lab.load("lab-draft")
+    whole, resumed = (KVDistiller.from_pretrained(tiny / n, model) for n in ("whole", "killed"))
+    parameters = dict(resumed.named_parameters())
+    assert all(torch.equal(p, parameters[name]) for name, p in whole.named_parameters())
+    for other in (["--instruction", "0.5"], ["--heldout", "0.5"], ["--routing", "all"]):
         del steps[:]
-        shrink("killed", *options, *other)  # nothing of a checkpoint that was made otherwise
+        train("killed", *options, *other)  # the checkpoint of other settings is not used
         assert len(steps) == 3
 
 
-def test_held_out_contexts_are_not_learned_from(taught, shrink, squad, monkeypatch):
+def test_held_out_contexts_are_not_trained_on(training_of, train, squad, monkeypatch):
     options = [*SQUAD, "--heldout", "0.3", "--contexts", "1", "--seed", "4"]
-    distiller, examples, more = taught(
-        *options, "--gate", "none", "--layer", "2", "--batch_size", "3"
-    )
-    assert (
-        distiller.settings.gate,
-        distiller.settings.layer,
-        more["batch_size"],
-        more["seed"],
-    ) == ("none", 2, 3, 4)
-    learned = {context for context, _ in examples.readings}
-    whole = {record.context for record in read_records("squad", squad)}
-    assert len(whole - learned) == 2
-    turns = [(context, *turn) for context, turns in examples.readings for turn in turns]
-    asked = [
-        (r.context, r.question, r.answer)
-        for r in read_records("squad", squad)
-        if r.context in learned
-    ]
-    assert turns == asked
-    assert {len(turns) for _, turns in examples.readings} == {
-        1,
-        2,
-    }  # three questions are two examples
+    more = ["--gate", "none", "--layer", "2", "--batch_size", "3"]
+    distiller, dataset, arguments = training_of(*options, *more)
+    assert (distiller.settings.gate, distiller.settings.layer) == ("none", 2)
+    assert (arguments["batch_size"], arguments["seed"]) == (3, 4)
+    training_contexts = {context for context, _ in dataset.readings}
+    records = read_records("squad", squad)
+    heldout = {record.context for record in records} - training_contexts
+    assert len(heldout) == 2
+    turns = [(context, *turn) for context, turns in dataset.readings for turn in turns]
+    assert turns == [(r.context, r.question, r.answer) for r in records if r.context not in heldout]
+    sizes = {len(turns) for _, turns in dataset.readings}
+    assert sizes == {1, 2}  # three questions are two examples
 
-    seen = []
-    monkeypatch.setattr(
-        "kvlab.commands.distill.compression_scores",
-        lambda *args, **_: seen.extend(args[2]) or pytest.skip("read"),
-    )
+    contexts = []
+
+    def stop(model, tokenizer, records, **_):
+        contexts.extend(records)
+        pytest.skip("compared")
+
+    monkeypatch.setattr("kvlab.commands.distill.compression_scores", stop)
     with pytest.raises(pytest.skip.Exception):
-        shrink("held", *options)
-    assert len(seen) == 1
-    assert {record.context for records in seen for record in records} < whole - learned
+        train("held", *options)
+    assert len(contexts) == 1
+    assert {record.context for rows in contexts for record in rows} < heldout
 
 
-def test_lab_passages_to_learn_from_are_endless_and_not_those_of_the_test(taught):
+def test_lab_passages_for_training_are_endless_and_not_those_of_the_test(training_of):
     more = ["--retention", "0.1", "0.2", "--instruction", "0.2"]
-    _, examples, more = taught("--steps", "50", "--accumulate", "3", *more)
-    assert len(examples) == 50 * 2 * 3
-    assert not examples.readings.test
-    assert more["retention"] == [0.1, 0.2]
-    assert examples[0].weights.unique().tolist() == pytest.approx([0.2, 1.0])
+    _, dataset, arguments = training_of("--steps", "50", "--accumulate", "3", *more)
+    assert len(dataset) == 50 * 2 * 3
+    assert not dataset.readings.test
+    assert arguments["retention"] == [0.1, 0.2]
+    assert dataset[0].weights.unique().tolist() == pytest.approx([0.2, 1.0])
 
 
 def test_full_cache_answers_are_those_to_the_whole_text():
@@ -255,7 +207,7 @@ def test_full_cache_answers_are_those_to_the_whole_text():
             ("Anna", "Ben", "Rome", "the dog"),
         ),
     ]
-    scores = read("lab-target", [records], [], [])
+    scores = compared("lab-target", [records], [], [])
     assert set(scores["method"]) == {"full"}
     parts = lab.load("lab-target"), lab.load_tokenizer("lab-target")
     whole = [
@@ -285,76 +237,53 @@ def test_full_cache_answers_are_those_to_the_whole_text():
     right = [r.choices[i] == r.answer for r, i in zip(records, chosen, strict=True)]
     assert scores["accuracy"].tolist() == right
     (value,) = [f["value"] for f in compression_figures(scores) if f["score"] == "perplexity"]
-    assert value == pytest.approx(np.exp(-sum(logs) / sum(map(len, endings))), rel=1e-4)
+    per_token = sum(logs) / sum(len(ending) for ending in endings)
+    assert value == pytest.approx(np.exp(-per_token), rel=1e-4)
 
 
-def test_each_method_answers_behind_what_it_kept():
-    contexts, shares = passages(2, 3), [1.0, 0.3]
-    methods = [*compress.METHODS, *AWARE]
-    scores = read("lab-draft", contexts, methods, shares, long_answers=True)
+def test_each_method_answers_from_what_it_kept():
+    contexts, sizes = passages(2, 3), [1.0, 0.3]
+    methods = [*METHODS, *AWARE]
+    scores = compared("lab-draft", contexts, methods, sizes, long_answers=True)
     assert len(scores) == 2 * 3 * (1 + len(methods) * 2)
-    full = scores[scores["method"] == "full"].set_index(["context"])
-    for (method, share), rows in scores.groupby(["method", "retention"], sort=False):
-        ratio = (rows["bytes"].to_numpy() / full["bytes"].to_numpy()).tolist()
-        assert ratio == pytest.approx([share] * 6, abs=0.01)
-        if share == 1:
-            assert rows["log_likelihood"].tolist() == pytest.approx(
-                full["log_likelihood"].tolist(), abs=1e-3
-            )
+    full = scores[scores["method"] == "full"]
+    likelihoods = full["log_likelihood"].tolist()
+    for (method, size), rows in scores.groupby(["method", "retention"], sort=False):
+        ratio = rows["bytes"].to_numpy() / full["bytes"].to_numpy()
+        assert ratio.tolist() == pytest.approx([size] * 6, abs=0.01)
+        if size == 1:
+            assert rows["log_likelihood"].tolist() == pytest.approx(likelihoods, abs=1e-3)
             assert rows["rouge_l"].tolist() == full["rouge_l"].tolist()
         elif method != "full":
-            assert rows["log_likelihood"].tolist() != pytest.approx(
-                full["log_likelihood"].tolist(), abs=1e-2
-            )
+            assert rows["log_likelihood"].tolist() != pytest.approx(likelihoods, abs=1e-2)
 
     model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
-    wanted = {"h2o": [], "h2o_aware": []}
-    for records in contexts:
-        for record in records:
-            made = compress.example(tokenizer, record.context, [(record.question, record.answer)])
-            question = made.text[made.weights == 0]
-            for method, known in (("h2o", None), ("h2o_aware", question[None])):
-                kept = compress.evict(
-                    model, made.context[None], compress.h2o, retention=0.3, question_ids=known
-                )
-                tokens = generate(model, [question], prefix=kept.prefix, max_new_tokens=64).tokens[
-                    0
-                ]
-                said = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                wanted[method].append(float(said == record.answer))
-    for method, right in wanted.items():
+    expected = {"h2o": [], "h2o_aware": []}
+    for record in (record for records in contexts for record in records):
+        q = encode_question(tokenizer, record)
+        for method, question_ids in (("h2o", None), ("h2o_aware", q.question[None])):
+            prefix = evict(model, q.context, h2o, retention=0.3, question_ids=question_ids)
+            tokens = generate(model, [q.question], prefix=prefix, max_new_tokens=64).tokens[0]
+            answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            expected[method].append(float(answer == record.answer))
+    for method, matches in expected.items():
         rows = scores[(scores["method"] == method) & (scores["retention"] == 0.3)]
-        assert rows["exact_match"].tolist() == right
+        assert rows["exact_match"].tolist() == matches
 
 
-def test_a_context_is_compressed_once_unless_the_question_is_seen(monkeypatch):
-    seen, evict = [], compress.evict
+def test_a_context_is_compressed_once_unless_the_question_is_known(monkeypatch):
+    calls = []
 
     def watched(model, ids, score, question_ids=None, **options):
-        seen.append((score.__name__, options, question_ids is None))
+        calls.append((score.__name__, options, question_ids is None))
         return evict(model, ids, score, question_ids=question_ids, **options)
 
-    monkeypatch.setattr(compress, "evict", watched)
-    read("lab-draft", passages(1, 3), ["key_norm", "snapkv_aware"], [0.5, 0.2], shared=True)
-    options = [{"retention": share, "shared": True} for share in (0.5, 0.2)]
-    agnostic = [("key_norm", way, True) for way in options]
-    aware = [("snapkv", way, False) for way in options for _ in range(3)]
-    assert seen == [*agnostic, *aware]
-
-
-def test_a_gate_that_no_cache_holds_is_a_sentence():
-    with pytest.raises(
-        ValueError, match=r"the gate 'log', which no cache can hold: train one with gate 'multiply'"
-    ):
-        read(
-            "lab-draft",
-            passages(1, 1),
-            ["distill"],
-            [0.5],
-            distiller=KVDistiller(lab.load("lab-draft"), gate="log"),
-        )
-    with pytest.raises(ValueError, match=r"The method distill needs a distiller"):
-        read("lab-draft", passages(1, 1), ["distill"], [0.5])
+    monkeypatch.setattr(distill, "evict", watched)
+    compared("lab-draft", passages(1, 3), ["key_norm", "snapkv_aware"], [0.5, 0.2], shared=True)
+    options = [{"retention": size, "shared": True} for size in (0.5, 0.2)]
+    agnostic = [("key_norm", size, True) for size in options]
+    aware = [("snapkv", size, False) for size in options for _ in range(3)]
+    assert calls == [*agnostic, *aware]
 
 
 def test_intervals_are_over_contexts():
@@ -380,42 +309,38 @@ def test_intervals_are_over_contexts():
     )  # seven questions, but nothing to draw anew
 
 
-def test_what_sees_the_question_has_a_table_of_its_own(measured, shrink):
-    shrink("distiller")
-    told, tables, name = measured("--distiller", "distiller", *TWO, "--retention", "1", "0.25")
+def test_methods_that_know_the_question_have_a_table_of_their_own(compare, train):
+    train("distiller")
+    written, tables, name = compare("--distiller", "distiller", *TWO, "--retention", "1", "0.25")
     assert re.fullmatch(r"eval_compression_\d{8}_\d{6}\.json", name)
-    agnostic, aware = ([*rows_of(tables[title])] for title in (
-        "Compressed without the question", "Compressed for one question, which was seen first"))  # fmt: skip
-    ways = lambda methods: [
-        ("full", 1.0),
-        *((method, share) for method in methods for share in (1.0, 0.25)),
-    ]
-    assert agnostic == ways(["distill", *compress.METHODS])
-    assert aware == ways(AWARE)
-    settings = {
-        "distiller": "distiller",
-        "retention": [1.0, 0.25],
-        "methods": ["distill", *compress.METHODS, *AWARE],
-    }
-    assert told["settings"] | settings == told["settings"]
-    assert {"device", "versions", "commit"} <= set(told)
-    assert {f["score"] for f in told["figures"]} == {"exact_match", "f1", "perplexity", "MB"}
-    assert all(f["n"] == 2 and f["low"] <= f["value"] <= f["high"] for f in told["figures"])
-    values = {(f["method"], f["retention"], f["score"]): f["value"] for f in told["figures"]}
-    assert values["h2o", 1.0, "perplexity"] == pytest.approx(
-        values["full", 1.0, "perplexity"], rel=1e-3
-    )
-    assert values["distill", 0.25, "MB"] == pytest.approx(values["full", 1.0, "MB"] / 4, rel=0.02)
+
+    def arms(methods):
+        return [("full", 1.0), *((method, size) for method in methods for size in (1.0, 0.25))]
+
+    assert rows_of(tables["Compressed without the question"]) == arms(["distill", *METHODS])
+    assert rows_of(tables["Compressed for one known question"]) == arms(AWARE)
+    methods = ["distill", *METHODS, *AWARE]
+    settings = {"distiller": "distiller", "retention": [1.0, 0.25], "methods": methods}
+    assert written["settings"] | settings == written["settings"]
+    assert {"device", "versions", "commit"} <= set(written)
+    figures = written["figures"]
+    assert {f["score"] for f in figures} == {"exact_match", "f1", "perplexity", "MB"}
+    assert all(f["n"] == 2 and f["low"] <= f["value"] <= f["high"] for f in figures)
+    values = {(f["method"], f["retention"], f["score"]): f["value"] for f in figures}
+    full = values["full", 1.0, "perplexity"]
+    assert values["h2o", 1.0, "perplexity"] == pytest.approx(full, rel=1e-3)
+    size = values["full", 1.0, "MB"]
+    assert values["distill", 0.25, "MB"] == pytest.approx(size / 4, rel=0.02)
 
 
-def test_only_methods_asked_for_are_compared(measured):
-    _, tables, _ = measured(*TWO, "--retention", "0.5", "--methods", "h2o_aware")
+def test_only_the_given_methods_are_compared(compare):
+    _, tables, _ = compare(*TWO, "--retention", "0.5", "--methods", "h2o_aware")
     (table,) = (table for title, table in tables.items() if title != "first")
     assert rows_of(table) == [("full", 1.0), ("h2o_aware", 0.5)]
 
 
-def test_two_processes_learn_what_one_learns(shrink, tiny):
-    told = shrink("one")
+def test_two_processes_learn_what_one_learns(train, tiny):
+    written = train("one")
     launch = [
         sys.executable,
         "-m",
@@ -427,34 +352,32 @@ def test_two_processes_learn_what_one_learns(shrink, tiny):
         "kvlab.cli",
     ]
     setting = os.environ | {"KVLAB_SCALE": "tiny", "OMP_NUM_THREADS": "1"}
-    command = [*launch, *TAUGHT, "--output_dir", "two"]
+    command = [*launch, *TRAIN, "--output_dir", "two"]
     done = subprocess.run(
         command, cwd=tiny, env=setting, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     again = json.loads((tiny / "two" / "training.json").read_text())
     assert [e["loss"] for e in again["history"]] == pytest.approx(
-        [e["loss"] for e in told["history"]], rel=1e-4
+        [e["loss"] for e in written["history"]], rel=1e-4
     )
     assert done.stdout.count("Held out") == 1
 
 
-def test_a_distiller_is_compared_on_what_it_did_not_learn_from(measured, shrink, squad):
-    told = shrink("distiller", *SQUAD, "--heldout", "0.4", "--contexts", "1")
-    assert len(told["heldout"]) == 2
-    few = ["--retention", "0.5", "--methods", "key_norm", "--contexts", "9"]
-    assert measured(*SQUAD, *few)[1]["first"].startswith(
-        "To compare answers on: 6 contexts with 12 questions"
-    )
-    assert measured(*SQUAD, *few, "--distiller", "distiller")[1]["first"].startswith(
-        "To compare answers on: 2 "
-    )
+def test_a_distiller_is_compared_on_held_out_contexts(compare, train, squad):
+    written = train("distiller", *SQUAD, "--heldout", "0.4", "--contexts", "1")
+    assert len(written["heldout"]) == 2
+    few = [*SQUAD, "--retention", "0.5", "--methods", "key_norm", "--contexts", "9"]
+    first = compare(*few)[1]["first"]
+    assert first.startswith("Comparing answers on: 6 contexts with 12 questions")
+    first = compare(*few, "--distiller", "distiller")[1]["first"]
+    assert first.startswith("Comparing answers on: 2 ")
 
 
-def test_choices_and_long_answers_have_scores_of_their_own(measured, tiny):
-    asked = {"question": "Who waits?", "options": ["Ann", "Ben", "Cy", "Di"], "gold_label": 2}
+def test_choices_and_long_answers_have_scores_of_their_own(compare, tiny):
+    question = {"question": "Who waits?", "options": ["Ann", "Ben", "Cy", "Di"], "gold_label": 2}
     (tiny / "quality").write_text(
-        json.dumps({"article": "Ben waits for Ann.", "questions": [asked]})
+        json.dumps({"article": "Ben waits for Ann.", "questions": [question]})
     )
     tasks = {
         "instruction": "Say it in many words.",
@@ -466,8 +389,8 @@ def test_choices_and_long_answers_have_scores_of_their_own(measured, tiny):
         ("quality", "quality", "accuracy"),
         ("self_instruct", "tasks.jsonl", "rouge_l"),
     ):
-        told, tables, _ = measured("--data", data, "--source", source, *few)
-        assert {f["score"] for f in told["figures"]} == {
+        written, tables, _ = compare("--data", data, "--source", source, *few)
+        assert {f["score"] for f in written["figures"]} == {
             "exact_match",
             "f1",
             "perplexity",
@@ -478,83 +401,55 @@ def test_choices_and_long_answers_have_scores_of_their_own(measured, tiny):
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "said"),
+    ("command", "options", "sentence"),
     [
-        (
-            TAUGHT,
-            ["--retention", "0.8", "0.1"],
-            "retention is 0.8 0.1, expected two shares .* the lower first",
-        ),
-        (TAUGHT, ["--retention", "0", "0.1"], "retention is 0.0 0.1, expected two shares above 0"),
-        (TAUGHT, ["--retention", "0.5"], "retention is 0.5, expected two shares"),
-        (
-            TAUGHT,
-            ["--retention", "0.1", "1.5"],
-            "retention is 0.1 1.5, expected two shares above 0, at most 1",
-        ),
-        (TAUGHT, ["--forward_share", "1.5"], "forward_share is 1.5, expected a share from 0 to 1"),
-        (TAUGHT, ["--batch_size", "0"], "batch_size is 0, expected a whole number from 1"),
-        (TAUGHT, ["--questions", "0"], "questions is 0, expected a whole number from 1"),
-        (TAUGHT, ["--data", "squad", "--source", "no.json"], "There is no file no.json"),
-        (
-            TAUGHT,
-            ["--data", "p3", "--source", "squad.json"],
-            "squad.json, row 1 does not fit: there is no 'prompt'",
-        ),
-        (TAUGHT, ["--data", "squad"], "There is no source of squad records: give --source"),
-        (
-            TAUGHT,
-            ["--source", "squad.json"],
-            "source is 'squad.json', but the lab makes its texts up",
-        ),
-        ([*TAUGHT, *SQUAD], ["--heldout", "1"], "heldout is 1.0, expected a share between 0 and 1"),
-        (
-            [*TAUGHT, *SQUAD],
-            ["--heldout", "0.95"],
-            "There are 6 contexts, 6 to hold out: give a source that has more",
-        ),
-        ([*TAUGHT, *SQUAD], ["--batch_size", "16"], r"\d examples are less than a batch of 16"),
-        (
-            COMPARED,
-            ["--methods", "h2o", "h3o"],
-            "There is no method h3o: expected some of random, .*snapkv_aware",
-        ),
-        (COMPARED, ["--methods", "distill"], "The method distill needs a distiller: give one"),
-        (COMPARED, ["--retention", "0.5", "0"], "retention is 0.0, expected a share above 0"),
-        (COMPARED, ["--contexts", "0"], "contexts is 0, expected a whole number from 1"),
-        (COMPARED, ["--data", "squad", "--source", "no.json"], "There is no file no.json"),
-        (COMPARED, ["--data", "squad", "--source", "none.json"], "There is no record in none.json"),
+        (TRAIN, ["--retention", "0.8", "0.1"], "retention is 0.8 0.1, expected two fractions in"),
+        (TRAIN, ["--retention", "0.5"], "retention is 0.5, expected two fractions"),
+        (TRAIN, ["--retention", "0.1", "1.5"], "retention is 0.1 1.5, expected two fractions in"),
+        (TRAIN, ["--forward_share", "1.5"], "forward_share is 1.5, expected a fraction in"),
+        (TRAIN, ["--batch_size", "0"], "batch_size is 0, expected a"),
+        (TRAIN, ["--questions", "0"], "questions is 0, expected a"),
+        (TRAIN, ["--data", "squad", "--source", "no.json"], "There is no file no.json"),
+        (TRAIN, ["--data", "p3", "--source", "squad.json"], "squad.json, .*'prompt'"),
+        (TRAIN, ["--data", "squad"], "There is no source of squad records: give --source"),
+        (TRAIN, ["--source", "squad.json"], "source is 'squad.json', but the lab"),
+        ([*TRAIN, *SQUAD], ["--heldout", "1"], "heldout is 1.0, expected"),
+        ([*TRAIN, *SQUAD], ["--heldout", "0.95"], "0 examples are fewer than a batch of 2"),
+        ([*TRAIN, *SQUAD], ["--batch_size", "16"], r"\d examples are fewer than a batch of 16"),
+        (COMPARE, ["--methods", "h2o", "h3o"], "There is no method h3o: expected some of random, "),
+        (COMPARE, ["--methods", "distill"], "There is no method distill: .*needs a distiller"),
+        (COMPARE, ["--retention", "0.5", "0"], "retention is 0.0, expected a fraction in"),
+        (COMPARE, ["--contexts", "0"], "contexts is 0, expected a"),
+        (COMPARE, ["--data", "squad", "--source", "no.json"], "There is no file no.json"),
+        (COMPARE, ["--data", "squad", "--source", "none.json"], "There is no record in none.json"),
     ],
 )
 def test_a_mistake_in_compression_is_a_sentence_before_any_work(
-    command, options, said, squad, tiny, monkeypatch
+    command, options, sentence, squad, tiny, monkeypatch
 ):
     (tiny / "none.json").write_text("[]")
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(SystemExit, match=f"^kvlab: {said}"):
+    with pytest.raises(SystemExit, match=f"^kvlab: {sentence}"):
         main([*command, *options])
     assert {path.name for path in tiny.iterdir()} == {"squad.json", "none.json"}
 
 
 def test_a_folder_without_a_distiller_is_a_sentence(tiny):
     with pytest.raises(SystemExit, match=r"^kvlab: none has no kvdistill.json"):
-        main([*COMPARED, "--distiller", "none", "--base_model", "lab-draft", "--contexts", "1"])
+        main([*COMPARE, "--distiller", "none", "--base_model", "lab-draft", "--contexts", "1"])
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
-def test_real_contexts_are_grouped_and_held_out_whole(taught):
+def test_real_contexts_are_grouped_and_held_out_whole(training_of):
     source = str(PUBLISHED / "squad/dev-part-a.json")
-    _, examples, _ = taught(
-        "--data", "squad", "--source", source, "--questions", "4", "--heldout", "0.2"
-    )
+    options = ["--data", "squad", "--source", source, "--questions", "4", "--heldout", "0.2"]
+    _, dataset, _ = training_of(*options)
     records = read_records("squad", source)
-    learned, contexts = (
-        {context for context, _ in examples.readings},
-        {record.context for record in records},
-    )
-    assert len(contexts - learned) == round(0.2 * len(contexts))
-    turns = [turn for _, turns in examples.readings for turn in turns]
-    assert len(turns) == sum(record.context in learned for record in records)
-    assert max(len(turns) for _, turns in examples.readings) == 4
-    assert len(examples.readings) < len(turns) / 2
-    assert 0 < examples[0].weights.sum() < len(examples[0].text)
+    training_contexts = {context for context, _ in dataset.readings}
+    contexts = {record.context for record in records}
+    assert len(contexts - training_contexts) == round(0.2 * len(contexts))
+    turns = [turn for _, turns in dataset.readings for turn in turns]
+    assert len(turns) == sum(record.context in training_contexts for record in records)
+    assert max(len(turns) for _, turns in dataset.readings) == 4
+    assert len(dataset.readings) < len(turns) / 2
+    assert 0 < dataset[0].weights.sum() < len(dataset[0].text)

@@ -196,12 +196,12 @@ def test_a_figure_without_alt_text_is_a_warning(alt, warnings, monkeypatch):
 # the house
 
 # Each module imports only from its own floor or from lower ones; chapters do not import each other.
-CHAPTERS = "knowledge draft compress distill align fuse speculate"
+CHAPTERS = "knowledge draft distill align fuse speculate"
 FLOORS = (
     "files models losses answers results lab.models lab.worlds",
     "cache",
     "slots",
-    "layers generation training evaluate records scale plots lab lab.corpora lab.tokenizers",
+    "compress layers generation training evaluate records scale plots lab lab.corpora lab.tokenizers",
     CHAPTERS,
     "lab.report lab.recipe lab.__main__ commands cli",
 )

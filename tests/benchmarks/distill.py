@@ -1,4 +1,4 @@
-"""Compressed caches: what is still answered from a part of the entries, by KV-Distill and by scores; bytes, latency."""
+"""Compressed caches by KV-Distill and by scores: answers, bytes, latency."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,39 +15,39 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
-from kvlab.cache import Prefix, from_tensor, nbytes, prefill, select
-from kvlab.commands.distill import SMALL
-from kvlab.compress import (
-    AWARE,
-    METHODS,
-    Examples,
+from kvlab.cache import Prefix, from_tensor, length, nbytes, prefill, select, truncate
+from kvlab.commands.shared import scale_defaults
+from kvlab.compress import AWARE, METHODS, compact, count_kept
+from kvlab.distill import (
+    DistillDataset,
+    EncodedQuestion,
     KVDistiller,
-    compact,
-    count_kept,
-    evict,
-    example,
-    train,
+    compress_for,
+    encode_question,
+    train_distiller,
 )
 from kvlab.evaluate import benchmark, figure, log_likelihoods
 from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
-from kvlab.models import fingerprint, rotary_of
+from kvlab.models import fingerprint
+from kvlab.records import Record
 from kvlab.scale import config_of
 from kvlab.slots import Slots, step
 from kvlab.speculate import generate
 
 THREADS, STEPS = 2, 400
-BATCH, RATE, RETENTION = (SMALL[name] for name in ("batch_size", "learning_rate", "retention"))
-SETTINGS = {name: SMALL[name] for name in ("standardize", "rank", "width", "sinks")}
+DEFAULTS = scale_defaults("distill")
+BATCH, RATE, RETENTION = (DEFAULTS[n] for n in ("batch_size", "learning_rate", "retention"))
+SETTINGS = {name: DEFAULTS[name] for name in ("standardize", "rank", "sinks")}
+SETTINGS["scorer_hidden_size"] = DEFAULTS["width"]
 PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 100
 COMPARED = ("distill", "snapkv", "key_norm_reversed", "random")
-RUNS = Path(
-    "lab-runs/distill"
-)  # checkpoints: a run that was stopped goes on, one that is done is read
+RUNS = Path("lab-runs/distill")  # checkpoints: a stopped run goes on, a finished one is loaded
 ABLATIONS = {
     "base": {},
     "free_scores": {"standardize": False},
@@ -62,6 +62,8 @@ ABLATIONS = {
     "layer_6": {"layer": 6},
     "layer_12": {"layer": 12},
 }
+Passage = list[EncodedQuestion]  # questions about one context
+Compress = Callable[[Passage], list[Prefix]]  # one prefix per question
 
 
 class Lab(NamedTuple):
@@ -70,100 +72,90 @@ class Lab(NamedTuple):
     quick: bool
 
 
-class Passage(NamedTuple):
-    """A context (1, T), and its questions with their answers as token ids."""
+class LogGateDistiller(KVDistiller):
+    """The monotone gate: log sigma(s) is added to the logits of kept entries, which no key can hold.
 
-    context: Tensor
-    questions: list[Tensor]
-    answers: list[list[int]]
+    A prefix has it in `attention_mask`, (B, k): -inf for entries that a row does not keep.
+    """
+
+    def __init__(self, model: PreTrainedModel, **settings):
+        super().__init__(model, **settings | {"gate": "none"})
+        self.scorer.requires_grad_(True)
+
+    def keep(self, input_ids: Tensor, attention_mask: Tensor, counts: Sequence[int]) -> Prefix:
+        prefix = super().keep(input_ids, attention_mask, counts)
+        padding = attention_mask.shape[1] - attention_mask.sum(1, keepdim=True)
+        scores = self.scores(input_ids, attention_mask).gather(1, prefix.positions + padding)
+        bias = F.logsigmoid(scores).masked_fill(prefix.attention_mask == 0, float("-inf"))
+        return replace(prefix, attention_mask=bias)
+
+    def read_on(self, prefix: Prefix, text: Tensor) -> Tensor:
+        if not prefix.attention_mask.is_floating_point():  # the full cache
+            return super().read_on(prefix, text)
+        rows, size = text.shape
+        bias = prefix.attention_mask[:, None].expand(-1, size, -1)
+        causal = torch.full((size, size), float("-inf")).triu(1).expand(rows, -1, -1)
+        mask = torch.cat([bias, causal], -1)[:, None].to(self.model.dtype)
+        position_ids = prefix.next_position[:, None] + torch.arange(size)
+        past = truncate(prefix.cache, length(prefix.cache))  # it will be appended to
+        inputs = {"attention_mask": mask, "position_ids": position_ids, "past_key_values": past}
+        return self.model(input_ids=text, **inputs, use_cache=True).logits
 
 
-Compress = Callable[
-    [Tensor, Tensor], Prefix
-]  # of a context, for a question (which most methods do not look at)
-
-
-def passages(s: Lab, readings: Sequence) -> list[Passage]:
-    made = []
+def encode_passages(s: Lab, readings: Sequence) -> list[Passage]:
+    passages = []
     for text, turns in readings:
-        asked = [example(s.tokenizer, text, [turn]) for turn in turns]
-        questions = [e.text[e.weights == 0] for e in asked]
-        made.append(
-            Passage(
-                asked[0].context[None], questions, [e.text[e.weights == 1].tolist() for e in asked]
-            )
-        )
-    return made
+        records = [Record(text, question, (answer,)) for question, answer in turns]
+        passages.append([encode_question(s.tokenizer, record) for record in records])
+    return passages
 
 
 def held_out(s: Lab, n: int, questions: int, seed: int) -> Readings:
     """Test passages; in a quick run one small one."""
-    return (
-        Readings(1, (4, 4), 1, seed, test=True)
-        if s.quick
-        else Readings(n, (16, 24), questions, seed, test=True)
-    )
+    if s.quick:
+        return Readings(1, (4, 4), 1, seed, test=True)
+    return Readings(n, (16, 24), questions, seed, test=True)
 
 
-def exact(s: Lab, texts: Sequence[Passage], compress: Compress, aware: bool = False) -> np.ndarray:
-    """1 where a question is answered word for word from its passage's compressed cache: (passages, questions)."""
-    rows, prefixes = [], []
-    for p in texts:
-        rows += p.questions
-        made = (
-            [compress(p.context, q) for q in p.questions]
-            if aware
-            else [compress(p.context, None)] * len(p.questions)
-        )
-        prefixes += made
-    right = []
-    for i in range(0, len(rows), 64):
-        right += [
-            tokens.tolist()
-            for tokens in generate(
-                s.target,
-                rows[i : i + 64],
-                prefix=prefixes[i : i + 64],
-                max_new_tokens=2 if s.quick else 8,
-            ).tokens
-        ]
-    wanted = [answer for p in texts for answer in p.answers]
-    good = np.array([a == b for a, b in zip(right, wanted, strict=True)], float)
-    return good.reshape(len(texts), -1)
+def exact(s: Lab, passages: Sequence[Passage], compress: Compress) -> np.ndarray:
+    """1 where a question is answered word for word from its cache: (passages, questions)."""
+    questions = [q for passage in passages for q in passage]
+    prefixes = [prefix for passage in passages for prefix in compress(passage)]
+    correct = []
+    for start in range(0, len(questions), 64):
+        part = slice(start, start + 64)
+        rows = [q.question for q in questions[part]]
+        options = {"prefix": prefixes[part], "max_new_tokens": 2 if s.quick else 8}
+        for q, tokens in zip(
+            questions[part], generate(s.target, rows, **options).tokens, strict=True
+        ):
+            correct.append(float(tokens.tolist() == q.answers[0].tolist()))
+    return np.array(correct).reshape(len(passages), -1)
 
 
 def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistiller:
-    """A distiller for the target, with what an ablation changes. One that is there is read."""
+    """A distiller for the target, with the changes of an ablation; a finished one is loaded."""
     changes = dict(ABLATIONS[name])
     losses = {key: changes.pop(key) for key in ("forward_share",) if key in changes}
     adapters = changes.pop("adapters", True)
     torch.manual_seed(seed)
-    distiller = KVDistiller(s.target, **SETTINGS | changes)
+    make = LogGateDistiller if changes.get("gate") == "log" else KVDistiller
+    distiller = make(s.target, **SETTINGS | changes)
     if not adapters:
         distiller.adapted.requires_grad_(False)
     facts, questions = ((2, 3), 1) if s.quick else ((8, 24), 8)
-    settings = [
-        asdict(distiller.settings),
-        losses,
-        adapters,
-        facts,
-        questions,
-        BATCH,
-        RATE,
-        RETENTION,
-    ]
-    of = hashlib.sha256(
-        json.dumps([*settings, fingerprint(s.target)["weights"]]).encode()
-    ).hexdigest()[:8]
-    texts = Examples(s.tokenizer, Readings(steps * BATCH, facts, questions, seed))
-    train(
+    settings = [asdict(distiller.settings) | changes, losses, adapters, facts, questions]
+    settings += [BATCH, RATE, RETENTION, fingerprint(s.target)["weights"]]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    readings = Readings(steps * BATCH, facts, questions, seed)
+    train_distiller(
         distiller,
-        texts,
+        DistillDataset(s.tokenizer, readings),
         steps=steps,
         batch_size=2 if s.quick else BATCH,
         learning_rate=RATE,
         retention=RETENTION,
-        checkpoint=folder / f"{name}-{steps}-{seed}-{of}.safetensors",
+        checkpoint=folder / f"{name}-{steps}-{seed}-{digest}.safetensors",
         every=50,
         seed=seed,
         **losses,
@@ -171,66 +163,47 @@ def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistill
     return distiller
 
 
-def agnostic(
-    s: Lab, distiller: KVDistiller | None, shared: bool = False
-) -> dict[str, Callable[..., Prefix]]:
-    """Ways to compress a context of which no question is known: by name, called with (context, question, retention)."""
-    ways = {
-        name: lambda ids, _, share, score=score: (
-            evict(s.target, ids, score, retention=share, shared=shared).prefix
-        )
-        for name, score in METHODS.items()
-    }
-    if distiller:
-        ways["distill"] = lambda ids, _, share: distiller.compress(ids, retention=share).prefix
-        ways["choice"] = lambda ids, _, share: chosen(
-            s, ids, distiller.compress(ids, retention=share).positions
-        )
-    return ways
+def by_method(s: Lab, method: str, percent: float, **options) -> Compress:
+    """Compress by a method of `compress_for`, or keep the plain entries that a distiller chose."""
+    if method == "choice":
+        return partial(choose, s, percent=percent, **options)
+    fraction = percent / 100
+    return partial(compress_for, s.target, method=method, retention=fraction, **options)
 
 
-def chosen(s: Lab, ids: Tensor, positions: Tensor) -> Prefix:
-    """What a distiller chose, with the entries that the plain model made."""
-    plain = whole(s, ids)
-    return plain._replace(cache=select(plain.cache, positions))
-
-
-def aware(s: Lab) -> dict[str, Callable[..., Prefix]]:
-    return {
-        name: lambda ids, asked, share, score=score: (
-            evict(s.target, ids, score, retention=share, question_ids=asked[None]).prefix
-        )
-        for name, score in AWARE.items()
-    }
-
-
-def whole(s: Lab, ids: Tensor, *_) -> Prefix:
-    return prefill(s.target, ids)
+def choose(s: Lab, passage: Passage, percent: float, distiller: KVDistiller) -> list[Prefix]:
+    context = passage[0].context
+    positions = distiller.compress(context, retention=percent / 100).positions
+    plain = prefill(s.target, context)
+    return [replace(plain, cache=select(plain.cache, positions), positions=positions)] * len(
+        passage
+    )
 
 
 def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
-    """Exact match over retention; passages differ from seed to seed, methods are asked about the same."""
-    found: dict[str, list[np.ndarray]] = {}
+    """Exact match over retention; passages differ by seed, all methods get the same questions."""
+    scores: dict[str, list[np.ndarray]] = {}
     for seed, distiller in distillers.items():
-        texts = passages(s, held_out(s, 48, 5, 1000 + seed))
+        passages = encode_passages(s, held_out(s, 48, 5, 1000 + seed))
         torch.manual_seed(seed)
-        add = lambda name, *args, **kw: found.setdefault(name, []).append(
-            exact(s, texts, *args, **kw).mean(1)
-        )
-        add("full", partial(whole, s))
-        for percent in tqdm(PERCENTS, desc=f"seed {seed}"):
-            for name, way in agnostic(s, distiller).items():
-                add(f"{name}_{percent}", partial(way, share=percent / 100))
-            for name, way in aware(s).items():
-                add(f"{name}_{percent}", partial(way, share=percent / 100), aware=True)
+        arms = {"full": by_method(s, "full", 100)}
+        for percent in PERCENTS:
+            for method in METHODS:
+                arms[f"{method}_{percent}"] = by_method(s, method, percent)
+            for method in ("distill", "choice"):
+                arms[f"{method}_{percent}"] = by_method(s, method, percent, distiller=distiller)
+            for method in AWARE:
+                arms[f"{method}_{percent}"] = by_method(s, method, percent)
             if percent in (25, 10):
-                for name, way in agnostic(s, None, shared=True).items():
-                    add(f"{name}_shared_{percent}", partial(way, share=percent / 100))
-    values = {name: np.concatenate(parts) for name, parts in found.items()}
-    told = f"held-out passages of 16 to 24 facts, 5 questions each, greedy, word for word; {len(distillers)} seed(s), n "
-    told += "is passages; "
+                for method in METHODS:
+                    arms[f"{method}_shared_{percent}"] = by_method(s, method, percent, shared=True)
+        for name, compress in tqdm(arms.items(), desc=f"seed {seed}"):
+            scores.setdefault(name, []).append(exact(s, passages, compress).mean(1))
+    values = {name: np.concatenate(parts) for name, parts in scores.items()}
+    conditions = f"held-out passages of 16 to 24 facts, 5 questions each, greedy, word for word; {len(distillers)} seed(s), n "
+    conditions += "is passages; "
     figures = []
-    for name, shares in values.items():
+    for name, matches in values.items():
         kind = (
             "the question is known when entries are chosen"
             if "aware" in name
@@ -241,107 +214,105 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
             ", what distill chose, as the plain model made it" if name.startswith("choice") else ""
         )
         kind = "the whole cache" if name == "full" else kind
-        figures.append(figure(f"em_{name}", shares, "fraction", told + kind))
+        figures.append(figure(f"em_{name}", matches, "fraction", conditions + kind))
     for percent in (25, 10):
-        for seed, shares in zip(distillers, found[f"distill_{percent}"], strict=True):
+        for seed, matches in zip(distillers, scores[f"distill_{percent}"], strict=True):
             figures.append(
                 figure(
                     f"em_distill_{percent}_seed_{seed}",
-                    shares,
+                    matches,
                     "fraction",
-                    f"{told}seed {seed} alone",
+                    f"{conditions}seed {seed} alone",
                 )
             )
     for percent in PERCENTS:
         best = max(METHODS, key=lambda name: values[f"{name}_{percent}"].mean())
         gain = values[f"distill_{percent}"] - values[f"{best}_{percent}"]
-        conditions = f"distill minus {best}, the best of the question-agnostic scores, passage by passage; {told}"
-        figures.append(figure(f"gain_{percent}", gain, "difference", conditions))
-        lost = values["full"] - values[f"distill_{percent}"]
+        text = f"distill minus {best}, the best of the question-agnostic scores, passage by passage; {conditions}"
+        figures.append(figure(f"gain_{percent}", gain, "difference", text))
+        loss = values["full"] - values[f"distill_{percent}"]
         figures.append(
             figure(
                 f"lost_{percent}",
-                lost,
+                loss,
                 "difference",
-                f"full minus distill, passage by passage; {told}",
+                f"full minus distill, passage by passage; {conditions}",
             )
         )
     return figures
 
 
 def size_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
-    """Bytes of what is kept over bytes of the whole cache, and what compaction changes."""
-    texts, figures = passages(s, held_out(s, 48, 5, 1000)), []
-    full = [nbytes(whole(s, p.context).cache) for p in texts]
+    """Bytes of the kept entries over bytes of the whole cache, and what compaction changes."""
+    passages, figures = encode_passages(s, held_out(s, 48, 5, 1000)), []
+    contexts = [passage[0].context for passage in passages]
+    full = [nbytes(prefill(s.target, context).cache) for context in contexts]
     for percent in PERCENTS:
-        kept = [distiller.compress(p.context, retention=percent / 100).prefix.cache for p in texts]
-        ratios = [nbytes(part) / all_of_it for part, all_of_it in zip(kept, full, strict=True)]
-        figures.append(
-            figure(
-                f"bytes_ratio_{percent}", ratios, "ratio", f"bytes at {percent} % over bytes of all"
-            )
-        )
-    rotary = rotary_of(s.target)
+        fraction = percent / 100
+        kept = [nbytes(distiller.compress(c, retention=fraction).cache) for c in contexts]
+        ratios = [part / whole for part, whole in zip(kept, full, strict=True)]
+        conditions = f"bytes at {percent} % over bytes of all"
+        figures.append(figure(f"bytes_ratio_{percent}", ratios, "ratio", conditions))
+    conditions = "kept keys moved to positions 0, 1, ...; distill, seed 0, as em_distill"
     for percent in (25, 10):
-        moved = lambda ids, _, share=percent / 100: (
-            compact(distiller.compress(ids, retention=share), rotary).prefix
-        )
-        told = "kept keys moved to positions 0, 1, ...; distill, seed 0, as em_distill"
-        figures.append(
-            figure(
-                f"em_distill_compacted_{percent}", exact(s, texts, moved).mean(1), "fraction", told
-            )
-        )
+        compress = by_method(s, "distill", percent, distiller=distiller)
+        moved = lambda passage, compress=compress: [compact(compress(passage)[0])] * len(passage)
+        matches = exact(s, passages, moved).mean(1)
+        name = f"em_distill_compacted_{percent}"
+        figures.append(figure(name, matches, "fraction", conditions))
     return figures
 
 
-def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
-    """The likeliest of four options, from the whole cache and from parts of it."""
-    rng = np.random.default_rng(7)
-    texts = held_out(s, 100, 1, 2000)
-    arms = {"full": partial(whole, s)}
-    ways = agnostic(s, distiller)
-    for percent in (25, 10, 5):
+def arms_of(s: Lab, distiller: KVDistiller, percents: Sequence[int]) -> dict[str, Compress]:
+    """The full cache and the compared methods, by name and size."""
+    arms = {"full": by_method(s, "full", 100)}
+    for percent in percents:
         for name in COMPARED:
-            arms[f"{name}_{percent}"] = partial(ways[name], share=percent / 100)
-    right: dict[str, list[float]] = {name: [] for name in arms}
-    for text, [(question, answer)] in texts:
+            options = {"distiller": distiller} if name == "distill" else {}
+            arms[f"{name}_{percent}"] = by_method(s, name, percent, **options)
+    return arms
+
+
+def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
+    """The most probable of four options, from the whole cache and from parts of it."""
+    rng = np.random.default_rng(7)
+    arms = arms_of(s, distiller, (25, 10, 5))
+    correct: dict[str, list[float]] = {name: [] for name in arms}
+    for text, [(question, answer)] in held_out(s, 100, 1, 2000):
         relation = next(r for r in worlds.RELATIONS.values() if answer in r.values)
-        asked = [
-            example(s.tokenizer, text, [(question, v)])
-            for v in [answer, *others(rng, text, relation, answer)]
-        ]
-        prompts, endings = ([e.text[e.weights == w] for e in asked] for w in (0, 1))
-        for name, way in arms.items():
-            scores = log_likelihoods(
-                s.target, s.tokenizer, prompts, endings, prefix=way(asked[0].context[None], None)
-            )
-            right[name].append(float(scores.argmax() == 0))
-    told = "held-out passages of 16 to 24 facts, the likeliest of four answers of a kind, the others from the passage as "
-    told += "far as it has some; distill: seed 0"
-    return [figure(f"choice_{name}", values, "fraction", told) for name, values in right.items()]
+        options = (answer, *others(rng, text, relation, answer))
+        q = encode_question(s.tokenizer, Record(text, question, (answer,), options))
+        prompts, endings = [q.question] * len(options), q.answers[1:]
+        for name, compress in arms.items():
+            prefix = compress([q])[0]
+            scores = log_likelihoods(s.target, s.tokenizer, prompts, endings, prefix=prefix)
+            correct[name].append(float(scores.argmax() == 0))
+    conditions = "held-out passages of 16 to 24 facts, the likeliest of four answers of a kind, the others from the passage as "
+    conditions += "far as it has some; distill: seed 0"
+    return [figure(f"choice_{name}", v, "fraction", conditions) for name, v in correct.items()]
 
 
 def others(
     rng: np.random.Generator, text: str, relation: worlds.Relation, answer: str
 ) -> list[str]:
-    """Three wrong answers of the same kind, from the passage if it has some: to know its words must not be enough."""
+    """Three wrong answers of the same kind, from the passage where it has some."""
     words = set(re.findall(r"\w+", text))
     wrong = rng.permutation([v for v in relation.values if v != answer]).tolist()
     return sorted(wrong, key=lambda v: v not in words)[:3]
 
 
 def needle_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
-    """One fact asked for, by where it stands and how much stands around it."""
-    ways, figures = agnostic(s, distiller), []
-    arms = {"full": partial(whole, s)}
-    arms |= {f"{n}_{p}": partial(ways[n], share=p / 100) for p in (25, 10) for n in COMPARED}
+    """One fact asked for, by its depth and by the length of the passage."""
+    figures = []
+    arms = arms_of(s, distiller, (25, 10))
     for facts in (16,) if s.quick else (8, 16, 32):
-        texts = [needles(s, facts, seed) for seed in range(1 if s.quick else 40)]
-        for arm, way in arms.items():
-            for depth, values in zip(DEPTHS, exact(s, texts, way).T, strict=True):
-                told = f"a passage of {facts} facts, the one asked for at {depth} % of its depth; distill: seed 0"
-                figures.append(figure(f"needle_{arm}_{facts}_{depth}", values, "fraction", told))
+        passages = [needles(s, facts, seed) for seed in range(1 if s.quick else 40)]
+        for arm, compress in arms.items():
+            matches = exact(s, passages, compress)
+            for depth, values in zip(DEPTHS, matches.T, strict=True):
+                conditions = f"a passage of {facts} facts, the one asked for at {depth} % of its depth; distill: seed 0"
+                name = f"needle_{arm}_{facts}_{depth}"
+                figures.append(figure(name, values, "fraction", conditions))
     return figures
 
 
@@ -349,35 +320,38 @@ def needles(s: Lab, facts: int, seed: int) -> Passage:
     """A held-out passage and a question about the fact at each depth."""
     rng = random.Random(f"needle:{facts}:{seed}")
     passage = worlds.make_passage(rng, facts, test=True)
-    asked = [passage.facts[round(depth / 100 * (facts - 1))] for depth in DEPTHS]
-    return passages(s, [(passage.text, [(fact.question(rng), fact.value) for fact in asked])])[0]
+    needles = [passage.facts[round(depth / 100 * (facts - 1))] for depth in DEPTHS]
+    turns = [(fact.question(rng), fact.value) for fact in needles]
+    return encode_passages(s, [(passage.text, turns)])[0]
 
 
 def ablation_figures(s: Lab, folder: Path, seeds: Sequence[int]) -> list[dict]:
-    """What each part of the method is worth: short runs that differ in one thing, each with several seeds."""
-    steps, found, figures = (1 if s.quick else ABLATION_STEPS), {}, []
-    texts = passages(s, held_out(s, 48, 5, 3000))
+    """Ablations: short runs that differ in one thing, each with several seeds."""
+    steps, scores, figures = (1 if s.quick else ABLATION_STEPS), {}, []
+    passages = encode_passages(s, held_out(s, 48, 5, 3000))
     for name in ABLATIONS:
         distillers = [trained(s, name, seed, steps, folder) for seed in seeds]
         for percent in (25, 10):
-            means = [matches(s, distiller, texts, percent / 100).mean() for distiller in distillers]
-            found[name, percent] = np.array(means)
+            means = [matches(distiller, passages, percent / 100).mean() for distiller in distillers]
+            scores[name, percent] = np.array(means)
         if name in ("base", "free_scores"):
-            slopes = [slope(distiller, texts, 0.25) for distiller in distillers]
-            told = f"mean of sigma(s) (1 - sigma(s)) over tokens kept at 25 %, after {steps} steps, n is seeds"
-            figures.append(figure(f"gate_slope_{name}", slopes, "per unit of score", told))
-    told = f"{steps} steps, every token of the answer the likeliest, same 48 passages, n is seeds: "
-    told += "the interval has the chance of training in it"
-    for (name, percent), means in found.items():
+            slopes = [slope(distiller, passages, 0.25) for distiller in distillers]
+            conditions = f"mean of sigma(s) (1 - sigma(s)) over tokens kept at 25 %, after {steps} steps, n is seeds"
+            figures.append(figure(f"gate_slope_{name}", slopes, "per unit of score", conditions))
+    conditions = (
+        f"{steps} steps, every token of the answer the likeliest, same 48 passages, n is seeds: "
+    )
+    conditions += "the interval has the chance of training in it"
+    for (name, percent), means in scores.items():
         figures.append(
-            figure(f"ablation_{name}_{percent}", means, "fraction", f"at {percent} %; {told}")
+            figure(f"ablation_{name}_{percent}", means, "fraction", f"at {percent} %; {conditions}")
         )
         if name != "base":
-            change = f"{name} minus base, seed by seed, at {percent} %; {told}"
+            change = f"{name} minus base, seed by seed, at {percent} %; {conditions}"
             figures.append(
                 figure(
                     f"ablation_change_{name}_{percent}",
-                    means - found["base", percent],
+                    means - scores["base", percent],
                     "difference",
                     change,
                 )
@@ -385,41 +359,39 @@ def ablation_figures(s: Lab, folder: Path, seeds: Sequence[int]) -> list[dict]:
     return figures
 
 
-def slope(distiller: KVDistiller, texts: Sequence[Passage], share: float) -> float:
-    """How much the gates of kept tokens still change with their scores: 0.25 at most, 0 where they are open."""
-    kept = [distiller.compress(p.context, retention=share) for p in texts]
-    gates = torch.cat([part.scores.gather(1, part.positions)[0].sigmoid() for part in kept])
+def slope(distiller: KVDistiller, passages: Sequence[Passage], retention: float) -> float:
+    """Mean derivative of the gates of kept tokens by their scores: at most 0.25, 0 where open."""
+    gates = []
+    for passage in passages:
+        context = passage[0].context
+        positions = distiller.compress(context, retention=retention).positions
+        gates.append(distiller.scores(context).gather(1, positions)[0].sigmoid())
+    gates = torch.cat(gates)
     return (gates * (1 - gates)).mean().item()
 
 
 @torch.no_grad()
-def matches(s: Lab, distiller: KVDistiller, texts: Sequence[Passage], share: float) -> np.ndarray:
-    """The share of each passage's questions for which each token of the answer is the likeliest one, for any gate."""
-    found = []
-    for p in texts:
-        rows = [
-            torch.cat([q, torch.tensor(a)]) for q, a in zip(p.questions, p.answers, strict=True)
-        ]
+def matches(distiller: KVDistiller, passages: Sequence[Passage], retention: float) -> np.ndarray:
+    """Fraction of each passage's questions whose every answer token is the most probable, for any gate."""
+    fractions = []
+    for passage in passages:
+        rows = [torch.cat([q.question, q.answers[0]]) for q in passage]
         text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        context = p.context.expand(len(rows), -1)
-        count = torch.full((len(rows),), count_kept(context.shape[1], share))
-        chosen = distiller.read_on(
-            distiller.keep(context, torch.ones_like(context), count), text
-        ).argmax(-1)
-        found.append(
-            np.mean(
-                [
-                    c[len(q) - 1 :][: len(a)].tolist() == a
-                    for c, q, a in zip(chosen, p.questions, p.answers, strict=True)
-                ]
-            )
-        )
-    return np.array(found)
+        context = passage[0].context.expand(len(rows), -1)
+        counts = [count_kept(context.shape[1], retention)] * len(rows)
+        kept = distiller.keep(context, torch.ones_like(context), counts)
+        predicted = distiller.read_on(kept, text).argmax(-1)
+        correct = []
+        for tokens, q in zip(predicted, passage, strict=True):
+            answer = q.answers[0]
+            correct.append(tokens[len(q.question) - 1 :][: len(answer)].equal(answer))
+        fractions.append(np.mean(correct))
+    return np.array(fractions)
 
 
 @torch.inference_mode()
 def speed_figures(quick: bool) -> list[dict]:
-    """Decoding behind 8,192 tokens or a part of them, on a model of Qwen3-0.6B's shape with random weights."""
+    """Decoding after 8,192 tokens or a part of them, on random weights of Qwen3-0.6B's shape."""
     config, entries = (
         config_of("lab-target" if quick else "Qwen/Qwen3-0.6B"),
         256 if quick else 8192,
@@ -430,27 +402,29 @@ def speed_figures(quick: bool) -> list[dict]:
     for turn in range(1 if quick else 12):
         for percent, slots in memory.items():
             started = time.perf_counter()
-            step(model, slots, torch.tensor([[turn]]), slots.aim(slots.lengths, 1))
+            step(model, slots, torch.tensor([[turn]]), slots.set_write_positions(slots.lengths, 1))
             seconds[percent].append(time.perf_counter() - started)
-    told = f"one token, batch 1, float32, {config.num_hidden_layers} layers, behind {entries} tokens of which so many "
-    told += f"percent of the entries are kept; random weights, {torch.get_num_threads()} threads, in turn"
+    conditions = f"one token, batch 1, float32, {config.num_hidden_layers} layers, behind {entries} tokens of which so many "
+    conditions += f"percent of the entries are kept; random weights, {torch.get_num_threads()} threads, in turn"
     figures = []
     for percent, values in seconds.items():
         warm, size = (
             values[2:] or values,
             nbytes(memory[percent].entries(0, stop=count_kept(entries, percent / 100))) / 1e6,
         )
-        figures.append(figure(f"decode_ms_{percent}", [1000 * v for v in warm], "ms", told))
+        figures.append(figure(f"decode_ms_{percent}", [1000 * v for v in warm], "ms", conditions))
         ratios = [a / b for a, b in zip(seconds[100][2:] or seconds[100], warm, strict=True)]
         figures.append(
             figure(
                 f"decode_speedup_{percent}",
                 ratios,
                 "ratio",
-                f"the whole cache's time over this; {told}",
+                f"the whole cache's time over this; {conditions}",
             )
         )
-        figures.append(figure(f"cache_mb_{percent}", [size], "MB", f"keys and values; {told}"))
+        figures.append(
+            figure(f"cache_mb_{percent}", [size], "MB", f"keys and values; {conditions}")
+        )
     return figures
 
 
@@ -463,7 +437,7 @@ def kept_slots(model: PreTrainedModel, kept: int, entries: int) -> Slots:
 
 
 def measure(quick: bool, seed: int) -> list[dict]:
-    """Exact match from compressed caches over retention, ablations, bytes, choices, needles, and decoding time."""
+    """Exact match over retention, ablations, bytes, choices, needles, and decoding time."""
     torch.set_num_threads(THREADS)
     s = Lab(lab.load("lab-target"), lab.load_tokenizer("lab-target"), quick)
     with tempfile.TemporaryDirectory() as temporary:

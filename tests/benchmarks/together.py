@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvlab import lab
 from kvlab.cache import Prefix, load, nbytes, prefill, save, select
-from kvlab.compress import KVDistiller
+from kvlab.distill import KVDistiller
 from kvlab.evaluate import benchmark, figure
 from kvlab.fuse import Fuser, Settings, Size
 from kvlab.generation import encode_parts

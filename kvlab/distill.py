@@ -1,0 +1,648 @@
+"""KV-Distill: learn which tokens of a context to keep, and what to write into their entries.
+
+`KVDistiller` (Chari and Van Durme 2025, arXiv 2503.10337) compresses a context to a small cache,
+from which the unchanged model continues. `train_distiller` trains it; `compression_scores` compares
+it with the scores of `kvlab.compress` on questions about compressed contexts.
+"""
+
+import copy
+import itertools
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlab.cache import (
+    Prefix,
+    from_tensor,
+    length,
+    nbytes,
+    prefill,
+    scale_keys,
+    select,
+    to_tensor,
+    truncate,
+)
+from kvlab.compress import AWARE, METHODS, count_kept, evict, require_one_text
+from kvlab.evaluate import exact_match, f1, figure, log_likelihoods, rouge_l
+from kvlab.files import write_tensors, write_text
+from kvlab.generation import encode_parts
+from kvlab.losses import distillation_losses
+from kvlab.models import differences, fingerprint, first_layers, require_supported, rotary_of
+from kvlab.records import Record
+from kvlab.training import fit
+
+GATES = ("multiply", "none")
+ROUTINGS = ("conditional", "all", "embedding")
+SCORER_FILE, SETTINGS_FILE = "scorer.safetensors", "kvdistill.json"
+RENAMED_SETTINGS = {"width": "scorer_hidden_size", "row": "chunk_size"}  # in older files
+UNITS = dict.fromkeys(("exact_match", "f1", "accuracy", "rouge_l"), "fraction")
+UNITS |= {"perplexity": "per token", "MB": "MB"}
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """The shape of a `KVDistiller`. What the paper does not state is marked (ours).
+
+    Args:
+        layer: eta; tokens are scored by the hidden states after this layer. Paper: 6 of 32.
+        rank: of the adapters, rank-stabilized LoRA on q, k, v and o. alpha is the rank (ours).
+        scorer_hidden_size: width of the scorer's hidden layer (ours).
+        gate: "multiply": the attention logits of kept entries are multiplied by sigma(s), that is,
+            their keys are. "none": they are not, and the scorer cannot learn.
+        standardize: bring the scores of each context to mean 2 and deviation 1 (ours). Free scores
+            can grow until all gates of kept tokens are open, and then the scorer gets no gradient.
+            The
+            price: even with retention 1 the cache is not quite the plain one.
+        routing: "conditional", as in the paper: the adapters of q and o act on kept tokens only;
+            "all": on every token; "embedding": on every token, and a learned vector marks kept
+            tokens.
+        sinks: number of first tokens that are always kept. Paper: fewer than ten.
+        chunk_size: longer contexts are read in chunks of this many tokens, which do not attend to
+            each other.
+    """
+
+    layer: int
+    rank: int = 128
+    scorer_hidden_size: int = 1024
+    gate: Literal[GATES] = "multiply"
+    standardize: bool = False
+    routing: Literal[ROUTINGS] = "conditional"
+    sinks: int = 4
+    chunk_size: int = 1536
+
+    def __post_init__(self):
+        if self.gate not in GATES:
+            raise ValueError(f"gate is {self.gate!r}, expected one of {', '.join(GATES)}.")
+        if self.routing not in ROUTINGS:
+            raise ValueError(f"routing is {self.routing!r}, expected one of {', '.join(ROUTINGS)}.")
+
+
+class Scorer(nn.Module):
+    """s = FFN(h), one number per token, from hidden states (..., d); near 3 at the start."""
+
+    def __init__(self, hidden_size: int, scorer_hidden_size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
+        self.up = nn.Linear(hidden_size, scorer_hidden_size)
+        self.down = nn.Linear(scorer_hidden_size, 1)
+        nn.init.constant_(self.down.bias, 3.0)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = self.norm(hidden_states.to(self.up.weight.dtype))
+        return self.down(F.gelu(self.up(hidden_states)))[..., 0]
+
+
+class KVDistiller(nn.Module):
+    """Choose the tokens of a context to keep, and write what the others say into their entries.
+
+    First pass: the frozen model up to layer eta, and a scorer on its hidden states; the k best
+    tokens are kept, the same in all layers. Second pass: the whole context through the model with
+    adapters. Kept keys are scaled by sigma(s). The unchanged model continues from the kept entries.
+    Source: Chari and Van Durme (2025), arXiv 2503.10337, section 3.
+
+    The given model is frozen and not changed: `adapted` is a PEFT model with modules of its own,
+    which share the model's weights. Adapters and scorer are trained, in float32.
+
+    Args:
+        model: a Llama-like decoder.
+        layer: see `DistillSettings`. Default: the fraction of the paper, 6 of 32 layers.
+        settings: of `DistillSettings`.
+
+    Example:
+        >>> from kvlab import lab
+        >>> distiller = KVDistiller(lab.load("lab-target"), rank=8)
+        >>> prefix = distiller.compress(torch.arange(10, 30)[None], retention=0.25)
+        >>> prefix.positions.shape, prefix.next_position
+        (torch.Size([1, 5]), 20)
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int | None = None, **settings):
+        super().__init__()
+        require_supported(model)
+        config = model.config.get_text_config(decoder=True)
+        depth = config.num_hidden_layers
+        if layer is None:
+            layer = max(1, round(depth * 6 / 32))
+        if not 1 <= layer <= depth:
+            raise ValueError(
+                f"layer is {layer}, but the model has {depth} layers: give 1 to {depth}."
+            )
+        self.settings = DistillSettings(layer, **settings)
+        self.model = model.requires_grad_(False)
+        lora = LoraConfig(
+            r=self.settings.rank,
+            lora_alpha=self.settings.rank,
+            use_rslora=True,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            exclude_modules=rf".*\.{depth - 1}\.self_attn\.[qo]_proj",  # before no key or value
+            task_type="CAUSAL_LM",
+        )
+        weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "`is_gradient_checkpointing`", FutureWarning
+            )  # PEFT's
+            self.adapted = get_peft_model(copy.deepcopy(model, weights), lora)
+        self.scorer = Scorer(config.hidden_size, self.settings.scorer_hidden_size)
+        self.scorer.requires_grad_(self.settings.gate != "none")
+        self.marker = None
+        if self.settings.routing == "embedding":
+            self.marker = nn.Parameter(torch.zeros(config.hidden_size))
+        self.to(model.device)
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """s of each token, (B, T), from ids padded on the left; gradients reach the scorer only."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        scores = self.scorer(self._hidden_states(input_ids, mask))
+        return _standardize(scores, mask) if self.settings.standardize else scores
+
+    @torch.no_grad()
+    def _hidden_states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states (B, T, d) of the frozen model after layer eta, before any last norm."""
+        decoder = first_layers(self.model, self.settings.layer).base_model
+        decoder._modules = {**decoder._modules, "norm": nn.Identity()}
+        inputs = _chunked_inputs(input_ids, mask, self.settings.chunk_size)
+        states = decoder(**inputs, use_cache=False).last_hidden_state
+        return states.reshape(len(input_ids), -1, states.shape[-1])[:, -input_ids.shape[1] :]
+
+    def keep(self, input_ids: Tensor, attention_mask: Tensor, counts: Sequence[int]) -> Prefix:
+        """Compress several contexts; gradients reach everything that is trained.
+
+        Args:
+            input_ids: (B, T), padded on the left.
+            attention_mask: (B, T), 0 for padding.
+            counts: number of entries to keep, for each of the B contexts.
+
+        Returns:
+            A cache of k = max(counts) entries per row; `attention_mask`, (B, k), is 0 for those
+            that a row with a smaller count does not keep.
+        """
+        scores = self.scores(input_ids, attention_mask)
+        positions = _positions(attention_mask)
+        ranked = scores.detach().masked_fill(positions < self.settings.sinks, float("inf"))
+        ranked = ranked.masked_fill(attention_mask == 0, float("-inf"))
+        order = ranked.argsort(dim=1, descending=True, stable=True)  # of equal scores the first
+        ranks = order.argsort(1)
+        kept = ranks < torch.tensor(counts, device=ranks.device)[:, None]  # (B, T)
+        columns = kept.int().argsort(dim=1, stable=True)[:, -max(counts) :]  # (B, k), in order
+        cache = select(self._encode(input_ids, attention_mask, kept), columns)
+        if self.settings.gate == "multiply":
+            cache = scale_keys(cache, scores.gather(1, columns).sigmoid())
+        return Prefix(
+            cache,
+            next_position=attention_mask.sum(1),
+            positions=positions.gather(1, columns),
+            attention_mask=kept.gather(1, columns).long(),
+            rotary=rotary_of(self.model),
+        )
+
+    def _encode(self, input_ids: Tensor, mask: Tensor, kept: Tensor) -> DynamicCache:
+        """Keys and values of contexts by the adapted model, with kept tokens (B, T) routed."""
+        inputs = _chunked_inputs(input_ids, mask, self.settings.chunk_size)
+        routed_tokens = _chunks(kept, self.settings.chunk_size)
+        if self.marker is not None:
+            embeddings = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+            marks = routed_tokens[..., None] * self.marker
+            inputs["inputs_embeds"] = embeddings + marks.to(embeddings.dtype)
+        if self.settings.routing != "conditional":
+            routed_tokens = torch.ones_like(routed_tokens)
+        with routed(self.adapted, routed_tokens):
+            decoder = self.adapted.get_base_model().base_model
+            cache = decoder(**inputs, use_cache=True).past_key_values
+        rows, total = input_ids.shape
+        if total <= self.settings.chunk_size:
+            return cache
+        layers = to_tensor(cache).unflatten(2, (rows, -1))  # (L, 2, B, chunks, H_kv, size, D)
+        return from_tensor(layers.movedim(3, 4).flatten(4, 5)[..., -total:, :])
+
+    @torch.no_grad()
+    def compress(
+        self, input_ids: Tensor, *, retention: float | None = None, budget: int | None = None
+    ) -> Prefix:
+        """Compress one context, (1, T), to a fraction of its entries or to a number of them.
+
+        Kept keys have their gates in them and keep their positions: the model needs nothing else.
+        """
+        require_one_text(self.model, input_ids)
+        total = input_ids.shape[1]
+        count = count_kept(total, retention, budget)
+        prefix = self.keep(input_ids, torch.ones_like(input_ids), [count])
+        ids = input_ids[0].tolist()
+        return replace(prefix, next_position=total, input_ids=ids, attention_mask=None)
+
+    def train(self, mode: bool = True) -> "KVDistiller":
+        """Set the mode of everything except the model, which never uses dropout."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(
+        self, context: Tensor, context_mask: Tensor, text: Tensor, retention: float
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, S, V) of the model on texts, given the compressed and given the full contexts.
+
+        Args:
+            context: (B, T), padded on the left.
+            context_mask: (B, T), 0 for padding.
+            text: (B, S), padded on the right with any token.
+            retention: fraction of each context's tokens to keep.
+        """
+        counts = [count_kept(tokens, retention) for tokens in context_mask.sum(1).tolist()]
+        logits = self.read_on(self.keep(context, context_mask, counts), text)
+        with torch.no_grad():
+            full = prefill(self.model, context, attention_mask=context_mask)
+            return logits, self.read_on(full, text)
+
+    def read_on(self, prefix: Prefix, text: Tensor) -> Tensor:
+        """Logits (B, S, V) of the frozen model on texts (B, S) after caches with a mask."""
+        steps = torch.arange(text.shape[1], device=text.device)
+        return self.model(
+            input_ids=text,
+            attention_mask=torch.cat([prefix.attention_mask, torch.ones_like(text)], 1),
+            position_ids=prefix.next_position[:, None] + steps,
+            past_key_values=truncate(prefix.cache, length(prefix.cache)),  # it will be appended to
+            use_cache=True,
+        ).logits
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a PEFT adapter, the scorer, and the settings with the model's fingerprint."""
+        folder, adapter = Path(folder), self.adapted.peft_config["default"]
+        name = adapter.base_model_name_or_path or ""
+        if Path(name).is_dir():
+            adapter.base_model_name_or_path = Path(name).name  # no path of this machine
+        self.adapted.save_pretrained(folder, save_embedding_layers=False)  # True would ask the hub
+        (folder / "README.md").unlink(missing_ok=True)  # an empty form with the model's path
+        names = ("scorer.", "marker")
+        trained = {name: p for name, p in self.named_parameters() if name.startswith(names)}
+        write_tensors(folder / SCORER_FILE, trained, {"format": "pt"})
+        about = {"version": 1, "settings": asdict(self.settings), "model": fingerprint(self.model)}
+        write_text(folder / SETTINGS_FILE, json.dumps(about, indent=1) + "\n")
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model: PreTrainedModel) -> "KVDistiller":
+        """Load what `save_pretrained` wrote, around the model it was trained for.
+
+        Raises:
+            ValueError: another folder, or a model of another shape. Other weights give a warning.
+        """
+        folder = Path(folder)
+        for name in (SETTINGS_FILE, SCORER_FILE, "adapter_config.json"):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder} has no {name}: give a folder that `save_pretrained` wrote."
+                )
+        about = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+        shape = fingerprint(model)
+        weights = {"weights": shape.pop("weights")}
+        if unlike := differences(about["model"], shape):
+            raise ValueError(
+                f"{folder} was trained for another model ({unlike}): load it with that model."
+            )
+        same_dtype = about["model"]["weights"]["dtype"] == str(model.dtype)  # else digests differ
+        if same_dtype and (unlike := differences(about["model"], weights)):
+            message = f"{folder} was trained for other weights of this model ({unlike})."
+            warnings.warn(message, stacklevel=2)
+        settings = about["settings"].items()
+        distiller = cls(model, **{RENAMED_SETTINGS.get(name, name): v for name, v in settings})
+        distiller.adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
+        for name, tensor in load_file(folder / SCORER_FILE).items():
+            distiller.get_parameter(name).data.copy_(tensor)
+        return distiller
+
+
+def _standardize(scores: Tensor, mask: Tensor) -> Tensor:
+    """Bring the scores (B, T) of each context to mean 2 and deviation 1; equal scores to 2."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(mask == 0, 0)
+    count = mask.sum(1, keepdim=True)
+    centered = (wide - wide.sum(1, keepdim=True) / count).masked_fill(mask == 0, 0)
+    variance = centered.square().sum(1, keepdim=True) / count
+    return 2.0 + centered / (variance + 1e-6).sqrt()
+
+
+@contextmanager
+def routed(adapted: PeftModel, tokens: Tensor):
+    """Let the adapters of q and o act on some tokens, (B, T), only.
+
+    The input of the adapters is 0 for the other tokens: without a bias, so is their output.
+    """
+
+    def mask_input(_, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0] * tokens[..., None].to(inputs[0].dtype),)
+
+    hooks = []
+    for name, module in adapted.named_modules():
+        if name.endswith(("q_proj.lora_A.default", "o_proj.lora_A.default")):
+            hooks.append(module.register_forward_pre_hook(mask_input))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _chunks(x: Tensor, size: int) -> Tensor:
+    """(B, T) as (B * chunks, size); the first chunk of a row is the padded one."""
+    size = min(size, x.shape[1])
+    return F.pad(x, (-x.shape[1] % size, 0)).reshape(-1, size)
+
+
+def _chunked_inputs(input_ids: Tensor, mask: Tensor, size: int) -> dict[str, Tensor]:
+    """Inputs of a model for contexts in chunks that do not attend to each other."""
+    chunk_mask = _chunks(mask, size)
+    padding_only = ~chunk_mask.any(1, keepdim=True)
+    return {
+        "input_ids": _chunks(input_ids, size),
+        "attention_mask": chunk_mask.masked_fill(padding_only, 1),  # softmax needs an entry
+        "position_ids": _chunks(_positions(mask), size),
+    }
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class DistillExample(NamedTuple):
+    """Token ids of a context, (T,), and of the turns after it, (S,), with their weights, (S,)."""
+
+    context: Tensor
+    text: Tensor
+    weights: Tensor
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    turns: Sequence[tuple[str, str]],
+    instruction: float = 0.0,
+) -> DistillExample:
+    """Token ids of a context and of (question, answer) turns after it, by the chat template.
+
+    Each turn is encoded as if it were the first, since some templates change earlier turns. Tokens
+    of answers have weight 1, those of questions `instruction`.
+
+    Example:
+        >>> from kvlab import lab
+        >>> tokenizer, turn = lab.load_tokenizer("lab-target"), ("Where does Anna live?", "Rome")
+        >>> example = encode_turns(tokenizer, "Anna lives in Rome.", [turn])
+        >>> example.context.shape, example.weights
+        (torch.Size([6]), tensor([0., 0., 0., 0., 0., 0., 0., 1., 1.]))
+    """
+    if not turns:
+        raise ValueError("There is no turn after the context: give a question and its answer.")
+    text, weights = [], []
+    for question, answer in turns:
+        messages = zip(("system", "user", "assistant"), (context, question, answer), strict=True)
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        context_ids, question_ids, answer_ids = encode_parts(tokenizer, conversation)
+        text += question_ids + answer_ids
+        weights += [instruction] * len(question_ids) + [1.0] * len(answer_ids)
+    return DistillExample(torch.tensor(context_ids), torch.tensor(text), torch.tensor(weights))
+
+
+class DistillDataset(Dataset):
+    """`encode_turns` of each of a sequence of (context, turns), encoded when an item is read."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, readings, instruction: float = 0.0):
+        self.tokenizer, self.readings, self.instruction = tokenizer, readings, instruction
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+    def __getitem__(self, index: int) -> DistillExample:
+        return encode_turns(self.tokenizer, *self.readings[index], self.instruction)
+
+
+def pad_contexts(examples: Sequence[DistillExample]) -> dict[str, Tensor]:
+    """A batch: contexts are padded on the left, texts and weights on the right."""
+    sides = {"context": "left", "text": "right", "weights": "right"}
+    batch = {}
+    for name, side in sides.items():
+        rows = [getattr(example, name) for example in examples]
+        batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+    lengths = torch.tensor([len(example.context) for example in examples])
+    columns = torch.arange(batch["context"].shape[1], 0, -1)  # counted from the end
+    return batch | {"context_mask": (columns <= lengths[:, None]).long()}
+
+
+def train_distiller(
+    distiller: KVDistiller,
+    examples: Sequence[DistillExample] | Dataset,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 5e-5,
+    retention: tuple[float, float] = (0.001, 0.8),
+    forward_share: float = 0.6,
+    **options,
+) -> list[dict[str, float]]:
+    """Match the next-token distributions given the compressed cache to those given the full cache.
+
+    The loss is lambda KL(p||q) + (1 - lambda) KL(q||p) over the vocabulary, with p from the full
+    context, weighted by token. Source: Chari and Van Durme (2025), arXiv 2503.10337, section 3.3.
+
+    Args:
+        distiller: changed in place.
+        examples: from `encode_turns`, or a `DistillDataset`.
+        steps: optimizer steps.
+        batch_size: contexts per batch.
+        learning_rate: peak learning rate.
+        retention: bounds of the fraction that a batch keeps, drawn uniformly on a logarithmic scale
+            (the paper does not state how it is drawn).
+        forward_share: lambda.
+        options: of `kvlab.training.fit`: checkpoint, every, accumulate, precision, seed, evaluate,
+            ...
+
+    Returns:
+        The history of `fit`; "kl" and "reverse_kl" are already multiplied by their weights.
+    """
+    loss_weights = {"kl": forward_share, "reverse_kl": 1 - forward_share}
+    loss_weights = {name: weight for name, weight in loss_weights.items() if weight}
+    low, high = map(math.log, retention)
+    PartialState(cpu=distiller.model.device.type == "cpu")  # else `fit` takes the best device
+
+    def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        fraction = math.exp(low + (high - low) * torch.rand(()).item())
+        text = batch["text"]
+        logits, target_logits = model(batch["context"], batch["context_mask"], text, fraction)
+        return distillation_losses(loss_weights, logits, target_logits, text, batch["weights"])
+
+    loader = DataLoader(
+        examples, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=pad_contexts
+    )
+    options = {"weight_decay": 0.0, "warmup": max(1, steps // 20)} | options
+    options |= {"steps": steps, "learning_rate": learning_rate}
+    return fit(
+        distiller, loader, losses, weight=lambda batch: batch["weights"][:, 1:].sum(), **options
+    )
+
+
+# -- comparison
+
+
+class EncodedQuestion(NamedTuple):
+    """Token ids of a record: context (1, T), question (Q,), answer and choices, each (n,)."""
+
+    record: Record
+    context: Tensor
+    question: Tensor
+    answers: list[Tensor]
+
+
+def encode_question(tokenizer: PreTrainedTokenizerBase, record: Record) -> EncodedQuestion:
+    """Encode a record as in training."""
+    examples = []
+    for answer in (record.answer, *record.choices):
+        examples.append(encode_turns(tokenizer, record.context, [(record.question, answer)]))
+    first = examples[0]
+    answers = [example.text[example.weights == 1] for example in examples]
+    return EncodedQuestion(record, first.context[None], first.text[first.weights == 0], answers)
+
+
+def compress_for(
+    model: PreTrainedModel,
+    questions: Sequence[EncodedQuestion],
+    method: str,
+    retention: float,
+    distiller: KVDistiller | None = None,
+    shared: bool = False,
+) -> list[Prefix]:
+    """Compress a context for each of its questions: once, unless the method sees the question.
+
+    Args:
+        questions: questions about one context.
+        method: "full" (the whole cache), "distill", or a name of METHODS or of AWARE.
+        retention: fraction of the entries to keep.
+        distiller: for the method "distill".
+        shared: as in `kvlab.compress.evict`.
+    """
+    context = questions[0].context.to(model.device)
+    options = {"retention": retention, "shared": shared}
+    if method in AWARE:
+        ids = [q.question[None].to(model.device) for q in questions]
+        return [evict(model, context, AWARE[method], question_ids=i, **options) for i in ids]
+    if method == "full":
+        prefix = prefill(model, context)
+    elif method == "distill":
+        prefix = distiller.compress(context, retention=retention)
+    else:
+        prefix = evict(model, context, METHODS[method], **options)
+    return [prefix] * len(questions)
+
+
+@torch.no_grad()
+def compression_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Sequence[Sequence[Record]],
+    methods: Sequence[str],
+    retention: Sequence[float],
+    generate: Callable,
+    long_answers: bool = False,
+    **options,
+) -> pd.DataFrame:
+    """Score a model's answers given full and given compressed contexts.
+
+    Args:
+        model: reads the contexts and answers.
+        tokenizer: of the model.
+        contexts: the records of each context.
+        methods: as in `compress_for`, without "full", which is always there.
+        retention: fractions of a context's entries to keep.
+        generate: `kvlab.speculate.generate` for this model, such as
+            `partial(generate, model, max_new_tokens=64)`.
+        long_answers: score ROUGE-L, too.
+        options: of `compress_for`: distiller, shared.
+
+    Returns:
+        A row for each method, retention and record. The first method is "full", the whole cache.
+        Columns are method, retention, context (its number), exact_match, f1 (the best of the
+        record's answers), log_likelihood (nats) and tokens of its first answer, bytes of the cache
+        and, where they apply, accuracy (whether the right choice is the most probable) and rouge_l.
+
+    Example:
+        >>> from kvlab import lab, speculate
+        >>> records = [Record("Anna lives in Rome.", "Where does Anna live?", ("Rome",))]
+        >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
+        >>> generate = lambda *args, **options: speculate.generate(model, *args, **options)
+        >>> table = compression_scores(model, tokenizer, [records], ["key_norm"], [0.5], generate)
+        >>> table[["method", "retention"]].values.tolist()
+        [['full', 1.0], ['key_norm', 0.5]]
+    """
+    rows = []
+    for number, records in enumerate(tqdm(contexts, desc="contexts")):
+        questions = [encode_question(tokenizer, record) for record in records]
+        for method, fraction in [("full", 1.0), *itertools.product(methods, retention)]:
+            prefixes = compress_for(model, questions, method, fraction, **options)
+            texts = generate([q.question for q in questions], prefix=prefixes).tokens
+            for q, prefix, ids in zip(questions, prefixes, texts, strict=True):
+                answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                row = {"method": method, "retention": fraction, "context": number}
+                row |= _score_answer(q.record, answer, long_answers)
+                row |= _score_likelihoods(model, tokenizer, q, prefix)
+                rows.append(row | {"bytes": nbytes(prefix.cache)})
+    return pd.DataFrame(rows)
+
+
+def _score_answer(record: Record, answer: str, long_answers: bool) -> dict[str, float]:
+    scores = {"exact_match": exact_match, "f1": f1}
+    if long_answers:
+        scores["rouge_l"] = rouge_l
+    return {name: score([answer], [record.answers])[0] for name, score in scores.items()}
+
+
+def _score_likelihoods(model, tokenizer, q: EncodedQuestion, prefix: Prefix) -> dict[str, float]:
+    prompts = [q.question] * len(q.answers)
+    likelihoods = log_likelihoods(model, tokenizer, prompts, q.answers, prefix)
+    scores = {"log_likelihood": likelihoods[0], "tokens": len(q.answers[0])}
+    if q.record.choices:
+        choice = q.record.choices[np.argmax(likelihoods[1:])]
+        scores["accuracy"] = float(choice in q.record.answers)
+    return scores
+
+
+def compression_figures(scores: pd.DataFrame) -> list[dict]:
+    """Means of `compression_scores`, with 95 % intervals over contexts, which weigh the same.
+
+    Besides what `figure` returns, each has method, retention and score: exact_match, f1, accuracy,
+    rouge_l, perplexity (of the first answer) or MB (of the cache).
+
+    Example:
+        >>> columns = "method retention context exact_match log_likelihood tokens bytes".split()
+        >>> rows = [["full", 1.0, 0, 1, -3 * np.log(2), 3, 5000000]]
+        >>> [round(f["value"], 3) for f in compression_figures(pd.DataFrame(rows, columns=columns))]
+        [1.0, 2.0, 5.0]
+    """
+    figures = []
+    for (method, fraction), rows in scores.groupby(["method", "retention"], sort=False):
+        means = rows.groupby("context").mean(numeric_only=True)
+        means["perplexity"] = -means["log_likelihood"] / means["tokens"]
+        means["MB"] = means["bytes"] / 1e6
+        conditions = f"{len(rows)} questions to {len(means)} contexts"
+        for score, unit in UNITS.items():
+            if score not in means or means[score].isna().all():
+                continue
+            name = f"{method}, {fraction:g}, {score}"
+            result = figure(name, means[score].dropna(), unit, conditions)
+            if score == "perplexity":
+                for part in ("value", "low", "high"):
+                    result[part] = float(np.exp(result[part]))
+            figures.append(result | {"method": method, "retention": fraction, "score": score})
+    return figures
