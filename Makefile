@@ -7,13 +7,17 @@ BOOK := book/_build
 
 export KVLAB_SCALE ?= tiny
 export HF_HUB_OFFLINE ?= 1
+# One thread per process; benchmarks choose for themselves.
+book test check: export OMP_NUM_THREADS ?= 1
+book test check: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: book test check notebooks bench clean
 
 book: $(INSTALLED) $(BOOK)/.fresh
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -W --keep-going
 
-# Every notebook runs twice here: in the book, and as Colab opens it (tests/test_colab.py). Alone: pytest --nbmake notebooks
+# Every notebook runs once, in the book (tests/test_project.py checks that it did), and two run as Colab opens them
+# (tests/test_colab.py). Without the book: pytest --nbmake notebooks
 test: check book
 	$(BIN)/pytest
 
@@ -28,8 +32,7 @@ notebooks: $(INSTALLED)
 	$(BIN)/python book/notebooks.py
 
 bench: $(INSTALLED)
-	mkdir -p book/results
-	set -e; for f in tests/benchmarks/*.py; do $(BIN)/python $$f --out book/results/$$(basename $$f .py).json; done
+	set -e; for f in tests/benchmarks/*.py; do $(BIN)/python $$f --out kvlab/results/$$(basename $$f .py).json; done
 	$(BIN)/python book/readme.py
 
 # .venv stays; remove it by hand to install everything again.
@@ -47,6 +50,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # The execution cache knows the cells, not the package: what a chapter printed is void when kvlab or a result changes.
-$(BOOK)/.fresh: $(shell find kvlab book/results -type f -not -name '*.pyc' 2>/dev/null)
+$(BOOK)/.fresh: $(shell find kvlab -type f -not -name '*.pyc' 2>/dev/null)
 	rm -rf $(BOOK)/.jupyter_cache
 	mkdir -p $(BOOK) && touch $@

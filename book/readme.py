@@ -1,20 +1,19 @@
-"""Put the measured results into README.md: the table between its marks, and the figure, both from book/results.
+"""Put the measured results into README.md: the table between its marks, and the figure, both from kvlab.results.
 
 python book/readme.py            write the table and the figure
 python book/readme.py --check    write nothing; exit 1 if the table is not what the results say
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 
+import kvlab
+from kvlab import plots
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, README, FIGURE = (
-    ROOT / "book/results",
-    ROOT / "README.md",
-    ROOT / "book/_static/kv_distill.png",
-)
+README = ROOT / "README.md"
+FIGURE = ROOT / "book/_static/kv_distill.png"
 TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
 # Chapter, what is measured, its figure, what it is compared with and the figures of that, conditions.
 ROWS = (
@@ -102,61 +101,49 @@ ROWS = (
 )
 
 
-def figures() -> dict[str, dict]:
-    """Every figure of every results file, by FILE:NAME."""
-    found = {}
-    for path in RESULTS.glob("*.json"):
-        found |= {f"{path.stem}:{f['name']}": f for f in json.loads(path.read_text())["figures"]}
-    return found
+def table() -> str:
+    """The rows as Markdown; figures are named FILE:NAME."""
 
-
-def table(found: dict[str, dict]) -> str:
-    """The rows whose results are there, as Markdown."""
-
-    def told(name: str) -> str:
-        return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**found[name])
+    def interval(name: str) -> str:
+        file, _, figure = name.partition(":")
+        return format(kvlab.results(file)[figure], ".2f")
 
     chapters = {path.name[:2]: path.stem for path in (ROOT / "notebooks").glob("*.py")}
     lines = ["| chapter | measured | | compared with | conditions |", "|---|---|---|---|---|"]
-    for chapter, what, name, others, conditions in ROWS:
-        if name in found:
-            beside = re.sub(r"\{([^}]+)\}", lambda named: told(named[1]), others)
-            link = f"[{chapter}](notebooks/{chapters[chapter]}.ipynb)"
-            lines.append(f"| {link} | {what} | **{told(name)}** | {beside} | {conditions} |")
+    for chapter, quantity, name, others, conditions in ROWS:
+        beside = re.sub(r"\{([^}]+)\}", lambda other: interval(other[1]), others)
+        link = f"[{chapter}](notebooks/{chapters[chapter]}.ipynb)"
+        lines.append(f"| {link} | {quantity} | **{interval(name)}** | {beside} | {conditions} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(found: dict[str, dict]) -> None:
-    """The answers that are left with less and less of a cache."""
-    from kvlab import plots
-
+def draw() -> None:
+    """Answers against the percentage of entries kept."""
     names = {
         "distill": "KV-Distill",
         "key_norm_reversed": "key norm, reversed",
         "snapkv": "SnapKV",
         "random": "random",
     }
+    results, percents = kvlab.results("distill"), (50, 25, 10, 5, 2)
     curves = {
-        told: {
-            p: [found[f"distill:em_{name}_{p}"][end] for end in ("value", "low", "high")]
-            for p in (50, 25, 10, 5, 2)
-        }
-        for name, told in names.items()
+        label: results.intervals({f"em_{name}_{p}": p for p in percents})
+        for name, label in names.items()
     }
-    ax = plots.retention_curves(curves, found["distill:em_full"]["value"])
+    ax = plots.retention_curves(curves, results["em_full"].value)
     ax.figure.savefig(FIGURE, dpi=120, metadata={"Software": None})
 
 
 def main(check: bool) -> None:
-    found, text = figures(), README.read_text()
-    made = TABLE.sub(lambda marks: marks[1] + table(found) + marks[2], text)
-    if check and made != text:
+    text = README.read_text()
+    updated = TABLE.sub(lambda marks: marks[1] + table() + marks[2], text)
+    if check and updated != text:
         sys.exit(
-            "README.md: its table is not what book/results says; run `python book/readme.py` and commit the result."
+            "README.md: its table is not what kvlab/results says; run `python book/readme.py` and commit the result."
         )
     if not check:
-        README.write_text(made)
-        draw(found)
+        README.write_text(updated)
+        draw()
 
 
 if __name__ == "__main__":

@@ -1,72 +1,71 @@
 """4D alignment: what a teacher's KV cache would be with the student's tokens, layers, width and heads.
 
-A teacher reads its own text of a problem, in its own tokens. `align_kv` carries its keys and values
-over, a step for each dimension: *rotation and head* (keys as before the teacher's rope, KV heads
-side by side), *time* (inside prompt, reasoning and answer each, by linear interpolation), *layer*
-(a weighted mean of teacher layers), *hidden* (a linear map to the student's width) and *fusion* of
-several teachers. What comes out are targets for the student's own features, and by `as_cache` a
-cache that the student can read on from.
+A teacher reads its own text of a problem, in its own tokens. Its keys and values are carried over
+to the student, a step for each dimension: *rotation and head* (keys as before the teacher's rope,
+KV heads side by side), *time* (inside prompt, reasoning and answer each, by linear interpolation),
+*layer* (a weighted mean of teacher layers), *hidden* (a linear map to the student's width) and
+*fusion* of several teachers. The result is a target for the student's own features, and by
+`as_cache` a cache that the student can continue.
 
-Batches are padded on the left, as wherever kvlab reads contexts: row b of a batch is its last
-borders[b, 3] columns, and the longest row has no padding. Every step carries gradients, and none
-reads padding.
+Batches are padded on the left: row b of a batch is its last borders[b, 3] columns, and the longest
+row has no padding. Every step carries gradients, and none reads padding.
 
 >>> from kvlab import cache, lab
->>> from kvlab.similarity import proportional
+>>> from kvlab.layers import proportional
 >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
 >>> problem = {"role": "user", "content": "Anna has 3 eggs. Anna buys 4. How many eggs does Anna have?"}
 >>> text = segment(tokenizer, [problem, {"role": "assistant", "content": "3+4=7. Answer: 7"}])
->>> borders, rotary = text.borders[None], cache.rotary_of(model)
->>> read, same = cache.prefill(model, text.input_ids[None]).cache, Projector(64, 64, "identity")
->>> teacher = Teacher(read, positions_of(borders), rotary, plan_time(borders, borders), proportional(12, 12), same)
->>> got, own = align_kv([teacher]), features(read, positions_of(borders), rotary)
->>> torch.equal(got.keys, own.keys), torch.equal(got.values, own.values)
+>>> borders, positions = text.borders[None], torch.arange(len(text.input_ids))[None]
+>>> student = features(cache.prefill(model, text.input_ids[None]).cache, positions, cache.rotary_of(model))
+>>> teacher = align_kv(student, plan_time(borders, borders), proportional(12, 12))
+>>> torch.equal(teacher.keys, student.keys), torch.equal(teacher.values, student.values)
 (True, True)
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate import PartialState
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.cache import from_tensor, prefill, require, rotary_of, rotate, to_tensor, unrotate
+from kvlab.answers import extract_answer, same_answer
+from kvlab.cache import from_tensor, prefill, rotate, to_tensor, unrotate
+from kvlab.evaluate import figure
 from kvlab.files import write_tensors, write_text
-from kvlab.generation import rendered
+from kvlab.generation import answers, rendered
+from kvlab.layers import CKA, LayerMap, layer_map, load_layer_map, proportional, save_layer_map
 from kvlab.losses import cross_entropy
-from kvlab.similarity import CKA, STATES, LayerMap
+from kvlab.models import rotary_of
 from kvlab.training import fit
 
 SEGMENTS = ("prompt", "reasoning", "answer")
-# A bare "answer" or 答案 also stands inside reasoning, so a colon or a verb must follow.
+# A bare "answer" or 答案 occurs inside reasoning too, so a colon or a verb must follow.
 MARKER = (
     r"(?i:\b(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:\s+is\b|\s*[:：]))|####|\\boxed\b"
     r"|(?:(?:因此|所以|故)[,，]?)?(?:最终)?答案(?:应该|应)?\s*(?:是|为|為|[:：])"
 )
+STATES = ("hidden", "keys", "values")
 STARTS = ("xavier", "orthogonal", "identity")
-FORMAT_VERSION, WEIGHTS, ABOUT = 1, "projector.safetensors", "projector.json"
-SEEN = "seen 1"  # the kind of file that `save_seen` writes
 KINDS = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}
+PROJECTOR_VERSION = 1
+FEATURES_FORMAT = "seen 1"  # in the metadata of files of `save_teacher_features`
+PROBLEMS_PER_FILE = 256
+LAYER_MAP_PROBLEMS = 100
 
-
-def _expect(step: str, x: Tensor, want: Mapping[str, int | None], hint: str) -> None:
-    """Refuse a shape, dimension by dimension; None stands for any size."""
-    seen = tuple(x.shape)
-    fits = len(seen) == len(want) and all(
-        w in (None, s) for s, w in zip(seen, want.values(), strict=True)
-    )
-    wanted = ", ".join(name if size is None else f"{name}={size}" for name, size in want.items())
-    require(fits, f"Step {step}: the shape is {seen}, expected ({wanted}): {hint}.")
+Conversation = Sequence[Mapping[str, str]]
 
 
 # -- segments
@@ -80,25 +79,22 @@ class Segmented(NamedTuple):
 
 
 def segment(
-    tokenizer: PreTrainedTokenizerBase,
-    conversation: Sequence[Mapping[str, str]],
-    marker: str = MARKER,
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, marker: str = MARKER
 ) -> Segmented:
-    """Encode a conversation as `evaluate.encode` does, and find prompt, reasoning and answer from token offsets.
+    """Encode a conversation as `generation.encode` does, and find prompt, reasoning and answer from token offsets.
 
     The prompt ends where the assistant's content begins, the template's header included. The answer
-    begins at the last marker in that content, and goes to the end with what closes the turn. Spaces
-    before a border (but no line breaks) go with what follows, as words have them in most
-    vocabularies. A token belongs to the segment in which it begins, and the tokens of a character
-    that takes several all begin where it does.
+    begins at the last marker in that content, and extends to the end of the text. Spaces before a
+    border (but no line breaks) belong to what follows, as they do in words of most vocabularies. A
+    token belongs to the segment in which it begins; all tokens of one character begin together.
 
     Args:
         conversation: {"role", "content"} messages, of which the last is the assistant's solution.
         marker: a regular expression for what opens the answer.
 
     Raises:
-        ValueError: a segment is empty, the tokenizer has no offsets, or the template changes the
-            solution.
+        ValueError: a segment is empty, the last message is not the assistant's, or the template
+            changes the solution.
 
     Example:
         >>> from kvlab import lab
@@ -108,38 +104,32 @@ def segment(
         >>> [tokenizer.decode(ids[a:b]) for a, b in zip(borders, borders[1:])]
         ['<|user|> Add 1.<|assistant|>', ' 1+1=2.', ' Answer: 2<|end|>']
     """
-    name = type(tokenizer).__name__
-    require(
-        tokenizer.is_fast,
-        f"{name} is not a fast tokenizer and has no offsets: load it with use_fast=True.",
-    )
-    last = conversation[-1]["role"] if conversation else "nobody"
-    require(
-        last == "assistant",
-        f"The last message is by {last!r}, expected the assistant's solution: append it.",
-    )
-    text, content = rendered(tokenizer, conversation), conversation[-1]["content"].strip()
+    role = conversation[-1]["role"]
+    if role != "assistant":
+        raise ValueError(f"The last message is by {role!r}: append the assistant's solution.")
+    text = rendered(tokenizer, conversation)
+    content = conversation[-1]["content"].strip()
     start = text.rfind(content)
-    seen = f"The chat template changes the assistant's text, which begins {content[:60]!r}"
-    require(
-        start >= 0,
-        f"{seen}: use a tokenizer whose template leaves it, or none (chat_template=None).",
-    )
-    markers = [start + found.start() for found in re.finditer(marker, content)]
-    edges = [len(text[:place].rstrip(" ")) for place in (start, *markers[-1:])]
+    if start < 0:
+        raise ValueError(
+            f"The chat template changes the assistant's text, which begins {content[:60]!r}: use a "
+            "tokenizer whose template leaves it, or none (chat_template=None)."
+        )
+    markers = [start + match.start() for match in re.finditer(marker, content)]
+    edges = [len(text[:edge].rstrip(" ")) for edge in (start, markers[-1] if markers else None)]
     encoded = tokenizer(
         text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True
     )
     # A special token that closes a text has offset 0: it begins where the token before it does.
     begins = np.maximum.accumulate([begin for begin, _ in encoded["offset_mapping"]])
-    total = len(begins)
-    borders = [0, *np.searchsorted(begins, edges).tolist(), *[total] * (3 - len(edges))]
-    found = "was found" if markers else "was not found"
-    for i in (2, 1, 0):  # without a marker the answer is what is missing
-        seen = f"The {SEGMENTS[i]} is empty in a text that begins {content[:60]!r}, where the marker {marker} {found}"
-        require(
-            borders[i] < borders[i + 1],
-            f"{seen}: give all of {', '.join(SEGMENTS)}, or another marker.",
+    borders = [0, *np.searchsorted(begins, edges).tolist(), len(begins)]
+    if not markers:
+        borders[2] = borders[3]
+    empty = [name for i, name in enumerate(SEGMENTS) if borders[i] >= borders[i + 1]]
+    if empty:
+        raise ValueError(
+            f"The {empty[-1]} is empty in a text that begins {content[:60]!r}, where the marker {marker} "
+            f"was {'found' if markers else 'not found'}: give {', '.join(SEGMENTS)}, or another marker."
         )
     return Segmented(torch.tensor(encoded["input_ids"]), torch.tensor(borders))
 
@@ -148,18 +138,18 @@ def segment(
 
 
 class TimePlan(NamedTuple):
-    """What each student token is made of, for left-padded batches: a sparse (B, T_s, T_t) with N entries.
+    """The teacher tokens that each student token is made of, for left-padded batches: a sparse (B, T_s, T_t).
 
     tokens : (N,), b * T_s + i, ascending: the student token.
     columns : (N,), the teacher's column in row b.
-    shares : (N,), float64; those of a token add up to 1.
+    weights : (N,), float64; those of a token add up to 1.
     mask : (B, T_s), False for the student's padding, which has no entry.
     teacher_length : T_t.
     """
 
     tokens: Tensor
     columns: Tensor
-    shares: Tensor
+    weights: Tensor
     mask: Tensor
     teacher_length: int
 
@@ -167,10 +157,9 @@ class TimePlan(NamedTuple):
 def plan_time(student: Tensor, teacher: Tensor) -> TimePlan:
     """Stretch each of the teacher's segments over the student's: u_i = i (T_t - 1) / (T_s - 1).
 
-    Token i is (1 - f) x[floor(u)] + f x[floor(u) + 1] inside the segment, where f is what u has
-    beyond its floor. Both come from division of whole numbers, so first and last tokens map to
-    first and last exactly, and no border is crossed. A student segment of one token takes the mean
-    of the teacher's segment.
+    Token i is (1 - f) x[floor(u)] + f x[floor(u) + 1] inside the segment, where f = u - floor(u).
+    Both come from integer division, so first and last tokens map to first and last exactly, and no
+    border is crossed. A student segment of one token takes the mean of the teacher's segment.
 
     Args:
         student, teacher: (B, 4), borders of the same problems, as `segment` finds them in each
@@ -181,124 +170,76 @@ def plan_time(student: Tensor, teacher: Tensor) -> TimePlan:
         >>> resample(torch.arange(7.0).view(1, 1, 7, 1), plan).flatten()
         tensor([0.0000, 0.5000, 1.0000, 3.0000, 5.0000, 6.0000])
     """
-    student, teacher = _require_borders(student, teacher)
-    (i, part, mask, pad), (j, teacher_part, teacher_mask, teacher_pad) = (
-        _places(student),
-        _places(teacher),
-    )
-    sizes, teacher_sizes = student.diff(), teacher.diff()  # (B, 3)
-    size, teacher_size = (
-        sizes.gather(1, part),
-        teacher_sizes.gather(1, part),
-    )  # of each student token's segment
-    steps, gaps = (
-        (i - student.gather(1, part)) * (teacher_size - 1),
-        (size - 1).clamp(min=1),
-    )  # u is steps / gaps
-    column, f = (
-        teacher.gather(1, part) + teacher_pad + steps // gaps,
-        (steps % gaps).double() / gaps,
-    )
-    two = mask & (size > 1)
-    token, alone = (
-        _numbers(mask),
-        sizes.gather(1, teacher_part) == 1,
-    )  # by teacher token: the student has one for all
-    only = _numbers(mask)[:, :1] + pad + student.gather(1, teacher_part)
-    share, means = 1 / teacher_sizes.gather(1, teacher_part).double(), teacher_mask & alone
-    made = [(token[two], column[two], 1 - f[two]), (token[two], column[two] + 1, f[two])]
-    return _plan([*made, (only[means], (j + teacher_pad)[means], share[means])], mask, teacher_mask)
+    return _plan(student, teacher, _stretch)
 
 
 def by_index(student: Tensor, teacher: Tensor) -> TimePlan:
-    """Give student token i the teacher's token i, or its last, wherever segments are: the baseline.
+    """Give student token i the teacher's token i, or its last, regardless of segments: the baseline.
 
     >>> by_index(torch.tensor([[0, 1, 2, 4]]), torch.tensor([[0, 1, 2, 3]])).columns
     tensor([0, 1, 2, 2])
     """
-    student, teacher = _require_borders(student, teacher)
-    (i, _, mask, _), (*_, teacher_mask, pad) = _places(student), _places(teacher)
-    column = i.minimum(teacher[:, 3:] - 1) + pad
-    return _plan(
-        [(_numbers(mask)[mask], column[mask], torch.ones(int(mask.sum())).double())],
-        mask,
-        teacher_mask,
-    )
+    return _plan(student[:, [0, 3]], teacher[:, [0, 3]], _same_index)
 
 
-def _plan(
-    entries: Sequence[tuple[Tensor, Tensor, Tensor]], mask: Tensor, teacher_mask: Tensor
-) -> TimePlan:
-    """Sort entries by token, without those that add nothing (behind the last token of a segment, for one)."""
-    tokens, columns, shares = (torch.cat(parts) for parts in zip(*entries, strict=True))
-    order = tokens.sort(stable=True).indices
-    order = order[shares[order] > 0]
-    return TimePlan(tokens[order], columns[order], shares[order], mask, teacher_mask.shape[1])
+def _stretch(length: int, teacher_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries (token, teacher token, weight) of one segment."""
+    if length == 1:
+        columns = torch.arange(teacher_length)
+        weights = torch.full((teacher_length,), 1 / teacher_length, dtype=torch.float64)
+        return torch.zeros_like(columns), columns, weights
+    steps = torch.arange(length) * (teacher_length - 1)
+    column = steps // (length - 1)
+    f = (steps % (length - 1)).double() / (length - 1)
+    tokens = torch.arange(length).repeat_interleave(2)
+    columns = torch.stack([column, column + 1], 1).flatten()
+    weights = torch.stack([1 - f, f], 1).flatten()
+    used = weights > 0  # the last token has no right neighbour
+    return tokens[used], columns[used], weights[used]
 
 
-def _require_borders(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Check borders, and return them on the CPU, where plans are made (some accelerators have no float64)."""
-    for name, borders in (("student", student), ("teacher", teacher)):
-        _expect(
-            "time",
-            borders,
-            {"B": len(student), "borders": 4},
-            f"give the borders of each {name} text",
-        )
-        wrong = ((borders[:, 0] != 0) | (borders.diff() < 1).any(1)).nonzero().flatten().tolist()
-        seen = f"Step time: the {name}'s borders are {borders[wrong[:1]].tolist()} in rows {wrong}"
-        require(
-            not wrong,
-            f"{seen}, expected 0 and larger numbers, so that no segment is empty: use `segment`.",
-        )
-    return student.cpu(), teacher.cpu()
+def _same_index(length: int, teacher_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = torch.arange(length)
+    return tokens, tokens.clamp(max=teacher_length - 1), torch.ones(length, dtype=torch.float64)
 
 
-def _places(borders: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token number and segment of each column (0 in padding), what is no padding, all (B, T), and its size (B, 1)."""
-    pad = borders[:, 3].max() - borders[:, 3:]
-    place = torch.arange(int(borders[:, 3].max()), device=borders.device) - pad
-    part = (place >= borders[:, 1:2]).long() + (place >= borders[:, 2:3])
-    return place.clamp(min=0), part, place >= 0, pad
-
-
-def _numbers(mask: Tensor) -> Tensor:
-    return torch.arange(mask.numel()).view(mask.shape)
-
-
-def positions_of(borders: Tensor) -> Tensor:
-    """Return the positions (B, T) of texts that start at 0 and are padded on the left, where they are 0.
-
-    >>> positions_of(torch.tensor([[0, 1, 2, 4], [0, 1, 2, 3]]))
-    tensor([[0, 1, 2, 3],
-            [0, 0, 1, 2]])
-    """
-    return _places(borders)[0]
+def _plan(student: Tensor, teacher: Tensor, entries: Callable) -> TimePlan:
+    """Entries of all segments of all rows, on the CPU (some accelerators have no float64)."""
+    width = int(student[:, -1].max())
+    teacher_length = int(teacher[:, -1].max())
+    parts = []
+    for row, (own, other) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True)):
+        for i in range(len(own) - 1):
+            tokens, columns, weights = entries(own[i + 1] - own[i], other[i + 1] - other[i])
+            tokens = tokens + row * width + width - own[-1] + own[i]
+            parts.append((tokens, columns + teacher_length - other[-1] + other[i], weights))
+    mask = torch.arange(width) >= width - student[:, -1:].cpu()
+    return TimePlan(*map(torch.cat, zip(*parts, strict=True)), mask, teacher_length)
 
 
 def resample(x: Tensor, plan: TimePlan) -> Tensor:
     """Bring features (B, L, T_t, D) to the student's tokens, (B, L, T_s, D); its padding becomes 0.
 
-    One pass, and no memory beyond the result: a token of a layer is a bag of one or more of the
-    teacher's.
+    One pass, and no memory beyond the result: a token of a layer is a bag of teacher tokens.
     """
-    _expect(
-        "time",
-        x,
-        {"B": len(plan.mask), "L": None, "T": plan.teacher_length, "D": None},
-        "pad both on the left",
-    )
-    (rows, layers, length, _), width = x.shape, plan.mask.shape[1]
+    rows, layers, length, _ = x.shape
+    if (rows, length) != (len(plan.mask), plan.teacher_length):
+        raise ValueError(
+            f"Step time: the features have {rows} rows of {length} tokens, the plan {len(plan.mask)} "
+            f"of {plan.teacher_length}: pad both on the left."
+        )
+    width = plan.mask.shape[1]
     layer = torch.arange(layers)[:, None]
-    bags = torch.searchsorted(plan.tokens, _numbers(plan.mask).flatten()) + layer * len(
-        plan.tokens
-    )  # where each starts
-    entries = (
-        plan.tokens // width * layers + layer
-    ) * length + plan.columns  # (L, N), rows of (B L T_t, D)
-    entries, bags = (index.flatten().to(x.device) for index in (entries, bags))
-    shares = plan.shares.to(x.device, x.dtype).repeat(layers)
-    out = F.embedding_bag(entries, x.flatten(0, 2), bags, mode="sum", per_sample_weights=shares)
+    # (L, N), rows of (B L T_t, D), and (L, B T_s), where the bag of each token begins
+    entries = (plan.tokens // width * layers + layer) * length + plan.columns
+    bags = torch.searchsorted(plan.tokens, torch.arange(rows * width)) + layer * len(plan.tokens)
+    out = F.embedding_bag(
+        entries.flatten().to(x.device),
+        x.flatten(0, 2),
+        bags.flatten().to(x.device),
+        mode="sum",
+        per_sample_weights=plan.weights.to(x.device, x.dtype).repeat(layers),
+    )
     return out.view(layers, rows, width, -1).transpose(0, 1)
 
 
@@ -306,19 +247,12 @@ def resample(x: Tensor, plan: TimePlan) -> Tensor:
 
 
 def mix_layers(x: Tensor, layer_map: LayerMap) -> Tensor:
-    """Make each student layer of the teacher layers it is mapped to: (B, L_t, T, D) -> (B, L_s, T, D).
+    """Make each student layer from the teacher layers it is mapped to: (B, L_t, T, D) -> (B, L_s, T, D).
 
-    >>> from kvlab.similarity import proportional
     >>> mix_layers(torch.arange(3.0).view(1, 3, 1, 1), proportional(2, 3)).flatten()
     tensor([0., 2.])
     """
     indices, weights, layers = layer_map
-    _expect(
-        "layer",
-        x,
-        {"B": None, "L": layers, "T": None, "D": None},
-        "use the map made for this teacher",
-    )
     matrix = x.new_zeros(len(indices), layers).scatter_add(1, indices.to(x.device), weights.to(x))
     return (matrix @ x.flatten(2)).unflatten(2, x.shape[2:])
 
@@ -333,58 +267,31 @@ class KV(NamedTuple):
     values: Tensor
 
 
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, L, H_kv, T, d) -> (B, L, T, H_kv * d)."""
-    _expect(
-        "head", x, dict.fromkeys(("B", "L", "H_kv", "T", "d")), "stack keys or values of all layers"
-    )
-    return x.transpose(2, 3).flatten(3)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, L, T, H_kv * d) -> (B, L, H_kv, T, d), the inverse of `merge_heads`."""
-    _expect("head", x, dict.fromkeys(("B", "L", "T", "H_kv * d")), "merge the heads first")
-    seen = f"Step head: the width is {x.shape[3]}, expected a multiple of {heads} heads"
-    require(
-        heads > 0 and x.shape[3] % heads == 0,
-        f"{seen}: give the number of KV heads, num_key_value_heads.",
-    )
-    return x.unflatten(3, (heads, -1)).transpose(2, 3)
-
-
 def features(cache: DynamicCache, positions: Tensor, rotary: nn.Module) -> KV:
-    """Take a model's cache apart into features that do not depend on where the text stands, in float32 at least.
+    """Take a model's cache apart into features that do not depend on the text's position, in float32 at least.
 
     Args:
-        positions: (B, T), which its keys were rotated by (see `positions_of`). rotary :
-            `cache.rotary_of` that model.
+        positions: (B, T), which its keys were rotated by.
+        rotary: `rotary_of` that model.
     """
     stored = to_tensor(cache)
-    rows, entries = stored.shape[2], stored.shape[4]
-    _expect(
-        "rotation",
-        positions,
-        {"B": rows, "T": entries},
-        "give a position for each entry of the cache",
-    )
     wide = from_tensor(stored.to(torch.promote_types(stored.dtype, torch.float32)))
-    keys, values = (
-        to_tensor(unrotate(wide, positions, rotary)).transpose(0, 1).transpose(1, 2)
-    )  # (B, L, H_kv, T, d)
-    return KV(merge_heads(keys), merge_heads(values))
+    stacked = to_tensor(unrotate(wide, positions, rotary))  # (L, 2, B, H_kv, T, d)
+    return KV(*stacked.permute(1, 2, 0, 4, 3, 5).flatten(4))
 
 
 def as_cache(kv: KV, positions: Tensor, rotary: nn.Module, heads: int) -> DynamicCache:
-    """Make features a cache as the student has it: heads apart, keys rotated to positions (B, T) by its own rope."""
-    stored = torch.stack([split_heads(x, heads) for x in kv])  # (2, B, L, H_kv, T, d)
-    rows, entries = stored.shape[1], stored.shape[4]
-    _expect(
-        "rotation",
-        positions,
-        {"B": rows, "T": entries},
-        "give a position for each entry of the cache",
-    )
-    return rotate(from_tensor(stored.permute(2, 0, 1, 3, 4, 5)), positions, rotary)
+    """Make features a cache of the student: heads apart, keys rotated to positions (B, T) by its own rope."""
+    stacked = torch.stack(kv).unflatten(4, (heads, -1))  # (2, B, L, T, H_kv, d)
+    return rotate(from_tensor(stacked.permute(2, 0, 1, 4, 3, 5)), positions, rotary)
+
+
+def align_kv(kv: KV, plan: TimePlan, layer_map: LayerMap) -> KV:
+    """Bring a teacher's features to the student's tokens and layers: (B, L_t, T_t, D_t) -> (B, L_s, T_s, D_t).
+
+    A `Projector` then brings them to the student's width, and `fuse` takes the mean over teachers.
+    """
+    return KV(*(mix_layers(resample(x, plan), layer_map) for x in kv))
 
 
 # -- hidden
@@ -397,7 +304,7 @@ class Projector(nn.Module):
         teacher_width, student_width: H_kv * d of each.
         start: "xavier" (uniform), "orthogonal", or "identity": the first features are copied. To a
             larger width they are scaled by sqrt(student_width / teacher_width), as the rest is 0,
-            so that the mean square stays what it was.
+            so that the mean square stays the same.
 
     Example:
         >>> Projector(512, 256).num_parameters(), Projector(1, 4, "identity").keys.weight.flatten().tolist()
@@ -406,38 +313,23 @@ class Projector(nn.Module):
 
     def __init__(self, teacher_width: int, student_width: int, start: str = "xavier"):
         super().__init__()
-        require(
-            start in STARTS,
-            f"Step hidden: start is {start!r}, expected one of {', '.join(STARTS)}.",
-        )
-        seen = f"Step hidden: widths are {teacher_width} and {student_width}"
-        require(
-            min(teacher_width, student_width) > 0,
-            f"{seen}, expected H_kv * d of teacher and student.",
-        )
-        self.keys, self.values = (
-            nn.Linear(teacher_width, student_width, bias=False) for _ in range(2)
-        )
+        if start not in STARTS:
+            raise ValueError(f"start is {start!r}, expected one of {', '.join(STARTS)}.")
+        self.keys = nn.Linear(teacher_width, student_width, bias=False)
+        self.values = nn.Linear(teacher_width, student_width, bias=False)
         for weight in self.parameters():
             if start == "identity":
                 nn.init.eye_(weight)
                 weight.data *= max(1, student_width / teacher_width) ** 0.5
+            elif start == "orthogonal":
+                nn.init.orthogonal_(weight)
             else:
-                {"xavier": nn.init.xavier_uniform_, "orthogonal": nn.init.orthogonal_}[start](
-                    weight
-                )
+                nn.init.xavier_uniform_(weight)
 
     def forward(self, kv: KV) -> KV:
         """Project (B, L, T, teacher_width) to (B, L, T, student_width), in the dtype of the weights."""
-        for x in kv:
-            want = {"B": None, "L": None, "T": None, "width": self.keys.in_features}
-            _expect("hidden", x, want, "use the projector of this teacher")
-        return KV(
-            *(
-                linear(x.to(linear.weight.dtype))
-                for linear, x in zip((self.keys, self.values), kv, strict=True)
-            )
-        )
+        dtype = self.keys.weight.dtype
+        return KV(self.keys(kv.keys.to(dtype)), self.values(kv.values.to(dtype)))
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -448,113 +340,49 @@ class Projector(nn.Module):
 
         Args:
             batches: pairs of teacher and student features of the same tokens and layers, (...,
-                width) each, without padding. They are read once; what is kept are sums.
+                width) each, without padding. They are read once; only X'X and X'Y are kept.
             strength: of the ridge, relative to the mean of the diagonal of X'X.
         """
-        sums = Ridge(), Ridge()
-        for pair in batches:
-            for each, x, y in zip(sums, *pair, strict=True):
-                each.update(x, y)
-        for each, linear in zip(sums, (self.keys, self.values), strict=True):
-            weight = each.solve(strength)
-            want = dict(zip(("student", "teacher"), linear.weight.shape, strict=True))
-            _expect("hidden", weight, want, "calibrate with features of these two models")
-            linear.weight.copy_(weight)
+        sums = {self.keys: (0, 0), self.values: (0, 0)}
+        for teacher, student in batches:
+            for linear, x, y in zip(sums, teacher, student, strict=True):
+                x = x.flatten(0, -2).double()
+                y = y.flatten(0, -2).double()
+                xx, xy = sums[linear]
+                sums[linear] = (xx + x.T @ x, xy + x.T @ y)
+        for linear, (xx, xy) in sums.items():
+            ridge = strength * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
+            factor = torch.linalg.cholesky(xx + ridge)
+            linear.weight.copy_(torch.cholesky_solve(xy, factor).T)
         return self
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write projector.safetensors and projector.json, which holds the widths. Returns the folder."""
         folder = Path(folder)
-        require(not folder.is_file(), f"{folder} is a file: give the name of a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS, self.state_dict(), {"format": "pt"})
-        widths = {"teacher_width": self.keys.in_features, "student_width": self.keys.out_features}
-        return write_text(
-            folder / ABOUT, json.dumps({"version": FORMAT_VERSION} | widths, indent=1) + "\n"
-        ).parent
+        write_tensors(folder / "projector.safetensors", self.state_dict(), {"format": "pt"})
+        content = {"version": PROJECTOR_VERSION, "teacher_width": self.keys.in_features}
+        content |= {"student_width": self.keys.out_features}
+        write_text(folder / "projector.json", json.dumps(content, indent=1) + "\n")
+        return folder
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Projector":
-        """Read what `save_pretrained` wrote. ValueError for a folder that is not that."""
-        folder = Path(folder)
-        missing = [name for name in (ABOUT, WEIGHTS) if not (folder / name).is_file()]
-        require(
-            not missing,
-            f"{folder} has no {', '.join(missing)}: give a folder that `save_pretrained` wrote.",
-        )
-        wrong = f"{folder} holds no projector of format version {FORMAT_VERSION}"
-        try:
-            about = json.loads((folder / ABOUT).read_text("utf-8"))
-            require(about["version"] == FORMAT_VERSION, f"its version is {about['version']}")
-            weights = load_file(folder / WEIGHTS)
-            projector = cls(about["teacher_width"], about["student_width"]).to(
-                weights["keys.weight"].dtype
-            )
-            projector.load_state_dict(weights)
-        except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"{wrong} ({type(error).__name__}: {error}): save it again."
-            ) from error
+        """Read what `save_pretrained` wrote."""
+        content = json.loads((Path(folder) / "projector.json").read_text("utf-8"))
+        if content.pop("version", None) != PROJECTOR_VERSION:
+            raise ValueError(f"{folder} holds no projector of version {PROJECTOR_VERSION}.")
+        weights = load_file(Path(folder) / "projector.safetensors")
+        projector = cls(**content).to(weights["keys.weight"].dtype)
+        projector.load_state_dict(weights)
         return projector
 
 
-class Ridge:
-    """Least squares from minibatches, in float64: what is kept is X'X and X'Y.
-
-    >>> x, sums = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), Ridge()
-    >>> for part in x.split(20):
-    ...     sums.update(part, 2 * part)
-    >>> sums.solve(1e-9).round(decimals=4).diagonal()
-    tensor([2., 2., 2.], dtype=torch.float64)
-    """
-
-    def __init__(self):
-        self.xx, self.xy = None, None
-
-    @torch.no_grad()
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Add pairs (..., p) and (..., q)."""
-        shapes = tuple(x.shape), tuple(y.shape)
-        fits = shapes[0][:-1] == shapes[1][:-1] and x.numel() and y.numel()
-        require(
-            fits,
-            f"Step hidden: pairs are {shapes[0]} and {shapes[1]}, expected (..., p) and (..., q): align them.",
-        )
-        require(
-            torch.isfinite(x).all() and torch.isfinite(y).all(),
-            "Step hidden: calibration pairs are not finite.",
-        )
-        device = "cpu" if x.device.type == "mps" else x.device  # mps has no float64
-        x, y = (z.reshape(-1, z.shape[-1]).to(device).double() for z in (x, y))
-        new = x.T @ x, x.T @ y
-        if self.xx is not None:
-            _expect(
-                "hidden",
-                new[1],
-                dict(zip("xy", self.xy.shape, strict=True)),
-                "give the same widths each time",
-            )
-            new = self.xx + new[0], self.xy + new[1]
-        self.xx, self.xy = new
-
-    def solve(self, strength: float) -> Tensor:
-        """Return W, (q, p): least squares of XW' - Y, with a ridge of strength times the mean diagonal of X'X."""
-        require(
-            self.xx is not None, "Step hidden: there is no calibration pair yet: call update first."
-        )
-        require(strength >= 0, f"Step hidden: strength is {strength}, expected 0 or more.")
-        ridge = strength * self.xx.diagonal().mean() * torch.eye(len(self.xx)).to(self.xx)
-        factor, failed = torch.linalg.cholesky_ex(self.xx + ridge)
-        seen = f"Step hidden: the pairs do not determine a map at strength {strength}"
-        require(not failed, f"{seen}: give more pairs, or a larger strength.")
-        return torch.cholesky_solve(self.xy, factor).T
-
-
-# -- fusion, and all steps
+# -- fusion
 
 
 def fuse(parts: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
-    """Return the weighted mean of what teachers became, all (B, L, T, D).
+    """Return the weighted mean of the teachers' projected features, all (B, L, T, D).
 
     Args:
         weights: one for each, 0 or more; they are divided by their sum. Default: all the same. To
@@ -564,72 +392,19 @@ def fuse(parts: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
         >>> fuse([torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2)], torch.tensor([1.0, 3.0])).flatten()
         tensor([0.7500, 0.7500])
     """
-    require(parts, "Step fusion: there is no teacher, expected one or more.")
-    for part in parts:
-        _expect(
-            "fusion",
-            part,
-            dict(zip("BLTD", parts[0].shape, strict=True)),
-            "align all teachers to one student",
-        )
     weights = parts[0].new_ones(len(parts)) if weights is None else weights
-    _expect("fusion", weights, {"teachers": len(parts)}, "give one weight for each teacher")
-    good = torch.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0
-    require(
-        good, f"Step fusion: weights are {weights.tolist()}, expected 0 or more, and not 0 for all."
-    )
-    return sum(
-        w * part for w, part in zip((weights / weights.sum()).to(parts[0]), parts, strict=True)
-    )
+    weights = (weights / weights.sum()).to(parts[0])
+    return sum(weight * part for weight, part in zip(weights, parts, strict=True))
 
 
-class Teacher(NamedTuple):
-    """What one teacher made of a batch, and how it comes to the student; positions are (B, T_t)."""
-
-    cache: DynamicCache
-    positions: Tensor
-    rotary: nn.Module
-    plan: TimePlan
-    layer_map: LayerMap
-    projector: Projector
+# -- teachers, read once
 
 
-def align_kv(teachers: Iterable[Teacher], weights: Tensor | None = None) -> KV:
-    """Carry what teachers read over to the student: rotation and head, time, layer, hidden, fusion.
-
-    Args:
-        teachers: one or more. They are taken one after another, so a generator can load each on
-            demand.
-        weights: as for `fuse`.
-
-    Returns:
-        Targets for the student's own `features`, (B, L_s, T_s, H_kv * d): keys un-rotated, 0 where
-        the student has padding. `as_cache` makes them a cache. Gradients reach projectors, weights,
-        and caches that carry them.
-
-    Raises:
-        CacheError, a ValueError: a shape does not fit; the sentence says at which step, what was
-            seen and expected.
-    """
-    parts = [teacher.projector(_at_student(teacher)) for teacher in teachers]
-    keys, values = zip(*parts, strict=True) if parts else ((), ())
-    return KV(fuse(keys, weights), fuse(values, weights))
-
-
-def _at_student(teacher: Teacher) -> KV:
-    """Teacher features with the student's tokens and layers."""
-    flat = features(teacher.cache, teacher.positions, teacher.rotary)
-    return KV(*(mix_layers(resample(x, teacher.plan), teacher.layer_map) for x in flat))
-
-
-# -- what a teacher says of the student's texts
-
-
-class Seen(NamedTuple):
-    """What one teacher made of one problem, on the student's T tokens and L_s layers.
+class TeacherFeatures(NamedTuple):
+    """One teacher's keys, values and hidden states for one problem, resampled to the student's tokens and layers.
 
     keys, values : (L_s, T, H_kv * d), of the teacher's width. state : (L_s, d_t), hidden states
-    just before its answer.
+    of the token before its answer. A batch has B in front.
     """
 
     keys: Tensor
@@ -637,180 +412,129 @@ class Seen(NamedTuple):
     state: Tensor
 
 
-class Lesson(NamedTuple):
-    """A problem with its solution as the student reads it, and what each teacher made of it."""
-
-    text: Segmented
-    seen: tuple[Seen, ...] = ()
-
-
 @torch.no_grad()
-def seen_by(
+def encode_with_teacher(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
+    conversations: Sequence[Conversation],
     texts: Sequence[Segmented],
     layer_map: LayerMap,
     plan: Callable[[Tensor, Tensor], TimePlan] = plan_time,
     batch_size: int = 16,
-) -> list[Seen]:
-    """Have a teacher read its own solutions of the student's problems, and bring what it made of them to the student.
+) -> list[TeacherFeatures]:
+    """Have a teacher read its own solutions of the student's problems, and align its features to the student.
 
-    All but the projection, which may learn: so a teacher is needed once, and only one at a time.
+    Everything except the projection, which may learn, happens here: a teacher is needed once, and
+    only one at a time.
 
     Args:
-        conversations: as the teacher words them: the same problems, in its own tokens and with its
-            own reasoning.
+        conversations: the same problems in the teacher's words and with its own reasoning.
         texts: the student's, as `segment` made them.
         plan: `plan_time` or `by_index`.
 
     Returns:
-        One `Seen` a problem, in half precision, on the CPU.
+        One `TeacherFeatures` per problem, in half precision, on the CPU.
     """
-    require(
-        len(conversations) == len(texts),
-        f"There are {len(conversations)} conversations and {len(texts)} texts.",
-    )
-    seen, rotary = [], rotary_of(teacher)
+    result, rotary = [], rotary_of(teacher)
+    others = [segment(tokenizer, conversation) for conversation in conversations]
     for start in tqdm(range(0, len(texts), batch_size), desc="teacher reads"):
-        own = [segment(tokenizer, c) for c in conversations[start : start + batch_size]]
-        borders, theirs = (
-            torch.stack([t.borders for t in part]) for part in (texts[start:][: len(own)], own)
-        )
-        inputs = _inputs(own, teacher.device)
+        part = slice(start, start + batch_size)
+        borders = _borders(texts[part])
+        teacher_borders = _borders(others[part])
+        inputs = _pad_texts(others[part], teacher.device)
         out = teacher(**inputs, use_cache=True, output_hidden_states=True, logits_to_keep=1)
         kv = features(out.past_key_values, inputs["position_ids"], rotary)
-        kv = [mix_layers(resample(x, plan(borders, theirs)), layer_map) for x in kv]
-        before = inputs["input_ids"].shape[1] - (theirs[:, 3] - theirs[:, 2]) - 1
-        states = torch.stack(out.hidden_states[1:], 1)[torch.arange(len(own)), :, before][
-            :, :, None
-        ]  # (B, L_t, 1, d)
-        states = mix_layers(states, layer_map)[:, :, 0]
-        sizes = borders[:, 3].tolist()
-        seen += [
-            Seen(*(x[i, :, -n:].half().cpu() for x in kv), states[i].half().cpu())
-            for i, n in enumerate(sizes)
-        ]
-    return seen
+        kv = align_kv(kv, plan(borders, teacher_borders), layer_map)
+        before = inputs["input_ids"].shape[1] - teacher_borders[:, 3] + teacher_borders[:, 2] - 1
+        states = torch.stack(out.hidden_states[1:], 1)[torch.arange(len(before)), :, before]
+        states = mix_layers(states[:, :, None], layer_map)[:, :, 0]
+        for i, size in enumerate(borders[:, 3].tolist()):
+            tensors = kv.keys[i, :, -size:], kv.values[i, :, -size:], states[i]
+            result.append(TeacherFeatures(*(x.half().cpu() for x in tensors)))
+    return result
 
 
-def _inputs(texts: Sequence[Segmented], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What a model takes of a batch of texts."""
-    inputs = {
-        "input_ids": pad_left([t.input_ids for t in texts]),
-        "attention_mask": pad_left([torch.ones_like(t.input_ids) for t in texts]),
-        "position_ids": positions_of(torch.stack([t.borders for t in texts])),
+def _borders(texts: Sequence[Segmented]) -> Tensor:
+    return torch.stack([text.borders for text in texts])
+
+
+def _pad_texts(texts: Sequence[Segmented], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A model's inputs for a batch of texts."""
+    mask = _pad_left([torch.ones_like(text.input_ids) for text in texts])
+    return {
+        "input_ids": _pad_left([text.input_ids for text in texts]).to(device),
+        "attention_mask": mask.to(device),
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device),
     }
-    return {name: x.to(device) for name, x in inputs.items()}
 
 
-def pad_left(xs: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _pad_left(xs: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Stack tensors that differ in one dimension, zeros first."""
     rows = [x.transpose(0, dim) for x in xs]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left").transpose(
-        1, dim + 1
-    )
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    return padded.transpose(1, dim + 1)
 
 
-def save_seen(path: str | Path, seen: Sequence[Seen]) -> Path:
-    """Write what a teacher made of problems: one safetensors file, tokens of all problems in a row."""
-    sizes = torch.tensor([part.keys.shape[1] for part in seen])
+def save_teacher_features(path: str | Path, problems: Sequence[TeacherFeatures]) -> Path:
+    """Write features of problems as one safetensors file, tokens of all problems in a row."""
     tensors = {
-        name: torch.cat([getattr(part, name) for part in seen], 1) for name in ("keys", "values")
+        "keys": torch.cat([problem.keys for problem in problems], 1),
+        "values": torch.cat([problem.values for problem in problems], 1),
+        "states": torch.stack([problem.state for problem in problems]),
+        "sizes": torch.tensor([problem.keys.shape[1] for problem in problems]),
     }
-    tensors |= {"states": torch.stack([part.state for part in seen]), "sizes": sizes}
-    return write_tensors(Path(path), tensors, {"kvlab": SEEN})
+    return write_tensors(Path(path), tensors, {"kvlab": FEATURES_FORMAT})
 
 
-def load_seen(path: str | Path) -> "Kept":
-    """Open what `save_seen` wrote. ValueError if the file is not that."""
-    path = Path(path)
-    require(path.is_file(), f"There is no file {path}: have a teacher read the problems first.")
-    try:
-        return Kept(path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"{path} does not hold what a teacher made of problems ({error}): make it again."
-        ) from error
+class StoredTeacherFeatures(Dataset):
+    """Reads a file of `save_teacher_features` problem by problem: it may be larger than memory."""
 
-
-class Kept(Dataset):
-    """What a teacher made of problems, read from its file problem by problem: it may be larger than memory."""
-
-    def __init__(self, path: Path):
+    def __init__(self, path: str | Path):
         self.file = safe_open(path, "pt")
-        require((self.file.metadata() or {}).get("kvlab") == SEEN, "it has another kind of content")
-        sizes, self.states = (self.file.get_tensor(name) for name in ("sizes", "states"))
-        self.ends = sizes.cumsum(0).tolist()
+        if (self.file.metadata() or {}).get("kvlab") != FEATURES_FORMAT:
+            raise ValueError(f"{path} holds no teacher features: encode the problems again.")
+        self.states = self.file.get_tensor("states")
+        self.borders = [0, *self.file.get_tensor("sizes").cumsum(0).tolist()]
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.states)
 
-    def __getitem__(self, index: int) -> Seen:
-        if not 0 <= index < len(self):
-            raise IndexError(f"There is no problem {index} among {len(self)}.")
-        start = self.ends[index - 1] if index else 0
-        keys, values = (
-            self.file.get_slice(name)[:, start : self.ends[index]] for name in ("keys", "values")
-        )
-        return Seen(keys, values, self.states[index])
-
-
-class Lessons(Dataset):
-    """Problems as the student reads them, with what each teacher made of them.
-
-    Args:
-        texts: as `segment` makes them. seen : for each teacher a list or data set of as many
-            `Seen`.
-    """
-
-    def __init__(self, texts: Sequence[Segmented], *seen: Sequence[Seen] | Dataset):
-        counts = [len(texts), *map(len, seen)]
-        require(
-            len(set(counts)) == 1,
-            f"There are {counts} texts and readings of teachers, expected as many of each.",
-        )
-        self.texts, self.seen = texts, seen
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> Lesson:
-        return Lesson(self.texts[index], tuple(part[index] for part in self.seen))
+    def __getitem__(self, index: int) -> TeacherFeatures:
+        tokens = slice(self.borders[index], self.borders[index + 1])
+        keys = self.file.get_slice("keys")[:, tokens]
+        values = self.file.get_slice("values")[:, tokens]
+        return TeacherFeatures(keys, values, self.states[index])
 
 
 # -- losses
 
 
 def own_features(model: PreTrainedModel, hidden_states: Sequence[Tensor]) -> KV:
-    """Keys, un-rotated, and values of a model that learns, (B, L, T, H_kv * d), made again from its hidden states.
+    """Keys, un-rotated, and values of a model in training, (B, L, T, H_kv * d), computed again from its hidden states.
 
-    A cache would do as well, but there is none under gradient checkpointing, and what a hook sees
-    there is detached.
+    There is no cache under gradient checkpointing, and hooks see detached tensors there.
     """
     keys, values = [], []
-    for layer, states in zip(
-        model.base_model.layers, hidden_states, strict=False
-    ):  # the last state is the output
+    # the last hidden state is the output
+    for layer, states in zip(model.base_model.layers, hidden_states, strict=False):
         attention, x = layer.self_attn, layer.input_layernorm(states)
-        k, v = attention.k_proj(x), attention.v_proj(x)
+        k = attention.k_proj(x)
         if hasattr(attention, "k_norm"):
             k = attention.k_norm(k.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
         keys.append(k)
-        values.append(v)
+        values.append(attention.v_proj(x))
     return KV(torch.stack(keys, 1), torch.stack(values, 1))
 
 
 def kv_loss(student: KV, target: KV, mask: Tensor, kind: str = "smooth_l1") -> Tensor:
-    """How far the student's keys and values are from their targets, in the student's own deviations.
+    """Distance of the student's keys and values from their targets, in the student's standard deviations.
 
     Each layer's difference is divided by the deviation of the student's features in that layer
-    (which gets no gradient: else they would grow to make the loss small), and averaged over tokens,
-    width, layers, and keys and values.
+    (which gets no gradient: otherwise they would grow to make the loss small), and averaged over
+    tokens, width, layers, and keys and values.
 
     Args:
-        student, target: (B, L, T, D) each. The target's gradient reaches projectors; whoever made
-            it detached the teacher.
+        student, target: (B, L, T, D) each. The target's gradient reaches projectors.
         mask: (B, T), not 0 for tokens that count.
         kind: "smooth_l1", "l1" or "mse".
 
@@ -819,32 +543,22 @@ def kv_loss(student: KV, target: KV, mask: Tensor, kind: str = "smooth_l1") -> T
         >>> kv_loss(KV(x, x), KV(x + 2, x), torch.ones(1, 2)).item()
         0.75
     """
-    require(kind in KINDS, f"kind is {kind!r}, expected one of {', '.join(KINDS)}.")
-    return torch.stack(
-        [_distance(*pair, mask, kind) for pair in zip(student, target, strict=True)]
-    ).mean()
+    counted, total = mask.bool(), 0.0
+    for x, y in zip(student, target, strict=True):
+        x = x.transpose(1, 2)[counted]  # (N, L, D)
+        y = y.transpose(1, 2)[counted]
+        total = total + _distance(x, y, x, kind)
+    return total / 2
 
 
-def _distance(student: Tensor, target: Tensor, mask: Tensor, kind: str) -> Tensor:
-    _expect(
-        "loss",
-        target,
-        dict(zip("BLTD", student.shape, strict=True)),
-        "align the teacher to this student",
-    )
-    chosen = mask.bool()
-    student, target = (x.transpose(1, 2)[chosen] for x in (student, target))  # (N, L, D)
-    return _in_deviations(student, target, student, kind)
-
-
-def _in_deviations(student: Tensor, target: Tensor, measure: Tensor, kind: str) -> Tensor:
-    """The mean difference of (N, L, D) features, in the deviations that one of them has in each layer."""
-    scale = measure.detach().float().std((0, 2), correction=0).clamp(min=1e-6)[:, None]
+def _distance(student: Tensor, target: Tensor, reference: Tensor, kind: str) -> Tensor:
+    """The mean difference of (N, L, D) features, in each layer's standard deviation of the reference."""
+    scale = reference.detach().float().std((0, 2), correction=0).clamp(min=1e-6)[:, None]
     return KINDS[kind](student.float() / scale, target.float() / scale)
 
 
 def codi_loss(student: Tensor, target: Tensor) -> Tensor:
-    """How far hidden states at the token before the answer are from their targets, (B, L, d) each.
+    """Distance of hidden states at the token before the answer from their targets, (B, L, d) each.
 
     Smooth L1 of the difference over the target's deviation in its layer, averaged over layers,
     texts and width. Source: Shen et al. (2025), CODI, arXiv 2502.21074, section 3.2, where teacher
@@ -854,107 +568,82 @@ def codi_loss(student: Tensor, target: Tensor) -> Tensor:
         >>> codi_loss(torch.zeros(2, 1, 2), torch.tensor([[[-1.0, 1.0]], [[1.0, -1.0]]])).item()
         0.5
     """
-    _expect(
-        "loss",
-        target,
-        dict(zip("BLd", student.shape, strict=True)),
-        "align the teacher to this student",
-    )
-    return _in_deviations(student, target, target, "smooth_l1")
-
-
-class KVAlignmentLoss(nn.Module):
-    """What a student that learns is short of its teachers: KV and CODI losses, with projectors that learn along.
-
-    Args:
-        projectors: one a teacher; `requires_grad_(False)` keeps them as they are.
-        states: one linear map a teacher, from its hidden states to the student's, for CODI; without
-            them there is no CODI.
-        kind: of `kv_loss`.
-    """
-
-    def __init__(
-        self,
-        projectors: Sequence[Projector],
-        states: Sequence[nn.Linear] = (),
-        kind: str = "smooth_l1",
-    ):
-        super().__init__()
-        require(projectors, "There is no projector, expected one for each teacher.")
-        self.projectors, self.states, self.kind = (
-            nn.ModuleList(projectors),
-            nn.ModuleList(states),
-            kind,
-        )
-
-    def forward(
-        self, student: KV, states: Tensor, seen: Sequence[tuple[KV, Tensor]], mask: Tensor
-    ) -> dict[str, Tensor]:
-        """Named losses, "kv" and perhaps "codi".
-
-        Args:
-            student: its features, as `own_features` has them. states : (B, L_s, d_s), before the
-                answer.
-            seen: of each teacher, what it made of the batch: features (B, L_s, T, D_t) and states
-                (B, L_s, d_t).
-            mask: (B, T), not 0 for tokens that count.
-        """
-        parts = [projector(kv) for projector, (kv, _) in zip(self.projectors, seen, strict=True)]
-        target = KV(*(fuse(sides) for sides in zip(*parts, strict=True)))
-        losses = {"kv": kv_loss(student, target, mask, self.kind)}
-        if self.states:
-            goals = [linear(state) for linear, (_, state) in zip(self.states, seen, strict=True)]
-            losses["codi"] = codi_loss(states, sum(goals) / len(goals))
-        return losses
+    return _distance(student, target, target, "smooth_l1")
 
 
 # -- training
 
 
-class Pupil(nn.Module):
-    """A student with what it is short of its teachers: forward gives the named losses of a batch."""
+class AlignedStudent(nn.Module):
+    """Student plus alignment loss; `forward` returns the named losses of a batch: "ce", "kv" and "codi".
 
-    def __init__(self, student: PreTrainedModel, alignment: KVAlignmentLoss | None = None):
+    Args:
+        projectors: one per teacher; `requires_grad_(False)` keeps them as they are. Without them
+            there is cross-entropy alone.
+        states: one linear map per teacher, from its hidden states to the student's, for CODI;
+            without them there is no CODI.
+        kind: of `kv_loss`.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        projectors: Sequence[Projector] = (),
+        states: Sequence[nn.Linear] = (),
+        kind: str = "smooth_l1",
+    ):
         super().__init__()
-        self.student, self.alignment = student, alignment
+        self.student = student
+        self.projectors = nn.ModuleList(projectors)
+        self.states = nn.ModuleList(states)
+        self.kind = kind
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of a batch of lessons, as `collate` makes it."""
+        """Losses of a batch of `pad_problems`."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        aligned = self.alignment is not None
+        aligned = len(self.projectors) > 0
         out = self.student(**inputs, use_cache=False, output_hidden_states=aligned)
         losses = {"ce": cross_entropy(out.logits, batch["input_ids"], batch["weights"])}
-        if not aligned:
-            return losses
-        rows = torch.arange(len(batch["before"]), device=batch["before"].device)
-        states = torch.stack([x[rows, batch["before"]] for x in out.hidden_states[1:]], 1)
-        seen = [
-            (KV(batch[f"keys_{i}"], batch[f"values_{i}"]), batch[f"state_{i}"])
-            for i in range(len(self.alignment.projectors))
-        ]
-        own = own_features(self.student, out.hidden_states)
-        return losses | self.alignment(own, states, seen, batch["attention_mask"])
+        if aligned:
+            keys, values = [], []
+            for i, projector in enumerate(self.projectors):
+                kv = projector(KV(batch[f"keys_{i}"], batch[f"values_{i}"]))
+                keys.append(kv.keys)
+                values.append(kv.values)
+            kv = own_features(self.student, out.hidden_states)
+            target = KV(fuse(keys), fuse(values))
+            losses["kv"] = kv_loss(kv, target, batch["attention_mask"], self.kind)
+        if self.states:
+            rows = torch.arange(len(batch["before"]), device=batch["before"].device)
+            states = torch.stack([x[rows, batch["before"]] for x in out.hidden_states[1:]], 1)
+            targets = [linear(batch[f"state_{i}"]) for i, linear in enumerate(self.states)]
+            losses["codi"] = codi_loss(states, sum(targets) / len(targets))
+        return losses
 
 
-def collate(lessons: Sequence[Lesson]) -> dict[str, Tensor]:
-    """A batch, padded on the left: token ids, what counts in cross-entropy (the solution), and what teachers made."""
-    batch = _inputs([lesson.text for lesson in lessons])
-    borders = torch.stack([lesson.text.borders for lesson in lessons])
-    place, pad = batch["position_ids"], batch["input_ids"].shape[1] - borders[:, 3]
-    batch["weights"] = ((place >= borders[:, 1:2]) & (batch["attention_mask"] > 0)).float()
-    batch["before"] = pad + borders[:, 2] - 1  # the column of the token before the answer
-    for i, seen in enumerate(zip(*(lesson.seen for lesson in lessons), strict=True)):
-        batch[f"keys_{i}"], batch[f"values_{i}"] = (
-            pad_left([x[j].float() for x in seen], 1) for j in (0, 1)
-        )
-        batch[f"state_{i}"] = torch.stack([x.state.float() for x in seen])
+def pad_problems(problems: Sequence[tuple]) -> dict[str, Tensor]:
+    """A batch, padded on the left: token ids, weights of cross-entropy (1 in the solution), and teachers' features.
+
+    Args:
+        problems: tuples of a `Segmented` text and the `TeacherFeatures` of each teacher.
+    """
+    texts, *teachers = zip(*problems, strict=True)
+    batch = _pad_texts(texts)
+    borders = _borders(texts)
+    solution = batch["position_ids"] >= borders[:, 1:2]
+    batch["weights"] = (solution & (batch["attention_mask"] > 0)).float()
+    # the column of the token before the answer
+    batch["before"] = batch["input_ids"].shape[1] - borders[:, 3] + borders[:, 2] - 1
+    for i, teacher in enumerate(teachers):
+        batch[f"keys_{i}"] = _pad_left([x.keys.float() for x in teacher], 1)
+        batch[f"values_{i}"] = _pad_left([x.values.float() for x in teacher], 1)
+        batch[f"state_{i}"] = torch.stack([x.state.float() for x in teacher])
     return batch
 
 
-def train(
-    student: PreTrainedModel,
-    lessons: Sequence[Lesson] | Lessons,
-    alignment: KVAlignmentLoss | None = None,
+def train_student(
+    student: AlignedStudent,
+    problems: Sequence[tuple] | Dataset,
     *,
     steps: int,
     batch_size: int = 8,
@@ -964,37 +653,33 @@ def train(
     kv_end: float = 0.0,
     **options,
 ) -> list[dict[str, float]]:
-    """Teach a student solutions, and to make keys and values like its teachers' while it reads them.
+    """Train a student on solutions, and toward keys and values like its teachers'.
 
     The loss is CE + kv_weight KV + codi_weight CODI; both weights rise over `kv_warmup` steps.
-    Without an alignment it is CE alone.
 
     Args:
-        kv_end: the share of the steps after which the weights of KV and CODI have faded to 0,
+        problems: tuples of a text and the features of each teacher, `list(zip(texts, features))`.
+        kv_end: the fraction of the steps after which the weights of KV and CODI have faded to 0,
             linearly from the first step; 0: they do not fade, as in the source.
         options: of `kvlab.training.fit`: learning_rate, checkpoint, precision, seed, shares_every,
             ...
     """
+    weights = {"kv": kv_weight} if student.projectors else {}
+    if student.states:
+        weights["codi"] = codi_weight
 
-    def factors(step: int) -> dict[str, float]:
-        risen = min(1.0, step / kv_warmup) if kv_warmup else 1.0
-        left = max(0.0, 1 - (step - 1) / (kv_end * steps)) if kv_end else 1.0
-        return {name: weight * risen * left for name, weight in weights.items()}
+    def schedule(step: int) -> dict[str, float]:
+        factor = min(1.0, step / kv_warmup) if kv_warmup else 1.0
+        if kv_end:
+            factor *= max(0.0, 1 - (step - 1) / (kv_end * steps))
+        return {name: weight * factor for name, weight in weights.items()}
 
-    weights = {"kv": kv_weight, "codi": codi_weight} if alignment else {}
-    if alignment and not alignment.states:
-        del weights["codi"]
-    pupil = Pupil(student, alignment)
     loader = DataLoader(
-        lessons, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collate
+        problems, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=pad_problems
     )
-    options = {
-        "weight": lambda batch: batch["weights"][:, 1:].sum(),
-        "label": "4D alignment",
-    } | options
-    return fit(
-        pupil, loader, lambda model, batch: model(batch), steps=steps, factors=factors, **options
-    )
+    options = {"label": "4D alignment", "factors": schedule, "steps": steps} | options
+    options["weight"] = lambda batch: batch["weights"][:, 1:].sum()
+    return fit(student, loader, lambda model, batch: model(batch), **options)
 
 
 # -- which layers are alike
@@ -1011,37 +696,261 @@ def similar_layers(
 ) -> Tensor:
     """CKA of every student layer with every teacher layer, (K, L), on tokens of prompt and reasoning.
 
-    CKA compares token by token, so the teacher's features are brought to the student's tokens
+    CKA compares token by token, so the teacher's features are resampled to the student's tokens
     first, by `plan_time`.
 
     Args:
         texts, others: the same problems, as `segment` made them of the student's and the teacher's
             words; about 100.
-        what: "hidden", "keys" (un-rotated) or "values", as for `similarity.states`.
+        what: "hidden" (outputs of layers, the last one's after the final norm), "keys"
+            (un-rotated) or "values".
     """
-    require(what in STATES, f"what is {what!r}, expected one of {', '.join(STATES)}.")
     cka = CKA()
     for start in tqdm(range(0, len(texts), batch_size), desc="CKA"):
-        pair = texts[start : start + batch_size], others[start : start + batch_size]
-        borders, theirs = (torch.stack([t.borders for t in part]) for part in pair)
-        plan = plan_time(borders, theirs)
-        counted = (positions_of(borders) < borders[:, 2:3]) & plan.mask  # without the answer
-        own, teachers = (
-            _layers_of(model, part, what)
-            for model, part in zip((student, teacher), pair, strict=True)
+        part = slice(start, start + batch_size)
+        borders = _borders(texts[part])
+        plan = plan_time(borders, _borders(others[part]))
+        inputs = _pad_texts(texts[part])
+        counted = plan.mask & (inputs["position_ids"] < borders[:, 2:3])  # without the answer
+        student_layers = _layer_states(student, texts[part], what)
+        teacher_layers = resample(_layer_states(teacher, others[part], what), plan)
+        cka.update(
+            [x[counted] for x in student_layers.unbind(1)],
+            [x[counted] for x in teacher_layers.unbind(1)],
         )
-        teachers = resample(teachers, plan)
-        cka.update(*([x[counted] for x in layers.unbind(1)] for layers in (own, teachers)))
     return cka.matrix()
 
 
-def _layers_of(model: PreTrainedModel, texts: Sequence[Segmented], what: str) -> Tensor:
-    """What each layer made of texts, (B, L, T, width), padded on the left."""
-    inputs = _inputs(texts, model.device)
-    if what != "hidden":
-        cache = prefill(model, inputs["input_ids"], attention_mask=inputs["attention_mask"]).cache
-        kv = features(cache, inputs["position_ids"], rotary_of(model))
-        return kv.keys if what == "keys" else kv.values
-    return torch.stack(
-        model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[1:], 1
+def _layer_states(model: PreTrainedModel, texts: Sequence[Segmented], what: str) -> Tensor:
+    """States of each layer, (B, L, T, width), padded on the left."""
+    inputs = _pad_texts(texts, model.device)
+    if what == "hidden":
+        out = model(**inputs, output_hidden_states=True, logits_to_keep=1)
+        return torch.stack(out.hidden_states[1:], 1)
+    cache = prefill(model, inputs["input_ids"], attention_mask=inputs["attention_mask"]).cache
+    return getattr(features(cache, inputs["position_ids"], rotary_of(model)), what)
+
+
+# -- the arms and their controls
+
+
+class Arm(NamedTuple):
+    """How a teacher is aligned: layers by CKA or in proportion, time by segments or by index, and which control."""
+
+    cka: bool = False
+    segments: bool = False
+    control: Literal["", "another problem", "random weights"] = ""
+
+
+ARMS = {
+    "ce_only": None,
+    "baseline": Arm(),
+    "cka": Arm(cka=True),
+    "segment": Arm(segments=True),
+    "full": Arm(cka=True, segments=True),
+    "shuffled": Arm(cka=True, segments=True, control="another problem"),
+    "shuffled_segment": Arm(segments=True, control="another problem"),
+    "random_teacher": Arm(cka=True, segments=True, control="random weights"),
+}
+
+
+class Problems(NamedTuple):
+    """Problems to learn from, with the student's and the teachers' solutions, and questions of others with their answers.
+
+    student, teacher : conversations. questions : conversations that end with the question. answers :
+    of each question the accepted ones. kind : of `extract_answer`.
+    """
+
+    student: list[Conversation]
+    teacher: list[Conversation]
+    questions: list[Conversation]
+    answers: list[tuple[str, ...]]
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSettings:
+    """How a student is trained.
+
+    Args:
+        kv_weight: weight of the difference of keys and values.
+        codi_weight: weight of the difference of hidden states before the answer.
+        kv_warmup: steps over which both weights rise from 0.
+        kv_end: fraction of the steps after which both have faded to 0; 0: they do not fade.
+        start: of the projectors, xavier, orthogonal or identity.
+        freeze_projectors: train the student alone.
+        epochs: times that each problem is read.
+        batch_size: problems per batch.
+        learning_rate: of AdamW.
+        accumulate: batches per optimizer step.
+        fp16: mixed precision.
+    """
+
+    kv_weight: float = 1.0
+    codi_weight: float = 0.5
+    kv_warmup: int = 1000
+    kv_end: float = 0.0
+    start: Literal[STARTS] = "xavier"
+    freeze_projectors: bool = False
+    epochs: int = 2
+    batch_size: int = 8
+    learning_rate: float = 2e-5
+    accumulate: int = 1
+    fp16: bool = False
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive integer.")
+        for name in ("kv_weight", "codi_weight", "kv_warmup", "learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more.")
+        if not 0 <= self.kv_end <= 1:
+            raise ValueError(f"kv_end is {self.kv_end}, expected a fraction from 0 to 1.")
+
+    def steps(self, problems: int) -> int:
+        """Optimizer steps for a number of problems."""
+        batch = self.batch_size * self.accumulate
+        if problems < batch:
+            raise ValueError(f"{problems} problems are less than a batch of {batch}: give more.")
+        return self.epochs * (problems // batch)
+
+
+def train_arm(
+    arm: Arm | None,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Problems,
+    teachers: Sequence[Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]],
+    settings: AlignmentSettings,
+    folder: Path,
+    layer_maps: Sequence[str | Path] = (),
+    seed: int = 0,
+    **options,
+) -> tuple[list[dict[str, float]], AlignedStudent]:
+    """Train a student by one of the `ARMS`; a run that was stopped continues from its folder.
+
+    Args:
+        teachers: functions that load each with its tokenizer. They are called one after another,
+            and only if their features are not in the folder yet.
+        folder: of this run, for checkpoint and teacher features.
+        layer_maps: of each teacher, the file of its layer map. Default: made by CKA where needed.
+        seed: of the projectors, and of the order.
+        options: of `kvlab.training.fit`: evaluate, every, ...
+
+    Returns:
+        The history of `fit`, and the student with its projectors.
+    """
+    steps = settings.steps(len(problems.student))
+    texts = [segment(tokenizer, conversation) for conversation in problems.student]
+    stored = []
+    for i, load in enumerate(teachers if arm else ()):
+        home = folder / f"teacher_{i}"
+        path = Path(layer_maps[i]) if layer_maps else home / "layer_map.json"
+        files = [home / f"{n:06}.safetensors" for n in range(0, len(texts), PROBLEMS_PER_FILE)]
+        with PartialState().main_process_first():
+            if not all(file.is_file() for file in files):
+                torch.manual_seed(seed)
+                _encode_to_files(arm, student, texts, problems.teacher, load, path, files)
+        stored.append(ConcatDataset([StoredTeacherFeatures(file) for file in files]))
+    torch.manual_seed(seed)
+    width = student.base_model.layers[0].self_attn.k_proj.out_features
+    size = student.config.hidden_size
+    projectors = [Projector(x[0].keys.shape[-1], width, settings.start) for x in stored]
+    states = [nn.Linear(x[0].state.shape[-1], size, bias=False) for x in stored]
+    for module in (*projectors, *states):
+        module.requires_grad_(not settings.freeze_projectors)
+    aligned = AlignedStudent(student, projectors, states if settings.codi_weight else ())
+    names = ("kv_weight", "codi_weight", "kv_warmup", "kv_end", "batch_size", "learning_rate")
+    options = {name: getattr(settings, name) for name in (*names, "accumulate")} | options
+    history = train_student(
+        aligned,
+        StackDataset(texts, *stored),
+        steps=steps,
+        precision="fp16" if settings.fp16 else "no",
+        shares_every=max(1, steps // 20),
+        checkpoint=folder / "checkpoint.safetensors",
+        seed=seed,
+        **options,
     )
+    return history, aligned
+
+
+def _encode_to_files(
+    arm: Arm,
+    student: PreTrainedModel,
+    texts: Sequence[Segmented],
+    conversations: Sequence[Conversation],
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    path: Path,
+    files: Sequence[Path],
+) -> None:
+    """Write teacher features, some problems per file, and a layer map if it has to be made."""
+    teacher, tokenizer = load()
+    if arm.control == "random weights":
+        teacher = type(teacher)(teacher.config).to(teacher.device, teacher.dtype).eval()
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    if arm.cka and not path.is_file():
+        others = [segment(tokenizer, text) for text in conversations[:LAYER_MAP_PROBLEMS]]
+        matrix = similar_layers(student, texts[: len(others)], teacher, others)
+        save_layer_map(
+            path,
+            layer_map(matrix, min(2, layers[1])),
+            student=student.config.name_or_path,
+            teacher=teacher.config.name_or_path,
+            samples=len(others),
+        )
+    chosen = load_layer_map(path, *layers) if arm.cka else proportional(*layers)
+    if arm.control == "another problem":
+        half = len(conversations) // 2
+        conversations = [*conversations[half:], *conversations[:half]]
+    plan = plan_time if arm.segments else by_index
+    for i, file in enumerate(files):
+        part = slice(i * PROBLEMS_PER_FILE, (i + 1) * PROBLEMS_PER_FILE)
+        if not file.is_file():
+            problems = encode_with_teacher(
+                teacher, tokenizer, conversations[part], texts[part], chosen, plan
+            )
+            save_teacher_features(file, problems)
+
+
+def solved(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Problems,
+    max_new_tokens: int = 256,
+) -> np.ndarray:
+    """1 for each question whose greedy answer is an accepted one, else 0."""
+    texts = answers(model, tokenizer, problems.questions, max_new_tokens, label="problems")
+    correct = []
+    for text, accepted in zip(texts, problems.answers, strict=True):
+        answer = extract_answer(problems.kind, text)
+        correct.append(any(same_answer(problems.kind, answer, other) for other in accepted))
+    return np.array(correct, float)
+
+
+def alignment_figures(runs: pd.DataFrame) -> list[dict]:
+    """Figures of runs with arm, seed, accuracy, seconds and perhaps GB; intervals (95 %) are over seeds.
+
+    `gain_ARM` is its accuracy minus that of ce_only, seed by seed.
+
+    Example:
+        >>> rows = [["ce_only", 0, 0.5, 9.0], ["full", 0, 0.75, 10.0]]
+        >>> figures = alignment_figures(pd.DataFrame(rows, columns=["arm", "seed", "accuracy", "seconds"]))
+        >>> [(f["name"], f["value"]) for f in figures if "accuracy" in f["name"] or "gain" in f["name"]]
+        [('accuracy_ce_only', 0.5), ('accuracy_full', 0.75), ('gain_full', 0.25)]
+    """
+    figures, table = [], runs.pivot(index="seed", columns="arm")
+    arms = runs["arm"].unique()
+    for score, unit in {"accuracy": "fraction", "seconds": "seconds", "GB": "GB"}.items():
+        if score in runs:
+            for arm in arms:
+                figures.append(figure(f"{score}_{arm}", table[score][arm], unit, "n is seeds"))
+    accuracy = table["accuracy"]
+    for arm in arms:
+        if "ce_only" in accuracy and arm != "ce_only":
+            gain = accuracy[arm] - accuracy["ce_only"]
+            conditions = f"accuracy of {arm} minus that of ce_only, seed by seed; n is seeds"
+            figures.append(figure(f"gain_{arm}", gain, "difference", conditions))
+    return figures

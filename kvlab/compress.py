@@ -37,14 +37,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvlab.cache import (
     Prefix,
-    differences,
-    fingerprint,
-    first_layers,
     from_tensor,
     length,
     prefill,
-    require,
-    require_supported,
     scale_keys,
     select,
     shift,
@@ -54,6 +49,7 @@ from kvlab.cache import (
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import encode_parts
 from kvlab.losses import distill
+from kvlab.models import differences, fingerprint, first_layers, require, require_supported
 from kvlab.training import fit
 
 GATES = ("multiply", "log", "none")

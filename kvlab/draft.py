@@ -57,20 +57,12 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import rotate_half
 
-from kvlab.cache import (
-    Prefix,
-    fingerprint,
-    from_tensor,
-    require_supported,
-    rotary_of,
-    select,
-    to_tensor,
-    unrotate,
-)
+from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
 from kvlab.files import write_tensors
 from kvlab.generation import continuations
 from kvlab.losses import acceptance as overlap
 from kvlab.losses import distill, require_known
+from kvlab.models import fingerprint, require_supported, rotary_of
 from kvlab.training import fit
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ cache, bit for bit.
 >>> receiver, sharer = lab.load("lab-draft"), lab.load("lab-target")
 >>> fuser = Fuser(Size.of(receiver.config), Size.of(sharer.config), settings=Settings(hidden=64))
 >>> ids = lab.load_tokenizer("lab-draft")("Anna lives in Rome.", return_tensors="pt").input_ids
->>> own, theirs = read(receiver, ids), read(sharer, ids)
+>>> own, theirs = prefill(receiver, ids), prefill(sharer, ids)
 >>> torch.equal(to_tensor(fuser(own, theirs)), to_tensor(own.cache))
 True
 """
@@ -34,7 +34,7 @@ True
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,15 +50,11 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTra
 
 from kvlab.cache import (
     Prefix,
-    Read,
-    differences,
-    fingerprint,
     from_tensor,
     join,
     part,
     pick_layers,
-    read,
-    require,
+    prefill,
     rotate,
     shape_of,
     to_tensor,
@@ -67,8 +63,9 @@ from kvlab.cache import (
 )
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import encode_parts, rendered
+from kvlab.layers import LayerMap, last_aligned
 from kvlab.losses import cross_entropy
-from kvlab.similarity import LayerMap, last_aligned
+from kvlab.models import differences, fingerprint, require
 from kvlab.training import fit
 
 KEYS = ("unrotated", "rotated")
@@ -294,8 +291,8 @@ class Fuser(nn.Module):
         receiver, sharer: sizes of the two models. One model that is both is a control: more
             parameters, and no news.
         layer_map: for each receiver layer one or more of the sharer's, whose weighted mean it sees.
-            Default: `similarity.last_aligned`. Others are `similarity.proportional`, and what
-            `similarity.layer_map` finds.
+            Default: `layers.last_aligned`. Others are `layers.proportional`, and what
+            `layers.layer_map` finds.
         settings: `PUBLISHED` for the fuser of the source.
 
     Example:
@@ -349,7 +346,9 @@ class Fuser(nn.Module):
         ] = {}  # fingerprints of "receiver" and "sharer", noted by `train`
         self.eval()
 
-    def forward(self, receiver: Read, sharer: Read, shares: Tensor | None = None) -> DynamicCache:
+    def forward(
+        self, receiver: Prefix, sharer: Prefix, shares: Tensor | None = None
+    ) -> DynamicCache:
         """Fuse what the sharer made of texts into the receiver's cache. Returns a new cache; neither is changed.
 
         Args:
@@ -369,7 +368,7 @@ class Fuser(nn.Module):
         )
         if not passing.any():
             return from_tensor(stored.clone())
-        seen = sharer._replace(cache=pick_layers(sharer.cache, self.sources))
+        seen = replace(sharer, cache=pick_layers(sharer.cache, self.sources))
         theirs = _features(seen, self.settings.keys).to(weight)
         theirs = torch.einsum(
             "ls,s...->l...", self._mixture().to(weight), theirs
@@ -387,7 +386,9 @@ class Fuser(nn.Module):
             self.settings.keys == "unrotated"
         ):  # rotation is linear: only the change is turned, and stored keys are not
             changes = to_tensor(rotate(from_tensor(changes), receiver.positions, receiver.rotary))
-        fused = (receiver.mask > 0).to(stored.device)  # (B, T)
+        mask = receiver.attention_mask
+        fused = torch.ones_like(receiver.positions) if mask is None else mask
+        fused = (fused > 0).to(stored.device)  # (B, T)
         if shares is not None:
             fused = fused & (shares.sum(-1) > 0).to(stored.device)
         changed = passing.to(stored.device).view(-1, 2, 1, 1, 1, 1) & fused[:, None, :, None]
@@ -415,7 +416,7 @@ class Fuser(nn.Module):
             1, columns, weights
         )
 
-    def _require_fit(self, receiver: Read, sharer: Read, shares: Tensor | None) -> None:
+    def _require_fit(self, receiver: Prefix, sharer: Prefix, shares: Tensor | None) -> None:
         shapes = []
         for who, given, size in (
             ("receiver", receiver, self.receiver),
@@ -426,7 +427,8 @@ class Fuser(nn.Module):
                 f"The {who}'s cache has {Size(layers, heads, width)}, the fuser was made for {size}"
             )
             require((layers, heads, width) == size, f"{seen}: give that model's cache.")
-            for name, x in (("positions", given.positions), ("mask", given.mask)):
+            checked = [("positions", given.positions), ("attention_mask", given.attention_mask)]
+            for name, x in checked[: 1 + (given.attention_mask is not None)]:
                 seen = f"The {name} of the {who}: shape {tuple(x.shape)}, expected (B, T) = {(rows, entries)}"
                 require(
                     x.shape == (rows, entries), f"{seen}: give one for each entry of its cache."
@@ -519,7 +521,7 @@ class Fuser(nn.Module):
         return fuser.requires_grad_(True)
 
 
-def _features(read: Read, keys: str) -> Tensor:
+def _features(read: Prefix, keys: str) -> Tensor:
     """What was read of each token, heads side by side, (L, 2, B, T, H d)."""
     cache = read.cache if keys == "rotated" else unrotate(read.cache, read.positions, read.rotary)
     return to_tensor(cache).transpose(3, 4).flatten(4)
@@ -542,7 +544,9 @@ def fuse_prompt(
     ids, other_ids, shares = prompt.receiver_ids[:-1], prompt.sharer_ids, prompt.shares
     if _alike(prompt):
         other_ids = ids
-    own, theirs = (read(m, i[None].to(m.device)) for m, i in ((receiver, ids), (sharer, other_ids)))
+    own, theirs = (
+        prefill(m, i[None].to(m.device)) for m, i in ((receiver, ids), (sharer, other_ids))
+    )
     fused = fuser(own, theirs, None if shares is None else shares[None, :-1].to(receiver.device))
     return Prefix(fused, len(ids), ids.tolist())
 
@@ -648,13 +652,13 @@ def response_loss(
     fused = _prompt_columns(batch)
     known, places = fused + said, mask.cumsum(1) - 1
     with torch.no_grad():
-        own = read(receiver, ids[:, :fused], mask[:, :fused])
+        own = prefill(receiver, ids[:, :fused], attention_mask=mask[:, :fused])
         if shares is None:
             there = mask[:, :known].clone()
             there[:, fused:] = 1  # padding on the right may count as text: nothing looks back to it
-            theirs = read(sharer, ids[:, :known], there)
+            theirs = prefill(sharer, ids[:, :known], attention_mask=there)
         else:
-            theirs = read(sharer, batch["sharer_ids"], batch["sharer_mask"])
+            theirs = prefill(sharer, batch["sharer_ids"], attention_mask=batch["sharer_mask"])
     cache, logits = fuser(own, part(theirs, 0, fused) if shares is None else theirs, shares), []
     for start, stop in (
         ((fused, known), (known, ids.shape[1])) if said else ((fused, ids.shape[1]),)
@@ -663,7 +667,13 @@ def response_loss(
         out = receiver(ids[:, start:stop], past_key_values=cache, use_cache=True, **there)
         logits.append(out.logits)
         if stop < ids.shape[1]:
-            new = Read(out.past_key_values, places[:, :stop], own.rotary, mask[:, :stop])
+            new = Prefix(
+                out.past_key_values,
+                stop,
+                positions=places[:, :stop],
+                rotary=own.rotary,
+                attention_mask=mask[:, :stop],
+            )
             new = fuser(part(new, start, stop), part(theirs, start, stop))
             cache = join(truncate(out.past_key_values, start), new)
     return {"ce": cross_entropy(torch.cat(logits, 1), ids[:, fused:], batch["weights"][:, fused:])}
@@ -695,9 +705,11 @@ def rehearsal_loss(
         "The receiver and the sharer read prompts of other lengths: give each token's blank its place.",
     )
     with torch.no_grad():
-        own, theirs = read(receiver, ids[:, :fused], mask[:, :fused]), read(sharer, others, there)
-        wanted = _features(read(receiver, others[:, :fused], there[:, :fused]), "unrotated")
-    made = _features(own._replace(cache=fuser(own, theirs, shares)), "unrotated")
+        own = prefill(receiver, ids[:, :fused], attention_mask=mask[:, :fused])
+        theirs = prefill(sharer, others, attention_mask=there)
+        wanted = prefill(receiver, others[:, :fused], attention_mask=there[:, :fused])
+        wanted = _features(wanted, "unrotated")
+    made = _features(replace(own, cache=fuser(own, theirs, shares)), "unrotated")
     made, wanted = (
         x[:, :, mask[:, :fused] > 0].float() for x in (made, wanted)
     )  # (L, 2, tokens, H d)

@@ -47,28 +47,29 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from kvlab.cache import (
-    CacheError,
     Prefix,
-    Slots,
     bytes_per_token,
-    differences,
-    fingerprint,
-    first_layers,
     from_tensor,
     join,
     length,
     prefill,
-    require,
-    require_supported,
-    rotary_of,
     select,
     shift,
-    step,
     to_tensor,
     truncate,
 )
 from kvlab.files import as_bytes, write_tensors, write_text
 from kvlab.generation import continuations, encode
+from kvlab.models import (
+    CacheError,
+    differences,
+    fingerprint,
+    first_layers,
+    require,
+    require_supported,
+    rotary_of,
+)
+from kvlab.slots import Slots, step
 
 if TYPE_CHECKING:
     from kvlab.compress import Compressed
@@ -176,7 +177,7 @@ def splice(
             made once.
 
     Returns:
-        A `Prefix`, to be continued by `prefill(model, ids, prefix.cache, prefix.next_position)` or
+        A `Prefix`, to be continued by `prefill(model, ids, prefix)` or
         by `kvlab.speculate.generate(..., prefix=prefix)`.
 
     Raises:
@@ -231,7 +232,9 @@ def splice(
         rest = torch.tensor([flat[len(known.input_ids) :]], device=model.device)
         first = len(known.input_ids)
         cache = (
-            prefill(model, rest, known.cache, first).cache if rest.numel() else _all_of(known.cache)
+            prefill(model, rest, Prefix(known.cache, first) if first else None).cache
+            if rest.numel()
+            else _all_of(known.cache)
         )
     else:
         cache = _joined(pieces, None if arm == "concat" else rotary_of(model))
@@ -299,7 +302,8 @@ def _recomputed(
     first, ids = len(pieces[0].input_ids), torch.tensor([flat], device=model.device)
     stored = to_tensor(_joined(pieces, rotary_of(model)))  # (L, 2, 1, H_kv, T, D)
     start = from_tensor(stored[:early, ..., :first, :])
-    true = to_tensor(prefill(first_layers(model, early), ids[:, first:], start).cache)
+    shallow, start = first_layers(model, early), Prefix(start, first)
+    true = to_tensor(prefill(shallow, ids[:, first:], start).cache)
     difference = (true - stored[:early])[-1].float().pow(2).sum((1, 2, 4))  # (2, T)
     size = true[-1].float().pow(2).sum((1, 2, 4)).mean(1, keepdim=True)
     difference = (difference / size).sum(0)[first:]
@@ -309,7 +313,7 @@ def _recomputed(
         return from_tensor(stored)
     slots = Slots(model, rows=1, room=len(flat))
     slots.put(0, from_tensor(stored), len(flat))
-    step(model, slots, ids[:, chosen], slots.aim_at(chosen[None]), logits_to_keep=1)
+    step(model, slots, ids[:, chosen], slots.set_write_columns(chosen[None]), logits_to_keep=1)
     return slots.entries(0)
 
 

@@ -29,17 +29,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kvlab.cache import (
-    Prefix,
-    Read,
-    Slots,
-    first_layers,
-    length,
-    prefill,
-    require_supported,
-    rotary_of,
-    step,
-)
+from kvlab.cache import Prefix, length, prefill
+from kvlab.models import first_layers, require_supported, rotary_of
+from kvlab.slots import Slots, step
 
 Texts = list[list[int]]  # token ids of each row
 
@@ -302,10 +294,7 @@ class Runner:
         for model, text, prefix in zip(models, texts, prefixes, strict=True):
             keys.append((tuple(text), id(prefix), id(model)))
             if keys[-1] not in states:  # many samples of one prompt read it once
-                past, position = (prefix.cache, prefix.next_position) if prefix else (None, None)
-                states[keys[-1]] = prefill(
-                    model, torch.tensor([text], device=device), past, position
-                )
+                states[keys[-1]] = prefill(model, torch.tensor([text], device=device), prefix)
         self.prepare(len(texts), max(length(state.cache) for state in states.values()) + room)
         for row, key in enumerate(keys):
             self.slots.put(row, states[key].cache, states[key].next_position)
@@ -323,7 +312,9 @@ class Runner:
                     torch._dynamo.mark_static_address(layer.values)
 
     def __call__(self, tokens: Tensor, starts: list[int]) -> Tensor:
-        columns = self.slots.aim(starts, tokens.shape[1], fixed=self.compiled_room is not None)
+        columns = self.slots.set_write_positions(
+            starts, tokens.shape[1], fixed=self.compiled_room is not None
+        )
         if self.compiled_room is None:
             return step(self.model, self.slots, tokens, columns)
         if tokens.shape not in self._programs:
@@ -471,7 +462,7 @@ class FusedProposer(ModelProposer):
     Args:
         model, prefix: as for `ModelProposer`. The draft's own prefix is not fused.
         target: the model that verifies, or its Runner.
-        fuser: from the target to the draft, as `fuse.Fuser`: called with a `Read` of each, it
+        fuser: from the target to the draft, as `fuse.Fuser`: called with a `Prefix` of each, it
             returns the draft's cache.
         prefill, decode: whether to fuse what stands before the first guess, and what is accepted
             later.
@@ -481,7 +472,7 @@ class FusedProposer(ModelProposer):
         self,
         model: PreTrainedModel | Runner,
         target: PreTrainedModel | Runner,
-        fuser: Callable[[Read, Read], DynamicCache],
+        fuser: Callable[[Prefix, Prefix], DynamicCache],
         prefix: Prefix | Sequence[Prefix] | None = None,
         prefill: bool = True,
         decode: bool = True,
@@ -516,7 +507,7 @@ class FusedProposer(ModelProposer):
         count, self.settled[row] = read - self.settled[row], read
         if count > 0:
             ends = own.lengths[row], target_cache.lengths[row] - (len(text) - 1 - read)
-            reads = [slots.read(row, end - count, end, rotary) for slots, end, rotary in zip(
+            reads = [slots.prefix(row, end - count, end, rotary) for slots, end, rotary in zip(
                 (own, target_cache), ends, (self.rotary, self.sharer_rotary), strict=True)]  # fmt: skip
             own.replace(row, ends[0] - count, self.fuser(*reads))
 

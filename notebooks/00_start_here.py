@@ -41,8 +41,9 @@ import pandas as pd
 import torch
 
 from kvlab import Scale, lab, plots
-from kvlab.cache import bytes_per_token, clone, length, nbytes, prefill
-from kvlab.cache import rotary_of, select, shift, truncate, unrotate
+from kvlab.cache import Prefix, bytes_per_token, clone, length, nbytes, prefill
+from kvlab.cache import select, shift, truncate, unrotate
+from kvlab.models import rotary_of
 
 scale = Scale.current()
 print(scale.describe("00_start_here"))
@@ -143,32 +144,33 @@ plots.lab_report(figures, tasks, ["target", "draft", "teacher"]);
 # %% [markdown]
 # ## What prefill and decoding cost
 #
-# `prefill` is a forward pass that keeps the cache. It returns the cache, the logits after the last token, and the
-# position at which to continue.
+# `prefill` is a forward pass that keeps the cache.
+# It returns a `Prefix`: the cache, the position at which to continue, and the logits after the last token.
 
 # %%
 prompt = ask(questions[0])
-cache, logits, next_position = prefill(model, prompt)
+prefix = prefill(model, prompt)
+cache = prefix.cache
 print(f"{prompt.shape[1]} tokens read, a cache of {length(cache)} entries")
-print("continue at position", next_position)
-print("likeliest next token:", repr(tokenizer.decode(logits[0].argmax())))
+print("continue at position", prefix.next_position)
+print("likeliest next token:", repr(tokenizer.decode(prefix.logits[0].argmax())))
 
 # %% [markdown]
 # Decoding is the same call on one token, after what was read:
 
 # %%
-def continue_from(cache, logits, position, steps):
+def continue_from(prefix, steps):
     """Greedy decoding, written out: one forward pass over one token a step."""
     tokens = []
     for _ in range(steps):
-        tokens.append(logits.argmax(-1, keepdim=True))
+        tokens.append(prefix.logits.argmax(-1, keepdim=True))
         if tokens[-1].item() == tokenizer.eos_token_id:
             break
-        cache, logits, position = prefill(model, tokens[-1], cache, position)
+        prefix = prefill(model, tokens[-1], prefix)
     return torch.cat(tokens, 1)[0]
 
 
-print(words(continue_from(cache, logits, next_position, 8)))
+print(words(continue_from(prefix, 8)))
 
 # %% [markdown]
 # Without a cache, each new token would have to read everything before it again. With one, a step computes the keys and
@@ -376,7 +378,9 @@ plots.turned_scores(steps, scores);
 
 # %%
 read = encode([read_passage])
-whole, _, end = prefill(model, read)
+passage_prefix = prefill(model, read)
+whole = passage_prefix.cache
+end = passage_prefix.next_position
 
 period = tokenizer(".", add_special_tokens=False).input_ids[0]
 ends = (read[0] == period).long()
@@ -390,7 +394,7 @@ print(f"{length(whole)} entries, {length(small)} kept; next position {end}")
 def asked(cache, question, position):
     user = {"role": "user", "content": question}
     tail = encode([user], add_generation_prompt=True)
-    return prefill(model, tail, past=cache, position=position)
+    return prefill(model, tail, Prefix(cache, position))
 
 
 def kl(p, q):
@@ -406,9 +410,9 @@ def hidden(question):
     """Logits from the whole cache with a mask over the dropped entries."""
     user = {"role": "user", "content": question}
     tail = encode([user], add_generation_prompt=True)
-    mask = torch.zeros(1, end + tail.shape[1], dtype=torch.long)
-    mask[0, kept.cpu()] = mask[0, end:] = 1
-    return prefill(model, tail, whole, end, mask.to(model.device)).logits
+    mask = torch.zeros(1, end, dtype=torch.long, device=model.device)
+    mask[0, kept] = 1
+    return prefill(model, tail, Prefix(whole, end, attention_mask=mask)).logits
 
 
 rows = {}
@@ -425,13 +429,13 @@ assert (errors["position kept"] < 0.05 * errors["entries counted"]).all()
 errors.rename_axis("largest error of a logit").map("{:.1e}".format)
 
 # %% [markdown]
-# Dropping does exactly what hiding does, if the position is kept. That is why `prefill` and `load` return the next position with a cache.
+# Dropping does exactly what hiding does, if the position is kept. That is why `prefill` and `load` return a `Prefix`: the cache with its next position.
 # `select` does not change it, and `shift` moves it with the entries.
 
 # %% [markdown]
 # ## Read once, ask often
 #
-# A cache is a value: `prefill(..., past=whole)` leaves `whole` as it is. So a text can be read once, and any number
+# A cache is a value: `prefill(model, ids, prefix)` leaves `prefix` as it is. So a text can be read once, and any number
 # of questions asked of it. Take a longer passage, one that no model of the lab has seen, and a dozen questions:
 
 # %%
@@ -458,8 +462,8 @@ again = [prefill(model, ids).logits.cpu() for ids in whole_texts]
 seconds_again = time.perf_counter() - started
 
 started = time.perf_counter()
-read_once, _, stop = prefill(model, document)
-reused = [prefill(model, t, past=read_once, position=stop) for t in tails]
+read_once = prefill(model, document)
+reused = [prefill(model, t, read_once) for t in tails]
 first_tokens = [state.logits.cpu() for state in reused]
 seconds_reused = time.perf_counter() - started
 
@@ -467,14 +471,14 @@ seconds_reused = time.perf_counter() - started
 # The logits are the same as when everything is read again each time, up to rounding, and the time is not:
 
 # %%
-assert length(read_once) == stop, "the cache we read from has grown"
+assert length(read_once.cache) == document.shape[1], "the cache we read from has grown"
 pairs = zip(again, first_tokens, strict=True)
 difference = max((a - b).abs().max().item() for a, b in pairs)
 assert difference < (1e-3 if model.dtype == torch.float32 else 0.5)
 print(f"largest difference between logits: {difference:.1e}")
 print(f"{document.shape[1]} tokens read once instead of {len(tails)} times:",
       f"{seconds_again / seconds_reused:.1f} times faster")  # fmt: skip
-said = [words(continue_from(*each, 8)) for each in reused]
+said = [words(continue_from(each, 8)) for each in reused]
 right = [text == answer for text, answer in zip(said, asks.values())]
 print("answers right:", sum(right), "of", len(right))
 
@@ -492,12 +496,12 @@ print("answers right:", sum(right), "of", len(right))
 from kvlab import cache as kv
 
 file = Path(tempfile.mkdtemp()) / "passage.safetensors"
-kv.save(whole, file, model, end, metadata={"text": passage})
+kv.save(passage_prefix, file, model, metadata={"text": passage})
 saved = kv.load(file, model)
 print(f"{file.stat().st_size / 1000:.0f} kB; go on at {saved.next_position}")
 
 state = asked(saved.cache, "Who owns the lamp?", saved.next_position)
-print(words(continue_from(*state, 8)))
+print(words(continue_from(state, 8)))
 
 # %% [markdown]
 # And if something is wrong with the file, or with the model?
@@ -642,9 +646,9 @@ more = tokenizer(" Anna has a parrot.", return_tensors="pt").input_ids
 
 read = prefill(model, begin.to(model.device))
 with tempfile.TemporaryDirectory() as folder:
-    save(read.cache, f"{folder}/mine", model, read.next_position)
+    save(read, f"{folder}/mine", model)
     mine = load(f"{folder}/mine", model)
-went_on = prefill(model, more.to(model.device), mine.cache, mine.next_position)
+went_on = prefill(model, more.to(model.device), mine)
 print(went_on.next_position, tuple(went_on.logits.shape))
 
 # %% [markdown]

@@ -31,7 +31,6 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
     subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
-import json
 import tempfile
 import textwrap
 import time
@@ -43,9 +42,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+import kvlab
 from kvlab import Scale, knowledge, lab, plots, speculate
-from kvlab.cache import CacheError, Prefix, bytes_per_token, clone, join
-from kvlab.cache import length, nbytes, prefill, rotary_of, shift, to_tensor
+from kvlab.cache import Prefix, bytes_per_token, clone, join
+from kvlab.models import CacheError
+from kvlab.cache import length, nbytes, prefill, shift, to_tensor
+from kvlab.models import rotary_of
 from kvlab.cache import truncate
 from kvlab.evaluate import bootstrap
 from kvlab.generation import encode
@@ -491,7 +493,7 @@ def read_it(item):
 
 
 def load_it(item):
-    return prefill(model, more, speed.read(item).cache)
+    return prefill(model, more, Prefix(speed.read(item).cache, len(item.input_ids)))
 
 
 # %%
@@ -532,19 +534,13 @@ pd.DataFrame.from_dict(rows, orient="index", columns=columns).round(2)
 # (`tests/benchmarks/knowledge.py`) measured it on a model of the shape of Qwen3-0.6B with random weights, for items of about 512 tokens:
 
 # %%
-file = Path("../book/results/knowledge.json")
-if file.exists():
-    results = json.loads(file.read_text())
-    figures = {f["name"]: f for f in results["figures"]}
-    line = "{:22} {value:8.3g}  [{low:.3g}, {high:.3g}]  {unit}"
-    names = """prefill_seconds load_seconds question_seconds load_ratio ttft_ratio
-        ttft_ratio_one_token ttft_ratio_shift ttft_ratio_recompute
-        store_mb resident_mb retrieval_ms_100k kills_survived"""
-    for name in names.split():
-        print(line.format(name, **figures[name]))
-    print(results["device"], "- torch", results["versions"]["torch"])
-else:
-    print("The figures are in the repository: book/results/knowledge.json")
+measured = kvlab.results("knowledge")
+names = """prefill_seconds load_seconds question_seconds load_ratio ttft_ratio
+    ttft_ratio_one_token ttft_ratio_shift ttft_ratio_recompute
+    store_mb resident_mb retrieval_ms_100k kills_survived"""
+for name in names.split():
+    print(f"{name:22} {measured[name]:.3g} {measured[name].unit}")
+print(measured.device, "- torch", measured.versions["torch"])
 
 # %% [markdown]
 # `load_ratio` compares reading the item with loading it; `ttft_ratio` the whole way to the first token, with a question of twelve tokens on both sides; those that end in `_shift` and `_recompute` put three items behind one another, against reading all three. `resident_mb` is by how much the

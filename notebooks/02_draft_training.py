@@ -34,7 +34,6 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
 # %%
 import copy
 import hashlib
-import json
 import tempfile
 import textwrap
 from pathlib import Path
@@ -43,6 +42,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+import kvlab
 from kvlab import Scale, draft, lab, losses, plots, speculate
 from kvlab.draft import KnowledgeDraft, KnowledgeDraftConfig, sample_layers
 from kvlab.evaluate import bootstrap
@@ -333,25 +333,16 @@ plots.loss_gradients(levels, pulls);
 # after training takes many runs, so a benchmark has made them (`tests/benchmarks/draft.py`): one cut, each loss alone, the same texts and steps, several seeds.
 
 # %%
-file = Path("../book/results/draft.json")
-results = json.loads(file.read_text()) if file.exists() else None
-figures = {f["name"]: f for f in results["figures"]} if results else {}
-if results:
-    print(textwrap.fill(figures["greedy_kl"]["conditions"], 78))
-else:
-    print("The measured figures are in the repository: book/results/draft.json")
+results = kvlab.results("draft")
+print(textwrap.fill(results["greedy_kl"].conditions, 78))
 
 # %% mystnb={"image": {"alt": "Two panels, greedy and sampled acceptance, with a dot and an interval for each of six losses."}}
-def triple(name):
-    f = figures[name]
-    return f["value"], f["low"], f["high"]
-
-
 kinds = ("kl", "reverse_kl", "ce", "tv", "log_alpha", "lk_hybrid")
-if results:
-    ways = ("greedy", "sampled")
-    panels = {way: {k: triple(f"{way}_{k}") for k in kinds} for way in ways}
-    plots.splice_panels(panels)
+panels = {
+    way: results.intervals({f"{way}_{kind}": kind for kind in kinds})
+    for way in ("greedy", "sampled")
+}
+plots.splice_panels(panels);
 
 # %% [markdown]
 # After so few steps, total variation and reverse KL are behind: both pull at what the draft says already. KL, cross-entropy (on a greedy target's text it asks for nearly the same), $-\log\alpha$ and the hybrid are close to one another. None is a clear best here; a draft that is
@@ -540,20 +531,13 @@ if scale.name == "tiny":
 # The benchmark trains all three on the same texts, for longer than here, with three divisions of the FAQ into seen and new. (The settings, such as the learning rate and how often knowledge is exchanged, were tried out on the new questions of the first of them.)
 
 # %% mystnb={"image": {"alt": "Two panels, acceptance on new items of the store and on outside questions, for the truncated draft, the trained one, and three ways of reading, with intervals."}}
-arms = {
-    "truncated": ("acceptance_truncated", "acceptance_truncated_outside"),
-    "trained": ("acceptance_trained", "acceptance_trained_outside"),
-    "vector": ("acceptance_vector", "acceptance_vector_outside"),
-    "kv": ("acceptance_kv", "acceptance_kv_outside"),
-    "prefix": ("acceptance_prefix", "acceptance_prefix_outside"),
+arms = ("truncated", "trained", "vector", "kv", "prefix")
+panels = {
+    title: results.intervals({f"acceptance_{arm}{ending}": arm for arm in arms})
+    for title, ending in {"new items": "", "outside questions": "_outside"}.items()
 }
-if results:
-    panels = {
-        title: {arm: triple(names[column]) for arm, names in arms.items()}
-        for column, title in enumerate(("new items", "outside questions"))
-    }
-    plots.splice_panels(panels)
-    print(textwrap.fill(figures["acceptance_kv"]["conditions"], 78))
+plots.splice_panels(panels)
+print(textwrap.fill(results["acceptance_kv"].conditions, 78))
 
 # %% [markdown]
 # Keys and values help, in a cross-attention or as a prefix; the last hidden states help much less in as many steps. They were made to say what comes next, and it may take longer to learn from them which token they stand for. The prefix asks for no new parameters, but costs a
@@ -618,9 +602,8 @@ names = {
     "speedup_kv_new_end_to_end": "... with finding and loading",
     "speedup_trained_new": "new items: three layers that do not",
 }
-if results:
-    plots.speed_ratios(figures, names)
-    print(textwrap.fill(figures["speedup"]["conditions"], 78))
+plots.speed_ratios(results.intervals(names))
+print(textwrap.fill(results["speedup"].conditions, 78))
 
 # %% [markdown]
 # ## Give it away

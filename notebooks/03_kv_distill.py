@@ -33,7 +33,6 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
     subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
-import json
 import re
 import tempfile
 import textwrap
@@ -43,9 +42,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import display
 
+import kvlab
 from kvlab import Scale, cache, compress, lab, plots
+from kvlab.models import fingerprint, rotary_of
 from kvlab.compress import KVDistiller, compact, evict, routed
 from kvlab.evaluate import bootstrap
 from kvlab.lab.corpora import Readings
@@ -83,7 +83,7 @@ def asked(text, turns):
     return context, [e.text[e.weights == 0] for e in made], [answer for _, answer in turns]
 
 
-everything = partial(cache.prefix_of, target)  # the whole cache, and where to go on
+everything = partial(cache.prefill, target)  # the whole cache, and where to go on
 passages = [asked(*reading) for reading in test]
 ids = passages[0][0]
 whole = everything(ids).cache
@@ -203,7 +203,7 @@ def at_the_number_of_entries(context):
     return prefix._replace(next_position=cache.length(prefix.cache))
 
 
-rotary = cache.rotary_of(target)
+rotary = rotary_of(target)
 answered = {
     "as it was": evicted["key_norm_reversed", 0.5],
     "compacted": right(lambda c: compact(half(c), rotary).prefix),
@@ -306,7 +306,7 @@ steps = 20 if scale.name == "tiny" else 1000
 batch = 8 if scale.name == "tiny" else 2
 readings = Readings(8 * steps, facts=(8, 16), questions=6, seed=scale.seed)
 examples = compress.Examples(tokenizer, readings)
-before = cache.fingerprint(target)["weights"]
+before = fingerprint(target)["weights"]
 history = compress.train(
     distiller,
     examples,
@@ -317,7 +317,7 @@ history = compress.train(
     retention=(0.05, 0.8),
     precision="fp16" if target.dtype == torch.float16 else "no",
 )
-assert cache.fingerprint(target)["weights"] == before  # frozen
+assert fingerprint(target)["weights"] == before  # frozen
 
 # %% mystnb={"image": {"alt": "The loss of each training step. It falls, and scatters, since each step keeps another share."}}
 ax = plots.axes(height=2.4)[0]
@@ -368,18 +368,8 @@ pd.DataFrame(rows).T
 # Ten passages are few. The benchmark asks about many more, with three distillers from three seeds (each asked about passages of its own), each method on the same passages, and intervals over passages. The dashed line has what the distiller chose, with the entries that the plain model made of it:
 
 # %%
-book = Path("../book/results/distill.json")
-results = json.loads(book.read_text()) if book.exists() else {}
-figures = {f["name"]: f for f in results.get("figures", [])}
-if not results:
-    print("The figures below are in the repository, in book/results/distill.json.")
+results = kvlab.results("distill")
 PERCENTS = (50, 25, 10, 5, 2)
-
-
-def curve(name):
-    points = {p: figures[f"em_{name}_{p}"] for p in PERCENTS}
-    return {p: (f["value"], f["low"], f["high"]) for p, f in points.items()}
-
 
 # %% mystnb={"image": {"alt": "Share of questions answered against the percentage of entries kept, from 2 to 100, for KV-Distill, its choice alone, and six scores."}}
 names = {
@@ -392,17 +382,18 @@ names = {
     "key_norm_reversed": "key norm, reversed",
     "choice": "KV-Distill, the choice only",
 }
-if results:
-    curves = {told: curve(name) for name, told in names.items()}
-    dashed = ["KV-Distill, the choice only"]
-    plots.retention_curves(curves, figures["em_full"]["value"], dashed)
-    print(textwrap.fill(figures["em_distill_25"]["conditions"], 78))
-    for p in (25, 10):
-        seeds = [figures[f"em_distill_{p}_seed_{seed}"]["value"] for seed in range(3)]
-        print(f"KV-Distill at {p} %, by seed:", *(f"{value:.2f}" for value in seeds))
-    span = "{value:.3f} [{low:.3f}, {high:.3f}]"
-    print("lost at 25 %, whole cache minus KV-Distill:", span.format(**figures["lost_25"]))
-    print("gained at 10 %, minus the best score:      ", span.format(**figures["gain_10"]))
+curves = {
+    label: results.intervals({f"em_{name}_{p}": p for p in PERCENTS})
+    for name, label in names.items()
+}
+dashed = ["KV-Distill, the choice only"]
+plots.retention_curves(curves, results["em_full"].value, dashed)
+print(textwrap.fill(results["em_distill_25"].conditions, 78))
+for p in (25, 10):
+    seeds = [results[f"em_distill_{p}_seed_{seed}"].value for seed in range(3)]
+    print(f"KV-Distill at {p} %, by seed:", *(f"{value:.2f}" for value in seeds))
+print(f"lost at 25 %, full cache minus KV-Distill: {results['lost_25']:.3f}")
+print(f"gained at 10 %, minus the best score:      {results['gain_10']:.3f}")
 
 # %% [markdown]
 # A quarter of the entries answers what the whole cache answers. A tenth has fewer entries than the passage has facts, and each of them answers for about one. Writing two facts into one entry would go further, but that is not what the adapters have learned here: at a quarter and a tenth nearly all of the gain is in the choice. With still fewer entries, writing has a share in it.
@@ -410,10 +401,10 @@ if results:
 # The scores let each head keep entries of its own. What if all heads must keep the same, as KV-Distill has it? And 2 % is a smaller share than any in training (3 % and more): of the two or three entries it leaves, one is the first token, which always stays.
 
 # %%
-if results:
-    for name in ("key_norm_reversed", "snapkv", "random"):
-        own, shared = (figures[f"em_{name}{part}_25"]["value"] for part in ("", "_shared"))
-        print(f"{names[name]}, at 25 %: {own:.2f} with entries of each head's own, {shared:.2f} shared")
+for name in ("key_norm_reversed", "snapkv", "random"):
+    per_head = results[f"em_{name}_25"].value
+    shared = results[f"em_{name}_shared_25"].value
+    print(f"{names[name]}, at 25 %: {per_head:.2f} with entries per head, {shared:.2f} shared")
 
 # %% [markdown]
 # To the reversed key norm that is worth almost everything, to the others little.
@@ -425,12 +416,10 @@ if results:
 
 # %%
 known = {"h2o_aware": "H2O, question known", "snapkv_aware": "SnapKV, question known"}
-if results:
-    table = {
-        told: {f"{p} %": "{value:.2f} [{low:.2f}, {high:.2f}]".format(**figures[f"em_{name}_{p}"]) for p in PERCENTS}
-        for name, told in known.items()
-    }
-    display(pd.DataFrame(table).T)
+rows = {
+    label: {f"{p} %": f"em_{name}_{p}" for p in PERCENTS} for name, label in known.items()
+}
+results.table(rows)
 
 # %% [markdown]
 # What happens to the second question? Choose with the first in view, and then ask all:
@@ -461,21 +450,14 @@ print("the others:                    ", shown(others))
 # Evicted entries free their memory: bytes fall with the number of entries. And every new token reads the whole cache once, so decoding gets faster where the cache is what it waits for. Measured behind 8,192 tokens, on a model of Qwen3-0.6B's shape (random weights: time does not depend on them):
 
 # %% mystnb={"image": {"alt": "Two panels over the percentage of entries kept: megabytes of the cache, which fall in proportion, and milliseconds a token, which fall to a floor, the reading of the weights."}}
-if results:
-    shares = [100, *PERCENTS]
-    panels = plots.axes(2, width=7, height=2.8)
-    for ax, name, unit in zip(panels, ("cache_mb", "decode_ms"), ("cache (MB)", "a new token (ms)")):
-        points = [figures[f"{name}_{p}"] for p in shares]
-        ax.errorbar(
-            shares,
-            [f["value"] for f in points],
-            [[f["value"] - f["low"] for f in points], [f["high"] - f["value"] for f in points]],
-            fmt="o-",
-            color=plots.BLUE,
-            ms=4,
-        )
-        ax.set(xlabel="entries kept (%)", ylabel=unit, ylim=(0, None))
-    print(textwrap.fill(figures["decode_ms_100"]["conditions"], 78))
+panels = plots.axes(2, width=7, height=2.8)
+quantities = {"cache_mb": "cache (MB)", "decode_ms": "decoding (ms per token)"}
+percents = sorted([100, *PERCENTS])
+for ax, (name, ylabel) in zip(panels, quantities.items()):
+    points = [results[f"{name}_{p}"].interval for p in percents]
+    labels = {"xlabel": "entries kept (%)", "ylabel": ylabel}
+    plots.draw_lines(ax, percents, {"": points}, ylim=(0, None), **labels)
+print(textwrap.fill(results["decode_ms_100"].conditions, 78))
 
 # %% [markdown]
 # ## What is it made of?
@@ -497,25 +479,21 @@ arms = {
     "layer_6": "scored after layer 6",
     "layer_12": "scored after layer 12",
 }
-if results:
-    panels = {
-        f"at {p} %": {
-            told: tuple(figures[f"ablation_{name}_{p}"][part] for part in ("value", "low", "high"))
-            for name, told in arms.items()
-        }
-        for p in (25, 10)
-    }
-    plots.splice_panels(panels)
-    told = figures["ablation_base_25"]["conditions"].partition("; ")[2].partition(":")[0]
-    print(textwrap.fill(told, 78))
+panels = {
+    f"at {p} %": results.intervals({f"ablation_{name}_{p}": arms[name] for name in arms})
+    for p in (25, 10)
+}
+plots.splice_panels(panels)
+conditions = results["ablation_base_25"].conditions
+print(textwrap.fill(conditions.partition("; ")[2].partition(":")[0], 78))
 
 # %% [markdown]
 # What matters here is that a gate can teach. Without one, what stays is what a random network happens to like. With scores left free, as the source has them, so few steps at so high a rate are a matter of luck. Compare the slopes of the gates of kept tokens (standardized scores cannot have one near 0):
 
 # %%
-if results:
-    for name, told in {"base": "standardized", "free_scores": "left free"}.items():
-        print(f"mean slope of the gates, scores {told}: {figures[f'gate_slope_{name}']['value']:.1e}")
+for name, scores in {"base": "standardized", "free_scores": "left free"}.items():
+    slope = results[f"gate_slope_{name}"].value
+    print(f"mean slope of the gates, scores {scores}: {slope:.1e}")
 
 # %% [markdown]
 # Free scores that are almost all open teach little more. Trained longer they may yet learn; that they can learn well in larger models, the paper shows.
@@ -527,28 +505,28 @@ if results:
 # Is an answer that is not said lost, or just outranked? With four options of a kind, three of them from the same passage if it has so many, chance is 0.25:
 
 # %%
-if results:
-    compared = ("distill", "key_norm_reversed", "snapkv", "random")
-    order = ["full", *(f"{n}_{p}" for p in (25, 10, 5) for n in compared)]
-    told = {"full": "everything"} | {
-        f"{n}_{p}": f"{t}, {p} %" for n, t in names.items() for p in (25, 10, 5)
-    }
-    rows = {told[name]: "{value:.2f} [{low:.2f}, {high:.2f}]".format(**figures[f"choice_{name}"]) for name in order}
-    display(pd.DataFrame({"picked": rows}))
+rows = {"everything": {"picked": "choice_full"}}
+for p in (25, 10, 5):
+    for name in ("distill", "key_norm_reversed", "snapkv", "random"):
+        rows[f"{names[name]}, {p} %"] = {"picked": f"choice_{name}_{p}"}
+results.table(rows)
 
 # %% [markdown]
 # And does it depend on where a fact stands? A needle test asks for the fact at a certain depth of a passage of a certain length. Passages of 32 facts are longer than any the distiller was trained on. At a quarter it stays near the whole cache at all depths and lengths; at a tenth facts in the middle and behind it are lost first:
 
 # %% mystnb={"image": {"alt": "Maps of the share answered by number of facts in the passage, 8, 16, 32, and depth of the fact asked for: everything kept, KV-Distill at 25 and 10 percent, reversed key norm at 25 percent."}}
 lengths, depths = (8, 16, 32), (0, 25, 50, 75, 100)
-if results:
-    arms = {"full": "everything", "distill_25": "KV-Distill, 25 %", "distill_10": "KV-Distill, 10 %"}
-    arms["key_norm_reversed_25"] = "key norm reversed, 25 %"
-    maps = {
-        told: np.array([[figures[f"needle_{arm}_{n}_{d}"]["value"] for d in depths] for n in lengths])
-        for arm, told in arms.items()
-    }
-    plots.needle_maps(maps, lengths, depths)
+arms = {
+    "full": "everything",
+    "distill_25": "KV-Distill, 25 %",
+    "distill_10": "KV-Distill, 10 %",
+    "key_norm_reversed_25": "key norm reversed, 25 %",
+}
+maps = {label: np.empty((len(lengths), len(depths))) for label in arms.values()}
+for arm, label in arms.items():
+    for i, n in enumerate(lengths):
+        maps[label][i] = [results[f"needle_{arm}_{n}_{depth}"].value for depth in depths]
+plots.needle_maps(maps, lengths, depths);
 
 # %% [markdown]
 # ## Keep it
@@ -593,7 +571,7 @@ def next_word(store, item):
     prefix = store.splice([item], "shift") if store else cache.Prefix(None, 0)
     prompt = stores["all entries"].prompt(item.question)
     prompt = torch.tensor([prompt], device=target.device)
-    out = cache.prefill(target, prompt, prefix.cache, prefix.next_position)
+    out = cache.prefill(target, prompt, prefix)
     return out.logits.float().softmax(-1)[0]
 
 

@@ -19,7 +19,7 @@
 #
 # **Time and memory**: less than a minute and 1.2 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
-# **Code**: `kvlab/align.py` and `kvlab/similarity.py`; the code written out here is checked against it.
+# **Code**: `kvlab/align.py` and `kvlab/layers.py`; the code written out here is checked against it.
 # ```
 
 # %%
@@ -32,18 +32,19 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
     subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
-import json
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import display
 
-from kvlab import Scale, align, cache, lab, plots, similarity
+import kvlab
+from kvlab import Scale, align, cache, lab, plots
+from kvlab.models import rotary_of
 from kvlab.align import Lesson, Projector, plan_time, resample, segment
 from kvlab.lab.corpora import Solutions
+from kvlab.layers import CKA, biased_cka, layer_map, proportional
+from kvlab.layers import hsic as package_hsic
 
 scale = Scale.current()
 print(scale.describe("04_alignment_4d"))
@@ -169,7 +170,7 @@ assert not torch.allclose(nearest, nearest.mean().expand(len(nearest)))
 # Cached keys have been rotated by their positions ({term}`RoPE`), with the teacher's own angles. A mean of keys from two positions is no key at any position. So keys are un-rotated first, aligned, and rotated again for the student's positions with the student's angles. Then the {term}`GQA` heads of a token (KV heads, not attention heads) are laid side by side: $(B, L, H_{kv}, T, d) \to (B, L, T, H_{kv} d)$.
 
 # %%
-rotary = cache.rotary_of(teacher)
+rotary = rotary_of(teacher)
 
 
 def read(model, text, start=0):
@@ -211,7 +212,7 @@ def hsic(x, y):
 
 x, y = torch.randn(2, 60, 24)
 y = x @ torch.randn(24, 24) + y
-assert torch.allclose(hsic(x, y), similarity.hsic(x, y))
+assert torch.allclose(hsic(x, y), package_hsic(x, y))
 turn = torch.linalg.qr(torch.randn(24, 24)).Q
 once = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
 turned = hsic(5 * x @ turn, y) / (hsic(5 * x @ turn, 5 * x @ turn) * hsic(y, y)).sqrt()
@@ -225,8 +226,8 @@ counts = (16, 32, 64, 128, 256, 512, 1024)
 rows = {"biased": [], "unbiased": []}
 for n in counts:
     x, y = torch.randn(2, n, 128)
-    rows["biased"].append(similarity.biased_cka(x, y).item())
-    unbiased = similarity.CKA()
+    rows["biased"].append(biased_cka(x, y).item())
+    unbiased = CKA()
     unbiased.update([x], [y])
     rows["unbiased"].append(unbiased.matrix().item())
 ax = plots.lines(counts, rows, "tokens", "CKA of independent layers")
@@ -244,10 +245,10 @@ maps = {w: align.similar_layers(student, texts, teacher, others, w) for w in wha
 
 # %% mystnb={"image": {"alt": "Three tables of CKA between student layers and teacher layers, for hidden states, keys and values."}}
 plots.similarity_maps(maps, "student layer", "teacher layer")
-chosen = similarity.layer_map(maps["hidden"], k=2)
+chosen = layer_map(maps["hidden"], k=2)
 for layer, (layers, weights) in enumerate(zip(chosen.indices.tolist(), chosen.weights.tolist())):
     print(f"student layer {layer}: teacher layers {layers}, weights {np.round(weights, 2)}")
-even = similarity.proportional(len(chosen.indices), chosen.teacher_layers)
+even = proportional(len(chosen.indices), chosen.teacher_layers)
 print("proportional:", even.indices.flatten().tolist())
 
 # %% [markdown]
@@ -278,7 +279,7 @@ def aligned(texts, others, chosen=chosen):
             names = ("input_ids", "attention_mask", "position_ids")
             ids, mask, places = (batch[name].to(model.device) for name in names)
             made = cache.prefill(model, ids, attention_mask=mask).cache
-            flats.append(align.features(made, places, cache.rotary_of(model)))
+            flats.append(align.features(made, places, rotary_of(model)))
         mine, given = flats
         given = (align.mix_layers(resample(x, plan), chosen) for x in given)
         keep = plan.mask.to(ids.device)
@@ -344,14 +345,14 @@ def as_teacher(model, text, own, chosen, projector):
     """A teacher that has read its text, for `align_kv`."""
     made, positions = read(model, text)
     plan = plan_time(own.borders[None], text.borders[None])
-    return align.Teacher(made, positions, cache.rotary_of(model), plan, chosen, projector)
+    return align.Teacher(made, positions, rotary_of(model), plan, chosen, projector)
 
 
 layers, width = student.config.num_hidden_layers, widths[1]
 like = Projector(width, width, "identity").to(student.device)
-mirror = as_teacher(student, own, own, similarity.proportional(layers, layers), like)
+mirror = as_teacher(student, own, own, proportional(layers, layers), like)
 kept = align.align_kv([mirror])
-assert torch.equal(kept.keys, align.features(*read(student, own), cache.rotary_of(student)).keys)
+assert torch.equal(kept.keys, align.features(*read(student, own), rotary_of(student)).keys)
 
 # %% [markdown]
 # And another teacher? What would the student say next, behind the teacher's cache in place of its own? Of the distribution of the next token, how much stays, $\sum_x \min(p(x), q(x))$, at the end of the prompt, where a solution begins, and at the first digit of the answer?
@@ -362,16 +363,17 @@ def behind(kv, own, at):
     positions = torch.arange(len(own.input_ids), device=student.device)[None]
     heads = student.config.num_key_value_heads
     kv = align.KV(*(x.to(student.dtype) for x in kv))
-    made = align.as_cache(kv, positions, cache.rotary_of(student), heads)
+    made = align.as_cache(kv, positions, rotary_of(student), heads)
     made = cache.truncate(made, at - 1)
-    out = cache.prefill(student, own.input_ids[None, at - 1 : at].to(student.device), made)
+    out = cache.prefill(student, own.input_ids[None, at - 1 : at].to(student.device),
+                        cache.Prefix(made, at - 1))
     return out.logits.float().softmax(-1)[0]
 
 
 rows = {}
 for i in range(32, 48):
     one, two, wrong = texts[i], others[i], others[(i + 5) % 48]
-    truth = align.features(*read(student, one), cache.rotary_of(student))
+    truth = align.features(*read(student, one), rotary_of(student))
     empty = align.KV(*(torch.zeros_like(x) for x in truth))
     arms = {"a cache of zeros": empty}
     for name, text in (("teacher", two), ("teacher, another problem", wrong)):
@@ -426,7 +428,7 @@ def learner():
 problems = [*Solutions(32, seed=6)]
 own_texts = [segment(tokenizer, s) for s, _ in problems]
 begun = learner()
-layers = similarity.proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
 seen = align.seen_by(teacher, words, [t for _, t in problems], own_texts, layers)
 lessons = [Lesson(text, (part,)) for text, part in zip(own_texts, seen)]
 
@@ -480,11 +482,7 @@ ax.set_ylim(0, 1);
 # The benchmark trains them all: students of three layers, from random weights, with the lab's teacher, 600 problems again and again until they know them by heart, and then 300 new ones to solve. All arms have the same problems in the same order, and as many steps; each seed has problems of its own. So the question is which of them *generalizes*; and the teacher, which has seen far more arithmetic, has something to give. (A layer map by CKA needs a student that has learned something; it is made with the one that learned without a teacher.) Not compared: learning from the teacher's text or probabilities, which would bring in what it knows, too.
 
 # %%
-book = Path("../book/results/align.json")
-results = json.loads(book.read_text()) if book.exists() else {}
-figures = {f["name"]: f for f in results.get("figures", [])}
-if not results:
-    print("The figures below are in the repository, in book/results/align.json.")
+results = kvlab.results("align")
 ARMS = {
     "segment": "segments",
     "ce_only": "no teacher",
@@ -496,49 +494,43 @@ ARMS = {
     "random_teacher": "full, random teacher",
 }
 
-
-def interval(name):
-    return tuple(figures[name][k] for k in ("value", "low", "high"))
-
-
 # %% mystnb={"image": {"alt": "Share of test problems solved at four points of the training, for no teacher, four arms and two controls, with intervals over seeds."}}
-if results:
-    parts = sorted(int(n.rsplit("_", 1)[1]) for n in figures if n.startswith("accuracy_full_part"))
-    curves = {
-        told: [interval(f"accuracy_{arm}_part_{part}") for part in parts] for arm, told in ARMS.items()
-    }
-    percent = [100 * part // len(parts) for part in parts]
-    ax = plots.lines(percent, curves, "training done (%)", "problems solved", bands=True, height=4.2)
-    ax.set(ylim=(0, None), xticks=percent)
-    print(textwrap.fill(figures["accuracy_full"]["conditions"], 78))
+def number(name):
+    return int(name.rsplit("_", 1)[1])
+
+
+parts = sorted(number(name) for name in results if name.startswith("accuracy_full_part"))
+curves = {
+    label: [results[f"accuracy_{arm}_part_{part}"].interval for part in parts]
+    for arm, label in ARMS.items()
+}
+percent = [100 * part // len(parts) for part in parts]
+ax = plots.lines(percent, curves, "training done (%)", "problems solved", height=4.2)
+ax.set(ylim=(0, None), xticks=percent)
+print(textwrap.fill(results["accuracy_full"].conditions, 78))
 
 # %%
-span = "{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-if results:
-    table = {
-        told: {
-            "solved": "{:.3f} [{:.3f}, {:.3f}]".format(*interval(f"accuracy_{arm}")),
-            "minus no teacher": span.format(**figures[f"gain_{arm}"]) if arm != "ce_only" else "",
-            "by seed": "  ".join(
-                f"{f['value']:.2f}" for n, f in figures.items() if n.startswith(f"accuracy_{arm}_seed")
-            ),
-        }
-        for arm, told in ARMS.items()
-    }
-    display(pd.DataFrame(table).T)
-    over = figures["segment_over_shuffled"]
-    print("segments minus segments with another problem:", span.format(**over), f"({over['n']} seeds)")
+rows = {label: {"solved": f"accuracy_{arm}"} for arm, label in ARMS.items()}
+gains = {
+    label: {"minus no teacher": f"gain_{arm}"} for arm, label in ARMS.items() if arm != "ce_only"
+}
+table = results.table(rows, ".3f").join(results.table(gains, "+.3f")).fillna("")
+by_seed = dict.fromkeys(ARMS.values(), "")
+for arm, label in ARMS.items():
+    for name, figure in results.items():
+        if name.startswith(f"accuracy_{arm}_seed"):
+            by_seed[label] += f" {figure.value:.2f}"
+table["by seed"] = pd.Series(by_seed)
+over = results["segment_over_shuffled"]
+print(f"segments minus segments with another problem: {over:+.3f} ({over.n} seeds)")
+table
 
 # %%
-if results:
-    cost = {
-        told: {
-            "training (s)": round(figures[f"seconds_{arm}"]["value"]),
-            "peak memory (MB)": round(figures[f"mb_{arm}"]["value"]),
-        }
-        for arm, told in ARMS.items()
-    }
-    display(pd.DataFrame(cost).T)
+rows = {
+    label: {"training": f"seconds_{arm}", "peak memory": f"mb_{arm}"}
+    for arm, label in ARMS.items()
+}
+results.table(rows, ".0f")
 
 # %% [markdown]
 # (With so few seeds, an interval is little more than the range from the worst to the best of them. A difference from no teacher is taken on the seeds that both have. Times are by the clock, with other work beside; the paired overhead further down is the one to trust.)
@@ -550,13 +542,11 @@ if results:
 # **With layers by CKA no gain is left** that these seeds could show, neither over no teacher nor over the control, where the source expected more from layers than from time. Look where the map sends the student's layers:
 
 # %%
-if results:
-    depth = lab.models.make_config("lab-teacher").num_hidden_layers
-    even = similarity.proportional(3, depth).indices.flatten().tolist()
-    for layer, proportional in enumerate(even):
-        found = interval(f"cka_layer_{layer}")
-        told = "by CKA {:.1f} [{:.1f}, {:.1f}]".format(*found)
-        print(f"student layer {layer}: in proportion teacher layer {proportional}, {told}")
+depth = lab.models.make_config("lab-teacher").num_hidden_layers
+even = proportional(3, depth).indices.flatten().tolist()
+for layer, even_layer in enumerate(even):
+    by_cka = results[f"cka_layer_{layer}"]
+    print(f"student layer {layer}: teacher layer {even_layer} in proportion, {by_cka:.1f} by CKA")
 
 # %% [markdown]
 # It sends all three near the middle of the teacher, and hardly by merit: rows of CKA are nearly flat, and another seed gives another map. So the first layer is asked for what took the teacher several layers to work out, and the last never hears of the teacher's end. The map also takes the mean of two layers where the other takes one; which of the two does the harm was not measured.
@@ -564,12 +554,11 @@ if results:
 # The gap opens between half and three quarters of the training. By then the KV loss has faded to nothing, but the learning rate begins to fall at the same step, so that the two cannot be told apart here. By how many steps a problem takes:
 
 # %% mystnb={"image": {"alt": "Share solved by the number of steps of the problem, one panel each, for all arms."}}
-if results:
-    panels = {
-        f"{n} step{'s' * (n > 1)}": {told: interval(f"accuracy_{arm}_steps_{n}") for arm, told in ARMS.items()}
-        for n in (1, 2, 3)
-    }
-    plots.splice_panels(panels)
+panels = {
+    title: results.intervals({f"accuracy_{arm}_steps_{n}": ARMS[arm] for arm in ARMS})
+    for n, title in {1: "1 step", 2: "2 steps", 3: "3 steps"}.items()
+}
+plots.splice_panels(panels);
 
 # %% [markdown]
 # ### What else was tried
@@ -582,17 +571,17 @@ tried = {
     "weight_1": "segments, weight 1",
     "learned_projectors": "segments, projectors that learn along",
 }
-if results:
-    rows = {ARMS[arm]: interval(f"accuracy_{arm}_seed_0") for arm in ("ce_only", "segment", "full")}
-    rows |= {told: interval(f"accuracy_tried_{name}") for name, told in tried.items()}
-    plots.splice_panels({"problems solved": rows})
+labels = {f"accuracy_{arm}_seed_0": ARMS[arm] for arm in ("ce_only", "segment", "full")}
+labels |= {f"accuracy_tried_{name}": label for name, label in tried.items()}
+plots.splice_panels({"problems solved": results.intervals(labels)});
 
 # %% mystnb={"image": {"alt": "Share of the KV loss in the gradient over a whole training, for the segments arm, where it fades to 0, and as the source has it, where it rises."}}
-if results:
-    ways = {"segment": "segments", "source": "as the source"}
-    logged = {w: {int(n.rsplit("_", 1)[1]): f["value"] for n, f in figures.items() if n.startswith(f"share_{w}_")} for w in ways}
-    at = sorted(logged["segment"])
-    plots.lines(at, {told: [logged[w][step] for step in at] for w, told in ways.items()}, "step", "share of the KV loss")
+steps = sorted(number(name) for name in results if name.startswith("share_segment_"))
+curves = {
+    label: [results[f"share_{arm}_{step}"].value for step in steps]
+    for arm, label in {"segment": "segments", "source": "as the source"}.items()
+}
+plots.lines(steps, curves, "step", "share of the KV loss");
 
 # %% [markdown]
 # As the source has it, nothing much is gained, though not because the loss is silent for good: its share of the gradient is small at first, and large in the second half, when its weight has risen and cross-entropy has fallen (below). A weight of 1 in place of 10 does nearly as well, if projectors stay as they are and the weight fades. With projectors that start from Xavier and learn along, most of the gain is gone with this seed; perhaps because the loss then has an easier way to fall than through the student.
@@ -610,15 +599,14 @@ print(f"{per_problem / 1e6:.2f} MB a problem here")
 megabytes = 2 * 2 * 512 * configs[1].num_hidden_layers * sizes[0] / 1e6  # keys and values, two bytes each
 print(f"{megabytes:.0f} MB a problem of 512 tokens for Qwen2-7B and Qwen2-1.5B,")
 print(f"so {10_000 * megabytes / 1000:.0f} GB of disk for ten thousand problems")
-if results:
-    for name in (
-        "resampling_over_loop",
-        "resampling_over_loop_all_layers",
-        "alignment_overhead",
-        "reading_over_step",
-    ):
-        print("{name}: {value:.2f} [{low:.2f}, {high:.2f}]".format(**figures[name]))
-        print(textwrap.indent(textwrap.fill(figures[name]["conditions"], 74), "    "))
+for name in (
+    "resampling_over_loop",
+    "resampling_over_loop_all_layers",
+    "alignment_overhead",
+    "reading_over_step",
+):
+    print(f"{name}: {results[name]:.2f}")
+    print(textwrap.indent(textwrap.fill(results[name].conditions, 74), "    "))
 
 # %% [markdown]
 # ## Exercises
@@ -715,14 +703,14 @@ if scale.name == "tiny":
     deep = lab.load("lab-target")
     their = [segment(tokenizer, t) for _, t in pairs]
     likeness = align.similar_layers(student, texts[:32], deep, their[:32])
-    second = similarity.layer_map(likeness, k=2)
+    second = layer_map(likeness, k=2)
 
     def of_both(span):
         for one, two, other in zip(texts[span], others[span], their[span]):
-            mine = align.features(*read(student, one), cache.rotary_of(student))
+            mine = align.features(*read(student, one), rotary_of(student))
             parts = []
             for model, text, chosen_for in ((teacher, two, chosen), (deep, other, second)):
-                flat = align.features(*read(model, text), cache.rotary_of(model))
+                flat = align.features(*read(model, text), rotary_of(model))
                 plan = plan_time(one.borders[None], text.borders[None])
                 parts.append(align.KV(*(align.mix_layers(resample(x, plan), chosen_for) for x in flat)))
             yield *parts, mine
@@ -758,8 +746,9 @@ if scale.name == "tiny":
 # The cell below runs alone, after the imports.
 
 # %%
-from kvlab import Scale, align, lab, similarity
+from kvlab import Scale, align, lab
 from kvlab.lab.corpora import Solutions
+from kvlab.layers import proportional
 
 scale = Scale.current()
 teacher, words = scale.load("teacher"), scale.load_tokenizer("teacher")
@@ -768,7 +757,7 @@ student.requires_grad_(True)
 
 problems = [*Solutions(16, seed=1)]
 texts = [align.segment(tokenizer, mine) for mine, _ in problems]
-layers = similarity.proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
 seen = align.seen_by(teacher, words, [theirs for _, theirs in problems], texts, layers)
 lessons = [align.Lesson(text, (part,)) for text, part in zip(texts, seen)]
 

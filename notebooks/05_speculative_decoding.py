@@ -31,13 +31,14 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
     subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
-import json
+import textwrap
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+import kvlab
 from kvlab import Scale, plots, speculate
 from kvlab.cache import Prefix, prefill
 from kvlab.evaluate import bootstrap, chi_square
@@ -216,7 +217,7 @@ def exact_pairs(model, temperature):
     first = (state.logits[0] / temperature).softmax(-1)
     pairs = []
     for token in range(6):
-        step = prefill(model, torch.tensor([[token]]), state.cache, state.next_position)
+        step = prefill(model, torch.tensor([[token]]), state)
         pairs.append(first[token] * (step.logits[0] / temperature).softmax(-1))
     return torch.cat(pairs).double().numpy()
 
@@ -528,22 +529,13 @@ if exact:
 # (`tests/benchmarks/speculate.py`), with 95 % bootstrap intervals over prompts.
 
 # %%
-import textwrap
-from pathlib import Path
-
-file = Path("../book/results/speculate.json")
-results = json.loads(file.read_text()) if file.exists() else None
-if results:
-    figures = {f["name"]: f for f in results["figures"]}
-    here, there = figures["prefix_equal"], figures["prefix_equal_assisted"]
-    print(f"right after a cache: kvlab {here['value']:.0%},", end=" ")
-    print(f"assistant_model {there['value']:.0%} of {here['n']} pairs")
-    versions = results["versions"]
-    print(results["device"], "- torch", versions["torch"], end=" ")
-    print("- transformers", versions["transformers"])
-    print(textwrap.fill(figures["over_assisted"]["conditions"], 78))
-else:
-    print("The measured figures are in the repository: book/results/speculate.json")
+results = kvlab.results("speculate")
+here, there = results["prefix_equal"], results["prefix_equal_assisted"]
+print(f"right after a cache: kvlab {here.value:.0%},", end=" ")
+print(f"assistant_model {there.value:.0%} of {here.n} pairs")
+print(results.device, "- torch", results.versions["torch"], end=" ")
+print("- transformers", results.versions["transformers"])
+print(textwrap.fill(results["over_assisted"].conditions, 78))
 
 # %% mystnb={"image": {"alt": "Dots with intervals: how many times faster speculative decoding is than plain generate and than assisted generation, eager and compiled."}}
 names = {
@@ -556,8 +548,7 @@ names = {
     "over_assisted_compiled": "over assisted, both compiled",
     "batch_8_over_assisted": "8 texts at once, over assisted one by one",
 }
-if results:
-    plots.speed_ratios(figures, names)
+plots.speed_ratios(results.intervals(names));
 
 # %% [markdown]
 # In eager mode a small model's step is mostly the cost of starting each operation, and all programs start much the same ones. Part of the difference is `torch.inference_mode()`, which our loop enters and `generate` does

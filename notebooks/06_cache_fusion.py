@@ -31,14 +31,13 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
     subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
-import json
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from kvlab import Scale, cache, draft, fuse, lab, plots, similarity
+import kvlab
+from kvlab import Scale, cache, draft, fuse, lab, layers, plots
 from kvlab.evaluate import bootstrap
 from kvlab.generation import encode
 from kvlab.fuse import Aligned, Fuser, Lesson, Settings, Size
@@ -49,9 +48,7 @@ scale = Scale.current()
 print(scale.describe("06_cache_fusion"))
 sharer, receiver = scale.load("target"), scale.load("draft")
 tokenizer = scale.load_tokenizer("target")
-path = Path("../book/results/fuse.json")
-results = json.loads(path.read_text()) if path.exists() else None
-figures = {f["name"]: f for f in results["figures"]} if results else {}
+results = kvlab.results("fuse")
 
 # %% [markdown]
 # ## The question
@@ -109,7 +106,7 @@ def change(fuser, i, s, r):
 torch.manual_seed(0)
 small = Settings(hidden=64, gate=1.0)
 fuser = Fuser(*sizes, settings=small).to(receiver.device)  # random, with all gates open
-own, theirs = (cache.read(model, ids) for model in (receiver, sharer))
+own, theirs = (cache.prefill(model, ids) for model in (receiver, sharer))
 with torch.no_grad():
     fused = fuser(own, theirs)
 
@@ -148,7 +145,7 @@ def moved_and_back(settings):
     one = Fuser(*sizes, settings=settings).to(receiver.device)
     with torch.no_grad():
         here = one(own, theirs)
-        there = one(*(cache.read(model, ids, position=300) for model in (receiver, sharer)))
+        there = one(*(cache.prefill(model, ids, position=300) for model in (receiver, sharer)))
         back = cache.shift(there, -300, own.rotary)
     return (back.layers[0].keys - here.layers[0].keys).abs().max().item()
 
@@ -223,7 +220,7 @@ def lesson(blanks, shown, answer):
 
 lessons = [lesson(*row) for row in rows]
 settings = Settings(hidden=128, dropout=0.0, gate=4.0)
-first = similarity.first_aligned(*(size.layers for size in sizes))
+first = layers.first_aligned(*(size.layers for size in sizes))
 torch.manual_seed(0)
 rehearsed = Fuser(*sizes, first, settings).to(receiver.device)
 options = {"batch_size": 8, "learning_rate": 6e-3 if scale.name == "tiny" else 1e-4}
@@ -264,10 +261,9 @@ readers = {
     "answers_rehearsed": "rehearsed, the sharer's last layers",
     "answers_rehearsed_first": "rehearsed, its first layers",
 }
-if results:
-    mark = figures["answers_sighted"]["value"], "reads everything, alone"
-    plots.intervals(figures, readers, "answered word for word (share)", mark)
-    print(textwrap.fill(figures["answers_rehearsed_first"]["conditions"], 78))
+mark = results["answers_sighted"].value, "reads everything, alone"
+plots.intervals(results.intervals(readers), "answered word for word (fraction)", mark)
+print(textwrap.fill(results["answers_rehearsed_first"].conditions, 78))
 
 # %% [markdown]
 # Trained on answers it does no better than its control: nothing gets across. Rehearsed without a sharer, nothing does either. Rehearsed with one, a good part gets across from the sharer's last layers, and from its first ones as much as the receiver would have made of the text itself.
@@ -346,26 +342,21 @@ arms = {
     "acceptance_tuned": "trained draft, nothing fused",
     "acceptance_tuned_fused": "trained draft, both fused",
 }
-if results:
-    mark = figures["acceptance_none"]["value"], "the draft alone"
-    plots.intervals(figures, arms, "guesses accepted (share)", mark)
-    print(textwrap.fill(figures["acceptance_both"]["conditions"], 78))
+mark = results["acceptance_none"].value, "the draft alone"
+plots.intervals(results.intervals(arms), "guesses accepted (fraction)", mark)
+print(textwrap.fill(results["acceptance_both"].conditions, 78))
 
 # %%
-span = "{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-if results:
-    for one, other in (
-        ("both", "none"),
-        ("both", "self"),
-        ("both", "matched"),
-        ("tuned", "none"),
-        ("tuned_fused", "tuned"),
-    ):
-        found = figures[f"gain_{one}_over_{other}"]
-        print(f"{one:11} minus {other:8}", span.format(**found))
-    for what in ("none", "both"):
-        found = figures[f"acceptance_{what}_arithmetic"]
-        print(f"on word problems, {what:4} fused: {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+for one, other in (
+    ("both", "none"),
+    ("both", "self"),
+    ("both", "matched"),
+    ("tuned", "none"),
+    ("tuned_fused", "tuned"),
+):
+    print(f"{one:11} minus {other:8} {results[f'gain_{one}_over_{other}']:+.3f}")
+for arm in ("none", "both"):
+    print(f"on word problems, {arm:4} fused: {results[f'acceptance_{arm}_arithmetic']:.3f}")
 
 # %% [markdown]
 # Fusing the prompt helps, fusing what was accepted does not. But the help is in the parameters: a module that sees nothing of the target has as much, but for a difference that could be chance. The draft that was trained instead has more (in the paper fine-tuning brings little), and on top of that one the fuser adds nothing that could be told from chance. Both models have read the same here, and beyond that this fuser finds little in the target's cache to guess better with.
@@ -384,7 +375,7 @@ def guesses(row, fuser=None, sees=0):
     if fuser:
         known = fuse.fuse_prompt(fuser, receiver, sharer, lesson(*row).prompt)
     else:
-        known = cache.prefix_of(receiver, row[sees][None, :-1].to(receiver.device))
+        known = cache.prefill(receiver, row[sees][None, :-1].to(receiver.device))
     proposer = ModelProposer(receiver, known._replace(input_ids=ids[:-1].tolist()))
     return summarize(decode(ids, proposer).rounds).acceptance
 
@@ -402,13 +393,12 @@ for name, shares in accepted.items():
 # And as the benchmark has it:
 
 # %% mystnb={"image": {"alt": "Shares of guesses accepted, with intervals, of a draft that reads blanks: alone, trained on answers and rehearsed, each with and without a sharer, the rehearsed one with the sharer's last and first layers."}}
-if results:
-    arms = {name.replace("answers_", "guesses_"): told for name, told in readers.items()}
-    mark = figures["guesses_sighted"]["value"], "reads everything, alone"
-    plots.intervals(figures, arms, "guesses accepted (share)", mark)
-    for other in ("blind", "rehearsed_matched", "sighted"):
-        found = figures[f"gain_rehearsed_first_over_{other}"]
-        print(f"rehearsed, first layers, minus {other:17}", span.format(**found))
+arms = {name.replace("answers_", "guesses_"): label for name, label in readers.items()}
+mark = results["guesses_sighted"].value, "reads everything, alone"
+plots.intervals(results.intervals(arms), "guesses accepted (fraction)", mark)
+for other in ("blind", "rehearsed_matched", "sighted"):
+    gain = results[f"gain_rehearsed_first_over_{other}"]
+    print(f"rehearsed, first layers, minus {other:17} {gain:+.3f}")
 
 # %% [markdown]
 # Fused from the first layers, its guesses are as good as if it had read everything itself; without a sharer, rehearsal gains nothing. So the target's cache does help, where it says what the draft's does not. (The fusers that were trained on answers of a word or two do harm here: these responses are of another kind.)
@@ -419,7 +409,7 @@ if results:
 
 # %% mystnb={"image": {"alt": "Bars for keys and values of each layer: how large the change is, as a share of what it changes."}}
 with torch.no_grad():
-    own, theirs = (cache.read(model, torch.tensor([requests[0]], device=model.device)) for model in (receiver, sharer))
+    own, theirs = (cache.prefill(model, torch.tensor([requests[0]], device=model.device)) for model in (receiver, sharer))
     before, after = (cache.to_tensor(x).float() for x in (own.cache, fuser(own, theirs)))
 size = (after - before).square().mean((2, 3, 4, 5)).sqrt() / before.square().mean((2, 3, 4, 5)).sqrt()
 plots.gates(fuser.gate_logits(), size.cpu());
@@ -430,18 +420,17 @@ plots.gates(fuser.gate_logits(), size.cpu());
 # A call of the fuser on a few tokens costs a little more than a step of the draft. Fusing the prompt is one call, on many tokens; fusing what is accepted is one call more in each round. The tokens gained for each target call have to pay for them:
 
 # %% mystnb={"image": {"alt": "Ratios of speed with intervals: fused drafting over unfused, by what is fused, and both over plain decoding."}}
-if results:
-    names = {
-        "net_speed_prefill": "prompt fused, over none",
-        "net_speed_prefill_end_to_end": "the same, with the prompt's reading",
-        "net_speed_decode": "accepted tokens fused, over none",
-        "net_speed": "both fused, over none",
-        "speedup_none": "none fused, over plain decoding",
-        "speedup_both": "both fused, over plain decoding",
-    }
-    plots.speed_ratios(figures, names)
-    for name in ("fuser_over_draft", "fuser_over_target"):
-        print("{value:.2f} [{low:.2f}, {high:.2f}]".format(**figures[name]), figures[name]["conditions"].partition(";")[0])
+names = {
+    "net_speed_prefill": "prompt fused, over none",
+    "net_speed_prefill_end_to_end": "the same, with the prompt's reading",
+    "net_speed_decode": "accepted tokens fused, over none",
+    "net_speed": "both fused, over none",
+    "speedup_none": "none fused, over plain decoding",
+    "speedup_both": "both fused, over plain decoding",
+}
+plots.speed_ratios(results.intervals(names))
+for name in ("fuser_over_draft", "fuser_over_target"):
+    print(f"{results[name]:.2f}", results[name].conditions.partition(";")[0])
 
 # %% [markdown]
 # Decoding gets a little faster with the prompt fused, which is gone again when the fusion itself is counted, and slower with a fusion in every round. A fuser is better used where nobody waits: on a text that is stored, as the next chapter does.
@@ -494,7 +483,7 @@ print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
 # ```{exercise-start} Which layers?
 # :label: ex-map
 # ```
-# *Medium, 10 minutes.* As published, the last layers of the sharer are mapped to those of the receiver (`similarity.last_aligned`). Rehearse for twenty steps with each map, and compare what stays unexplained.
+# *Medium, 10 minutes.* As published, the last layers of the sharer are mapped to those of the receiver (`layers.last_aligned`). Rehearse for twenty steps with each map, and compare what stays unexplained.
 # ```{exercise-end}
 # ```
 
@@ -506,7 +495,7 @@ print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
 # %%
 for name in ("last_aligned", "proportional", "first_aligned"):
     torch.manual_seed(0)
-    chosen = getattr(similarity, name)(sizes[0].layers, sizes[1].layers)
+    chosen = getattr(layers, name)(sizes[0].layers, sizes[1].layers)
     one = Fuser(*sizes, chosen, settings).to(receiver.device)
     history = fuse.train(one, receiver, sharer, lessons, steps=20, **more)
     print(f"{name:12} {chosen.indices.flatten().tolist()}", round(history[-1]["unexplained"], 3))

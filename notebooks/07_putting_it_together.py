@@ -31,7 +31,6 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
     subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
-import json
 import tempfile
 import textwrap
 import time
@@ -41,7 +40,9 @@ import pandas as pd
 import torch
 from IPython.display import display
 
+import kvlab
 from kvlab import Scale, cache, lab, plots
+from kvlab.models import fingerprint
 from kvlab.cache import Prefix
 from kvlab.compress import KVDistiller
 from kvlab.generation import encode_parts
@@ -53,9 +54,7 @@ scale = Scale.current()
 print(scale.describe("07_putting_it_together"))
 target, draft = scale.load("target"), scale.load("draft")
 tokenizer = scale.load_tokenizer("target")
-path = Path("../book/results/together.json")
-results = json.loads(path.read_text()) if path.exists() else None
-figures = {f["name"]: f for f in results["figures"]} if results else {}
+results = kvlab.results("together")
 
 # %% [markdown]
 # ## The question
@@ -102,7 +101,7 @@ fuser = fuser.to(draft.device, torch.float32)
 
 ids = document[None]
 with torch.no_grad():
-    own, theirs = cache.read(draft, ids.to(draft.device)), cache.read(target, ids.to(target.device))
+    own, theirs = cache.prefill(draft, ids.to(draft.device)), cache.prefill(target, ids.to(target.device))
     fused = fuser(own, theirs)
     chosen = distiller.compress(ids.to(target.device), retention=0.25)
 kept = chosen.positions[0]
@@ -128,7 +127,7 @@ plots.score_view(document.tolist(), {"kept": (chosen.scores[0].float().tolist(),
 
 # %%
 owned = {"target": target, "draft": draft}
-owners = {name: cache.fingerprint(model) for name, model in owned.items()}
+owners = {name: fingerprint(model) for name, model in owned.items()}
 
 
 def known(name):
@@ -184,26 +183,28 @@ names = {
     "fused": "fused (06)",
     "distilled": "a quarter of it (03)",
 }
-if results:
-    totals = {told: figures[f"ms_{name}"] for name, told in names.items()}
-    changes = {told: figures[f"saved_{name}"] for name, told in names.items() if name != "plain"}
-    plots.waterfall(totals, changes, "milliseconds from the files to the last token")
-    print(textwrap.fill(figures["ms_plain"]["conditions"], 78))
+totals = {label: results[f"ms_{name}"].value for name, label in names.items()}
+savings = results.intervals({f"saved_{name}": names[name] for name in list(names)[1:]})
+plots.waterfall(totals, savings, "milliseconds from the files to the last token")
+print(textwrap.fill(results["ms_plain"].conditions, 78))
 
 # %%
-if results:
-    span = "{value:.3f} [{low:.3f}, {high:.3f}]"
-    table = {
-        told: {
-            "accepted": span.format(**figures[f"acceptance_{name}"]) if f"acceptance_{name}" in figures else "",
-            "tokens a call": span.format(**figures[f"tokens_per_call_{name}"]),
-            "same text": "{value:.0%}".format(**figures[f"equal_{name}"]),
-        }
-        for name, told in names.items()
+columns = {"per target call": "tokens_per_call", "same text": "equal", "accepted": "acceptance"}
+rows = {
+    label: {
+        column: f"{figure}_{name}"
+        for column, figure in columns.items()
+        if f"{figure}_{name}" in results
     }
-    display(pd.DataFrame(table).T)
-    for name, told in (("target", "target"), ("reads", "draft"), ("distilled", "draft, distilled")):
-        print(f"cache of a passage, {told}: {figures[f'kb_{name}']['value']:.0f} kB")
+    for name, label in names.items()
+}
+display(results.table(rows, ".3f"))
+for name, cached in {
+    "target": "target",
+    "reads": "draft",
+    "distilled": "draft, distilled",
+}.items():
+    print(f"cache of a passage, {cached}: {results[f'kb_{name}'].value:.0f} kB")
 
 # %% [markdown]
 # The draft pays here, and so does its training. The caches save little time on passages as short as these; chapter 01 measures longer ones. Fusing brings nothing to a draft that was trained for this target and that has read the same (chapter 06 has the case where it has not). And with a quarter of the entries it guesses worse: that saves memory, not time.
@@ -218,7 +219,7 @@ same = {"draft": [], "target": []}
 for one in others:
     passage, rest = (torch.tensor(part) for part in encode_parts(tokenizer, one))
     with torch.no_grad():
-        both = [cache.prefix_of(model, passage[None].to(model.device)) for model in (target, draft)]
+        both = [cache.prefill(model, passage[None].to(model.device)) for model in (target, draft)]
         some = distiller.compress(passage[None].to(target.device), retention=0.25).positions[0]
     right = answer(rest, None, both[0]).tokens[0]
     poor = [p._replace(cache=cache.select(p.cache, some)) for p in both]
@@ -304,7 +305,7 @@ document = {"role": "system", "content": "Anna lives in Rome. Anna has a dog. Be
 turns = [document, {"role": "user", "content": "Tell me about Anna."}]
 passage, request = (torch.tensor(ids) for ids in encode_parts(tokenizer, turns))
 with torch.no_grad():
-    stored = [cache.prefix_of(model, passage[None].to(model.device)) for model in (target, draft)]
+    stored = [cache.prefill(model, passage[None].to(model.device)) for model in (target, draft)]
 proposer = speculate.ModelProposer(draft, stored[1])
 made = speculate.generate(target, [request], proposer, prefix=stored[0], max_new_tokens=48)
 print(tokenizer.decode(made.tokens[0], skip_special_tokens=True))

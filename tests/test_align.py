@@ -52,8 +52,9 @@ from kvlab.align import (
 )
 from kvlab.generation import encode
 from kvlab.lab.worlds import arithmetic_document
+from kvlab.layers import LayerMap, layer_map, proportional
 from kvlab.losses import cross_entropy
-from kvlab.similarity import LayerMap, layer_map, proportional
+from kvlab.models import rotary_of
 from kvlab.training import fit
 
 DOUBLE = torch.float64
@@ -568,7 +569,7 @@ def test_features_are_what_the_projections_gave_out(tiny_model, family, rope):
     cache = kv.prefill(model, text[None]).cache
     for hook in hooks:
         hook.remove()
-    got = features(cache, torch.arange(9)[None], kv.rotary_of(model))
+    got = features(cache, torch.arange(9)[None], rotary_of(model))
     assert (
         got.keys.shape == got.values.shape == (1, 3, 9, 2 * 16)
     )  # two KV heads, though there are four for attention
@@ -583,7 +584,7 @@ def test_features_are_what_the_projections_gave_out(tiny_model, family, rope):
 @pytest.mark.parametrize("rope", ["default", "llama3", "yarn"])
 def test_where_a_text_stands_does_not_change_its_features(tiny_model, rope):
     model = tiny_model("Qwen2", rope)
-    rotary, here = kv.rotary_of(model), kv.prefill(model, TEXTS[0][None]).cache
+    rotary, here = rotary_of(model), kv.prefill(model, TEXTS[0][None]).cache
     there = kv.prefill(model, TEXTS[0][None], position=70).cache
     one, two = (
         features(here, torch.arange(9)[None], rotary),
@@ -596,16 +597,16 @@ def test_where_a_text_stands_does_not_change_its_features(tiny_model, rope):
 
 def test_padding_does_not_change_features(tiny_model):
     model = tiny_model("Qwen3")
-    whole = features(read(model), positions_of(BORDERS), kv.rotary_of(model))
+    whole = features(read(model), positions_of(BORDERS), rotary_of(model))
     for b, text in enumerate(TEXTS):
-        alone = features(read(model, [text]), torch.arange(len(text))[None], kv.rotary_of(model))
+        alone = features(read(model, [text]), torch.arange(len(text))[None], rotary_of(model))
         for one, two in zip(whole, alone, strict=True):
             near(one[b, :, 9 - len(text) :], two[0], within=5e-5)
 
 
 def test_half_precision_is_turned_in_float32(tiny_model):
     model = tiny_model("Qwen3", dtype=torch.bfloat16)
-    cache, rotary = read(model), kv.rotary_of(model)
+    cache, rotary = read(model), rotary_of(model)
     got = features(cache, positions_of(BORDERS), rotary)
     wide = kv.from_tensor(kv.to_tensor(cache).float())
     assert got.keys.dtype == torch.float32
@@ -617,7 +618,7 @@ def test_half_precision_is_turned_in_float32(tiny_model):
 @pytest.mark.parametrize("rope", ["default", "yarn"])
 def test_features_make_the_cache_again(tiny_model, rope):
     model = tiny_model("Qwen3", rope)
-    cache, rotary, positions = read(model), kv.rotary_of(model), positions_of(BORDERS)
+    cache, rotary, positions = read(model), rotary_of(model), positions_of(BORDERS)
     again = as_cache(features(cache, positions, rotary), positions, rotary, heads=2)
     near(kv.to_tensor(again), kv.to_tensor(cache), within=1e-5)
     assert again.layers[0].keys.shape == cache.layers[0].keys.shape
@@ -626,7 +627,7 @@ def test_features_make_the_cache_again(tiny_model, rope):
 def test_features_carry_the_students_gradient(tiny_model):
     model = tiny_model("Qwen3")
     stored = kv.to_tensor(read(model)).requires_grad_()
-    got = features(kv.from_tensor(stored), positions_of(BORDERS), kv.rotary_of(model))
+    got = features(kv.from_tensor(stored), positions_of(BORDERS), rotary_of(model))
     (got.keys.square().sum() + got.values.sum()).backward()
     near(stored.grad[:, 0], 2 * stored[:, 0].detach(), within=1e-4)  # a rotation is orthogonal
     assert (stored.grad[:, 1] == 1).all()
@@ -634,7 +635,7 @@ def test_features_carry_the_students_gradient(tiny_model):
 
 def test_positions_that_do_not_fit_are_refused(tiny_model):
     model = tiny_model("Qwen3")
-    cache, rotary = read(model), kv.rotary_of(model)
+    cache, rotary = read(model), rotary_of(model)
     for bad in (torch.arange(9), positions_of(BORDERS)[:2], positions_of(BORDERS)[:, 1:]):
         with pytest.raises(
             ValueError,
@@ -916,7 +917,7 @@ def itself(model, texts=TEXTS, borders=BORDERS):
     """A model as the teacher of itself, on the same texts."""
     width, layers = 2 * 16, model.config.num_hidden_layers
     steps = plan_time(borders, borders), proportional(layers, layers), identity_of(width)
-    return Teacher(read(model, texts), positions_of(borders), kv.rotary_of(model), *steps)
+    return Teacher(read(model, texts), positions_of(borders), rotary_of(model), *steps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -940,7 +941,7 @@ def test_the_students_rope_is_its_own_and_so_are_its_positions(tiny_model):
     teacher = itself(one, text, BORDERS[:1])._replace(
         cache=there, positions=40 + torch.arange(9)[None]
     )
-    got = as_cache(align_kv([teacher]), torch.arange(9)[None], kv.rotary_of(two), heads=2)
+    got = as_cache(align_kv([teacher]), torch.arange(9)[None], rotary_of(two), heads=2)
     want = kv.prefill(
         two, TEXTS[0][None]
     ).cache  # the same weights: the first layer differs in rope only
@@ -960,7 +961,7 @@ def other(model, seed=0):
     chosen = layer_map(some(3, layers, seed=seed), k=2)
     torch.manual_seed(seed)
     steps = plan_time(BORDERS, borders), chosen, Projector(16 * heads, 32)
-    return Teacher(read(model, texts), positions_of(borders), kv.rotary_of(model), *steps), borders
+    return Teacher(read(model, texts), positions_of(borders), rotary_of(model), *steps), borders
 
 
 def test_all_steps_are_taken_for_teachers_of_other_shapes(tiny_model):
@@ -1082,10 +1083,10 @@ def test_lab_models_of_two_vocabularies_are_aligned(style):
     models = [lab.load(name).requires_grad_(False) for name in names]
     read_by = read(models[1], [text.input_ids for text in cut[1]])
     steps = plan_time(student, teacher), proportional(2, 6), Projector(4 * 40, 2 * 32)
-    got = align_kv([Teacher(read_by, positions_of(teacher), kv.rotary_of(models[1]), *steps)])
+    got = align_kv([Teacher(read_by, positions_of(teacher), rotary_of(models[1]), *steps)])
     assert got.keys.shape == got.values.shape == (3, 2, int(student[:, 3].max()), 64)
     own = read(models[0], [text.input_ids for text in cut[0]])
-    made = as_cache(got, positions_of(student), kv.rotary_of(models[0]), heads=2)
+    made = as_cache(got, positions_of(student), rotary_of(models[0]), heads=2)
     assert kv.to_tensor(made).shape == kv.to_tensor(own).shape
 
 
@@ -1158,7 +1159,7 @@ def test_what_a_teacher_makes_is_align_kv_text_by_text(batch_size):
     seen = seen_by(
         teacher, tokenizer_of("lab-teacher"), conversations, texts, chosen, batch_size=batch_size
     )
-    same, rotary = Projector(160, 160, "identity"), kv.rotary_of(teacher)
+    same, rotary = Projector(160, 160, "identity"), rotary_of(teacher)
     for text, conversation, part in zip(texts, conversations, seen, strict=True):
         ids, borders = segment(tokenizer_of("lab-teacher"), conversation)
         out = teacher(ids[None], use_cache=True, output_hidden_states=True)
@@ -1242,9 +1243,7 @@ def test_another_file_is_refused(tmp_path):
 def test_own_features_are_those_of_the_cache(tiny_model, family, checkpointing):
     model = copy.deepcopy(tiny_model(family, dtype=DOUBLE)).requires_grad_()
     ids = torch.arange(20).view(2, 10)
-    want = features(
-        kv.prefill(model, ids).cache, torch.arange(10).expand(2, -1), kv.rotary_of(model)
-    )
+    want = features(kv.prefill(model, ids).cache, torch.arange(10).expand(2, -1), rotary_of(model))
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
     made = own_features(model, model(ids, use_cache=False, output_hidden_states=True).hidden_states)

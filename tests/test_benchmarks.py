@@ -302,4 +302,4 @@ def test_a_quick_run_gives_every_figure(script, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_committed_result_has_the_same_form(script):
-    check(json.loads((ROOT / f"book/results/{script.stem}.json").read_text()), script.stem)
+    check(json.loads((ROOT / f"kvlab/results/{script.stem}.json").read_text()), script.stem)

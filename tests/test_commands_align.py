@@ -17,11 +17,12 @@ from command_helpers import PUBLISHED, equal, write
 from transformers import AutoModelForCausalLM
 
 from kvlab import align as align_module
-from kvlab import lab, similarity, training
+from kvlab import lab, training
 from kvlab.cli import main
 from kvlab.commands.align import ALIGNMENTS, Problems, alignment_figures, solved
 from kvlab.generation import answers
 from kvlab.lab import corpora
+from kvlab.layers import LayerMap, layer_map, load_layer_map, proportional, save_layer_map
 from kvlab.records import messages, read_records
 from kvlab.scale import Scale
 
@@ -312,7 +313,7 @@ def test_each_arm_learns_from_what_its_name_says(listened):
     )
     assert [run[1] is None for run in runs] == [True] + [False] * 7
     assert all(lesson.seen == () for lesson in lessons["ce_only"])
-    by_depth, by_likeness = similarity.proportional(2, 6), similarity.layer_map(alike(), 2)
+    by_depth, by_likeness = proportional(2, 6), layer_map(alike(), 2)
     segments, index = align_module.plan_time, align_module.by_index
     assert same(lessons["baseline"], heard(by_depth, index))
     assert same(lessons["cka"], heard(by_likeness, index))
@@ -340,11 +341,11 @@ def test_each_arm_learns_from_what_its_name_says(listened):
 
 
 def test_flags_of_training_choose_the_arm_and_the_seed_the_problems(listened):
-    likeness = similarity.layer_map(alike(seed=3), 2)
+    likeness = layer_map(alike(seed=3), 2)
     ((lessons, *_),) = listened(ALIGNED, BOTH[0], "--seed", "3")
     assert same(lessons, heard(likeness, align_module.by_index, seed=3))
     ((lessons, *_),) = listened(ALIGNED, BOTH[1], "--seed", "3")
-    assert same(lessons, heard(similarity.proportional(2, 6), align_module.plan_time, seed=3))
+    assert same(lessons, heard(proportional(2, 6), align_module.plan_time, seed=3))
 
 
 def test_a_layer_map_is_written_and_obeyed(listened, tiny, capsys):
@@ -362,31 +363,24 @@ def test_a_layer_map_is_written_and_obeyed(listened, tiny, capsys):
         ]
     )
     printed = capsys.readouterr().out
-    saved = similarity.load_layer_map("maps/keys.json", 2, 6)
-    assert (saved.student, saved.teacher, saved.samples, saved.what) == (
-        "lab-draft",
-        "lab-teacher",
-        16,
-        "keys",
-    )
-    wanted = similarity.layer_map(alike(what="keys"), 3)
-    assert saved.layer_map.indices.tolist() == wanted.indices.tolist()
-    assert saved.layer_map.weights.flatten().tolist() == pytest.approx(
-        wanted.weights.flatten().tolist()
-    )
+    saved = load_layer_map("maps/keys.json", 2, 6)
+    content = json.loads((tiny / "maps/keys.json").read_text())
+    about = {"student": "lab-draft", "teacher": "lab-teacher", "samples": 16, "what": "keys"}
+    assert content | about == content
+    wanted = layer_map(alike(what="keys"), 3)
+    assert saved.indices.tolist() == wanted.indices.tolist()
+    assert saved.weights.flatten().tolist() == pytest.approx(wanted.weights.flatten().tolist())
     assert all(
         f"student layer {n}: teacher layers {one[0]} (" in printed
         for n, one in enumerate(wanted.indices.tolist())
     )
     mapped = [*BOTH, "--layer_mapping_path", "maps/keys.json"]
     ((lessons, *_),) = listened(ALIGNED, *mapped)
-    assert same(lessons, heard(saved.layer_map, align_module.plan_time))
+    assert same(lessons, heard(saved, align_module.plan_time))
 
     for layer in (0, 5):  # the file's name is the same
-        one = similarity.LayerMap(torch.full((2, 1), layer), torch.ones(2, 1).double(), 6)
-        similarity.save_layer_map(
-            "maps/keys.json", one, student="lab-draft", teacher="lab-teacher", samples=9
-        )
+        one = LayerMap(torch.full((2, 1), layer), torch.ones(2, 1).double(), 6)
+        save_layer_map("maps/keys.json", one, student="lab-draft", teacher="lab-teacher", samples=9)
         ((lessons, *_),) = listened(ALIGNED, *mapped)
         assert same(lessons, heard(one, align_module.plan_time))
         assert all(torch.equal(*lesson.seen[0].keys) for lesson in lessons)
@@ -394,7 +388,7 @@ def test_a_layer_map_is_written_and_obeyed(listened, tiny, capsys):
     ((lessons, *_),) = listened(ALIGNED, *BOTH)  # what is made on the way stays
     (path,) = tiny.glob("listened/*/teacher_0/layer_map.json")
     main(["layer-map", "--num_samples", "16", "--output", "map.json"])
-    kept, made = (similarity.load_layer_map(p, 2, 6).layer_map for p in (path, "map.json"))
+    kept, made = (load_layer_map(p, 2, 6) for p in (path, "map.json"))
     assert torch.equal(kept.indices, made.indices)
     assert torch.equal(kept.weights, made.weights)
 
@@ -415,15 +409,13 @@ def test_two_teachers_are_heard_one_after_another_each_in_its_own_tokens(listene
         patch.setattr(Scale, "load", watched)
         ((lessons, alignment, _),) = listened(ALIGNED, *two)
     assert len(loaded) == 2
-    assert same(lessons, heard(similarity.proportional(2, 6), align_module.plan_time), 0)
-    assert same(
-        lessons, heard(similarity.proportional(2, 12), align_module.plan_time, "lab-target"), 1
-    )
+    assert same(lessons, heard(proportional(2, 6), align_module.plan_time), 0)
+    assert same(lessons, heard(proportional(2, 12), align_module.plan_time, "lab-target"), 1)
     assert [p.keys.in_features for p in alignment.projectors] == [160, 64]
     maps = ["a.json", "b.json"]
     for path, layers, layer in zip(maps, (6, 12), (3, 7), strict=True):
-        one = similarity.LayerMap(torch.full((2, 1), layer), torch.ones(2, 1).double(), layers)
-        similarity.save_layer_map(path, one, student="s", teacher="t", samples=9)
+        one = LayerMap(torch.full((2, 1), layer), torch.ones(2, 1).double(), layers)
+        save_layer_map(path, one, student="s", teacher="t", samples=9)
     ((lessons, *_),) = listened(ALIGNED, *two, BOTH[0], "--layer_mapping_path", *maps)
     assert same(lessons, heard(one, align_module.plan_time, "lab-target"), 1)
 
@@ -466,8 +458,8 @@ def test_an_aligned_student_that_was_killed_goes_on_and_ends_the_same(align, tin
 
 def test_a_run_of_other_settings_begins_anew(listened, sums, monkeypatch):
     for name, layer in (("a.json", 0), ("b.json", 1)):
-        one = similarity.LayerMap(torch.full((2, 1), layer), torch.ones(2, 1).double(), 6)
-        similarity.save_layer_map(name, one, student="s", teacher="t", samples=9)
+        one = LayerMap(torch.full((2, 1), layer), torch.ones(2, 1).double(), 6)
+        save_layer_map(name, one, student="s", teacher="t", samples=9)
     monkeypatch.setattr("kvlab.commands.align._listened", lambda *_: ([], None))
     changes = [
         "", "--kv_weight 0.5", "--codi_weight 0.1", "--kv_warmup 3", "--kv_end 0.5", "--start orthogonal", "--seed 1",
@@ -730,8 +722,8 @@ def test_what_does_not_fit_the_models_is_a_sentence_before_anything_is_read(tiny
         SystemExit, match=r"^kvlab: k is 7, but lab-teacher has 6 layers: give a smaller one"
     ):
         main(["layer-map", "--k", "7", "--num_samples", "4"])
-    one = similarity.LayerMap(torch.zeros(2, 1).long(), torch.ones(2, 1).double(), 12)
-    similarity.save_layer_map("map.json", one, student="lab-draft", teacher="lab-target", samples=9)
+    one = LayerMap(torch.zeros(2, 1).long(), torch.ones(2, 1).double(), 12)
+    save_layer_map("map.json", one, student="lab-draft", teacher="lab-target", samples=9)
     monkeypatch.setattr("kvlab.commands.align.seen_by", lambda *_: pytest.fail("read"))
     with pytest.raises(
         SystemExit,

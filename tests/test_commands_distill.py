@@ -499,7 +499,7 @@ def test_choices_and_long_answers_have_scores_of_their_own(measured, tiny):
         (
             TAUGHT,
             ["--data", "p3", "--source", "squad.json"],
-            "squad.json, article 1 has no 'prompt'",
+            "squad.json, row 1 does not fit: there is no 'prompt'",
         ),
         (TAUGHT, ["--data", "squad"], "There is no source of squad records: give --source"),
         (

@@ -1,6 +1,7 @@
 """The command line: train-fuser, and what speculate does with a fuser."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kvlab import draft as drafts
 from kvlab import fuse as fuse_module
-from kvlab import lab, similarity, training
+from kvlab import lab, layers, training
 from kvlab.cache import from_tensor, to_tensor
 from kvlab.cli import main
 from kvlab.fuse import Fuser, Settings, Size
@@ -106,7 +107,7 @@ def spelled(conversations):
 
 def noise(read):
     """What was read, but for its content."""
-    return read._replace(cache=from_tensor(torch.randn_like(to_tensor(read.cache))))
+    return replace(read, cache=from_tensor(torch.randn_like(to_tensor(read.cache))))
 
 
 @pytest.mark.parametrize("control", ["none", "self", "matched"])
@@ -202,7 +203,7 @@ def test_a_fuser_is_made_as_asked_and_starts_by_the_seed(fusible):
     assert fuser.settings == Settings(16, 0.2, "rotated", "gumbel", -1.0)
     assert (
         fuser.layer_map.indices.flatten().tolist()
-        == similarity.proportional(2, 12).indices.flatten().tolist()
+        == layers.proportional(2, 12).indices.flatten().tolist()
     )
     assert more | {"decode": False, "accumulate": 2, "precision": "bf16"} == more
     maps = {

@@ -234,7 +234,7 @@ def test_records_of_the_chatterbot_corpus(build, tmp_path):
         (["--dtype", "nn"], "dtype is 'nn', expected the name of one"),
         (["--dtype", "int8"], "dtype is torch.int8, expected a floating one"),
         (["--keep", "keys"], r"keep is \['keys'\], expected a list of one or both"),
-        (["--records", "none.jsonl"], "There is no file or folder none.jsonl"),
+        (["--records", "none.jsonl"], ".*No such file or directory: 'none.jsonl'"),
         (["--language", "fr"], "There is no FAQ in 'fr': expected 'en' or 'zh'"),
     ],
 )

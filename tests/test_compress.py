@@ -19,7 +19,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvlab import cache as kv
 from kvlab import compress as module
 from kvlab import lab, losses
-from kvlab.cache import CacheError
 from kvlab.compress import (
     METHODS,
     Attention,
@@ -41,6 +40,7 @@ from kvlab.compress import (
     train,
 )
 from kvlab.files import as_bytes
+from kvlab.models import CacheError, rotary_of
 
 DOUBLE = torch.float64
 INF = float("inf")
@@ -423,10 +423,10 @@ def test_a_sliding_window_is_refused(tiny_model):
 
 def greedy(model, prefix, text, steps=6):
     """Greedy ids behind a cache, with every position told."""
-    cache, position, made_ids = kv.clone(prefix.cache), prefix.next_position, []
+    made_ids = []
     for _ in range(steps):
-        cache, logits, position = kv.prefill(model, text, cache, position)
-        text = logits.argmax(-1, keepdim=True)
+        prefix = kv.prefill(model, text, prefix)
+        text = prefix.logits.argmax(-1, keepdim=True)
         made_ids.append(text.item())
     return made_ids
 
@@ -437,19 +437,19 @@ def test_a_block_says_the_same_wherever_it_stands(tiny_model, family, shared):
     model = tiny_model(family, dtype=DOUBLE)
     block = evict(model, IDS, latest, budget=9, shared=shared)
     assert (block.positions == torch.arange(31, 40)).all()
-    small = compact(block, kv.rotary_of(model))
+    small = compact(block, rotary_of(model))
     assert small.prefix.next_position == 9
     near(read_on(model, small.prefix, TEXT), read_on(model, block.prefix, TEXT), 1e-4)
     assert greedy(model, small.prefix, TEXT) == greedy(model, block.prefix, TEXT)
     gapped = evict(model, IDS, sinks_recent, budget=9, shared=shared)
-    closed = compact(gapped, kv.rotary_of(model))
+    closed = compact(gapped, rotary_of(model))
     assert distance(read_on(model, closed.prefix, TEXT), read_on(model, gapped.prefix, TEXT)) > 0.01
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_compact_keys_are_rotated_to_the_first_positions(tiny_model, shared):
     model = tiny_model(dtype=DOUBLE)
-    rotary, whole = kv.rotary_of(model), kv.prefill(model, IDS).cache
+    rotary, whole = rotary_of(model), kv.prefill(model, IDS).cache
     got = evict(model, IDS, key_norm, budget=7, shared=shared)
     small = compact(got, rotary)
     unturned = kv.select(kv.unrotate(whole, torch.arange(40), rotary), got.positions)
@@ -465,7 +465,7 @@ def test_compact_keys_are_rotated_to_the_first_positions(tiny_model, shared):
 def test_compacting_the_whole_changes_nothing(tiny_model):
     model = tiny_model()
     whole = evict(model, IDS, key_norm, retention=1)
-    small = compact(whole, kv.rotary_of(model)).prefix
+    small = compact(whole, rotary_of(model)).prefix
     near(kv.to_tensor(small.cache), kv.to_tensor(whole.prefix.cache), 1e-6)
     assert small.next_position == 40
 
@@ -474,9 +474,7 @@ def test_compacting_the_whole_changes_nothing(tiny_model):
 @pytest.mark.parametrize("shared", [True, False])
 def test_generate_takes_a_compact_cache_behind_placeholders(tiny_model, family, shared):
     model = tiny_model(family, dtype=DOUBLE)
-    small = compact(
-        evict(model, IDS, key_norm, budget=10, shared=shared), kv.rotary_of(model)
-    ).prefix
+    small = compact(evict(model, IDS, key_norm, budget=10, shared=shared), rotary_of(model)).prefix
     prompt = torch.cat([torch.zeros(1, 10, dtype=torch.long), TEXT], 1)
     got = model.generate(
         prompt, past_key_values=kv.clone(small.cache), do_sample=False, max_new_tokens=6

@@ -43,6 +43,7 @@ from kvlab.draft import (
 from kvlab.files import as_bytes
 from kvlab.generation import continuations, encode
 from kvlab.knowledge import KnowledgeCache
+from kvlab.models import CacheError, rotary_of
 from kvlab.speculate import ModelProposer, Runner, Sampling, generate, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -306,7 +307,7 @@ def test_a_draft_asks_for_a_target_that_can_be_cut(tiny_model, world):
     with pytest.raises(ValueError, match=r"layers is 'first:5'.* at most 4 layers"):
         KnowledgeDraft.cut(target, "first:5")
     sliding = tiny_model("Mistral", sliding_window=8)
-    with pytest.raises(kv.CacheError, match="full attention"):
+    with pytest.raises(CacheError, match="full attention"):
         KnowledgeDraft.cut(sliding, "first:1")
 
 
@@ -427,7 +428,7 @@ def behind(target, layers, store, number, ids, start, aligned):
     item = store.items[number]
     piece, first = store.read(item).cache, item.answer_start if aligned else 0
     entries = kv.select(piece, torch.arange(first, len(item.input_ids)))
-    moved = kv.shift(entries, start - first, kv.rotary_of(target)) if aligned else entries
+    moved = kv.shift(entries, start - first, rotary_of(target)) if aligned else entries
     cache = kv.from_tensor(kv.to_tensor(moved)[layers])
     position = 0 if aligned else len(item.input_ids)
     places = torch.arange(position, position + len(ids))[None]
@@ -554,7 +555,7 @@ def test_an_answer_is_the_same_wherever_its_item_stood(world, kind, aligned):
     draft = cut(target, kind, aligned=aligned)
 
     def moved(piece, item, by):
-        return piece._replace(cache=kv.shift(piece.cache, by, kv.rotary_of(target))), item
+        return piece._replace(cache=kv.shift(piece.cache, by, rotary_of(target))), item
 
     def behind_others(piece, item, by):
         tensor, hidden = kv.to_tensor(piece.cache), piece.hidden_states

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from kvlab import cache as kv
 from kvlab import lab
-from kvlab.cache import CacheError, Read, from_tensor, read, rotary_of, to_tensor, truncate
+from kvlab.cache import from_tensor, to_tensor, truncate
 from kvlab.fuse import (
     NOISES,
     PUBLISHED,
@@ -33,7 +34,8 @@ from kvlab.fuse import (
     train,
 )
 from kvlab.generation import encode
-from kvlab.similarity import last_aligned, layer_map
+from kvlab.layers import last_aligned, layer_map
+from kvlab.models import CacheError, fingerprint, rotary_of
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
@@ -75,7 +77,7 @@ def pair(tiny_model):
 @pytest.fixture(scope="module")
 def texts(pair):
     ids = tokens(2, 7)
-    return tuple(read(model, ids) for model in pair)
+    return tuple(kv.prefill(model, ids) for model in pair)
 
 
 # -- the fuser
@@ -143,7 +145,7 @@ def test_one_open_gate_changes_its_keys_or_values_and_nothing_else(texts, layer,
 
 def test_fusing_leaves_both_caches_as_they_were(pair):
     ids = tokens(1, 6)
-    own, theirs = (read(model, ids) for model in pair)
+    own, theirs = (kv.prefill(model, ids) for model in pair)
     kept = [to_tensor(x.cache) for x in (own, theirs)]
     fused = fuser_of(logit=1)(own, theirs)
     pair[0](ids, past_key_values=fused)  # the model goes on from it, and writes
@@ -156,7 +158,7 @@ def test_fusing_leaves_both_caches_as_they_were(pair):
 def test_the_change_does_not_depend_on_where_texts_stand(pair, moved):
     ids = tokens(2, 7)
     here, there = (
-        [read(m, ids, position=p) for m, p in zip(pair, places, strict=True)]
+        [kv.prefill(m, ids, position=p) for m, p in zip(pair, places, strict=True)]
         for places in ((0, 0), moved)
     )
     fuser, published = fuser_of(logit=1), fuser_of(made=ROTATED, logit=1)
@@ -180,7 +182,7 @@ def test_scaled_ropes_are_undone_and_put_back(tiny_model, rope):
         ):  # what is added is 1, whatever is read
             part.weight.zero_()
             part.bias.fill_(value)
-    own = read(model, ids)
+    own = kv.prefill(model, ids)
     plain = [
         to_tensor(kv.unrotate(c, own.positions, own.rotary)) for c in (fuser(own, own), own.cache)
     ]
@@ -195,36 +197,32 @@ def test_every_family_can_be_receiver_and_sharer(tiny_model, pair, family):
         (model, pair[1], (size, SHARER)),
         (pair[1], model, (SHARER, size)),
     ):
-        fused = fuser_of(*sizes, logit=1)(read(receiver, ids), read(sharer, ids))
-        logits = kv.prefill(receiver, ids[:, :1], fused).logits
+        fused = fuser_of(*sizes, logit=1)(kv.prefill(receiver, ids), kv.prefill(sharer, ids))
+        logits = kv.prefill(receiver, ids[:, :1], kv.Prefix(fused, 6)).logits
         assert torch.isfinite(logits).all()
         assert not torch.allclose(
-            logits, kv.prefill(receiver, ids[:, :1], read(receiver, ids).cache).logits
+            logits, kv.prefill(receiver, ids[:, :1], kv.prefill(receiver, ids)).logits
         )
 
 
 def test_padding_is_neither_read_nor_changed(pair):
     ids, fuser = tokens(2, 6), fuser_of(logit=1)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
-    own, theirs = (read(model, ids, mask) for model in pair)
+    own, theirs = (kv.prefill(model, ids, attention_mask=mask) for model in pair)
     batch = to_tensor(fuser(own, theirs))
     assert torch.equal(batch[:, :, 0, :, :2], to_tensor(own.cache)[:, :, 0, :, :2])
-    alone = to_tensor(fuser(*(read(model, ids[:1, 2:]) for model in pair)))
+    alone = to_tensor(fuser(*(kv.prefill(model, ids[:1, 2:]) for model in pair)))
     near(batch[:, :, :1, :, 2:], alone, 1e-4)
 
 
 def test_part_of_a_text_can_be_fused_later(pair):
     ids, fuser = tokens(1, 8), fuser_of(logit=1)
-    own, theirs = (read(model, ids) for model in pair)
+    own, theirs = (kv.prefill(model, ids) for model in pair)
     whole, parts = fuser(own, theirs), []
     for part in (slice(0, 5), slice(5, 8)):
         index = torch.arange(8)[part]
         cut = [
-            x._replace(
-                cache=kv.select(x.cache, index),
-                positions=x.positions[:, part],
-                mask=x.mask[:, part],
-            )
+            replace(x, cache=kv.select(x.cache, index), positions=x.positions[:, part])
             for x in (own, theirs)
         ]
         parts.append(fuser(*cut))
@@ -235,7 +233,7 @@ def test_without_the_sharer_nothing_of_it_matters(pair, texts):
     blind, seeing = (
         fuser_of(made=Settings(hidden=24, sharer_seen=seen), logit=1) for seen in (False, True)
     )
-    other = read(pair[1], tokens(2, 7, seed=5))
+    other = kv.prefill(pair[1], tokens(2, 7, seed=5))
     assert torch.equal(to_tensor(blind(*texts)), to_tensor(blind(texts[0], other)))
     assert not torch.allclose(to_tensor(seeing(*texts)), to_tensor(seeing(texts[0], other)))
     assert blind.num_parameters() == seeing.num_parameters()
@@ -244,8 +242,11 @@ def test_without_the_sharer_nothing_of_it_matters(pair, texts):
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near_and_keeps_its_dtype(tiny_model, dtype, weights):
-    fuser, own = fuser_of(sharer=RECEIVER, logit=1), read(tiny_model(dtype=dtype), tokens(1, 6))
-    wide = own._replace(cache=from_tensor(to_tensor(own.cache).float()))
+    fuser, own = (
+        fuser_of(sharer=RECEIVER, logit=1),
+        kv.prefill(tiny_model(dtype=dtype), tokens(1, 6)),
+    )
+    wide = replace(own, cache=from_tensor(to_tensor(own.cache).float()))
     stored, exact = to_tensor(wide.cache), to_tensor(fuser(wide, wide))
     half = to_tensor(copy.deepcopy(fuser).to(weights)(own, own))
     assert half.dtype == dtype
@@ -320,7 +321,7 @@ def test_a_layer_sees_the_weighted_mean_of_the_layers_it_is_mapped_to(pair, text
     mixed = torch.einsum("rk,rk...->r...", chosen.weights.float(), plain[chosen.indices])
     mixed = kv.rotate(from_tensor(mixed), theirs.positions, theirs.rotary)
     fused = fuser_of(layers=chosen, logit=1)(own, theirs)
-    same = fuser_of(sharer=SHARER._replace(layers=3), logit=1)(own, theirs._replace(cache=mixed))
+    same = fuser_of(sharer=SHARER._replace(layers=3), logit=1)(own, replace(theirs, cache=mixed))
     near(to_tensor(fused), to_tensor(same))
 
 
@@ -407,8 +408,8 @@ def test_shares_of_the_same_tokens_give_what_no_shares_give(pair, texts):
 
 
 def test_shares_are_the_sharers_tokens_each_token_is_made_of(pair):
-    fuser, own = fuser_of(logit=1), read(pair[0], tokens(1, 3))
-    theirs = read(pair[1], tokens(1, 4, seed=1))
+    fuser, own = fuser_of(logit=1), kv.prefill(pair[0], tokens(1, 3))
+    theirs = kv.prefill(pair[1], tokens(1, 4, seed=1))
     shares = torch.tensor([[[1.0, 0, 0, 0], [0, 0.25, 0.75, 0], [0, 0, 0, 0]]])
     fused = to_tensor(fuser(own, theirs, shares))
     assert torch.equal(fused[..., 2, :], to_tensor(own.cache)[..., 2, :])  # made of none
@@ -417,7 +418,7 @@ def test_shares_are_the_sharers_tokens_each_token_is_made_of(pair):
         (plain[..., 0, :], plain[..., 1, :] / 4 + plain[..., 2, :] * 3 / 4, plain[..., 3, :]), -2
     )
     made = kv.rotate(from_tensor(made), own.positions, theirs.rotary)
-    same = fuser(own, own._replace(cache=made, rotary=theirs.rotary))
+    same = fuser(own, replace(own, cache=made, rotary=theirs.rotary))
     near(to_tensor(same)[..., :2, :], fused[..., :2, :])
 
 
@@ -458,14 +459,15 @@ def lessons():
 def test_a_fused_prompt_is_all_but_its_last_token():
     receiver, sharer, *tokenizers = lab_pair()
     prompt = align_tokens(*tokenizers, asked("Where does Anna live?"))
-    cache, position, ids = fuse_prompt(lab_fuser(), receiver, sharer, prompt)
+    fused = fuse_prompt(lab_fuser(), receiver, sharer, prompt)
+    cache, position, ids = fused.cache, fused.next_position, fused.input_ids
     assert [*ids, prompt.receiver_ids[-1]] == prompt.receiver_ids.tolist()
     assert position == kv.length(cache) == len(ids)
     expected = kv.prefill(receiver, prompt.receiver_ids[None]).logits
     near(
-        kv.prefill(receiver, prompt.receiver_ids[None, -1:], cache).logits, expected, 1e-4
+        kv.prefill(receiver, prompt.receiver_ids[None, -1:], fused).logits, expected, 1e-4
     )  # closed gates
-    opened = fuse_prompt(lab_fuser(logit=1), receiver, sharer, prompt).cache
+    opened = fuse_prompt(lab_fuser(logit=1), receiver, sharer, prompt)
     assert (
         kv.prefill(receiver, prompt.receiver_ids[None, -1:], opened).logits - expected
     ).abs().max() > 1e-2
@@ -506,7 +508,7 @@ def test_only_the_fuser_gets_a_gradient_and_all_of_it_does():
 
 def test_training_lowers_the_loss_opens_gates_and_changes_no_model():
     receiver, sharer, *_ = lab_pair()
-    before = [kv.fingerprint(model) for model in (receiver, sharer)]
+    before = [fingerprint(model) for model in (receiver, sharer)]
     fuser, given = lab_fuser(dropout=0.0), lessons()
     batch = collate(given)
     start = response_loss(fuser, receiver, sharer, batch)["ce"].item()
@@ -522,7 +524,7 @@ def test_training_lowers_the_loss_opens_gates_and_changes_no_model():
     assert response_loss(fuser, receiver, sharer, batch)["ce"].item() < 0.5 * start
     assert history[-1]["open"] == fuser.open_gates().float().mean().item() > 0
     assert not fuser.training
-    assert [kv.fingerprint(model) for model in (receiver, sharer)] == before
+    assert [fingerprint(model) for model in (receiver, sharer)] == before
     falls = [b / a for a, b in itertools.pairwise(seen)]
     assert seen[0] == 1
     assert math.isclose(seen[-1], 0.001)
@@ -590,21 +592,18 @@ def loss_in_a_loop(fuser, receiver, sharer, given, said):
     total = count = 0
     for prompt, response in given:
         ids = torch.cat((prompt.receiver_ids, response))[None]
-        begin, theirs = len(prompt.receiver_ids) - 1, read(sharer, ids)
-        stop, own = min(begin + said, ids.shape[1]), read(receiver, ids[:, :begin])
+        begin, theirs = len(prompt.receiver_ids) - 1, kv.prefill(sharer, ids)
+        stop, own = min(begin + said, ids.shape[1]), kv.prefill(receiver, ids[:, :begin])
         cache, losses = fuser(own, kv.part(theirs, 0, begin)), []
         for i in range(begin, ids.shape[1]):
             if i == stop and said:
                 places = torch.arange(begin, stop)
-                new = Read(
-                    kv.select(cache, places),
-                    places[None],
-                    own.rotary,
-                    torch.ones_like(places)[None],
-                )
+                entries = kv.select(cache, places)
+                new = kv.Prefix(entries, stop, positions=places[None], rotary=own.rotary)
                 cache = kv.join(truncate(cache, begin), fuser(new, kv.part(theirs, begin, stop)))
-            cache, logits, _ = kv.prefill(receiver, ids[:, i : i + 1], cache, i)
-            losses.append(-logits.log_softmax(-1)[0, ids[0, min(i + 1, ids.shape[1] - 1)]])
+            after = kv.prefill(receiver, ids[:, i : i + 1], kv.Prefix(cache, i))
+            cache = after.cache
+            losses.append(-after.logits.log_softmax(-1)[0, ids[0, min(i + 1, ids.shape[1] - 1)]])
         total, count = total + sum(losses[:-1]), count + len(response)
     return total / count
 
@@ -804,7 +803,7 @@ def test_caches_that_do_not_fit_are_refused_with_a_sentence(pair, texts):
         match=r"receiver's cache has Size\(layers=5, heads=1, head_dim=8\), the fuser was",
     ):
         fuser(theirs, own)
-    short = read(pair[1], tokens(2, 5))
+    short = kv.prefill(pair[1], tokens(2, 5))
     with pytest.raises(
         CacheError,
         match=r"2 texts of 7 tokens, the sharer 2 of 5, expected as many tokens: give shar",
@@ -815,15 +814,11 @@ def test_caches_that_do_not_fit_are_refused_with_a_sentence(pair, texts):
     with pytest.raises(
         CacheError, match=r"2 texts of 7 tokens, the sharer 1 of 7, expected as many texts"
     ):
-        fuser(own, read(pair[1], tokens(1, 7)))
+        fuser(own, kv.prefill(pair[1], tokens(1, 7)))
     with pytest.raises(
         CacheError, match=r"positions of the sharer: shape \(2, 6\), expected \(B, T\) = \(2, 7\)"
     ):
-        fuser(own, theirs._replace(positions=theirs.positions[:, 1:]))
-    with pytest.raises(
-        CacheError, match=r"mask of the receiver: shape \(2, 7\), expected \(B, T\) = \(2, 4\)"
-    ):
-        fuser(own._replace(cache=truncate(own.cache, 4), positions=own.positions[:, :4]), theirs)
+        fuser(own, replace(theirs, positions=theirs.positions[:, 1:]))
 
 
 @pytest.mark.parametrize(
@@ -882,7 +877,7 @@ def test_nothing_is_unexplained_where_the_fused_cache_is_what_the_receiver_would
     receiver, sharer = pair
     batch = collate(blanked_lessons(8, 5))
     others, mask = batch["sharer_ids"][:, :-1], batch["sharer_mask"][:, :-1]
-    oracle = lambda own, theirs, shares: read(receiver, others, mask).cache
+    oracle = lambda own, theirs, shares: kv.prefill(receiver, others, attention_mask=mask).cache
     assert rehearsal_loss(oracle, receiver, sharer, batch)["unexplained"] == 0
     alone = rehearsal_loss(lambda own, theirs, shares: own.cache, receiver, sharer, batch)[
         "unexplained"
@@ -897,7 +892,7 @@ def test_what_is_unexplained_is_the_error_over_the_variance_of_each_layers_keys_
     wanted, made = [], []
     for prompt, _ in blanked_lessons(8, 5):
         for ids, kept in ((prompt.sharer_ids, wanted), (prompt.receiver_ids, made)):
-            one = read(receiver, ids[None, :-1])
+            one = kv.prefill(receiver, ids[None, :-1])
             kept.append(
                 to_tensor(kv.unrotate(one.cache, one.positions, one.rotary))[:, :, 0]
                 .transpose(2, 3)

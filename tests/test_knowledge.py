@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 
 from kvlab import cache as kv
 from kvlab import files, knowledge, lab
-from kvlab.cache import CacheError
 from kvlab.compress import Compressed, compact
 from kvlab.draft import KnowledgeDraft
 from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Hit, KnowledgeCache, Piece, read, splice
 from kvlab.lab.tokenizers import CHAT_TEMPLATE
+from kvlab.models import CacheError, rotary_of
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.randint(0, 97, (25,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -117,7 +117,7 @@ def test_two_arms_are_the_prefill_of_everything(tiny_model, family, rope, dtype,
     model = tiny_model(family, rope, dtype)
     prefix = splice(model, read_all(model), arm)
     near(prefix.cache, everything(model).cache, TIGHT[dtype])
-    after = kv.prefill(model, QUESTION, prefix.cache, prefix.next_position)
+    after = kv.prefill(model, QUESTION, prefix)
     torch.testing.assert_close(
         after.logits, everything(model, IDS).logits, rtol=0, atol=TIGHT[dtype]
     )
@@ -170,7 +170,8 @@ def test_recompute_computes_that_share_of_tokens_again_those_that_differ_most(
     none = splice(model, pieces, "recompute", share=0).cache
     want, chosen = none, most_different(model, pieces, 2, round(share * BEHIND))
     for token in chosen:  # one after the other, each on what stands before it
-        new = kv.prefill(model, ids[:, token : token + 1], kv.truncate(want, token), token).cache
+        before = kv.Prefix(kv.truncate(want, token), token)
+        new = kv.prefill(model, ids[:, token : token + 1], before).cache
         after = torch.arange(token + 1, len(FLAT))
         want = kv.join(new, kv.select(want, after)) if len(after) else new
     got = splice(model, pieces, "recompute", share=share).cache
@@ -1571,7 +1572,7 @@ def test_a_later_item_is_moved_as_if_its_opening_were_not_there(make, tokenizer)
     store = make(tokenizer=tokenizer)
     first, second = store.items[:2]
     start, begin = knowledge._opening(tokenizer), len(first.input_ids)
-    alone = kv.shift(store.read(second).cache, begin - start, kv.rotary_of(store.model))
+    alone = kv.shift(store.read(second).cache, begin - start, rotary_of(store.model))
     spliced = store.splice([first, second], "shift").cache
     for got, want in zip(spliced.layers, alone.layers, strict=True):
         torch.testing.assert_close(
@@ -1641,7 +1642,7 @@ def test_a_single_compressed_item_is_continued_at_the_length_of_its_text(make, m
 
 
 def test_compressed_items_behind_one_another_stand_where_their_texts_would(make, model):
-    store, rotary = make(compress=halved(model)), kv.rotary_of(model)
+    store, rotary = make(compress=halved(model)), rotary_of(model)
     one, two = store.items[:2]
     start = len(one.input_ids)
     parts = [halved(model)(torch.tensor([i.input_ids])).prefix.cache for i in (one, two)]
@@ -1651,7 +1652,7 @@ def test_compressed_items_behind_one_another_stand_where_their_texts_would(make,
     read_anew = store.splice([one, two], "prefix")
     near(
         read_anew.cache,
-        kv.prefill(model, torch.tensor([two.input_ids]), parts[0], start).cache,
+        kv.prefill(model, torch.tensor([two.input_ids]), kv.Prefix(parts[0], start)).cache,
         1e-4,
     )
 
@@ -1684,7 +1685,7 @@ def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tm
         CacheError, match=r"positions \(2, 1, 2, 3\) .* let all heads keep the same"
     ):
         make(name="by_head", compress=by_head)
-    moved = lambda ids: compact(first(ids), kv.rotary_of(model))
+    moved = lambda ids: compact(first(ids), rotary_of(model))
     with pytest.raises(CacheError, match="moved the entries: give them where they stood"):
         make(name="moved", compress=moved)
     draft = KnowledgeDraft.cut(model, "first:1", knowledge="kv")

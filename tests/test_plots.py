@@ -66,7 +66,7 @@ def test_axes_are_in_the_books_style_and_leave_other_figures_alone():
 def test_decode_cost_is_in_milliseconds_with_labels_on_the_lines():
     ax = plots.decode_cost({"again": [0.1, 0.2], "cache": [0.01, 0.01]}, [64, 128])
     assert [line.get_ydata().tolist() for line in ax.lines] == [[100, 200], [10, 10]]
-    assert texts(ax) == ["again", "cache"]
+    assert sorted(texts(ax)) == ["again", "cache"]
 
 
 def test_cache_picture_is_centered_on_zero():
@@ -101,6 +101,7 @@ def test_lab_report_shows_value_and_interval_of_each_model():
     assert [list(d) for d in drawn[::2]] == [[f["low"], f["high"]] for f in given]
     assert [list(d) for d in drawn[1::2]] == [[f["value"]] for f in given]
     assert texts(ax) == list(names)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first task is on top
 
 
 def test_colors_are_apart_in_lightness_or_hue():
@@ -126,9 +127,8 @@ def test_acceptance_by_position_draws_both_meanings_with_labels_apart():
     given = {"a": summary([1.0, 0.5]), "b": summary([0.99, 0.51, 0.8]), "c": summary([0.98, 0.5])}
     panels = plots.acceptance_by_position(given)
     for ax, kind in zip(panels, ("conditional", "unconditional"), strict=True):
-        assert [line.get_ydata().tolist() for line in ax.lines] == [
-            getattr(s, kind) for s in given.values()
-        ]
+        drawn = [line.get_ydata().tolist() for line in ax.lines]
+        assert drawn == [getattr(s, kind) for s in given.values()]
         assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2], [1, 2, 3], [1, 2]]
         assert (
             len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines})
@@ -147,16 +147,10 @@ def test_acceptance_by_position_draws_both_meanings_with_labels_apart():
 def test_acceptance_leaves_out_positions_that_no_text_reached():
     given = summarize([Round([[5, 6, 7]], [1], [[5, 9]], 0.1, 0.2, 0.3)])
     left, right = plots.acceptance_by_position({"one": given})
-    assert left.lines[0].get_ydata().tolist() == [1, 0]  # the third guess was not reached
+    assert left.lines[0].get_ydata()[:2].tolist() == [1, 0]
+    assert np.isnan(left.lines[0].get_ydata()[2])  # the third guess was not reached
     assert right.lines[0].get_ydata().tolist() == [1, 0, 0]
     assert left.texts[0].xy == (2, 0)
-
-
-def test_acceptance_names_a_summary_without_drafts():
-    with pytest.raises(ValueError, match="'plain' has no drafted tokens"):
-        plots.acceptance_by_position({"plain": summary([])})
-    with pytest.raises(ValueError, match="5 summaries, expected 1 to 4"):
-        plots.acceptance_by_position(dict.fromkeys("abcde", summary([0.5])))
 
 
 def test_speedup_over_gamma_shows_points_intervals_and_curves():
@@ -165,16 +159,16 @@ def test_speedup_over_gamma_shows_points_intervals_and_curves():
         {"by position": [1.2, 1.4, 1.0]},
     )
     ax = plots.speedup_over_gamma([1, 2, 8], measured, curves)
-    plain, curve, points = ax.lines
-    assert list(plain.get_ydata()) == [1, 1]
+    curve, points, plain = ax.lines
+    assert list(plain.get_ydata()) == [1, 1, 1]
     assert list(curve.get_ydata()) == curves["by position"]
     assert list(zip(points.get_xdata(), points.get_ydata(), strict=True)) == [
         (1, 1.2),
         (2, 1.5),
         (8, 1.01),
     ]
-    bars = [bar.tolist() for bar in ax.collections[0].get_segments()]
-    assert bars == [[[1, 1.1], [1, 1.4]], [[2, 1.3], [2, 1.6]], [[8, 0.9], [8, 1.2]]]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in band} >= {(1, 1.1), (1, 1.4), (8, 0.9), (8, 1.2)}
     assert ax.get_xticks().tolist() == [1, 2, 8]
     assert ax.get_ylim()[0] == 0
     assert sorted(texts(ax)) == ["by position", "measured", "plain decoding"]
@@ -192,13 +186,8 @@ def test_time_spent_adds_up_in_milliseconds_and_labels_do_not_overlap():
     expected = [(0, 0), (0, 40), (40, 0.5), (0, 0.9), (0.9, 0.8), (1.7, 0.2)]
     assert np.allclose(drawn, expected)
     assert texts(ax) == [
-        " 40.5 ms",
-        " 1.9 ms",
-        "target 40",
-        "rest 0.5",
-        "draft 0.9",
-        "target 0.8",
-        "rest 0.2",
+        "target 40 + rest 0.5 = 40.5 ms",
+        "draft 0.9 + target 0.8 + rest 0.2 = 1.9 ms",
     ]
     assert len({bar.get_hatch() for bar in ax.patches}) == 3
     assert [t.get_text() for t in ax.get_yticklabels()] == ["plain", "gamma 8"]
@@ -244,7 +233,7 @@ def test_residual_splits_both_distributions_and_gives_the_target_back(p, q, labe
     assert np.isclose(sum(dropped), sum(rest))  # what is rejected is what the residual gives
     assert widths[2] == [accepted, rest]
     assert list(three.lines[0].get_xdata()) == p
-    assert two.get_title("left") == f"{100 * sum(accepted):.0f} % of guesses accepted"
+    assert two.get_title("left") == f"{100 * sum(accepted):.0f} % of drafted tokens accepted"
     assert set(texts(two)) == labels
     assert not any(overlaps(ax) or not on_card(ax) for ax in panels)
 
@@ -344,13 +333,9 @@ def test_token_view_shows_parts_of_characters_by_name():
 
 
 def test_speed_ratios_show_each_figure_with_its_interval():
-    figures = {
-        "fast": {"value": 2.5, "low": 2.25, "high": 2.75},
-        "slow": {"value": 0.5, "low": 0.25, "high": 0.75},
-        "other": {"value": 9.0, "low": 9.0, "high": 9.0},
-    }
-    ax = plots.speed_ratios(figures, {"fast": "over one", "slow": "over another"})
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["over one", "over another"]
+    ratios = {"over one": (2.5, 2.25, 2.75), "over another": (0.5, 0.25, 0.75)}
+    ax = plots.speed_ratios(ratios)
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(ratios)
     intervals, dots = (
         [line for line in ax.lines if line.get_marker() == mark] for mark in ("None", "o")
     )
@@ -367,7 +352,7 @@ def test_speed_ratios_show_each_figure_with_its_interval():
 
 
 def test_splice_strips_have_a_strip_an_arm_and_end_with_the_question():
-    ax = plots.splice_strips([40, 30], question=10, share=0.1)
+    ax = plots.splice_strips([40, 30], question=10, recomputed=0.1)
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "full",
         "prefix",
@@ -379,7 +364,7 @@ def test_splice_strips_have_a_strip_an_arm_and_end_with_the_question():
     assert len(wide) == 5 * 3
     assert max(bar.get_x() + bar.get_width() for bar in wide) <= 80
     again = [bar for container in ax.containers for bar in container if bar.get_width() < 1]
-    assert len(again) == 3  # a tenth of the 30 tokens behind the first piece
+    assert len(again) == 3  # a tenth of the 30 tokens after the first piece
     assert all(bar.get_x() >= 40 and bar.get_x() + bar.get_width() <= 70 for bar in again)
     words = texts(ax)
     assert words[:3] == ["read"] * 3
@@ -423,8 +408,9 @@ def test_reading_or_loading_is_in_milliseconds_on_two_logarithmic_scales():
     ax = plots.reading_or_loading([64, 128], {"read it": [0.01, 0.02], "load it": [0.002, 0.002]})
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert [list(line.get_ydata()) for line in ax.lines] == [[10, 20], [2, 2]]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["2", "5", "10", "20"]
-    assert texts(ax) == ["read it", "load it"]
+    low, high = ax.get_ylim()
+    assert [y for y in ax.get_yticks() if low <= y <= high] == [2, 5, 10, 20]
+    assert sorted(texts(ax)) == ["load it", "read it"]
 
 
 def test_key_differences_share_one_scale_of_colors():
@@ -434,7 +420,7 @@ def test_key_differences_share_one_scale_of_colors():
         "difference": torch.zeros(3, 4),
     }
     places = plots.key_differences(keys, ["a", "b", "c"])
-    assert [ax.get_title() for ax in places] == list(keys)
+    assert [ax.get_title("left") for ax in places] == list(keys)
     assert {ax.images[0].get_clim() for ax in places} == {(-5.0, 5.0)}
     assert [label.get_text() for label in places[0].get_yticklabels()] == ["a", "b", "c"]
 
@@ -447,7 +433,7 @@ def test_cut_layers_number_the_layers_that_are_taken():
         "first:2",
         "uniform:2",
     ]
-    assert len(ax.patches) == 12
+    assert ax.collections[0].get_array().tolist() == [[1] * 4, [2, 2, 0, 0], [2, 0, 0, 2]]
 
 
 def test_loss_gradients_draw_each_loss_on_two_logarithmic_scales():
@@ -479,10 +465,11 @@ def test_retention_curves_show_each_method_and_the_whole_cache_with_labels_that_
     one = {2: (0.1, 0.05, 0.15), 25: (0.9, 0.8, 1.0), 50: (0.95, 0.9, 1.0)}
     two = {2: (0.0, 0.0, 0.1), 25: (0.3, 0.2, 0.4), 50: (0.94, 0.9, 1.0)}
     ax = plots.retention_curves({"learned": one, "a score": two}, full=0.97)
-    assert [list(line.get_ydata()) for line in ax.lines[:2]] == [[0.1, 0.9, 0.95], [0.0, 0.3, 0.94]]
-    assert [list(line.get_xdata()) for line in ax.lines[:2]] == [[2, 25, 50]] * 2
-    assert list(ax.lines[2].get_ydata()) == [0.97, 0.97]
-    assert {"learned", "a score", "the whole cache"} <= set(texts(ax))
+    full, *curves = ax.lines
+    assert [list(line.get_ydata()) for line in curves] == [[0.1, 0.9, 0.95], [0.0, 0.3, 0.94]]
+    assert [list(line.get_xdata()) for line in curves] == [[2, 25, 50]] * 2
+    assert list(full.get_ydata()) == [0.97, 0.97]
+    assert {"learned", "a score", "full cache"} == set(texts(ax))
     assert not overlaps(ax)
     assert on_card(ax)
 
@@ -490,7 +477,7 @@ def test_retention_curves_show_each_method_and_the_whole_cache_with_labels_that_
 def test_needle_maps_write_each_share_into_its_place():
     maps = {"all": np.array([[1.0, 0.5]]), "some": np.array([[0.25, 0.0]])}
     one, two = plots.needle_maps(maps, lengths=(8,), depths=(0, 100))
-    assert texts(one) == ["1", ".50"]
+    assert texts(one) == ["1.00", ".50"]
     assert texts(two) == [".25", ".00"]
     assert [t.get_position() for t in two.texts] == [(0, 0), (1, 0)]
     assert two.images[0].get_clim() == one.images[0].get_clim()
@@ -512,9 +499,11 @@ def test_cache_shapes_draw_a_cell_for_each_token_and_layer_in_its_segments_color
     one, two = plots.cache_shapes(
         {"teacher": (3, [0, 2, 3, 5], "wide"), "student": (2, [0, 1, 2, 3], "narrow")}
     )
-    assert [len(ax.patches) for ax in (one, two)] == [15, 6]
-    colors = [to_rgb(box.get_facecolor()[:3]) for box in two.patches]
-    assert colors == [to_rgb(color) for color in plots.SEGMENT_COLORS for _ in range(2)]
+    cells = [ax.collections[0].get_array() for ax in (one, two)]
+    assert [c.tolist() for c in cells] == [[[0, 0, 1, 2, 2]] * 3, [[0, 1, 2]] * 2]
+    two.figure.canvas.draw()
+    drawn = two.collections[0].get_facecolor()[:3, :3]
+    assert [tuple(color) for color in drawn] == [to_rgb(color) for color in plots.SEGMENT_COLORS]
     assert [ax.get_title(loc="left") for ax in (one, two)] == ["teacher: wide", "student: narrow"]
     assert texts(one) == ["prompt", "reasoning", "answer"]
 
@@ -543,11 +532,7 @@ def test_similarity_maps_write_each_number_and_share_their_colors():
 
 def test_lines_have_labels_and_bands_that_hold_their_values():
     ax = plots.lines(
-        [1, 2],
-        {"one": [(0.2, 0.1, 0.3), (0.5, 0.4, 0.6)], "two": [(0.1, 0, 0.2)] * 2},
-        "x",
-        "y",
-        True,
+        [1, 2], {"one": [(0.2, 0.1, 0.3), (0.5, 0.4, 0.6)], "two": [(0.1, 0, 0.2)] * 2}, "x", "y"
     )
     assert [list(line.get_ydata()) for line in ax.lines] == [[0.2, 0.5], [0.1, 0.1]]
     assert texts(ax) == ["two", "one"]
@@ -558,8 +543,7 @@ def test_lines_have_labels_and_bands_that_hold_their_values():
 
 
 def test_intervals_hold_what_is_compared_with_even_if_it_lies_outside():
-    figures = {"one": {"value": 0.8, "low": 0.75, "high": 0.85}}
-    ax = plots.intervals(figures, {"one": "fused"}, "accepted", (0.2, "alone"))
+    ax = plots.intervals({"fused": (0.8, 0.75, 0.85)}, "accepted", (0.2, "alone"))
     low, high = ax.get_xlim()
     assert low < 0.2 < 0.85 < high
     assert {text.get_text() for text in ax.texts} == {"0.80", "alone"}
@@ -577,15 +561,9 @@ def test_gates_have_a_bar_for_keys_and_values_of_each_layer():
 
 
 def test_a_waterfall_goes_from_total_to_total():
-    totals = {
-        name: {"value": value}
-        for name, value in (("plain", 100.0), ("faster", 60.0), ("slower", 70.0))
-    }
-    changes = {
-        "faster": {"value": 40.0, "low": 30.0, "high": 50.0},
-        "slower": {"value": -10.0, "low": -12.0, "high": -8.0},
-    }
-    ax = plots.waterfall(totals, changes, "ms")
+    totals = {"plain": 100.0, "faster": 60.0, "slower": 70.0}
+    savings = {"faster": (40.0, 30.0, 50.0), "slower": (-10.0, -12.0, -8.0)}
+    ax = plots.waterfall(totals, savings, "ms")
     bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches]
     assert bars == [(0, 100), (100, 60), (60, 70)]
     assert [text.get_text() for text in ax.texts] == [

@@ -1,12 +1,16 @@
 """What holds between the project's files: one list of packages, one address, pairs in step, nothing out of place."""
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import jupytext
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -186,6 +190,150 @@ def test_a_figure_without_alt_text_is_a_warning(alt, warnings, monkeypatch):
     document += image
     extension.warn_without_alt(None, document, "page")
     assert len(said) == warnings
+
+
+# the house
+
+# Each module imports only from its own floor or from lower ones; chapters do not import each other.
+CHAPTERS = "knowledge draft compress distill align fuse speculate"
+FLOORS = (
+    "files models losses answers results lab.models lab.worlds",
+    "cache",
+    "slots",
+    "layers similarity generation training evaluate records scale plots lab lab.corpora lab.tokenizers",
+    CHAPTERS,
+    "lab.report lab.recipe lab.__main__ commands cli",
+)
+PATHS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "kvlab").rglob("*.py"))
+}
+MODULES = [module for module in PATHS if module != "kvlab"]
+
+
+def floor(module):
+    name = module.removeprefix("kvlab.")
+    name = "commands" if name.startswith("commands.") else name
+    levels = [level for level, names in enumerate(FLOORS) if name in names.split()]
+    assert levels, f"{module} is on no floor; add it to FLOORS"
+    return levels[0]
+
+
+def imported(tree, in_functions=True):
+    """Yield the modules that a syntax tree imports, without those for type checking only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (part if part in PATHS else node.module for part in parts)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif in_functions or not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield from imported(node, in_functions)
+
+
+def arrows(module):
+    """The modules of kvlab that a module imports, with the packages they are in."""
+    targets = set()
+    for name in imported(ast.parse(PATHS[module].read_text())):
+        while name != "kvlab" and name in PATHS and not f"{module}.".startswith(f"{name}."):
+            targets.add(name)
+            name = name.rpartition(".")[0]
+    return targets
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_downward(module):
+    chapters = [f"kvlab.{name}" for name in CHAPTERS.split()]
+    for target in arrows(module):
+        assert floor(target) <= floor(module), f"{module} imports {target}, which is above it"
+        assert not {module, target} <= {*chapters}, f"chapter {module} imports chapter {target}"
+
+
+def test_only_the_top_and_scale_import_the_lab():
+    users = [m for m in MODULES if any(t.startswith("kvlab.lab") for t in arrows(m))]
+    below = [m for m in users if floor(m) < len(FLOORS) - 1 and not m.startswith("kvlab.lab")]
+    assert below == ["kvlab.scale"]
+
+
+def test_imports_have_no_circle():
+    assert list(TopologicalSorter({module: arrows(module) for module in MODULES}).static_order())
+
+
+def test_no_top_level_name_is_defined_twice():
+    names = Counter()
+    for path in PATHS.values():
+        body = ast.parse(path.read_text()).body
+        names.update(n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    twice = {name for name, count in names.items() if count > 1}
+    assert twice <= {"__getattr__"}
+
+
+def test_names_of_the_package_are_imported_when_used():
+    import kvlab
+
+    assert all(getattr(kvlab, name).__name__ == name for name in kvlab.__all__)
+    run = "import sys, kvlab, kvlab.results; assert callable(kvlab.results); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", run], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'rope'"):
+        _ = kvlab.rope
+
+
+# results
+
+
+def test_results_have_figures_intervals_and_tables():
+    import kvlab
+
+    results = kvlab.results("distill")
+    figure = results["em_full"]
+    assert figure.low <= figure.value <= figure.high
+    assert results.intervals({"em_full": "full"}) == {"full": figure.interval}
+    table = results.table({"full": {"score": "em_full"}, "other": {"memory": "cache_mb_100"}})
+    assert list(table.columns) == ["score (fraction)", "memory (MB)"]
+    assert table.loc["full", "score (fraction)"] == f"{figure:.2f}"
+    assert table.loc["other", "score (fraction)"] == ""
+    with pytest.raises(ValueError, match="figures in fraction and in MB"):
+        results.table({"a": {"x": "em_full"}, "b": {"x": "cache_mb_100"}})
+    with pytest.raises(KeyError, match="no figure 'em_none'; expected one such as em_full"):
+        results["em_none"]
+    with pytest.raises(
+        FileNotFoundError, match=r"expected one of align, .*run `python tests/bench"
+    ):
+        kvlab.results("nothing")
+
+
+def test_every_result_is_read_and_ships():
+    import kvlab
+
+    files_ = sorted((ROOT / "kvlab/results").glob("*.json"))
+    assert {path.stem for path in (ROOT / "tests/benchmarks").glob("*.py")} == {
+        path.stem for path in files_
+    }
+    assert all(kvlab.results(path.stem).device for path in files_)
+
+
+# the book
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks").glob("*.py")), ids=lambda path: path.stem
+)
+def test_the_book_has_run_this_chapter(path):
+    """`make book` executes each chapter, and keeps in its cache those that ran to their end."""
+    from jupyter_cache import get_cache
+
+    folder = ROOT / "book/_build/.jupyter_cache"
+    if not folder.exists():
+        pytest.skip("there is no book: make book")
+    chapter = jupytext.reads(path.read_text(encoding="utf-8"), fmt="py:percent")
+    try:
+        get_cache(folder).match_cache_notebook(chapter)
+    except KeyError:
+        pytest.fail(
+            f"{path.name} did not run to its end in the book: see the output of `make book`"
+        )
 
 
 def test_shipped_weights_are_small():

@@ -51,7 +51,7 @@ def test_every_role_has_a_known_size():
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(ValueError, match=r"'gpt2' is not in kvlab\.scale"):
+    with pytest.raises(ValueError, match=r"'gpt2' is not in kvlab/scales\.yaml"):
         config_of("gpt2")
 
 

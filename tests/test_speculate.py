@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -25,10 +26,11 @@ from transformers.generation.logits_process import (
 
 from kvlab import cache as kv
 from kvlab import lab, speculate
-from kvlab.cache import CacheError, Slots
 from kvlab.evaluate import chi_square
 from kvlab.fuse import Fuser, Settings, Size
 from kvlab.lab.report import heldout
+from kvlab.models import CacheError, rotary_of
+from kvlab.slots import Slots
 from kvlab.speculate import (
     AdaptiveGamma,
     EarlyExitProposer,
@@ -75,10 +77,10 @@ def plain(model, ids, count, ends=()):
 
 def plain_after(model, prefix, ids, count):
     """Greedy decoding of one row after a prefix, one token at a time, by `kvlab.cache.prefill`."""
-    cache, position, new, ids = prefix.cache, prefix.next_position, [], torch.as_tensor(ids)[None]
+    new, ids = [], torch.as_tensor(ids)[None]
     for _ in range(count):
-        cache, logits, position = kv.prefill(model, ids, cache, position)
-        ids = logits.argmax(-1, keepdim=True)
+        prefix = kv.prefill(model, ids, prefix)
+        ids = prefix.logits.argmax(-1, keepdim=True)
         new.append(ids.item())
     return new
 
@@ -108,14 +110,13 @@ def noisy(model, scale=0.02, seed=3):
 
 def read(model, ids, **options):
     """The prefix that reading ids gives."""
-    cache, _, position = kv.prefill(model, torch.as_tensor(ids)[None], **options)
-    return Prefix(cache, position, torch.as_tensor(ids).tolist())
+    return kv.prefill(model, torch.as_tensor(ids)[None], **options)
 
 
 def compressed(model, ids, kept):
     """The same with some of its entries only, and its position."""
     whole = read(model, ids)
-    return whole._replace(cache=kv.select(whole.cache, torch.tensor(kept)))
+    return replace(whole, cache=kv.select(whole.cache, torch.tensor(kept)))
 
 
 def new_tokens(target, prompts, *args, **options):
@@ -206,7 +207,7 @@ def test_a_prefix_shared_by_rows(tiny_model, family, kind):
         assert (
             new_tokens(target, prompts, proposer, gamma=3, max_new_tokens=9, prefix=prefix) == want
         )
-    without_ids = prefix._replace(input_ids=())
+    without_ids = replace(prefix, input_ids=())
     assert (
         new_tokens(
             target, prompts, ModelProposer(noisy(target)), max_new_tokens=9, prefix=without_ids
@@ -274,8 +275,8 @@ def test_a_draft_may_have_a_prefix_of_its_own(tiny_model):
         assert [row.tolist() for row in got.tokens] == want
         drafted.append([r.drafted for r in verifications(got.rounds)])
     assert drafted[0] == drafted[1] == drafted[2] != drafted[3]
-    hint = read(draft, random_prompts(8, seed=9)[0])._replace(
-        input_ids=()
+    hint = replace(
+        read(draft, random_prompts(8, seed=9)[0]), input_ids=()
     )  # known to the draft alone
     alone = generate(target, prompts, ModelProposer(draft, hint), max_new_tokens=12)
     assert [row.tolist() for row in alone.tokens] == [plain(target, ids, 12) for ids in prompts]
@@ -511,7 +512,8 @@ def joint(model, prompt, count, sampling, prefix=None):
         past = kv.clone(prefix.cache) if prefix else None
         if prefix:
             past.batch_repeat_interleave(len(new))
-        logits = kv.prefill(model, ids, past, prefix.next_position if prefix else None).logits
+        past = Prefix(past, prefix.next_position) if prefix else None
+        logits = kv.prefill(model, ids, past).logits
         scores = process(torch.cat((known.expand(len(new), -1), ids), 1), logits)
         total = (total.reshape(-1, 1) * scores.double().softmax(-1)).flatten()
     return total.reshape((size,) * count).numpy()
@@ -882,7 +884,7 @@ def test_repetition_penalty_counts_the_prefix(tiny_model):
     ):
         options = {"max_new_tokens": 16, "sampling": Sampling(repetition_penalty=1.3)}
         assert new_tokens(target, whole[None, 30:], proposer, prefix=prefix, **options) == [want]
-    unknown = new_tokens(target, whole[None, 30:], prefix=prefix._replace(input_ids=()), **options)
+    unknown = new_tokens(target, whole[None, 30:], prefix=replace(prefix, input_ids=()), **options)
     assert unknown != [want]
 
 
@@ -1088,7 +1090,7 @@ class Fusions:
         )  # a view of memory: where it is tells the row
         row, rest = divmod(keys.storage_offset(), keys.stride(0))
         kept = [kv.clone(cache) for cache in (own.cache, theirs.cache, made)]
-        given = own._replace(cache=kept[0]), theirs._replace(cache=kept[1])
+        given = replace(own, cache=kept[0]), replace(theirs, cache=kept[1])
         self.calls.append((row, rest // keys.shape[-1], *given, kept[2]))
         return made
 
@@ -1145,7 +1147,7 @@ def test_whatever_is_fused_the_text_is_the_targets(
     (target, draft), prompts = unequal(tiny_model, family), random_prompts(*[n for n, _ in rows])
     prefixes, own = [make_prefix(target, kind, seed) for seed, (_, kind) in enumerate(rows)], None
     if known == "hint":
-        own = read(draft, random_prompts(6, seed=9)[0])._replace(input_ids=())
+        own = replace(read(draft, random_prompts(6, seed=9)[0]), input_ids=())
     elif known != "none":
         texts = [
             [*(p.input_ids if p else ()), *ids.tolist()]
@@ -1207,7 +1209,7 @@ def test_what_both_have_read_is_fused_once_and_in_order(tiny_model, kind, known)
     text = [*(prefix.input_ids if prefix else ()), *ids.tolist()]
     own = {"none": lambda: None, "whole": lambda: read(draft, text[:5]),
            "compressed": lambda: compressed(draft, text[:5], [0, 3]),
-           "hint": lambda: read(draft, random_prompts(6, seed=9)[0])._replace(input_ids=())}[known]()  # fmt: skip
+           "hint": lambda: replace(read(draft, random_prompts(6, seed=9)[0]), input_ids=())}[known]()  # fmt: skip
     begin, column = (len(own.input_ids), kv.length(own.cache)) if own else (0, 0)
     want = [*text, *after(target, prefix, ids, 15)]
     for gammas, early, later in (((1,), True, True), ((3,), True, True), ((5,), True, True), ((2, 0, 0, 4), True, True),
@@ -1242,11 +1244,11 @@ def check_read(model, prefix, text, got, start):
     """What was read is what the model makes of the tokens from `start` on of a text that its prefix stands before."""
     known = len(prefix.input_ids) if prefix else 0
     past = (prefix.cache, prefix.next_position) if prefix else ()
-    whole, _, behind = kv.prefill(model, torch.tensor([text[known:]]), *past)
+    after = kv.prefill(model, torch.tensor([text[known:]]), *past)
+    whole, behind = after.cache, after.next_position
     count, have = len(text) - start, kv.length(whole)
     assert got.positions.tolist() == [[*range(behind - count, behind)]]
-    assert got.mask.tolist() == [[1] * count]
-    assert got.rotary is kv.rotary_of(model)
+    assert got.rotary is rotary_of(model)
     want = kv.select(whole, torch.arange(have - count, have))
     torch.testing.assert_close(kv.to_tensor(got.cache), kv.to_tensor(want), rtol=0, atol=1e-9)
 
@@ -1260,7 +1262,7 @@ def test_rows_with_prefixes_of_their_own_are_fused_each_by_itself(tiny_model, or
         [*(p.input_ids if p else ()), *ids.tolist()]
         for p, ids in zip(prefixes, prompts, strict=True)
     ]
-    hint = read(draft, random_prompts(6, seed=9)[0])._replace(input_ids=())
+    hint = replace(read(draft, random_prompts(6, seed=9)[0]), input_ids=())
     own = [None, read(draft, texts[1][:4]), compressed(draft, texts[2][:3], [0, 2]), hint]
     proposer = FusedProposer(draft, target, spy, own)
     new = new_tokens(target, prompts, proposer, gamma=3, max_new_tokens=16, prefix=prefixes)
@@ -1291,7 +1293,7 @@ def test_positions_of_both_agree_in_texts_that_both_have_read(tiny_model):
         assert mine == theirs == [*range(len(mine))]
         assert 10 <= len(mine) - 6 - len(ids) < 16
     assert {(own.rotary, theirs.rotary) for *_, own, theirs, _ in spy.calls} == {
-        (kv.rotary_of(draft), kv.rotary_of(target))
+        (rotary_of(draft), rotary_of(target))
     }
 
 
@@ -1974,7 +1976,7 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model):
         ),
         "neither a Prefix nor a list": lambda: generate(target, prompts, prefix=prefix.cache),
         "must stand for the first ids of the text": lambda: generate(
-            target, prompts, ModelProposer(target, prefix._replace(input_ids=[96, 1]))
+            target, prompts, ModelProposer(target, replace(prefix, input_ids=[96, 1]))
         ),
         "must stand for .* and leave one to read": lambda: generate(
             target, prompts[:1], ModelProposer(target, prefix)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import compress
-from kvlab.cache import Prefix, nbytes, prefix_of
+from kvlab.cache import Prefix, nbytes, prefill
 from kvlab.commands.shared import (
     DATA,
     Contexts,
@@ -357,6 +357,7 @@ def compression_scores(
     Example:
         >>> records = [Record("Anna lives in Rome. Ben has a dog.", "Where does Anna live?", ("Rome",))]
         >>> parts = lab.load("lab-target"), lab.load_tokenizer("lab-target")
+        >>> from kvlab import lab
         >>> compression_scores(*parts, [records], ["key_norm"], [0.5])[["method", "retention"]].values.tolist()
         [['full', 1.0], ['key_norm', 0.5]]
     """
@@ -419,7 +420,7 @@ def _compressed(
             for ids in seen
         ]
     if method == "full":
-        prefix = prefix_of(model, context)
+        prefix = prefill(model, context)
     elif method == "distill":
         prefix = distiller.compress(context, retention=share).prefix
     else:

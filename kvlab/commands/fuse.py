@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from kvlab import draft as drafts
-from kvlab.cache import fingerprint
 from kvlab.commands.shared import (
     DATA,
     Conversation,
@@ -35,9 +34,10 @@ from kvlab.fuse import Settings as FuserSettings
 from kvlab.fuse import train as train_on
 from kvlab.generation import encode
 from kvlab.lab import corpora
+from kvlab.layers import first_aligned, last_aligned, proportional
+from kvlab.models import fingerprint
 from kvlab.records import messages
 from kvlab.scale import Scale
-from kvlab.similarity import first_aligned, last_aligned, proportional
 from kvlab.speculate import FusedProposer, ModelProposer, generate, summarize
 
 CONTROLS = ("none", "self", "matched")

@@ -16,7 +16,7 @@ from kvlab.cache import Prefix, truncate
 from kvlab.commands.shared import open_store, require_store, scale_with_target
 from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Item, KnowledgeCache, loaded
-from kvlab.records import faq
+from kvlab.records import read_faq
 from kvlab.speculate import decode, generate
 
 
@@ -47,7 +47,7 @@ def build_cache(
     kept = None if dtype is None else getattr(torch, dtype, None)
     if dtype and not isinstance(kept, torch.dtype):
         raise ValueError(f"dtype is {dtype!r}, expected the name of one, such as float16.")
-    found = faq(records) if records else lab.faq(language)
+    found = read_faq(records) if records else lab.faq(language)
     scale = scale_with_target(base_model)
     main = PartialState(
         cpu=scale.device == "cpu"

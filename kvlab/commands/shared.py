@@ -12,10 +12,10 @@ import pandas as pd
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.cache import fingerprint
 from kvlab.files import write_text
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
+from kvlab.models import fingerprint
 from kvlab.records import CONTEXTS, Record, read_records
 from kvlab.scale import Scale
 

@@ -17,27 +17,29 @@ from tqdm.auto import tqdm
 
 from kvlab import lab
 from kvlab.align import (
-    KVAlignmentLoss,
-    Lesson,
+    ARMS,
+    AlignedStudent,
+    AlignmentSettings,
+    Problems,
     Projector,
-    Pupil,
-    collate,
+    encode_with_teacher,
+    pad_problems,
     plan_time,
     resample,
-    seen_by,
     segment,
     similar_layers,
+    solved,
+    train_arm,
 )
-from kvlab.commands.align import ALIGNMENTS, Problems, solved, teach
 from kvlab.evaluate import benchmark, figure
 from kvlab.lab import models
 from kvlab.lab.corpora import Solutions
+from kvlab.layers import layer_map, proportional, save_layer_map
 from kvlab.records import extract_answer
 from kvlab.scale import config_of
-from kvlab.similarity import layer_map, proportional, save_layer_map
 
 RUNS, HARD, CHECKS = Path("lab-runs/align"), (1, 3), 4
-SEEDS = dict.fromkeys(ALIGNMENTS, 3) | {"ce_only": 4, "segment": 5, "shuffled_segment": 4}
+SEEDS = dict.fromkeys(ARMS, 3) | {"ce_only": 4, "segment": 5, "shuffled_segment": 4}
 SETTINGS = {
     "problems": 600,
     "epochs": 56,
@@ -77,60 +79,63 @@ def file_of(arm: str, seed: int, changes: dict, folder: Path) -> Path:
 
 
 def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
-    """Train one student, alone in its process, and say what it solves. One that is done is read."""
-    settings = (
-        SETTINGS
-        | changes
-        | ({"problems": 16, "epochs": 2, "batch_size": 4} if quick else {})
-        | {"seed": seed}
-    )
+    """Train one student, alone in its process, and measure what it solves. One that is done is read."""
+    settings = SETTINGS | changes
+    if quick:
+        settings |= {"problems": 16, "epochs": 2, "batch_size": 4}
     done = file_of(arm, seed, changes, folder)
     if done.exists():
         return json.loads(done.read_text())
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    student, tokenizer = (
-        models.make("lab-draft", seed, num_hidden_layers=3),
-        lab.load_tokenizer("lab-draft"),
-    )
+    student = models.make("lab-draft", seed, num_hidden_layers=3)
+    tokenizer = lab.load_tokenizer("lab-draft")
     tasks = problems(seed, settings, quick)
-    teachers = [lambda n=n: (lab.load(n), lab.load_tokenizer(n)) for n in settings["teacher_model"]]
-    steps = settings["epochs"] * (settings["problems"] // settings["batch_size"])
-    right: list[np.ndarray] = []
+    names = settings.pop("teacher_model")
+    teachers = [lambda n=n: (lab.load(n), lab.load_tokenizer(n)) for n in names]
+    options = AlignmentSettings(**{k: v for k, v in settings.items() if k != "problems"})
+    steps = options.steps(settings["problems"])
+    correct: list[np.ndarray] = []
 
-    def evaluate(pupil) -> dict[str, float]:
-        right.append(solved(pupil.student, tokenizer, tasks, 8 if quick else 64))
-        return {"accuracy": float(right[-1].mean())}
+    def evaluate(aligned) -> dict[str, float]:
+        correct.append(solved(aligned.student, tokenizer, tasks, 8 if quick else 64))
+        return {"accuracy": float(correct[-1].mean())}
 
     work = done.with_suffix("")
-    options = {"evaluate": evaluate, "every": max(1, steps // CHECKS)}
-    likeness = folder / f"layer-map-{seed}.json"
-    maps = [str(likeness)] if ALIGNMENTS[arm] and ALIGNMENTS[arm][0] else None
-    history, _ = teach(
-        ALIGNMENTS[arm], student, tokenizer, tasks, teachers, settings, work, maps, **options
+    similar = folder / f"layer-map-{seed}.json"
+    history, _ = train_arm(
+        ARMS[arm],
+        student,
+        tokenizer,
+        tasks,
+        teachers,
+        options,
+        work,
+        [similar],
+        seed,
+        evaluate=evaluate,
+        every=max(1, steps // CHECKS),
     )
     if arm == "ce_only" and not changes:
-        map_of_learned(student, tokenizer, tasks, teachers[0], likeness)
-    hard = np.array([text[0]["content"].count(".") - 2 for text in tasks.asked])
-    found = {
+        map_of_learned(student, tokenizer, tasks, teachers[0], similar)
+    hard = np.array([text[0]["content"].count(".") - 2 for text in tasks.questions])
+    result = {
         "accuracy": [entry["accuracy"] for entry in history if "accuracy" in entry],
-        "by_steps": {int(k): float(right[-1][hard == k].mean()) for k in np.unique(hard)},
+        "by_steps": {int(k): float(correct[-1][hard == k].mean()) for k in np.unique(hard)},
         "seconds": sum(entry["seconds"] for entry in history),
         "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         "shares": [[entry["step"], entry["share_kv"]] for entry in history if "share_kv" in entry],
     }
-    done.write_text(json.dumps(found))
+    done.write_text(json.dumps(result))
     shutil.rmtree(work)
-    return found
+    return result
 
 
 def map_of_learned(student, tokenizer, tasks: Problems, load, path: Path) -> None:
-    """Which teacher layers are like those of a student that has learned: random weights are like nothing."""
-    teacher, words = load()
-    texts, others = (
-        [segment(t, c) for c in cs[:100]]
-        for t, cs in ((tokenizer, tasks.own), (words, tasks.theirs))
-    )
+    """Write the layer map of a student that has learned: random weights are similar to nothing."""
+    teacher, teacher_tokenizer = load()
+    texts = [segment(tokenizer, conversation) for conversation in tasks.student[:100]]
+    others = [segment(teacher_tokenizer, conversation) for conversation in tasks.teacher[:100]]
     chosen = layer_map(similar_layers(student, texts, teacher, others), 2)
     save_layer_map(path, chosen, student="ce_only", teacher="lab-teacher", samples=len(texts))
 
@@ -171,10 +176,9 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
     )
     told += "; n is seeds; the interval is that of chance in training"
     final = {
-        arm: {i: r["accuracy"][-1] for (name, i), r in runs.items() if name == arm}
-        for arm in ALIGNMENTS
+        arm: {i: r["accuracy"][-1] for (name, i), r in runs.items() if name == arm} for arm in ARMS
     }
-    for arm in ALIGNMENTS:
+    for arm in ARMS:
         rows = [r for (name, _), r in runs.items() if name == arm]
         figures.append(figure(f"accuracy_{arm}", [*final[arm].values()], "fraction", told))
         for i, value in final[arm].items():
@@ -311,27 +315,26 @@ def resampling_figures(quick: bool) -> list[dict]:
 def overhead_figures(quick: bool) -> list[dict]:
     """A training step with alignment over one without, on the same batch, in turn; and what the reading takes."""
     torch.manual_seed(0)
-    student, tokenizer = (
-        models.make("lab-draft", 0, num_hidden_layers=3),
-        lab.load_tokenizer("lab-draft"),
-    )
-    teacher, words = lab.load("lab-teacher"), lab.load_tokenizer("lab-teacher")
-    own, theirs = zip(*Solutions(8 if quick else 32, HARD), strict=True)
-    texts = [segment(tokenizer, text) for text in own]
-    seen = seen_by(teacher, words, theirs, texts, proportional(3, 6), batch_size=32)
-    loss = KVAlignmentLoss([Projector(160, 64, "orthogonal").requires_grad_(False)])
-    lessons = [Lesson(text, (part,)) for text, part in zip(texts, seen, strict=True)]
+    student = models.make("lab-draft", 0, num_hidden_layers=3)
+    teacher, teacher_tokenizer = lab.load("lab-teacher"), lab.load_tokenizer("lab-teacher")
+    pairs = [*Solutions(8 if quick else 32, HARD)]
+    texts = [segment(lab.load_tokenizer("lab-draft"), text) for text, _ in pairs]
+    solutions = [text for _, text in pairs]
+    arguments = teacher, teacher_tokenizer, solutions, texts, proportional(3, 6)
+    features = encode_with_teacher(*arguments, batch_size=32)
+    projector = Projector(160, 64, "orthogonal").requires_grad_(False)
+    ways = {
+        "without": (AlignedStudent(student), [(text,) for text in texts]),
+        "with": (AlignedStudent(student, [projector]), list(zip(texts, features, strict=True))),
+    }
     seconds: dict[str, list[float]] = {"with": [], "without": [], "reading": []}
     for _ in range(2 if quick else 12):
         started = time.perf_counter()
-        seen_by(teacher, words, theirs, texts, proportional(3, 6), batch_size=32)
+        encode_with_teacher(*arguments, batch_size=32)
         seconds["reading"].append(time.perf_counter() - started)
-        for name, pupil, batch in (
-            ("without", Pupil(student), [Lesson(text) for text in texts]),
-            ("with", Pupil(student, loss), lessons),
-        ):
+        for name, (aligned, batch) in ways.items():
             started = time.perf_counter()
-            sum(pupil(collate(batch)).values()).backward()
+            sum(aligned(pad_problems(batch)).values()).backward()
             seconds[name].append(time.perf_counter() - started)
     told = f"a batch of {len(texts)} problems; forward and backward of a 3-layer student, batch made anew, one thread"
     ratios = [a / b for a, b in zip(seconds["with"][1:], seconds["without"][1:], strict=True)]

@@ -19,17 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
-from kvlab.cache import (
-    Prefix,
-    Slots,
-    fingerprint,
-    from_tensor,
-    nbytes,
-    prefix_of,
-    rotary_of,
-    select,
-    step,
-)
+from kvlab.cache import Prefix, from_tensor, nbytes, prefill, select
 from kvlab.commands.distill import SMALL
 from kvlab.compress import (
     AWARE,
@@ -45,7 +35,9 @@ from kvlab.compress import (
 from kvlab.evaluate import benchmark, figure, log_likelihoods
 from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
+from kvlab.models import fingerprint, rotary_of
 from kvlab.scale import config_of
+from kvlab.slots import Slots, step
 from kvlab.speculate import generate
 
 THREADS, STEPS = 2, 400
@@ -213,7 +205,7 @@ def aware(s: Lab) -> dict[str, Callable[..., Prefix]]:
 
 
 def whole(s: Lab, ids: Tensor, *_) -> Prefix:
-    return prefix_of(s.target, ids)
+    return prefill(s.target, ids)
 
 
 def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:

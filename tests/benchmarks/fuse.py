@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kvlab import draft as drafts
 from kvlab import lab
-from kvlab.cache import prefix_of, read
+from kvlab.cache import prefill
 from kvlab.commands.fuse import FUSER_SMALL, drafters, speculated, tuned
 from kvlab.evaluate import benchmark, figure
 from kvlab.fuse import (
@@ -35,7 +35,7 @@ from kvlab.fuse import (
 from kvlab.fuse import Settings as FuserSettings
 from kvlab.generation import encode
 from kvlab.lab.corpora import Requests, Solutions, blanked
-from kvlab.similarity import first_aligned, last_aligned
+from kvlab.layers import first_aligned, last_aligned
 from kvlab.speculate import ModelProposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS = Path("lab-runs/fuse"), 4, 96, 2
@@ -219,7 +219,7 @@ def guessed_from(
     known = (
         fuse_prompt(fuser, draft, target, blank_lesson(*row).prompt)
         if fuser
-        else prefix_of(draft, row[saw][None, :-1])
+        else prefill(draft, row[saw][None, :-1])
     )
     proposer = ModelProposer(draft, known._replace(input_ids=ids[:-1].tolist()))
     return summarize(
@@ -405,7 +405,7 @@ def speed_figures(fuser: Fuser, quick: bool) -> list[dict]:
 def cost_figures(fuser: Fuser, draft, target, quick: bool) -> list[dict]:
     """Fusing 4 tokens, over a draft step and over a target call on 5 tokens, in turn."""
     ids = torch.arange(10, 110)[None]
-    own, theirs = read(draft, ids[:, :4]), read(target, ids[:, :4])
+    own, theirs = prefill(draft, ids[:, :4]), prefill(target, ids[:, :4])
     pasts = {"draft": (draft, 1), "target": (target, GAMMA + 1)}
     ways: dict[str, Callable] = {"fuser": lambda: fuser(own, theirs)}
     for name, (model, count) in pasts.items():

@@ -27,13 +27,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
-from kvlab.cache import CacheError, Prefill, Prefix, join, nbytes, prefill, rotary_of, select, shift
+from kvlab.cache import Prefix, join, nbytes, prefill, select, shift
 from kvlab.evaluate import benchmark, figure
 from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Embedder, Item, KnowledgeCache, Piece, read, splice
 from kvlab.lab import corpora, worlds
 from kvlab.lab.models import make
 from kvlab.lab.report import questions
+from kvlab.models import CacheError, rotary_of
 from kvlab.records import faq
 from kvlab.scale import config_of
 
@@ -519,7 +520,7 @@ def arm_figures(s: Setup, store: KnowledgeCache, size: str) -> list[dict]:
             started = time.perf_counter()
             prefix = store.splice(items, arm)
             with torch.no_grad():
-                prefill(store.model, question, prefix.cache, prefix.next_position)
+                prefill(store.model, question, prefix)
             seconds.append(time.perf_counter() - started)
     told = (
         f"time to the first token after three {size}, and a question of 12 tokens; one value a run"
@@ -537,9 +538,9 @@ def arm_figures(s: Setup, store: KnowledgeCache, size: str) -> list[dict]:
     return figures
 
 
-def after_stored(store: KnowledgeCache, item: Item, question: Ids) -> Prefill:
+def after_stored(store: KnowledgeCache, item: Item, question: Ids) -> Prefix:
     prefix = store.splice([item], "prefix")
-    return prefill(store.model, torch.tensor([question]), prefix.cache, prefix.next_position)
+    return prefill(store.model, torch.tensor([question]), prefix)
 
 
 # -- what a kill leaves

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvlab import lab
-from kvlab.cache import Prefix, fingerprint, load, nbytes, read, save, select
+from kvlab.cache import Prefix, load, nbytes, prefill, save, select
 from kvlab.compress import KVDistiller
 from kvlab.evaluate import benchmark, figure
 from kvlab.fuse import Fuser, Size
@@ -22,6 +22,7 @@ from kvlab.fuse import Settings as FuserSettings
 from kvlab.generation import encode_parts
 from kvlab.lab.corpora import Requests
 from kvlab.lab.models import MODELS
+from kvlab.models import fingerprint
 from kvlab.speculate import ModelProposer, Proposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS, RETENTION, SEEDS, REPEATS = Path("lab-runs/fuse"), 4, 96, 2, 0.25, 3, 3
@@ -78,7 +79,7 @@ def store(m: Models, n: int, folder: Path) -> list[Asked]:
         place, ids = folder / str(number), passage[None]
         place.mkdir()
         with torch.no_grad():
-            own, theirs = read(m.trained, ids), read(m.target, ids)
+            own, theirs = prefill(m.trained, ids), prefill(m.target, ids)
             fused = m.fuser(own, theirs)
             kept = distiller.compress(ids, retention=RETENTION).positions[0]
         caches = {

@@ -1,0 +1,119 @@
+"""Figures that the benchmarks measured: `results(name)` reads the files beside this module, which ship with kvlab."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value with its 95 % interval; a format applies to all three numbers.
+
+    Example:
+        >>> f"{Figure('em', 0.5, 0.41, 0.6, unit='fraction', n=64, conditions='greedy'):.2f}"
+        '0.50 [0.41, 0.60]'
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    n: int  # of independent measurements
+    conditions: str
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """Value, low end and high end."""
+        return self.value, self.low, self.high
+
+    def __format__(self, spec: str) -> str:
+        value, low, high = (format(number, spec or ".3g") for number in self.interval)
+        return f"{value} [{low}, {high}]"
+
+
+class Results(dict[str, Figure]):
+    """Figures of one benchmark by name, with its `device`, `versions`, `commit`, `seeds` and `seconds`."""
+
+    def __init__(self, run: Mapping):
+        super().__init__({figure["name"]: Figure(**figure) for figure in run["figures"]})
+        self.device: str = run["device"]
+        self.versions: dict[str, str] = run["versions"]
+        self.commit: str = run["commit"]
+        self.seeds: list[int] = run["seeds"]
+        self.seconds: float = run["seconds"]
+
+    def __missing__(self, name: str) -> Figure:
+        stem = name.split("_")[0]
+        near = [other for other in self if stem in other] or list(self)
+        raise KeyError(f"There is no figure {name!r}; expected one such as {', '.join(near[:8])}.")
+
+    def intervals(self, labels: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:
+        """(value, low, high) by label, as `kvlab.plots` draws them.
+
+        Args:
+            labels: label of each figure, by the figure's name.
+        """
+        return {label: self[name].interval for name, label in labels.items()}
+
+    def table(self, rows: Mapping[str, Mapping[str, str]], spec: str = ".2f") -> pd.DataFrame:
+        """A table of figures with their intervals; each column's header has its unit.
+
+        Args:
+            rows: for each row, the name of the figure in each column; columns may be left out.
+            spec: format of the numbers.
+
+        Raises:
+            ValueError: a column has figures of different units.
+
+        Example:
+            >>> rows = {"KV-Distill": {"25 %": "em_distill_25", "10 %": "em_distill_10"}}
+            >>> results("distill").table(rows).columns.tolist()
+            ['25 % (fraction)', '10 % (fraction)']
+        """
+        import pandas as pd
+
+        units, cells = {}, {}
+        for label, names in rows.items():
+            cells[label] = {}
+            for column, name in names.items():
+                unit = units.setdefault(column, self[name].unit)
+                if self[name].unit != unit:
+                    raise ValueError(
+                        f"Column {column!r} has figures in {unit} and in {self[name].unit}; "
+                        "expected one unit per column."
+                    )
+                cells[label][f"{column} ({unit})"] = format(self[name], spec)
+        return pd.DataFrame.from_dict(cells, orient="index").fillna("")
+
+
+def results(name: str) -> Results:
+    """Figures of a benchmark, measured beforehand.
+
+    Args:
+        name: the benchmark, for example "distill" for `tests/benchmarks/distill.py`.
+
+    Raises:
+        FileNotFoundError: There is no such file; the message has the command that writes it.
+
+    Example:
+        >>> results("distill")["em_distill_25"].unit
+        'fraction'
+    """
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        names = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
+        raise FileNotFoundError(
+            f"There are no results {name!r}; expected one of {names}. To write them, run "
+            f"`python tests/benchmarks/{name}.py --out kvlab/results/{name}.json`."
+        )
+    return Results(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,180 @@
+"""A KV cache in memory that stays in place, for decoding: each row grows and shrinks by itself.
+
+`kvlab.cache` makes new caches and never writes into old ones; here every call of a model overwrites
+columns. So a rejected guess is taken back by lowering one number, and a compiled step always finds the
+same tensors.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvlab.cache import Position, Prefix, from_layers, layout, length
+from kvlab.models import CacheError, head_dim
+
+
+class _WriteState:
+    """Where the next call of a model writes in every layer, and how many columns its queries see."""
+
+    positions: slice | Tensor = slice(0, 0)  # the same columns in all rows, or (B, k)
+    visible_length: int | None = None  # None: all
+
+
+class _SlotLayer(DynamicLayer):
+    """The columns of one layer."""
+
+    def __init__(self, write: _WriteState, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.write, self.keys, self.values, self.is_initialized = write, keys, values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        positions = self.write.positions
+        if isinstance(positions, slice):
+            self.keys[:, :, positions] = key_states
+            self.values[:, :, positions] = value_states
+        else:
+            rows = torch.arange(len(positions), device=positions.device)[:, None]
+            self.keys[rows, :, positions] = key_states.transpose(1, 2)
+            self.values[rows, :, positions] = value_states.transpose(1, 2)
+        visible = self.write.visible_length
+        return self.keys[:, :, :visible], self.values[:, :, :visible]
+
+
+class Slots(Cache):
+    """A transformers cache in fixed memory.
+
+    Row b has `lengths[b]` entries, in columns 0, 1, ... of `room`; column i has position i + `offsets[b]`.
+    Before each call of a model, `set_write_positions` says which columns the call overwrites. To take
+    entries back, lower `lengths[b]`. The caller hides what a query must not see (later columns, columns
+    never written) with a mask, as `step` does.
+
+    Args:
+        model: the causal LM whose entries are stored.
+        rows: the batch size.
+        room: columns per row.
+
+    Example:
+        >>> from kvlab.cache import prefill
+        >>> from kvlab.models import _example
+        >>> (model, ids), slots = _example(), Slots(_example()[0], rows=1, room=8)
+        >>> slots.put(0, (prefix := prefill(model, ids)).cache, prefix.next_position)
+        >>> columns = slots.set_write_positions(slots.lengths, count=1)
+        >>> logits = step(model, slots, ids[:, :1], columns)[:, 0]
+        >>> torch.allclose(logits, prefill(model, ids[:, :1], prefix).logits, atol=1e-5)
+        True
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, room: int):
+        config = model.config.get_text_config(decoder=True)
+        shape = (2, rows, config.num_key_value_heads, room, head_dim(config))
+        self.room = room
+        self.write = _WriteState()
+        self.lengths = [0] * rows
+        self.offsets = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+        layers = []
+        for _ in range(config.num_hidden_layers):
+            # Zeros, for hidden entries are still multiplied by 0, and 0 * nan is nan.
+            keys, values = torch.zeros(shape, dtype=model.dtype, device=model.device)
+            layers.append(_SlotLayer(self.write, keys, values))
+        super().__init__(layers=layers)
+
+    def put(self, row: int, cache: DynamicCache, next_position: Position) -> None:
+        """Make a row a copy of a cache of one row."""
+        self.replace(row, 0, cache)
+        self.lengths[row] = length(cache)
+        self.offsets[row] = next_position - self.lengths[row]
+
+    def set_write_positions(self, starts: list[int], count: int, fixed: bool = False) -> Tensor:
+        """Let the next call write `count` columns of each row from `starts[b]` on; returns them, (B, count).
+
+        With `fixed` all calls look alike, as a compiler needs: columns are a tensor, and all are visible.
+        """
+        first, stop = max(starts), max(starts) + count
+        if stop > self.room:
+            raise CacheError(f"Column {stop - 1} is outside a row of {self.room}: give more room.")
+        device = self.offsets.device
+        same = min(starts) == first and not fixed
+        if same:
+            columns = torch.arange(first, stop, device=device).expand(len(starts), -1)
+        else:
+            columns = torch.tensor(
+                [[*range(start, start + count)] for start in starts], device=device
+            )
+        self.write.positions = slice(first, stop) if same else columns
+        self.write.visible_length = None if fixed else stop
+        return columns
+
+    def set_write_columns(self, columns: Tensor) -> Tensor:
+        """Let the next call write the given columns (B, k) of each row, and return them."""
+        self.write.positions, self.write.visible_length = columns, None
+        return columns
+
+    def entries(self, row: int, start: int = 0, stop: int | None = None) -> DynamicCache:
+        """Return the entries of a row, or some of them, as a cache that shares their memory."""
+        columns = slice(start, self.lengths[row] if stop is None else stop)
+        return from_layers(
+            (layer.keys[row : row + 1, :, columns], layer.values[row : row + 1, :, columns])
+            for layer in self.layers
+        )
+
+    def prefix(self, row: int, start: int, stop: int, rotary: nn.Module) -> Prefix:
+        """Return some of a row's entries with their positions."""
+        positions = torch.arange(start, stop, device=self.offsets.device) + self.offsets[row]
+        next_position = stop + self.offsets[row]
+        cache = self.entries(row, start, stop)
+        return Prefix(cache, next_position, positions=positions[None], rotary=rotary)
+
+    def replace(self, row: int, start: int, cache: DynamicCache) -> None:
+        """Write the entries of a cache of one row into a row's columns, from `start` on."""
+        expected = layout(self)._replace(rows=1)
+        if layout(cache) != expected:
+            raise CacheError(
+                f"The cache has {layout(cache)}, expected {expected}: prefill one row."
+            )
+        stop = start + length(cache)
+        if stop > self.room:
+            raise CacheError(f"{stop} entries are more than a row of {self.room}: give more room.")
+        for slot, layer in zip(self.layers, cache.layers, strict=True):
+            slot.keys[row, :, start:stop] = layer.keys[0]
+            slot.values[row, :, start:stop] = layer.values[0]
+
+    def first(self, layers: int) -> "Slots":
+        """Return the first layers, in the same memory, with write positions of their own."""
+        part = copy.copy(self)
+        part.write = _WriteState()
+        part.lengths = list(self.lengths)
+        part.layers = [
+            _SlotLayer(part.write, layer.keys, layer.values) for layer in self.layers[:layers]
+        ]
+        return part
+
+
+def step(
+    model: PreTrainedModel, slots: Slots, tokens: Tensor, columns: Tensor, logits_to_keep: int = 0
+) -> Tensor:
+    """Run tokens (B, k) at the columns (B, k) that slots will write.
+
+    Query i of row b sees columns 0 to columns[b, i]. Returns the logits of all tokens (B, k, vocab), or of
+    the last `logits_to_keep`.
+    """
+    mask = None
+    same_columns = isinstance(slots.write.positions, slice)
+    sdpa = model.config._attn_implementation == "sdpa"
+    if (
+        tokens.shape[1] > 1 or not same_columns or not sdpa
+    ):  # else every column is visible, without a mask
+        visible = torch.arange(slots.write.visible_length or slots.room, device=columns.device)
+        later = visible > columns[..., None]  # (B, k, visible)
+        mask = torch.zeros(later.shape, dtype=model.dtype, device=later.device)
+        mask = mask.masked_fill(later, float("-inf"))[:, None]
+    return model(
+        input_ids=tokens,
+        past_key_values=slots,
+        use_cache=True,
+        position_ids=columns + slots.offsets,
+        attention_mask=mask,
+        logits_to_keep=logits_to_keep,
+    ).logits
