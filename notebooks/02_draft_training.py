@@ -553,7 +553,7 @@ def decode(example, proposer=None):
     prompt = example.input_ids[: example.start]
     options = {"gamma": 4, "max_new_tokens": 64}
     made = speculate.generate(target, [prompt], proposer, **options)
-    return made.tokens[0].tolist(), [r for r in made.rounds if not r.reading]
+    return made.tokens[0].tolist(), [r for r in made.rounds if not r.is_prefill]
 
 
 def knows(example, item):

@@ -55,7 +55,7 @@ def test_speculate_writes_all_it_found(tmp_path, capsys):
     assert summary["equal_texts"] is True
     assert summary["predicted_speedup"] > 0
     assert summary["speculative"]["draft_calls"] == 2 * summary["speculative"]["target_calls"]
-    shown = "latency first_token_seconds tokens_per_second acceptance tokens_per_call draft_calls target_calls"
+    shown = "latency ttft tokens_per_second acceptance tokens_per_call draft_calls target_calls"
     assert all(
         name in printed
         for name in f"{shown} c v predicted_speedup measured_speedup best_gamma".split()

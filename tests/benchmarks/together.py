@@ -125,7 +125,7 @@ def answer(step: str, m: Models, asked: Asked, owners: Mapping[str, dict]) -> di
     row = {
         "step": step,
         "seconds": seconds,
-        "reading": found.reading_seconds,
+        "reading": found.prefill_seconds,
         "tokens": tuple(made.tokens[0].tolist()),
     }
     return row | {"acceptance": found.acceptance, "tokens_per_call": found.tokens_per_call}
