@@ -11,7 +11,6 @@ distribution p.
 """
 
 import itertools
-import operator
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -375,9 +374,7 @@ class ModelProposer:
         for row, (text, prefix) in enumerate(zip(self.texts, prefixes, strict=True)):
             ids = list(prefix.input_ids) if prefix else []
             if text[: len(ids)] != ids or len(ids) >= len(text) - 1:
-                raise ValueError(
-                    "The draft's prefix must begin the text, and leave one id to read."
-                )
+                raise ValueError("The draft's prefix must begin the text, and leave one to read.")
             self.unread[row] = min(self.leaves, len(text) - len(ids) - 1)
             parts.append(text[len(ids) : len(text) - self.unread[row]])
         self.runner.start(parts, prefixes, room)
@@ -396,7 +393,8 @@ class ModelProposer:
         if gamma == 0:
             return Proposal(self.drafted)
         tokens, starts, last = self._unread_tokens()
-        after_text = list(map(operator.add, self.runner.slots.lengths, self.unread))
+        lengths = self.runner.slots.lengths
+        after_text = [n + unread for n, unread in zip(lengths, self.unread, strict=True)]
         drafted, distributions = [], []
         for i in range(gamma):
             logits = self.runner(tokens, starts)
@@ -686,15 +684,15 @@ class _Stream:
 
     def _extend(self, row: int, tokens: list[int]) -> list[int]:
         """Add tokens up to the end of the text, and return those."""
-        new = []
-        for token in tokens[: self.left[row]]:
-            new.append(token)
+        tokens = tokens[: self.left[row]]
+        self.left[row] -= len(tokens)
+        for i, token in enumerate(tokens):
             if token in self.end_ids:
-                self.left[row] = len(new)  # so that none is left below
+                tokens = tokens[: i + 1]
+                self.left[row] = 0
                 break
-        self.texts[row] += new
-        self.left[row] -= len(new)
-        return new
+        self.texts[row] += tokens
+        return tokens
 
 
 def _to_host(

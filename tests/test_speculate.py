@@ -1963,7 +1963,7 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model):
         r"shapes \[\(\), \(\), \(\), \(\)\]": lambda: generate(target, prompts[0]),
         r"shapes \[\(1, 4\)\]": lambda: generate(target, [prompts[0][None]]),
         "must begin the text": lambda: begin(replace(prefix, input_ids=[96, 1])),
-        "leave one id to read": lambda: begin(prefix),
+        "leave one to read": lambda: begin(prefix),
         "2 prefixes for 3 rows: give one for all": lambda: generate(
             target, prompts, prefix=[prefix] * 2
         ),
