@@ -677,7 +677,7 @@ def train_student(
     loader = DataLoader(
         problems, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=pad_problems
     )
-    options = {"label": "4D alignment", "factors": schedule, "steps": steps} | options
+    options = {"loss_weight_schedule": schedule, "steps": steps} | options
     options["weight"] = lambda batch: batch["weights"][:, 1:].sum()
     return fit(student, loader, lambda model, batch: model(batch), **options)
 

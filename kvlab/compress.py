@@ -48,7 +48,7 @@ from kvlab.cache import (
 )
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import encode_parts
-from kvlab.losses import distill
+from kvlab.losses import distillation_losses
 from kvlab.models import differences, fingerprint, first_layers, require, require_supported
 from kvlab.training import fit
 
@@ -820,11 +820,11 @@ def train(
     def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         share = math.exp(low + (high - low) * torch.rand(()).item())
         logits, target_logits = model(batch["context"], batch["context_mask"], batch["text"], share)
-        return distill(shares, logits, target_logits, batch["text"], batch["weights"])
+        return distillation_losses(shares, logits, target_logits, batch["text"], batch["weights"])
 
     loader = DataLoader(
         examples, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collate
     )
-    defaults = {"weight_decay": 0.0, "warmup": max(1, steps // 20), "label": "KV-Distill"}
+    defaults = {"weight_decay": 0.0, "warmup": max(1, steps // 20)}
     options = {"weight": lambda batch: batch["weights"][:, 1:].sum()} | defaults | options
     return fit(distiller, loader, losses, steps=steps, learning_rate=learning_rate, **options)

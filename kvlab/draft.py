@@ -61,7 +61,7 @@ from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
 from kvlab.files import write_tensors
 from kvlab.generation import continuations
 from kvlab.losses import acceptance as overlap
-from kvlab.losses import distill, require_known
+from kvlab.losses import distillation_losses, require_known_losses
 from kvlab.models import fingerprint, require_supported, rotary_of
 from kvlab.training import fit
 
@@ -841,7 +841,7 @@ def train(
             (`attach`).
         heldout: the target's own answers to other questions; greedy acceptance on them decides
             which weights are kept.
-        shares: of the losses (`kvlab.losses.distill`); by default as in the source, SHARES["kv"]
+        shares: of the losses (`kvlab.losses.distillation_losses`); by default as in the source, SHARES["kv"]
             for a draft that reads keys and values and SHARES["vector"] for any other, with
             cross-entropy where answers are given.
         epochs, batch_size, accumulate: passes over the examples, examples of a batch, batches of an
@@ -856,7 +856,7 @@ def train(
     """
     own = sum(example.hidden_states is not None for example in examples)
     shares = dict(shares or source_shares(draft.config.knowledge, given=own < len(examples)))
-    require_known(shares)
+    require_known_losses(shares)
     _require(
         "ce" in shares or own == len(examples),
         "Some answers are given: they need the loss 'ce' among the shares.",
@@ -889,7 +889,9 @@ def train(
         with torch.no_grad():
             target_logits = head(batch["hidden_states"].to(target.dtype))
         weights = batch["weights"], batch["distill_weights"]
-        return distill(shares, _logits(model, batch), target_logits, batch["input_ids"], *weights)
+        return distillation_losses(
+            shares, _logits(model, batch), target_logits, batch["input_ids"], *weights
+        )
 
     with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         best = _Best(Path(place) / "best.safetensors", Path(place) / "checkpoint.safetensors")
@@ -922,7 +924,6 @@ def train(
             checkpoint=best.checkpoint,
             every=every or max(1, steps // epochs),
             seed=seed,
-            label="draft",
         )
         best.restore(draft)
     return history

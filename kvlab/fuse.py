@@ -777,7 +777,6 @@ def train(
         "decay": 0.9,
         "weight": lambda batch: batch["weights"].sum(),
         "evaluate": lambda fuser: {"open": fuser.open_gates().float().mean().item()},
-        "label": "C2C",
     } | options
     # `factors` is asked as each step begins, also after a resume, so the temperature is the step's own.
-    return fit(fuser, loader, losses, steps=steps, factors=cool, **options)
+    return fit(fuser, loader, losses, steps=steps, on_step=cool, **options)

@@ -1,16 +1,15 @@
 """Losses on next-token distributions: p is the target's (or a teacher's), q that of the model in training.
 
-A distance takes log q and log p of a token, (..., V), and gives nats (or a probability) for each,
-(...). What is accepted in speculative decoding is alpha = sum_x min(p(x), q(x)), a share of 1
-(Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6); with greedy choice it is 1 where both have
-the same likeliest token, else 0.
+A distance takes log q and log p of a token, (..., V), and returns nats (or a probability), (...).
+Speculative decoding accepts a token with probability alpha = sum_x min(p(x), q(x)) (Leviathan et al.
+2023, arXiv 2211.17192, corollary 3.6); with greedy choice it accepts where both have the same likeliest
+token.
 
-The vocabulary of q may be shorter than that of p: then it has the first tokens of it. Acceptance
-counts the whole of p, so what q cannot say is lost; the divergences compare q with p on the tokens
-that both have.
+The vocabulary of q may be the first tokens of that of p. Acceptance counts all of p, so tokens that q
+lacks are lost; the divergences compare q with p on the tokens that both have.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 
 def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q) = sum p (log p - log q). It makes q cover all that p says, and falls fast from a cold start.
+    """KL(p || q) = sum p (log p - log q). It makes q cover all of p, and falls fast from a cold start.
 
     Example:
         >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
@@ -29,7 +28,7 @@ def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(q || p) = sum q (log q - log p). It makes q keep to what p says, and leave out what it cannot say well.
+    """KL(q || p) = sum q (log q - log p). It keeps q to what is likely under p, and lets it leave out the rest.
 
     Example:
         >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
@@ -40,7 +39,7 @@ def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def tv(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Total variation, 1 - alpha: the share of drafted tokens that are rejected when tokens are drawn.
+    """Total variation, 1 - alpha: the fraction of drafted tokens that are rejected in sampling.
 
     The very thing to make small, but where q has little of what p says its gradient, sum over x
     with q < p of q(x) (d log q(x)), vanishes with q: from a cold start it hardly moves (Samarin et
@@ -127,70 +126,58 @@ DISTANCES = {
 NAMES = ("ce", *DISTANCES)
 
 
-def distill(
-    shares: Mapping[str, float],
+def distillation_losses(
+    loss_weights: Mapping[str, float],
     logits: Tensor,
     target_logits: Tensor,
     input_ids: Tensor,
     weights: Tensor,
     distill_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Several losses at once, each a mean over token weights times its share, for `fit`.
+    """Compute several losses at once, each a mean over token weights times its loss weight, for `fit`.
 
     Args:
-        shares: the factor of each loss by name, {"kl": 0.5, "ce": 1.0}, say. "ce" is cross-entropy
-            with the tokens.
-        logits, target_logits: (B, T, V) and (B, T, V_p >= V), the outputs at each position. The
-            target gets no gradient.
-        input_ids, weights: (B, T), as for `cross_entropy`.
-        distill_weights: (B, T), the weights for all losses but "ce"; by default the same ones.
-            Where a text is not the target's own, its distributions are of no use.
-
-    Raises:
-        ValueError: a loss that does not exist, or shapes that do not fit; the message names the
-            choices.
+        loss_weights: By name, such as {"kl": 0.5, "ce": 1.0}; "ce" is cross-entropy with the tokens.
+        logits: (B, T, V), the output at each position.
+        target_logits: (B, T, V_p >= V), the target's; it gets no gradient.
+        input_ids: (B, T), as for `cross_entropy`.
+        weights: (B, T), as for `cross_entropy`.
+        distill_weights: (B, T), the token weights of all losses but "ce"; default: the same. Where a
+            text is not the target's own, its distributions are of no use.
 
     Example:
         >>> logits, ids = torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]])
-        >>> losses = distill({"kl": 0.5, "ce": 1.0}, logits, logits, ids, torch.ones(1, 3))
-        >>> {name: round(value.item(), 4) for name, value in losses.items()}
-        {'ce': 2.0794, 'kl': 0.0}
+        >>> distillation_losses({"kl": 0.5}, logits, logits, ids, torch.ones(1, 3))["kl"].item()
+        0.0
     """
-    require_known(shares)
+    require_known_losses(loss_weights)
     if logits.shape[:2] != target_logits.shape[:2] or logits.shape[:2] != input_ids.shape:
-        shapes = f"logits {tuple(logits.shape)}, target_logits {tuple(target_logits.shape)}"
         raise ValueError(
-            f"{shapes} and input_ids {tuple(input_ids.shape)} do not fit: expected the same (B, T)."
+            f"logits {tuple(logits.shape)}, target_logits {tuple(target_logits.shape)} and input_ids "
+            f"{tuple(input_ids.shape)} do not fit: expected the same (B, T)."
         )
-    found = (
-        {"ce": shares["ce"] * cross_entropy(logits, input_ids, weights)} if "ce" in shares else {}
-    )
-    asked = [name for name in shares if name != "ce"]
-    if asked:
-        weights = (weights if distill_weights is None else distill_weights)[:, 1:].to(torch.float32)
-        counted = (
-            weights > 0
-        )  # the vocabulary is large: nothing is computed for tokens that do not count
-        log_q, log_p = (
-            _log_softmax(x[:, :-1][counted]) for x in (logits, target_logits.detach())
-        )  # (N, V)
-        weights = weights[counted]
-        for name in asked:
-            values = (DISTANCES[name](log_q, log_p) * weights).sum()
-            found[name] = shares[name] * values / weights.sum().clamp_min(1e-9)
-    return found
+    losses = {}
+    if "ce" in loss_weights:
+        losses["ce"] = loss_weights["ce"] * cross_entropy(logits, input_ids, weights)
+    if losses.keys() == loss_weights.keys():
+        return losses
+    weights = (weights if distill_weights is None else distill_weights)[:, 1:].to(torch.float32)
+    counted = weights > 0  # the vocabulary is large: compute nothing for tokens that do not count
+    weights = weights[counted]
+    log_q = _log_softmax(logits[:, :-1][counted])  # (N, V)
+    log_p = _log_softmax(target_logits.detach()[:, :-1][counted])
+    for name, loss_weight in loss_weights.items():
+        if name != "ce":
+            total = (DISTANCES[name](log_q, log_p) * weights).sum()
+            losses[name] = loss_weight * total / weights.sum().clamp_min(1e-9)
+    return losses
 
 
-def require_known(shares: Mapping[str, float]) -> None:
-    """Raise ValueError unless all losses exist, and there is one.
-
-    >>> require_known({"kl": 1.0})
-    """
-    unknown = sorted(set(shares) - set(NAMES))
-    if unknown or not shares:
-        raise ValueError(
-            f"There is no loss {unknown or shares}; expected one or more of {', '.join(NAMES)}."
-        )
+def require_known_losses(names: Collection[str]) -> None:
+    """Raise ValueError unless all losses exist, and there is one."""
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown or not names:
+        raise ValueError(f"There is no loss {unknown}: expected one or more of {', '.join(NAMES)}.")
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

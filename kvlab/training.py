@@ -6,11 +6,14 @@ weights for the same global batch.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
@@ -25,6 +28,36 @@ from transformers import get_wsd_schedule
 from kvlab.files import write_tensors
 
 Losses = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
+Weight = Callable[[Mapping[str, Tensor]], Tensor | Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How `fit` optimizes: AdamW, with a rate that rises, stays, and falls.
+
+    Args:
+        steps: Optimizer steps.
+        learning_rate: Highest learning rate.
+        betas: AdamW's decay rates of the moments.
+        weight_decay: Of all weights except biases, norms and gates.
+        warmup: Steps over which the rate rises.
+        decay: Fraction of the steps, at the end, over which the rate falls to 0.
+        clip: Largest norm of the gradient.
+        accumulate: Batches per optimizer step.
+        precision: Precision of the arithmetic; weights stay in float32.
+        seed: Random seed (shuffling, dropout).
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.05
+    warmup: int = 100
+    decay: float = 0.4
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    seed: int = 0
 
 
 def fit(
@@ -32,123 +65,86 @@ def fit(
     loader: DataLoader,
     losses: Losses,
     *,
-    steps: int,
-    learning_rate: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.98),
-    weight_decay: float = 0.05,
-    warmup: int = 100,
-    decay: float = 0.4,
-    clip: float = 1.0,
-    accumulate: int = 1,
-    precision: str = "no",
-    weight: Callable[[Mapping[str, Tensor]], Tensor | Mapping[str, Tensor]] | None = None,
-    factors: Callable[[int], Mapping[str, float]] | None = None,
+    weight: Weight | None = None,
+    loss_weight_schedule: Callable[[int], Mapping[str, float]] | None = None,
+    on_step: Callable[[int], None] | None = None,
     shares_every: int = 0,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     checkpoint: str | Path | None = None,
     every: int = 200,
-    seed: int = 0,
-    label: str = "fit",
+    **settings,
 ) -> list[dict[str, float]]:
-    """Train the parameters of `model` that require a gradient, with AdamW, for `steps` optimizer steps.
+    """Train the parameters of `model` that require a gradient.
 
     Args:
-        model: changed in place; parameters with `requires_grad=False` are left alone.
-        loader: batches are dicts of tensors; `batch_size` is the global batch, whatever the number
-            of processes. It is read again from its start when it ends. For the number of processes
-            not to matter, batches must be full (`drop_last=True`).
-        losses: `losses(model, batch)` returns named scalar losses, coefficients applied; their sum
-            is minimized.
-        steps, warmup, decay: optimizer steps. The rate rises over `warmup`, stays, and falls over
-            the last share `decay`.
-        accumulate: batches for one optimizer step.
-        precision: "no", "fp16" or "bf16", as Accelerate names them.
-        weight: a batch's weight (its number of answer tokens, say). A loss that is a mean over
-            tokens then stays an exact mean over all tokens of the step, across batches and
-            processes. By default batches weigh the same. Where losses are means over different
-            tokens, a weight for each by name; the history has the first.
-        factors: of named losses at a step (1, 2, ...), where they are not 1: for terms that come
-            late or fade. The history has losses times their factors. A run that is resumed does not
-            check that they are the same.
-        shares_every: each so many steps, log the share that each loss has in the gradient, as
-            "share_NAME": its norm over the sum of norms, for the step's first batch in this
-            process. A term whose share is 0 teaches nothing.
-        evaluate: called with the bare model every `every` steps and at the end; its figures join
-            the history.
-        checkpoint: a safetensors file, written every `every` steps and at the end. If it exists,
-            training goes on from it.
-        seed: with the step's number, of torch's, NumPy's and Python's generators, set anew before
-            each step.
+        model: Changed in place; parameters with `requires_grad=False` are left alone.
+        loader: Batches are dicts of tensors; `batch_size` is the global batch, whatever the number of
+            processes. Its batches must be full (`drop_last=True`) for that number not to matter.
+        losses: `losses(model, batch)` returns named scalar losses, coefficients applied; their sum is
+            minimized.
+        weight: A batch's weight, for example its number of answer tokens. A loss that is a mean over
+            tokens then stays an exact mean over all tokens of the step, across batches and processes.
+            Where losses are means over different tokens, a weight for each by name.
+        loss_weight_schedule: Weights of named losses at a step (1, 2, ...), where they are not 1.
+        on_step: Called with the number of each step before it, for example to anneal a temperature.
+        shares_every: Steps between logs of each loss's fraction of the gradient norm, "share_NAME"
+            (0: never). A loss whose share is 0 teaches nothing.
+        evaluate: Called with the model every `every` steps and at the end; its figures join the history.
+        checkpoint: A safetensors file, written every `every` steps and at the end. If it exists,
+            training resumes from it.
+        every: Steps between checkpoints and evaluations.
+        **settings: Of `FitSettings`.
 
     Returns:
-        A dict for each step, with step, loss, each named loss, grad_norm, learning_rate, weight,
-        seconds, and what `evaluate` gave.
+        A dict per step: step, loss, each named loss, grad_norm, learning_rate, weight, seconds, and
+        what `evaluate` returned.
 
     Raises:
         FloatingPointError: a loss is not finite; the weights are those of the step before.
-        ValueError: nothing to train, half-precision weights, an empty loader, a checkpoint of
-            another run.
+        ValueError: nothing to train, half-precision weights, an empty loader, a checkpoint of another run.
 
     Example:
-        >>> line = nn.Linear(1, 1)
         >>> points = DataLoader([{"x": torch.ones(1)}] * 8, batch_size=4)
-        >>> history = fit(line, points, lambda m, b: {"mse": (m(b["x"]) - 3).pow(2).mean()}, steps=80, learning_rate=0.1)
+        >>> loss = lambda model, batch: {"mse": (model(batch["x"]) - 3).pow(2).mean()}
+        >>> history = fit(nn.Linear(1, 1), points, loss, steps=80, learning_rate=0.1)
         >>> history[-1]["mse"] < 0.1 < history[0]["mse"]
         True
     """
+    settings = FitSettings(**settings)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _check(trainable, loader, steps, accumulate)
-    AcceleratorState._reset_state()  # a notebook calls fit more than once, perhaps with another precision
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        dataloader_config=DataLoaderConfiguration(
-            split_batches=True, use_seedable_sampler=True, data_seed=seed
-        ),
-    )
-    set_seed(seed)
-    optimizer = torch.optim.AdamW(_groups(trainable, weight_decay), lr=learning_rate, betas=betas)
-    schedule = get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=min(warmup, steps // 2),
-        num_decay_steps=round(decay * steps),
-        num_training_steps=steps,
-        decay_type="linear",
-    )
-    run = {
-        "steps": steps,
-        "batch_size": loader.batch_size,
-        "accumulate": accumulate,
-        "learning_rate": learning_rate,
-    }
-    run |= {
-        "betas": list(betas),
-        "weight_decay": weight_decay,
-        "warmup": warmup,
-        "decay": decay,
-        "clip": clip,
-    }
-    run |= {"precision": precision, "seed": seed}
+    _require_trainable(trainable, loader, settings)
+    accelerator = _make_accelerator(settings)
+    set_seed(settings.seed)
+    optimizer = _make_optimizer(trainable, settings)
+    schedule = _make_schedule(optimizer, settings)
+    run = asdict(settings) | {"betas": list(settings.betas), "batch_size": loader.batch_size}
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     wrapped.train()
-    optimizer.zero_grad()  # a run that broke off may have left gradients
+    optimizer.zero_grad()  # an interrupted run may have left gradients
     history = []
     if checkpoint and Path(checkpoint).exists():
         history = _resume(Path(checkpoint), trainable, optimizer, schedule, run)
-    batches = _batches(loader, skip=len(history) * accumulate)
-    bar = tqdm(
-        total=steps, initial=len(history), desc=label, disable=not accelerator.is_local_main_process
-    )
+    batches = _endless(loader, skip=len(history) * settings.accumulate)
+    quiet = not accelerator.is_local_main_process
+    name = type(model).__name__
+    bar = tqdm(total=settings.steps, initial=len(history), desc=name, disable=quiet)
     try:
-        while len(history) < steps:
-            started, step = time.perf_counter(), len(history) + 1
-            group = list(islice(batches, accumulate))
-            set_seed(
-                (1_000_003 * seed + step) % 2**32
-            )  # a resumed run draws what the whole one would have drawn
-            scaled = _scaled(losses, factors(step)) if factors else losses
-            logged = list(trainable.values()) if shares_every and step % shares_every == 0 else []
-            entry = _gradients(accelerator, wrapped, scaled, group, weight, step, logged)
-            entry["grad_norm"] = float(accelerator.clip_grad_norm_(trainable.values(), clip))
+        for step in range(len(history) + 1, settings.steps + 1):
+            started = time.perf_counter()
+            group = list(islice(batches, settings.accumulate))
+            # A resumed run draws what the whole one would have drawn.
+            set_seed((1_000_003 * settings.seed + step) % 2**32)
+            if on_step:
+                on_step(step)
+            loss_weights = loss_weight_schedule(step) if loss_weight_schedule else {}
+            weighted = _with_loss_weights(losses, loss_weights) if loss_weights else losses
+            logged = [*trainable.values()] if shares_every and step % shares_every == 0 else []
+            entry = {"step": step}
+            entry |= _backward(accelerator, wrapped, weighted, group, weight, logged)
+            _require_finite(entry)
+            entry["grad_norm"] = float(
+                accelerator.clip_grad_norm_(trainable.values(), settings.clip)
+            )
             entry["learning_rate"] = schedule.get_last_lr()[0]
             optimizer.step()
             optimizer.zero_grad()
@@ -157,53 +153,73 @@ def fit(
             history.append(entry)
             bar.update()
             bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-            if step % every == 0 or step == steps:
-                if evaluate:
-                    model.eval()
-                    entry.update(evaluate(model))
-                    model.train()
-                if checkpoint and accelerator.is_main_process:
-                    _save(Path(checkpoint), trainable, optimizer, schedule, run, history)
+            if step % every and step != settings.steps:
+                continue
+            if evaluate:
+                model.eval()
+                entry.update(evaluate(model))
+                model.train()
+            if checkpoint and accelerator.is_main_process:
+                _save_run(Path(checkpoint), trainable, optimizer, schedule, run, history)
     finally:
         bar.close()
-        # Else the model's forward would stay in autocast, and the next call would take the model as prepared.
+        # Else the model's forward would stay in autocast, and the next call would take it as prepared.
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         vars(wrapped).pop("_is_accelerate_prepared", None)
         model.eval()
     return history
 
 
-def _check(
-    trainable: dict[str, nn.Parameter], loader: DataLoader, steps: int, accumulate: int
-) -> None:
+def _require_trainable(trainable: dict, loader: DataLoader, settings: FitSettings) -> None:
     if not trainable:
-        raise ValueError(
-            "The model has no parameter that requires a gradient; unfreeze what is to be trained."
-        )
+        raise ValueError("The model has no parameter that requires a gradient: unfreeze some.")
     halves = [name for name, p in trainable.items() if p.dtype in (torch.float16, torch.bfloat16)]
     if halves:
         raise ValueError(
-            f"{len(halves)} trainable parameters are in half precision (first: {halves[0]}); keep trained weights in "
-            "float32 (model.float()) and pass precision='fp16' or 'bf16' for the arithmetic."
+            f"{len(halves)} trainable parameters are in half precision (first: {halves[0]}): keep trained "
+            "weights in float32 (model.float()) and pass precision='fp16' or 'bf16' for the arithmetic."
         )
     if len(loader) == 0:
+        raise ValueError("The loader has no batch: is batch_size larger than the data set?")
+    if settings.steps < 1 or settings.accumulate < 1:
         raise ValueError(
-            "The loader gives no batch; expected at least one (is batch_size larger than the data set?)."
+            f"steps is {settings.steps} and accumulate {settings.accumulate}, expected 1 or more."
         )
-    if steps < 1 or accumulate < 1:
-        raise ValueError(f"steps is {steps} and accumulate {accumulate}; both must be at least 1.")
 
 
-def _groups(trainable: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
-    """Weight decay for matrices only: norms, biases and gates are left to the data."""
-    return [
-        {"params": [p for p in trainable.values() if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable.values() if p.ndim < 2], "weight_decay": 0.0},
+def _make_accelerator(settings: FitSettings) -> Accelerator:
+    AcceleratorState._reset_state()  # a notebook calls fit again, perhaps with another precision
+    config = DataLoaderConfiguration(
+        split_batches=True, use_seedable_sampler=True, data_seed=settings.seed
+    )
+    return Accelerator(mixed_precision=settings.precision, dataloader_config=config)
+
+
+def _make_optimizer(trainable: dict, settings: FitSettings) -> torch.optim.Optimizer:
+    """Return AdamW that decays matrices, and leaves biases, norms and gates to the data."""
+    decayed, free = [], []
+    for name, parameter in trainable.items():
+        decays = parameter.ndim >= 2 and "norm" not in name and not name.endswith("bias")
+        (decayed if decays else free).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": free, "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
 
 
-def _batches(loader: DataLoader, skip: int) -> Iterator[Mapping[str, Tensor]]:
-    """Batches without end; the first `skip` are passed over without being made."""
+def _make_schedule(optimizer: torch.optim.Optimizer, settings: FitSettings):
+    return get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=min(settings.warmup, settings.steps // 2),
+        num_decay_steps=round(settings.decay * settings.steps),
+        num_training_steps=settings.steps,
+        decay_type="linear",
+    )
+
+
+def _endless(loader: DataLoader, skip: int) -> Iterator[Mapping[str, Tensor]]:
+    """Yield batches without end; the first `skip` are passed over without being made."""
     epoch, skip = divmod(skip, len(loader))
     while True:
         loader.set_epoch(epoch)
@@ -211,115 +227,118 @@ def _batches(loader: DataLoader, skip: int) -> Iterator[Mapping[str, Tensor]]:
         epoch, skip = epoch + 1, 0
 
 
-def _scaled(losses: Losses, factors: Mapping[str, float]) -> Losses:
-    def scaled(model, batch):
-        named = losses(model, batch)
-        unknown = sorted(factors.keys() - named.keys())
-        if unknown:
-            raise ValueError(
-                f"factors has {', '.join(unknown)}, expected names of losses: {', '.join(named)}."
-            )
-        return {name: value * factors.get(name, 1.0) for name, value in named.items()}
+def _with_loss_weights(losses: Losses, loss_weights: Mapping[str, float]) -> Losses:
+    def weighted(model, batch):
+        named = dict(losses(model, batch))
+        for name, factor in loss_weights.items():
+            named[name] = named[name] * factor
+        return named
 
-    return scaled
+    return weighted
 
 
-def _shares(named: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
-    """Each loss's share of the gradient: its norm over the sum of the norms."""
+def _gradient_shares(named: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, float]:
+    """Return each loss's fraction of the gradient: its norm over the sum of the norms."""
     norms = {}
     for name, value in named.items():
-        parts = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        norms[name] = sum(part.square().sum().item() for part in parts if part is not None) ** 0.5
+        if value.requires_grad:
+            grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            norms[name] = sum(g.square().sum().item() for g in grads if g is not None) ** 0.5
     total = sum(norms.values()) or 1.0
     return {f"share_{name}": norm / total for name, norm in norms.items()}
 
 
-def _gradients(accelerator, model, losses, group, weight, step, logged) -> dict[str, float]:
-    """Backward through a group of batches; returns the step's losses, averaged by weight over batches and processes."""
-    given = [weight(batch) if weight else 1.0 for batch in group]
-    names = list(given[0]) if isinstance(given[0], Mapping) else []
-    rows = [[float(w[name]) for name in names] if names else [float(w)] for w in given]
-    weights = torch.tensor(
-        rows, dtype=torch.float32, device=accelerator.device
-    )  # (batches, 1 or losses)
+def _batch_weights(group: Sequence, weight: Weight | None, device) -> tuple[Tensor, list[str]]:
+    """Return the weight of each batch, (batches, 1), or of each batch and loss, (batches, losses)."""
+    rows, names = [], []
+    for batch in group:
+        value = weight(batch) if weight else 1.0
+        if isinstance(value, Mapping):
+            names = list(value)
+        values = value.values() if isinstance(value, Mapping) else [value]
+        rows.append(
+            torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in values])
+        )
+    return torch.stack(rows), names
+
+
+def _backward(accelerator, model, losses, group, weight, logged) -> dict[str, float]:
+    """Backward through the batches of a step; returns losses averaged by weight over batches and processes."""
+    weights, names = _batch_weights(group, weight, accelerator.device)
     total = accelerator.reduce(weights.sum(0), reduction="sum").clamp_min(1e-9)
+    fractions = weights / total
     sums: dict[str, Tensor] = {}
     shares: dict[str, float] = {}
     for i, batch in enumerate(group):
         last = i == len(group) - 1
         with model.no_sync() if not last and hasattr(model, "no_sync") else nullcontext():
             named = losses(model, batch)
-            bad = [name for name, value in named.items() if not torch.isfinite(value)]
-            if bad:
-                raise FloatingPointError(
-                    f"Step {step}: the loss {bad[0]!r} is {named[bad[0]].item()}, expected a finite number. The "
-                    "weights are those of the step before; lower the rate, check the batch, or use float32."
-                )
-            if logged and not i:
+            if logged and i == 0:
                 scale = (
                     accelerator.scaler.get_scale() if accelerator.scaler else 1.0
-                )  # fp16 gradients underflow
-                shares = _shares(
-                    {name: scale * value for name, value in named.items() if value.requires_grad},
-                    logged,
-                )
-            share = {
-                name: (weights[i] / total)[names.index(name) if names else 0] for name in named
+                )  # fp16 underflows
+                shares = _gradient_shares({k: scale * v for k, v in named.items()}, logged)
+            averaged = {
+                name: value * fractions[i, names.index(name) if names else 0]
+                for name, value in named.items()
             }
             # DistributedDataParallel takes the mean over processes; the factor makes it a sum.
-            accelerator.backward(
-                sum(value * share[name] for name, value in named.items())
-                * accelerator.num_processes
-            )
-        for name, value in named.items():
-            sums[name] = sums.get(name, 0.0) + value.detach() * share[name]
-    means = {
-        name: accelerator.reduce(value, reduction="sum").item() for name, value in sums.items()
-    }
-    return {"step": step, "loss": sum(means.values()), **means, **shares, "weight": total[0].item()}
+            accelerator.backward(sum(averaged.values()) * accelerator.num_processes)
+        for name, value in averaged.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+    means = accelerator.reduce(torch.stack([*sums.values(), total[0]]), reduction="sum").tolist()
+    total_weight = means.pop() / accelerator.num_processes
+    entry = dict(zip(sums, means, strict=True))
+    return {"loss": sum(means)} | entry | shares | {"weight": total_weight}
 
 
-def _save(path: Path, trainable, optimizer, schedule, run, history) -> None:
-    """Write one safetensors file, atomically: weights and AdamW moments, and in its header the rest as JSON."""
-    tensors = {f"weights.{name}": p.detach() for name, p in trainable.items()}
-    for name, p in trainable.items():
-        tensors |= {
-            f"adamw.{name}.{key}": value for key, value in optimizer.state.get(p, {}).items()
-        }
+def _require_finite(entry: Mapping[str, float]) -> None:
+    bad = [name for name, value in entry.items() if not math.isfinite(value) and name != "loss"]
+    if bad:
+        raise FloatingPointError(
+            f"Step {entry['step']}: the loss {bad[0]!r} is {entry[bad[0]]}, expected a finite number. The "
+            "weights are those of the step before: lower the rate, check the batch, or use float32."
+        )
+
+
+def _save_run(path: Path, trainable, optimizer, schedule, run, history) -> None:
+    """Write one safetensors file: weights and AdamW moments, and in its header the rest as JSON."""
+    tensors = {}
+    for name, parameter in trainable.items():
+        tensors[f"weights.{name}"] = parameter
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"adamw.{name}.{key}"] = value
     state = {"run": run, "schedule": schedule.state_dict(), "history": history}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, {"kvlab": json.dumps(state, default=float)})
 
 
 def _resume(path: Path, trainable, optimizer, schedule, run) -> list[dict[str, float]]:
+    """Load weights, moments and schedule of a checkpoint of the same run, and return its history."""
     try:
         with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["kvlab"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is no checkpoint of `fit` ({error}); delete it to start again."
+            f"{path} is no checkpoint of `fit` ({error}): delete it to start again."
         ) from error
-    differing = {
-        key: (state["run"].get(key), value)
-        for key, value in run.items()
-        if state["run"].get(key) != value
-    }
+    before = state["run"]
+    differing = {key: (before.get(key), new) for key, new in run.items() if before.get(key) != new}
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights.")}
     if differing or shapes != {f"weights.{name}": p.shape for name, p in trainable.items()}:
         raise ValueError(
-            f"{path} is a checkpoint of another run (seen, expected: {differing or 'other parameters'}); "
+            f"{path} is a checkpoint of another run (saved, expected: {differing or 'other parameters'}): "
             "delete it to start again, or call fit with the settings that it was made with."
         )
-    for name, p in trainable.items():
-        p.data.copy_(tensors[f"weights.{name}"])
-        prefix = f"adamw.{name}."
-        moments = {
-            key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)
-        }
-        optimizer.state[p] = {
-            key: t if key == "step" else t.to(p.device) for key, t in moments.items()
-        }
+    for name, parameter in trainable.items():
+        parameter.data.copy_(tensors[f"weights.{name}"])
+        moments = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"adamw.{name}.{key}" in tensors:
+                value = tensors[f"adamw.{name}.{key}"]
+                moments[key] = value if key == "step" else value.to(parameter.device)
+        optimizer.state[parameter] = moments
     schedule.load_state_dict(state["schedule"])
     for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate

@@ -481,7 +481,7 @@ def test_another_model_is_refused_by_the_part_that_differs(saved, tiny_model):
             kv.load(path, other)
         assert str(path) in str(error.value)
     assert equal(kv.load(path, copy.deepcopy(tiny_model())).cache, cache)
-    with pytest.raises(CacheError, match="layers=3.*the model .*layers=2"):
+    with pytest.raises(CacheError, match=r"layers=3.*the model .*layers=2"):
         kv.save(kv.Prefix(cache, 5), path, tiny_model(num_hidden_layers=2))
 
 

@@ -14,11 +14,11 @@ from kvlab.losses import (
     NAMES,
     acceptance,
     cross_entropy,
-    distill,
+    distillation_losses,
     kl,
     lk_hybrid,
     log_alpha,
-    require_known,
+    require_known_losses,
     reverse_kl,
     tv,
 )
@@ -362,18 +362,18 @@ def test_distill_is_a_mean_over_tokens_of_a_plain_loop(batch):
         for b, t in itertools.product(range(B), range(1, T)):
             log_q, log_p = logits[b, t - 1].log_softmax(-1), target[b, t - 1].log_softmax(-1)
             total += weights[b, t] * DISTANCES[name](log_q, log_p)
-        got = distill({name: 0.3}, *batch)
+        got = distillation_losses({name: 0.3}, *batch)
         assert got.keys() == {name}
         torch.testing.assert_close(got[name], 0.3 * total / weights[:, 1:].sum())
     ones = (weights > 0).float()
     each = torch.stack(
         [
-            distill({"kl": 1.0}, *(x[[b]] for x in (logits, target, ids, ones)))["kl"]
+            distillation_losses({"kl": 1.0}, *(x[[b]] for x in (logits, target, ids, ones)))["kl"]
             for b in range(B)
         ]
     )
     counts = ones.sum(1)
-    got = distill({"kl": 1.0}, logits, target, ids, ones)["kl"]
+    got = distillation_losses({"kl": 1.0}, logits, target, ids, ones)["kl"]
     torch.testing.assert_close(got, (each * counts).sum() / counts.sum())
     assert not torch.isclose(got, each.mean(), atol=1e-3)
 
@@ -381,11 +381,13 @@ def test_distill_is_a_mean_over_tokens_of_a_plain_loop(batch):
 def test_distill_gives_each_loss_its_share(batch):
     logits, _, ids, weights = batch
     shares = {"lk_hybrid": 0.25, "ce": 2.0, "kl": 0.5}
-    got = distill(shares, *batch)
+    got = distillation_losses(shares, *batch)
     assert got.keys() == shares.keys()
     torch.testing.assert_close(got["ce"], 2 * cross_entropy(logits, ids, weights))
     for name in ("kl", "lk_hybrid"):
-        torch.testing.assert_close(got[name], shares[name] * distill({name: 1.0}, *batch)[name])
+        torch.testing.assert_close(
+            got[name], shares[name] * distillation_losses({name: 1.0}, *batch)[name]
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -393,7 +395,7 @@ def test_what_does_not_count_changes_nothing_and_gets_no_gradient(batch, name):
     logits, target, ids, weights = batch
     logits.requires_grad_()
     target.requires_grad_()
-    loss = distill({name: 1.0}, *batch)[name]
+    loss = distillation_losses({name: 1.0}, *batch)[name]
     loss.backward()
     outside = torch.cat(
         (weights[:, 1:] == 0, torch.ones(B, 1, dtype=torch.bool)), 1
@@ -405,28 +407,34 @@ def test_what_does_not_count_changes_nothing_and_gets_no_gradient(batch, name):
         logits[outside], target[outside] = math.nan, math.nan
         ids[weights == 0] = 0
     if name != "ce":
-        assert torch.equal(distill({name: 1.0}, logits, target, ids, weights)[name], loss)
-    other = distill({name: 1.0}, logits.nan_to_num(7.0), target.nan_to_num(-7.0), ids, weights)[
-        name
-    ]
+        assert torch.equal(
+            distillation_losses({name: 1.0}, logits, target, ids, weights)[name], loss
+        )
+    other = distillation_losses(
+        {name: 1.0}, logits.nan_to_num(7.0), target.nan_to_num(-7.0), ids, weights
+    )[name]
     assert torch.equal(other, loss)
 
 
 def test_weights_of_their_own_for_all_but_cross_entropy(batch):
     logits, target, ids, weights = batch
     own = weights * torch.tensor([[1.0], [0.0], [1.0]])  # the second text is not the target's
-    got = distill({"ce": 1.0, "kl": 1.0, "tv": 1.0}, *batch, own)
+    got = distillation_losses({"ce": 1.0, "kl": 1.0, "tv": 1.0}, *batch, own)
     torch.testing.assert_close(got["ce"], cross_entropy(logits, ids, weights))
     for name in ("kl", "tv"):
-        torch.testing.assert_close(got[name], distill({name: 1.0}, logits, target, ids, own)[name])
-        assert not torch.isclose(got[name], distill({name: 1.0}, *batch)[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            got[name], distillation_losses({name: 1.0}, logits, target, ids, own)[name]
+        )
+        assert not torch.isclose(
+            got[name], distillation_losses({name: 1.0}, *batch)[name], rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_that_counts_is_zero_and_has_zero_gradient(batch, name):
     logits, target, ids, _ = batch
     logits.requires_grad_()
-    loss = distill({name: 1.0}, logits, target, ids, torch.zeros(B, T))[name]
+    loss = distillation_losses({name: 1.0}, logits, target, ids, torch.zeros(B, T))[name]
     loss.backward()
     assert loss == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -437,29 +445,32 @@ def test_nothing_that_counts_is_zero_and_has_zero_gradient(batch, name):
 def test_half_precision_is_compared_in_float32(batch, name, dtype):
     logits, target, ids, weights = batch
     logits, target = logits.to(dtype), target.to(dtype)
-    got = distill({name: 1.0}, logits, target, ids, weights)[name]
+    got = distillation_losses({name: 1.0}, logits, target, ids, weights)[name]
     assert got.dtype == torch.float32
     assert torch.equal(
-        got, distill({name: 1.0}, logits.float(), target.float(), ids, weights)[name]
+        got, distillation_losses({name: 1.0}, logits.float(), target.float(), ids, weights)[name]
     )
 
 
 @every_distance
 def test_double_precision_stays(batch, name):
     logits, target, ids, weights = (x.double() if x.is_floating_point() else x for x in batch)
-    assert distill({name: 1.0}, logits, target, ids, weights)[name].dtype == DOUBLE
+    assert distillation_losses({name: 1.0}, logits, target, ids, weights)[name].dtype == DOUBLE
 
 
 @pytest.mark.parametrize("shares", [{"kld": 1.0}, {"kl": 1.0, "alpha": 0.5, "kld": 1.0}, {}])
 def test_a_loss_that_does_not_exist_is_refused_with_those_that_do(batch, shares):
-    for refuse in (lambda: require_known(shares), lambda: distill(shares, *batch)):
+    for refuse in (
+        lambda: require_known_losses(shares),
+        lambda: distillation_losses(shares, *batch),
+    ):
         with pytest.raises(
             ValueError, match="expected one or more of ce, kl, reverse_kl, tv, log_alpha, lk_hybrid"
         ) as e:
             refuse()
         assert all(repr(name) in str(e.value) for name in shares if name != "kl")
     for name in NAMES:
-        require_known({name: 1.0})
+        require_known_losses({name: 1.0})
 
 
 def test_shapes_that_do_not_fit_are_refused(batch):
@@ -470,4 +481,4 @@ def test_shapes_that_do_not_fit_are_refused(batch):
         (logits, target, ids[:, 1:]),
     ):
         with pytest.raises(ValueError, match=r"do not fit: expected the same \(B, T\)"):
-            distill({"kl": 1.0}, *wrong, weights)
+            distillation_losses({"kl": 1.0}, *wrong, weights)

@@ -155,7 +155,7 @@ def test_factors_are_of_their_loss_and_step():
         seen.append(step)
         return {"size": 0.0 if step < 3 else 0.5}
 
-    history = fit(one, loader(), two_terms, steps=4, factors=factors, **QUICK)
+    history = fit(one, loader(), two_terms, steps=4, loss_weight_schedule=factors, **QUICK)
     steps = iter(range(1, 5))
 
     def by_hand(model, batch):
@@ -170,8 +170,15 @@ def test_factors_are_of_their_loss_and_step():
 
 
 def test_a_factor_of_no_loss_is_refused():
-    with pytest.raises(ValueError, match="factors has other, expected names of losses: mse, size"):
-        fit(net(), loader(), two_terms, steps=1, factors=lambda step: {"other": 1.0}, **QUICK)
+    with pytest.raises(KeyError, match="other"):
+        fit(
+            net(),
+            loader(),
+            two_terms,
+            steps=1,
+            loss_weight_schedule=lambda step: {"other": 1.0},
+            **QUICK,
+        )
 
 
 def test_shares_are_of_the_gradients_norm():
@@ -187,7 +194,7 @@ def test_shares_are_of_the_gradients_norm():
         loader(),
         two_terms,
         steps=1,
-        factors=lambda step: {"size": 3.0},
+        loss_weight_schedule=lambda step: {"size": 3.0},
         shares_every=1,
         **QUICK,
     )
@@ -402,7 +409,7 @@ def test_a_bad_loss_in_the_second_batch_of_a_step_stops_too():
         ({"model": net().requires_grad_(False)}, "no parameter that requires a gradient"),
         ({"model": net(dtype=torch.bfloat16)}, r"half precision \(first: 0.weight\)"),
         ({"model": net(dtype=torch.float16)}, "float32"),
-        ({"loader": DataLoader(rows(4), batch_size=8, drop_last=True)}, "gives no batch"),
+        ({"loader": DataLoader(rows(4), batch_size=8, drop_last=True)}, "has no batch"),
         ({"steps": 0}, "steps is 0"),
         ({"accumulate": 0}, "accumulate 0"),
     ],

@@ -38,7 +38,7 @@ from kvlab.commands.shared import (
 from kvlab.evaluate import circumstances, figure
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
-from kvlab.records import PROBLEMS, Record, accepted, messages, read_records
+from kvlab.records import DATA_SETS, PROBLEMS, Record, accepted, messages, read_records
 from kvlab.scale import Scale
 
 SOLVED = ("lab", *PROBLEMS)

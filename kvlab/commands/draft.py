@@ -24,7 +24,7 @@ from kvlab.evaluate import circumstances, figure
 from kvlab.generation import encode
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
-from kvlab.losses import require_known
+from kvlab.losses import require_known_losses
 from kvlab.records import read_prompts
 
 
@@ -132,7 +132,7 @@ def train_draft(
 def _shares(losses: Mapping[str, float] | None, reads: str | None) -> dict[str, float]:
     """Losses as asked for, or as in the sources, which have no given answers for a draft that reads keys and values."""
     shares = dict(losses if losses is not None else drafts.source_shares(reads, given=True))
-    require_known(shares)
+    require_known_losses(shares)
     return shares
 
 

@@ -88,7 +88,6 @@ def train(
             checkpoint=work / f"{name}-{number}.safetensors",
             every=100,
             seed=seed,
-            label=f"{name}, stage {number + 1} of {len(STAGES[name])}",
         )
     return save(model, tokenizer, out / name)
 
@@ -123,7 +122,7 @@ def train_embedder(out: Path = models.MODELS, seed: int = 0, steps: int = 400) -
         "decay": 1.0,
         "every": steps,
     }
-    fit(embedder, loader, _ranking, steps=steps, seed=seed, label=models.EMBEDDER, **settings)
+    fit(embedder, loader, _ranking, steps=steps, seed=seed, **settings)
     folder = out / models.EMBEDDER
     embedder.save_pretrained(str(folder), create_model_card=False)
     parts = (folder / "modules.json").read_text("utf-8")
