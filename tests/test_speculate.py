@@ -195,7 +195,7 @@ def make_prefix(model, kind, seed):
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), zip(FAMILIES, [*PREFIX_KINDS[1:], "compressed"], strict=True)
+    ("family", "kind"), [*zip(FAMILIES, [*PREFIX_KINDS[1:], "compressed"], strict=True)]
 )
 def test_a_prefix_shared_by_rows(tiny_model, family, kind):
     target, prompts = tiny_model(family, dtype=DOUBLE), random_prompts(5, 1, 8)
@@ -440,7 +440,7 @@ def test_no_guess_is_never_accepted(tiny_model, temperature):
     assert summarize(got.rounds).acceptance == 1
 
 
-@pytest.mark.parametrize(("family", "layers"), zip(FAMILIES, (1, 2, 2, 1), strict=True))
+@pytest.mark.parametrize(("family", "layers"), [*zip(FAMILIES, (1, 2, 2, 1), strict=True)])
 def test_early_exit(tiny_model, family, layers):
     target, prompts = (
         tiny_model(family, dtype=DOUBLE, initializer_range=0.05),
