@@ -286,7 +286,8 @@ class Runner:
         if attention not in ("eager", "sdpa"):
             raise ValueError(f"attn_implementation is {attention!r}, expected 'sdpa' or 'eager'.")
         if compiled_room is not None and not getattr(model, "compilable", True):
-            raise ValueError("A draft with cross-attention or transitions cannot be compiled.")
+            kind = "A draft with cross-attention or transitions"
+            raise ValueError(f"{kind} cannot be compiled: leave compiled_room out.")
         self.model = model
         self.compiled_room = compiled_room
         self.slots: Slots | None = None

@@ -23,7 +23,7 @@ parsed_options: dict = {}  # of the command that `kvlab.cli.main` runs; empty if
 
 
 def command_settings(**resolved) -> dict:
-    """Options of the command line as JSON, with those that the command has resolved (None was the default)."""
+    """Options of the command line as JSON, with those that the command has resolved."""
     options = parsed_options | resolved
     for name, value in options.items():
         if isinstance(value, Path):

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlab import speculate as decoding
 from kvlab.commands import shared
 from kvlab.draft import KnowledgeDraft
-from kvlab.evaluate import circumstances
+from kvlab.evaluate import run_info
 from kvlab.fuse import Fuser, Size
 from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab.report import problems
 from kvlab.records import read_prompts
 from kvlab.scale import Scale
+from kvlab.speculate import generate
 
 
 def speculate(
@@ -44,33 +45,33 @@ def speculate(
     """Decode prompts plainly and speculatively, prompt by prompt in one run, and compare.
 
     Args:
-        prompts: A user's messages, e.g. --prompts "One?" "Two?", or, if the tokenizer has no chat template, texts to
-            continue. Default: three word problems.
+        prompts: A user's messages, e.g. --prompts "One?" "Two?", or, if the tokenizer has no chat
+            template, texts to continue. Default: three word problems.
         max_new_tokens: Tokens per prompt.
         gamma: Tokens drafted per round.
-        base_model: The small model, which drafts: a lab model, a hub name or a folder, such as `kvlab train-draft`
-            makes. Default: the scale's draft.
+        base_model: The small model, which drafts: a lab model, a hub name or a folder, such as
+            `kvlab train-draft` makes. Default: the scale's draft.
         teacher_model: The large model, whose text is generated. Default: the scale's target.
-        fuser_checkpoint: Folder that `kvlab train-fuser` made for these two models: the draft's cache is fused from
-            the target's. Default: the draft is alone.
+        fuser_checkpoint: Folder that `kvlab train-fuser` made for these two models: the draft's
+            cache is fused from the target's. Default: the draft is alone.
         skip_standard: Leave plain decoding out, and with it every comparison.
         no_prefill_fusion: Do not fuse the prompt.
         no_decode_fusion: Do not fuse accepted tokens.
         save_results: Write a JSON file with settings, texts and numbers.
         output_dir: Folder of that file.
-        prompt_file: More prompts, one per line, or JSON lines with "turns", of which the first is used.
+        prompt_file: More prompts, one per line, or JSON lines with "turns", of which the first is
+            used.
         seed: Random seed of sampling.
         compiled: Compile both models first; worth it for many prompts.
-        store: Folder that `kvlab build-cache` made; a draft that reads knowledge gets the item retrieved for each
-            prompt. Retrieval and loading are timed apart, as finding_seconds. Default: no knowledge.
+        store: Folder that `kvlab build-cache` made; a draft that reads knowledge gets the item
+            retrieved for each prompt. Retrieval and loading are timed apart, as finding_seconds.
+            Default: no knowledge.
         threshold: Minimum cosine similarity of a retrieved item.
         **options: Of `kvlab.speculate.Sampling`.
     """
     fused = (not no_prefill_fusion, not no_decode_fusion)
-    if not all(fused) and not fuser_checkpoint:
-        raise ValueError("There is no fusion to leave out: give --fuser_checkpoint.")
-    if store:
-        _require_eager_store(store, compiled)
+    _check_options(store, compiled, fuser_checkpoint, fused)
+    fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
     sampling = decoding.Sampling(generator=torch.Generator(), **options)
     texts = _texts(prompts, prompt_file)
     scale = Scale.current()
@@ -84,13 +85,13 @@ def speculate(
     if store:
         reads = _knowledge_of(draft.model, scale.draft)
         drafter.store = shared.open_store(store, target.model, tokenizer, scale, reads)
-    if fuser_checkpoint:
-        drafter.fuser = _load_fuser(fuser_checkpoint, draft.model, target.model)
+    if fuser:
+        drafter.fuser = _fit(fuser, draft.model, target.model)
 
     def run(ids: list[int], proposer: decoding.ModelProposer | None, count: int):
         sampling.generator.manual_seed(seed)
         limits = {"gamma": gamma, "max_new_tokens": count}
-        return decoding.generate(target, [ids], proposer, sampling=sampling, **limits)
+        return generate(target, [ids], proposer, sampling=sampling, **limits)
 
     for proposer in (None, drafter.proposer(texts[0], rows[0])[0]):
         run(rows[0], proposer, 4)  # warms up, and compiles
@@ -107,14 +108,19 @@ def speculate(
     _print(results, summary)
     if save_results:
         settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
-        result = {"settings": settings, "prompts": results, "summary": summary, **circumstances()}
+        result = {"settings": settings, "prompts": results, "summary": summary, **run_info()}
         print(shared.write_json(shared.timed_name(output_dir, "speculate"), result))
 
 
-def _require_eager_store(store: Path, compiled: bool) -> None:
-    shared.require_store(store)
-    if compiled:
-        raise ValueError("A draft with knowledge cannot be compiled: omit --compiled or --store.")
+def _check_options(store: Path | None, compiled: bool, fuser: Path | None, fused: tuple) -> None:
+    if not all(fused) and not fuser:
+        options = "give --fuser_checkpoint, or leave --no_..._fusion out"
+        raise ValueError(f"Without a fuser nothing is fused: {options}.")
+    if store:
+        shared.require_store(store)
+    if store and compiled:
+        options = "leave --compiled out, or --store"
+        raise ValueError(f"What a draft knows differs from prompt to prompt: {options}.")
 
 
 def _texts(prompts: list[str] | None, prompt_file: Path | None) -> list[str]:
@@ -136,7 +142,7 @@ class _Drafter:
     store: KnowledgeCache | None = None
 
     def proposer(self, text: str, ids: list[int]) -> tuple[decoding.ModelProposer, dict]:
-        """The proposer for a prompt, the item that was retrieved for it, and the seconds it took."""
+        """The proposer for a prompt, with the item retrieved for it and the seconds it took."""
         model, prefix, retrieved, started = self.draft, None, {}, time.perf_counter()
         if self.store is not None:
             item = shared.find_item(self.store, text, self.threshold)
@@ -156,17 +162,16 @@ def _knowledge_of(draft: PreTrainedModel, name: str) -> str:
     """How a draft reads knowledge."""
     if not isinstance(draft, KnowledgeDraft) or not draft.config.knowledge:
         options = "a draft that `kvlab train-draft` made with --knowledge vector, kv or prefix"
-        raise ValueError(f"{name} does not read knowledge: omit --store, or give {options}.")
+        raise ValueError(f"{name} does not read knowledge: leave --store out, or give {options}.")
     return draft.config.knowledge
 
 
-def _load_fuser(folder: Path, draft: PreTrainedModel, target: PreTrainedModel) -> Fuser:
-    """A fuser that was trained for these two models."""
-    fuser = Fuser.from_pretrained(folder)
+def _fit(fuser: Fuser, draft: PreTrainedModel, target: PreTrainedModel) -> Fuser:
+    """The fuser beside the draft, if it was trained for these two models."""
     receiver, sharer = Size.of(draft.config), Size.of(target.config)
     if (fuser.receiver, fuser.sharer) != (receiver, sharer):
         trained = f"The fuser is from {fuser.sharer} to {fuser.receiver}"
-        raise ValueError(f"{trained}, the models are {sharer} and {receiver}: train another.")
+        raise ValueError(f"{trained}, the models are {sharer} and {receiver}: train one.")
     fuser.warn_of_others(draft, target)
     return fuser.to(draft.device, draft.dtype)
 
