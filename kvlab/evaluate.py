@@ -1,4 +1,4 @@
-"""Scores and their uncertainty: exact match and F1, multiple choice, perplexity, the bootstrap."""
+"""Scores and their uncertainty: exact match, F1, ROUGE-L, multiple choice, bootstrap intervals."""
 
 import json
 import platform
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,13 +20,11 @@ from kvlab.cache import Prefix, repeat
 from kvlab.files import write_text
 from kvlab.generation import encode
 
-References = Sequence[
-    str | Sequence[str]
-]  # for each prediction one text or several, of which the best counts
+References = Sequence[str | Sequence[str]]  # per prediction one text, or several: the best counts
 
 
 def exact_match(predictions: Sequence[str], references: References) -> np.ndarray:
-    """SQuAD's exact match, 0 or 1 for each pair: equal after dropping case, punctuation, articles and extra space.
+    """Return SQuAD's exact match, 0 or 1 per pair: case, punctuation, articles and spaces are ignored.
 
     Example:
         >>> exact_match(["The cat.", "a dog"], ["cat", ["cat", "dog"]])
@@ -35,7 +34,7 @@ def exact_match(predictions: Sequence[str], references: References) -> np.ndarra
 
 
 def f1(predictions: Sequence[str], references: References) -> np.ndarray:
-    """SQuAD's F1 over words, between 0 and 1 for each pair.
+    """Return SQuAD's F1 over words, between 0 and 1 per pair.
 
     Example:
         >>> f1(["red box", "red box"], ["red", ["red", "box red"]]).round(3)
@@ -45,25 +44,20 @@ def f1(predictions: Sequence[str], references: References) -> np.ndarray:
 
 
 def _squad(predictions: Sequence[str], references: References, score: str) -> np.ndarray:
-    from torchmetrics.functional.text import (
-        squad,
-    )  # here, so that a notebook without it can use all the rest
+    from torchmetrics.functional.text import squad  # a notebook without it can use all the rest
 
-    records = (
-        (
-            {"prediction_text": p, "id": "0"},
-            {"answers": {"text": texts, "answer_start": [0] * len(texts)}, "id": "0"},
-        )
-        for p, texts in _texts(predictions, references)
-    )
-    return np.array([squad(*record)[score].item() / 100 for record in records])
+    scores = []
+    for prediction, texts in _pair_with_references(predictions, references):
+        target = {"answers": {"text": texts, "answer_start": [0] * len(texts)}, "id": "0"}
+        scores.append(squad({"prediction_text": prediction, "id": "0"}, target)[score].item() / 100)
+    return np.array(scores)
 
 
 def rouge_l(predictions: Sequence[str], references: References) -> np.ndarray:
-    """ROUGE-L, between 0 and 1 for each pair: the F-measure of the longest common subsequence of words.
+    """Return ROUGE-L, between 0 and 1 per pair: the F-measure of the longest common subsequence of words.
 
-    Words are runs of a to z and digits, without case: in other scripts there are none, and the
-    score is 0. Source: Lin (2004), https://aclanthology.org/W04-1013, section 3, with beta 1.
+    Words are runs of a to z and digits, without case: other scripts have none, and score 0.
+    Source: Lin (2004), https://aclanthology.org/W04-1013, section 3, with beta 1.
 
     Example:
         >>> rouge_l(["the red box", "a box"], ["the box", ["the cat", "a red box"]])
@@ -71,20 +65,20 @@ def rouge_l(predictions: Sequence[str], references: References) -> np.ndarray:
     """
     from torchmetrics.functional.text import rouge_score
 
-    scores = (
-        rouge_score([p], [texts], accumulate="best", rouge_keys="rougeL")
-        for p, texts in _texts(predictions, references)
-    )
-    return np.array([score["rougeL_fmeasure"].item() for score in scores]).round(6)  # from float32
+    scores = []
+    for prediction, texts in _pair_with_references(predictions, references):
+        score = rouge_score([prediction], [texts], accumulate="best", rouge_keys="rougeL")
+        scores.append(score["rougeL_fmeasure"].item())
+    return np.array(scores).round(6)  # from float32
 
 
-def _texts(predictions: Sequence[str], references: References) -> Iterator[tuple[str, list[str]]]:
-    for prediction, given in zip(predictions, references, strict=True):
-        texts = [given] if isinstance(given, str) else list(given)
+def _pair_with_references(
+    predictions: Sequence[str], references: References
+) -> Iterator[tuple[str, list[str]]]:
+    for prediction, texts in zip(predictions, references, strict=True):
+        texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
-            raise ValueError(
-                f"There is no text to compare {prediction[:60]!r} with: give one or several."
-            )
+            raise ValueError(f"There is no reference for {prediction[:60]!r}: give one or several.")
         yield prediction, texts
 
 
@@ -96,29 +90,26 @@ def log_likelihoods(
     endings: Sequence[Tensor],
     prefix: Prefix | None = None,
 ) -> np.ndarray:
-    """log p(ending | prompt) in nats, summed over the ending's tokens, for each pair of 1-D id tensors.
+    """Return log p(ending | prompt) in nats, summed over the ending's tokens, for pairs of 1-D id tensors.
 
-    All of them stand behind `prefix`, if there is one: a cache of one row.
+    With a prefix (of one row), all prompts continue it.
     """
     rows = [torch.cat(pair) for pair in zip(prompts, endings, strict=True)]
-    input_ids = torch.nn.utils.rnn.pad_sequence(
-        rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0
-    )
-    starts = torch.tensor([len(p) for p in prompts])[:, None]
-    stops = torch.tensor([len(r) for r in rows])[:, None]
-    places = torch.arange(input_ids.shape[1])[None]
-    # Padding stands on the right, where a causal model does not see it.
-    past, first = (
-        (None, 0) if prefix is None else (repeat(prefix.cache, len(rows)), prefix.next_position)
-    )
-    ids, position_ids = input_ids.to(model.device), (first + places).to(model.device)
-    logits = model(
-        input_ids=ids, position_ids=position_ids, past_key_values=past, use_cache=past is not None
-    ).logits
-    logits = logits[:, :-1].float()
-    logs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None].to(model.device))[..., 0].cpu()
-    inside = (places >= starts) & (places < stops)  # (B, T)
-    return (logs * inside[:, 1:]).sum(-1).double().numpy()
+    # Padding is on the right, where a causal model does not see it.
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+    input_ids = input_ids.to(model.device)
+    starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    stops = torch.tensor([len(row) for row in rows])[:, None]
+    columns = torch.arange(input_ids.shape[1])[None]
+    past, position = None, 0
+    if prefix is not None:
+        past, position = repeat(prefix.cache, len(rows)), prefix.next_position
+    position_ids = (position + columns).to(model.device)
+    text = {"input_ids": input_ids, "position_ids": position_ids}
+    logits = model(**text, past_key_values=past, use_cache=past is not None).logits[:, :-1].float()
+    log_p = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0].cpu()
+    inside = (columns >= starts) & (columns < stops)  # (B, T)
+    return (log_p * inside[:, 1:]).sum(-1).double().numpy()
 
 
 def multiple_choice(
@@ -126,45 +117,33 @@ def multiple_choice(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[list[dict[str, str]]],
     options: Sequence[Sequence[str]],
-    label: str = "multiple choice",
 ) -> np.ndarray:
-    """The index of the likeliest option for each conversation, by the sum of its tokens' log-probabilities.
+    """Return the index of the likeliest option per conversation, by the sum of its log-probabilities.
 
     Example:
         >>> from kvlab import lab
-        >>> passage = {"role": "system", "content": "Anna lives in Rome. Ben has a dog."}
-        >>> ask = [passage, {"role": "user", "content": "Where does Anna live?"}]
-        >>> multiple_choice(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask], [["Oslo", "Rome"]])
+        >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
+        >>> text = "Anna lives in Rome. Where does Anna live?"
+        >>> multiple_choice(model, tokenizer, [[{"role": "user", "content": text}]], [["Oslo", "Rome"]])
         array([1])
     """
-    chosen = []
-    for conversation, choices in tqdm(
-        list(zip(conversations, options, strict=True)), desc=label, delay=2, leave=False
-    ):
+    best = []
+    pairs = list(zip(conversations, options, strict=True))
+    for conversation, choices in tqdm(pairs, desc="multiple choice", delay=2, leave=False):
         prompt = torch.tensor(encode(tokenizer, conversation))
-        asked = ([*conversation, {"role": "assistant", "content": choice}] for choice in choices)
-        whole = [torch.tensor(encode(tokenizer, messages)) for messages in asked]
-        scores = log_likelihoods(
-            model, tokenizer, [prompt] * len(whole), [w[len(prompt) :] for w in whole]
-        )
-        chosen.append(int(scores.argmax()))
-    return np.array(chosen)
-
-
-def perplexity(log_likelihood: Sequence[float], tokens: Sequence[int]) -> float:
-    """exp of minus the mean log-likelihood a token, from sums over texts and their token counts.
-
-    Example:
-        >>> round(perplexity([-2 * np.log(4.0)], [2]), 6)
-        4.0
-    """
-    return float(np.exp(-np.sum(log_likelihood) / np.sum(tokens)))
+        endings = []
+        for choice in choices:
+            answered = [*conversation, {"role": "assistant", "content": choice}]
+            endings.append(torch.tensor(encode(tokenizer, answered))[len(prompt) :])
+        scores = log_likelihoods(model, tokenizer, [prompt] * len(endings), endings)
+        best.append(int(scores.argmax()))
+    return np.array(best)
 
 
 def bootstrap(
     values: Sequence[float], n: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The mean of `values` and its percentile bootstrap interval: (mean, low, high).
+    """Return the mean of `values` and its percentile bootstrap interval: (mean, low, high).
 
     Resample what is independent (prompts, seeds), never tokens of one prompt. For a paired
     comparison pass differences. Source: Efron and Tibshirani (1993), An Introduction to the
@@ -185,10 +164,9 @@ def bootstrap(
 
 
 def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
-    """The p-value of Pearson's test that `counts` are draws from `probabilities`; small by chance alone is rare.
+    """Return the p-value of Pearson's test that `counts` are draws from `probabilities`.
 
-    Outcomes expected fewer than five times are taken together. One that has probability 0 and
-    occurs gives 0.
+    Outcomes expected fewer than five times are pooled. An outcome of probability 0 that occurs gives 0.
 
     Example:
         >>> round(chi_square([480, 520], [0.5, 0.5]), 3), chi_square([400, 600], [0.5, 0.5]) < 1e-9
@@ -206,7 +184,7 @@ def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
 
 
 def figure(name: str, values: Sequence[float], unit: str, conditions: str) -> dict:
-    """One measured figure with its 95 % bootstrap interval, in the form that results files hold.
+    """Return one measured figure with its 95 % bootstrap interval, in the form of results files.
 
     Example:
         >>> figure("accuracy", [1, 1], "fraction", "two questions")["low"]
@@ -232,7 +210,7 @@ def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None
     figures = measure(options.quick, seed)
     result = {
         "figures": figures,
-        **circumstances(),
+        **run_info(),
         "seeds": [seed],
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -248,20 +226,13 @@ def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None
             )
 
 
-def circumstances() -> dict:
-    """Device, package versions and commit of a measurement."""
+def run_info() -> dict:
+    """Return device, package versions and commit of a measurement."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    packages = ("torch", "transformers", "accelerate", "peft")
-    return {
-        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in packages},
-        "commit": git.stdout.strip(),
-    }
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "peft"):
+        versions[name] = version(name)
+    device = gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"device": device, "versions": versions, "commit": git.stdout.strip()}

@@ -15,26 +15,26 @@ def answers(
     batch_size: int = 32,
     label: str = "answers",
 ) -> list[str]:
-    """Greedy answers to conversations that end with a user message, in batches of similar length.
+    """Return greedy answers to conversations that end with a user message, without special tokens.
 
     Args:
-        conversations: each a list of {"role", "content"} messages, rendered by the tokenizer's chat
-            template.
-        label: of the progress bar, which only shows when the work takes more than a second or two.
-
-    Returns:
-        One text a conversation, without special tokens and outer white space.
+        model: A causal LM.
+        tokenizer: Its tokenizer, whose chat template renders the conversations.
+        conversations: Lists of {"role", "content"} messages.
+        max_new_tokens: Longest answer.
+        batch_size: Conversations per batch; batches have similar lengths.
+        label: Of the progress bar.
 
     Example:
         >>> from kvlab import lab
-        >>> passage = {"role": "system", "content": "Anna lives in Rome. Ben has a dog."}
-        >>> ask = [passage, {"role": "user", "content": "Where does Anna live?"}]
-        >>> answers(lab.load("lab-target"), lab.load_tokenizer("lab-target"), [ask])
+        >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
+        >>> text = "Anna lives in Rome. Where does Anna live?"
+        >>> answers(model, tokenizer, [[{"role": "user", "content": text}]])
         ['Rome']
     """
     prompts = [encode(tokenizer, c) for c in conversations]
-    made = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, label)
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made]
+    rows = continuations(model, tokenizer, prompts, max_new_tokens, batch_size, label)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
 
 
 @torch.inference_mode()
@@ -46,40 +46,36 @@ def continuations(
     batch_size: int = 32,
     label: str = "answers",
 ) -> list[list[int]]:
-    """The token ids that greedy decoding puts behind each prompt, the end token included if it was reached."""
+    """Return the token ids of a greedy continuation of each prompt, up to and including the end token."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    end = tokenizer.eos_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         repetition_penalty=1.0,  # else the model's own generation settings fill in
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
     )
-    made: list[list[int]] = [[]] * len(prompts)
+    texts: list[list[int]] = [[]] * len(prompts)
     for start in tqdm(range(0, len(order), batch_size), desc=label, delay=2, leave=False):
         batch = order[start : start + batch_size]
-        padded = tokenizer.pad(
-            {"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt"
-        )
-        output = model.generate(**padded.to(model.device), generation_config=config)
-        for i, ids in zip(batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
-            end = (
-                ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-            )
-            made[i] = ids[:end]
-    return made
+        ids = {"input_ids": [prompts[i] for i in batch]}
+        padded = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
+        output = model.generate(**padded, generation_config=config)
+        for i, row in zip(batch, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
+            texts[i] = row[: row.index(end) + 1] if end in row else row
+    return texts
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, and of what opens the answer if a user speaks last; no thinking is asked for.
+def encode(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]) -> list[int]:
+    """Return the token ids of a conversation; if a user speaks last, with the opening of the answer.
 
-    Without a chat template the messages stand a line each, and the last line is left open.
+    No thinking is asked for. Without a chat template each message is a line, the last one left open.
 
-    Example:
-        >>> from kvlab import lab
-        >>> tokenizer = lab.load_tokenizer("lab-target")
-        >>> tokenizer.decode(encode(tokenizer, [{"role": "user", "content": "Who?"}]))
-        '<|user|> Who?<|assistant|>'
+    >>> from kvlab import lab
+    >>> tokenizer = lab.load_tokenizer("lab-target")
+    >>> tokenizer.decode(encode(tokenizer, [{"role": "user", "content": "Who?"}]))
+    '<|user|> Who?<|assistant|>'
     """
     text = rendered(tokenizer, conversation)
     return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
@@ -88,38 +84,38 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]
 def encode_parts(
     tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]
 ) -> list[list[int]]:
-    """Token ids of each message of a conversation; one by a user ends with what opens the answer.
+    """Return the token ids of each message; a user's end with the opening of the answer.
 
-    Joined they are what `encode` gives, wherever tokens do not reach across messages, which chat
-    templates see to. Raises ValueError for a template that writes a message differently once
-    another follows it.
+    Joined they are what `encode` returns, wherever tokens do not reach across messages.
+
+    Raises:
+        ValueError: the template writes a message differently once another follows it.
 
     Example:
         >>> from kvlab import lab
         >>> tokenizer = lab.load_tokenizer("lab-target")
-        >>> messages = [{"role": "system", "content": "Anna lives in Rome."}, {"role": "user", "content": "Where?"}]
-        >>> [tokenizer.decode(ids) for ids in encode_parts(tokenizer, messages)]
-        ['<|system|> Anna lives in Rome.', '<|user|> Where?<|assistant|>']
+        >>> roles = [{"role": "system", "content": "Hi."}, {"role": "user", "content": "Where?"}]
+        >>> [tokenizer.decode(ids) for ids in encode_parts(tokenizer, roles)]
+        ['<|system|> Hi.', '<|user|> Where?<|assistant|>']
     """
-    texts = [rendered(tokenizer, conversation[: i + 1]) for i in range(len(conversation))]
-    for role, before, after in zip(
-        (m["role"] for m in conversation), texts, texts[1:], strict=False
-    ):
-        if not after.startswith(before):
+    parts, before = [], ""
+    for i, message in enumerate(conversation):
+        text = rendered(tokenizer, conversation[: i + 1])
+        if not text.startswith(before):
+            role = conversation[i - 1]["role"]
             raise ValueError(
-                f"The chat template changes a {role} message when another follows it, so a text cannot go on behind "
-                "it: use a tokenizer whose template leaves it, or none (chat_template=None)."
+                f"The chat template changes a {role} message when another follows it, so a text cannot "
+                f"continue it with {message['role']}: use a tokenizer whose template leaves it, or none "
+                "(chat_template=None)."
             )
-    starts, special = [0, *map(len, texts)], not tokenizer.chat_template
-    parts = [text[start:] for start, text in zip(starts, texts, strict=False)]
-    return [
-        tokenizer(part, add_special_tokens=special and not i)["input_ids"]
-        for i, part in enumerate(parts)
-    ]
+        special = not tokenizer.chat_template and not i
+        parts.append(tokenizer(text[len(before) :], add_special_tokens=special)["input_ids"])
+        before = text
+    return parts
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, str]]) -> str:
-    """The text of a conversation, as `encode` encodes it.
+    """Return the text of a conversation, as `encode` encodes it.
 
     >>> from kvlab import lab
     >>> rendered(lab.load_tokenizer("lab-target"), [{"role": "user", "content": "Who?"}])
@@ -127,8 +123,10 @@ def rendered(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str
     """
     if not tokenizer.chat_template:
         return "\n".join(message["content"] for message in conversation)
-    options = {
-        "add_generation_prompt": conversation[-1]["role"] == "user",
-        "enable_thinking": False,
-    }
-    return tokenizer.apply_chat_template(list(conversation), tokenize=False, **options)
+    opens_answer = conversation[-1]["role"] == "user"
+    return tokenizer.apply_chat_template(
+        list(conversation),
+        tokenize=False,
+        add_generation_prompt=opens_answer,
+        enable_thinking=False,
+    )

@@ -35,7 +35,7 @@ from kvlab.commands.shared import (
     run_name,
     write_json,
 )
-from kvlab.evaluate import circumstances, figure
+from kvlab.evaluate import figure, run_info
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
 from kvlab.records import DATA_SETS, PROBLEMS, Record, accepted, messages, read_records
@@ -265,9 +265,7 @@ def compare_alignments(
 
 def _write(path: Path, settings: dict, figures: list[dict], **results) -> None:
     print(figures_table(figures))
-    print(
-        write_json(path, {"settings": settings, "figures": figures, **circumstances(), **results})
-    )
+    print(write_json(path, {"settings": settings, "figures": figures, **run_info(), **results}))
 
 
 def _models(

@@ -31,7 +31,7 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.compress import AWARE, KVDistiller
-from kvlab.evaluate import circumstances, exact_match, f1, figure, log_likelihoods, rouge_l
+from kvlab.evaluate import exact_match, f1, figure, log_likelihoods, rouge_l, run_info
 from kvlab.lab import corpora
 from kvlab.records import Record
 from kvlab.speculate import generate
@@ -166,7 +166,7 @@ def distill(
         }
         result |= {
             "figures": _compared(scores, ["exact_match", "f1"]),
-            **circumstances(),
+            **run_info(),
             "history": history,
         }
         print(write_json(output_dir / "training.json", result))
@@ -276,7 +276,7 @@ def eval_compression(
     options |= {"max_new_tokens": max_new_tokens, "long_answers": data in LONG, "seed": seed}
     print(f"To compare answers on: {_counted(checks)}.")
     scores = compression_scores(model, tokenizer, checks, methods, retention, **options)
-    result = {"settings": settings, "figures": _compared(scores), **circumstances()}
+    result = {"settings": settings, "figures": _compared(scores), **run_info()}
     if save_results:
         print(
             write_json(output_dir / f"eval_compression_{datetime.now():%Y%m%d_%H%M%S}.json", result)

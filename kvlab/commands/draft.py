@@ -20,7 +20,7 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.draft import Accepted, Example, KnowledgeDraft
-from kvlab.evaluate import circumstances, figure
+from kvlab.evaluate import figure, run_info
 from kvlab.generation import encode
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
@@ -251,5 +251,5 @@ def _told(arms: dict[str, Accepted], draft: KnowledgeDraft, target: PreTrainedMo
     return {
         "figures": [f for ways in found.values() for f in ways.values()],
         "parameters": sizes,
-        **circumstances(),
+        **run_info(),
     }

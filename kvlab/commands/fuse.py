@@ -27,7 +27,7 @@ from kvlab.commands.shared import (
     write_json,
 )
 from kvlab.draft import Example
-from kvlab.evaluate import circumstances, figure
+from kvlab.evaluate import figure, run_info
 from kvlab.fuse import KEYS, Aligned, Fuser, Size
 from kvlab.fuse import Lesson as FuserLesson
 from kvlab.fuse import Settings as FuserSettings
@@ -155,7 +155,7 @@ def train_fuser(
         "gates": fuser.gate_logits().tolist(),
         "parameters": fuser.num_parameters(),
     }
-    result |= {"figures": figures, **circumstances(), "history": history}
+    result |= {"figures": figures, **run_info(), "history": history}
     print(write_json(output_dir / "training.json", result))
 
 
