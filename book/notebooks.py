@@ -1,4 +1,4 @@
-"""Make notebooks/*.ipynb, which Colab opens, from their source: the percent files beside them, written in MyST.
+"""Make notebooks/*.ipynb, which Colab opens, from the percent files beside them, written in MyST.
 
     python book/notebooks.py            write each .ipynb that differs from its source
     python book/notebooks.py --check    write nothing; exit 1 and name the files that differ
@@ -43,7 +43,8 @@ METADATA = {
 def citation(key: str, textual: bool) -> str:
     if key not in PAPERS:
         sys.exit(
-            f"The paper {key} is cited, but book/references.bib has no such entry; it has {', '.join(PAPERS)}."
+            f"The paper {key} is cited, but is not in book/references.bib; "
+            f"it has {', '.join(PAPERS)}."
         )
     people, fields = PAPERS[key].persons["author"], PAPERS[key].fields
     names = [" ".join(person.last_names).strip("{}") for person in people]
@@ -82,7 +83,7 @@ def role(name: str, text: str, titles: dict[str, str]) -> str:
 
 
 def directive(name: str, title: str, options: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Return the lines that stand for a directive's opening and for its end."""
+    """Return the lines that replace a directive's opening and its end."""
     words = {"admonition": "", "seealso": "See also"}.get(name, name.capitalize())
     if name in {"exercise-end", "solution-start", "solution-end"}:
         return [], []
@@ -110,7 +111,8 @@ def directive(name: str, title: str, options: dict[str, str]) -> tuple[list[str]
     if name == "figure":
         return [f"![{options.get('alt', '')}]({RAW}{title.removeprefix('../')})", ""], []
     return sys.exit(
-        f"The directive {{{name}}} has no plain form; use another, or give it one in book/notebooks.py."
+        f"The directive {{{name}}} has no plain form; use another, "
+        "or give it one in book/notebooks.py."
     )
 
 
@@ -136,7 +138,7 @@ def plain(text: str, titles: dict[str, str]) -> str:
         else:
             line = re.sub(r"^\([\w-]+\)=$", "", line)
             line = re.sub(r"\$\$ *\(([\w-]+)\)$", r"\\tag{\1} $$", line)
-            out.append(ROLE.sub(lambda found: role(found[1], found[2], titles), line))
+            out.append(ROLE.sub(lambda match: role(match[1], match[2], titles), line))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
 
 
@@ -150,9 +152,10 @@ def colab(path: Path) -> str:
     first = next(cell.source for cell in source if cell.cell_type == "code")
     if not re.search(rf"^[^#\n]*git\+{re.escape(REPOSITORY)}\b", first, re.M):
         sys.exit(
-            f"{path.name}: its first code cell must install kvlab from git+{REPOSITORY}, and not in a comment."
+            f"{path.name}: its first code cell must install kvlab from git+{REPOSITORY}, "
+            "and not in a comment."
         )
-    cells, seen, solving = [], Counter(), False
+    cells, repeats, solving = [], Counter(), False
     for cell in source:
         inside, text = solving or "{solution-start}" in cell.source, cell.source
         solving = inside and "{solution-end}" not in cell.source
@@ -162,12 +165,13 @@ def colab(path: Path) -> str:
                 text = f"<details>\n<summary>Solution</summary>\n\n{text}\n\n</details>"
             if not cells:
                 title, _, rest = text.partition("\n")
-                text = f"{title}\n\n{BADGE.format(COLAB + path.with_suffix('.ipynb').name)}\n{rest}".strip()
+                badge = BADGE.format(COLAB + path.with_suffix(".ipynb").name)
+                text = f"{title}\n\n{badge}\n{rest}".strip()
         elif inside:
             text = f"# @title Solution\n{text}"
             cell.metadata.update(cellView="form", jupyter={"source_hidden": True})
-        seen[text] += 1
-        name = hashlib.sha256(f"{cell.cell_type}{seen[text]}{text}".encode()).hexdigest()[:8]
+        repeats[text] += 1
+        name = hashlib.sha256(f"{cell.cell_type}{repeats[text]}{text}".encode()).hexdigest()[:8]
         empty = {"execution_count": None, "outputs": []} if cell.cell_type == "code" else {}
         if text:
             cells.append(
@@ -182,18 +186,18 @@ def colab(path: Path) -> str:
 
 
 def main(check: bool) -> None:
-    made = {
+    texts = {
         path.with_suffix(".ipynb"): colab(path)
         for path in sorted((ROOT / "notebooks").glob("*.py"))
     }
-    differ = [pair for pair, text in made.items() if not pair.exists() or pair.read_text() != text]
+    differ = [pair for pair, text in texts.items() if not pair.exists() or pair.read_text() != text]
     if check and differ:
         names = ", ".join(pair.name for pair in differ)
         sys.exit(
-            f"{names}: not what the .py beside it gives; run `make notebooks` and commit the result."
+            f"{names}: not made from the .py beside it; run `make notebooks` and commit the result."
         )
     for pair in differ:
-        pair.write_text(made[pair])
+        pair.write_text(texts[pair])
         print(f"wrote {pair.relative_to(ROOT)}")
 
 

@@ -1,4 +1,4 @@
-"""Put the measured results into README.md: the table between its marks, and the figure, both from kvlab.results.
+"""Put results of kvlab.results into README.md: the table between its marks, and the figure.
 
 python book/readme.py            write the table and the figure
 python book/readme.py --check    write nothing; exit 1 if the table is not what the results say
@@ -15,86 +15,90 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 FIGURE = ROOT / "book/_static/kv_distill.png"
 TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
-# Chapter, what is measured, its figure, what it is compared with and the figures of that, conditions.
+# Chapter, quantity, its figure, figures to compare it with, conditions.
 ROWS = (
     (
         "01",
-        "time to the first token, reading all over loading what was read",
+        "time to the first token, prefill of all items over loading their caches",
         "knowledge:ttft_ratio",
         "",
         "items of 512 tokens, the shape of Qwen3-0.6B, random weights",
     ),
     (
         "01",
-        "answers right, four pieces read alone and joined, 15 % computed again",
+        "correct answers, four pieces read alone and joined, 15 % of the tokens recomputed",
         "knowledge:em_recompute",
-        "read together {knowledge:em_full}; only put together {knowledge:em_concat}",
+        "read together {knowledge:em_full}; only concatenated {knowledge:em_concat}",
         "lab model, passages of 16 facts",
     ),
     (
         "02",
-        "guesses accepted, a draft that reads the target's keys and values",
+        "acceptance of a draft that reads the target's keys and values",
         "draft:acceptance_kv",
-        "trained alike without reading {draft:acceptance_trained}",
-        "items that were not in training; 3 layers of 12",
+        "same training without them {draft:acceptance_trained}",
+        "items not in the training data; 3 layers of 12",
     ),
     (
         "03",
-        "answers right from a quarter of the cache (KV-Distill)",
+        "correct answers from a quarter of the cache (KV-Distill)",
         "distill:em_distill_25",
-        "whole cache {distill:em_full}; SnapKV {distill:em_snapkv_25}",
-        "question unknown when the cache is made",
+        "full cache {distill:em_full}; SnapKV {distill:em_snapkv_25}",
+        "question unknown at compression",
     ),
     (
         "03",
-        "answers right from a tenth of it",
+        "correct answers from a tenth of the cache",
         "distill:em_distill_10",
         "SnapKV {distill:em_snapkv_10}; the best other score {distill:em_key_norm_reversed_10}",
         "the same",
     ),
     (
         "04",
-        "problems solved, taught with the teacher's cache, aligned by segments",
+        "problems solved after alignment to the teacher's cache by segments",
         "align:accuracy_segment",
         "no teacher {align:accuracy_ce_only}; by index {align:accuracy_baseline}; "
         "another problem's teacher {align:accuracy_shuffled_segment}",
-        "a student from random weights, 600 problems; the interval is that of a few seeds",
+        "a student from random weights, 600 problems; interval over a few seeds",
     ),
     (
         "05",
         "speed, over assisted generation of transformers",
         "speculate:over_assisted",
-        "compiled {speculate:over_assisted_compiled}; eight prompts at once {speculate:batch_8_over_assisted}",
-        "word problems, greedy, prompts apart",
+        "compiled {speculate:over_assisted_compiled}; "
+        "eight prompts at once {speculate:batch_8_over_assisted}",
+        "word problems, greedy, without prefill",
     ),
     (
         "06",
-        "guesses accepted, the draft's cache fused from the target's",
+        "acceptance, the target's cache fused into the draft's",
         "fuse:acceptance_both",
-        "draft alone {fuse:acceptance_none}; as many parameters without the target {fuse:acceptance_matched}; "
+        "draft alone {fuse:acceptance_none}; "
+        "same parameters without the target {fuse:acceptance_matched}; "
         "the draft trained instead {fuse:acceptance_tuned}",
-        "told about somebody in a passage",
+        "descriptions of a person in a passage",
     ),
     (
         "06",
-        "answers right about a passage that only the target read, rehearsed fuser",
+        "correct answers about a passage that only the target read, rehearsed fuser",
         "fuse:answers_rehearsed_first",
         "trained on answers {fuse:answers_answered}; if the draft reads it {fuse:answers_sighted}",
         "the draft reads blanks",
     ),
     (
         "06",
-        "guesses accepted, of a draft that has read blanks, rehearsed fuser",
+        "acceptance of a draft that has read blanks, rehearsed fuser",
         "fuse:guesses_rehearsed_first",
-        "not fused {fuse:guesses_blind}; without the target {fuse:guesses_rehearsed_matched}; if the draft reads all "
+        "not fused {fuse:guesses_blind}; without the target {fuse:guesses_rehearsed_matched}; "
+        "if the draft reads the passage "
         "{fuse:guesses_sighted}",
-        "told about somebody in a passage",
+        "descriptions of a person in a passage",
     ),
     (
         "07",
         "speed of an answer with all parts, over plain decoding",
         "together:speedup_distilled",
-        "with the knowledge cache alone {together:speedup_knowledge}; with it and a trained draft that has one, too, "
+        "with the knowledge cache alone {together:speedup_knowledge}; "
+        "with it and a trained draft that has one too "
         "{together:speedup_reads}",
         "from the files to the last token",
     ),
@@ -139,7 +143,8 @@ def main(check: bool) -> None:
     updated = TABLE.sub(lambda marks: marks[1] + table() + marks[2], text)
     if check and updated != text:
         sys.exit(
-            "README.md: its table is not what kvlab/results says; run `python book/readme.py` and commit the result."
+            "README.md: its table is not that of kvlab/results; "
+            "run `python book/readme.py` and commit the result."
         )
     if not check:
         README.write_text(updated)

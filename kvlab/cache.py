@@ -94,7 +94,7 @@ def layout(cache: Cache) -> Layout:
     other += [type(layer).__name__ for layer in layers if getattr(layer, "is_sliding", False)]
     if other:
         raise CacheError(
-            f"The cache has layers of type {other}, expected DynamicLayer: use full attention in every layer."
+            f"The cache has layers of type {other}, expected DynamicLayer (full attention)."
         )
     rows, kv_heads, _, width = layers[0].keys.shape
     return Layout(len(layers), rows, kv_heads, width, layers[0].keys.dtype)
@@ -154,9 +154,8 @@ def prefill(
     _require_position(position, rows)
     new_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     if new_mask.shape != input_ids.shape:
-        raise CacheError(
-            f"attention_mask is {tuple(new_mask.shape)}, expected that of the new tokens, {(rows, count)}."
-        )
+        expected = f"expected that of the new tokens, {(rows, count)}"
+        raise CacheError(f"attention_mask is {tuple(new_mask.shape)}, {expected}.")
     if attention_mask is not None and not new_mask[:, -1].all():
         raise CacheError("attention_mask ends in 0: pad on the left.")
     mask = None
@@ -200,8 +199,7 @@ def _require_made_by(cache: DynamicCache, model: PreTrainedModel, rows: int) -> 
     expected = Layout(config.num_hidden_layers, rows, heads, head_dim(config), model.dtype)
     if layout(cache) != expected:
         raise CacheError(
-            f"The prefix has {layout(cache)}, expected {expected}: prefill it with this model, "
-            "one row per text."
+            f"The prefix has {layout(cache)}, expected {expected}: prefill this model."
         )
 
 
@@ -209,9 +207,9 @@ def _require_position(position: Position, rows: int) -> None:
     position = torch.as_tensor(position).flatten()
     integers = not position.is_floating_point() and bool((position >= 0).all())
     if not integers or len(position) not in (1, rows):
+        expected = f"expected a non-negative integer, or one for each of {rows} rows"
         raise CacheError(
-            f"The position is {position.tolist()}, expected one non-negative integer, or one for each of "
-            f"{rows} rows: pass the next_position that came with the cache."
+            f"The position is {position.tolist()}, {expected}: pass the next_position."
         )
 
 
@@ -222,18 +220,15 @@ def part(prefix: Prefix, start: int, stop: int) -> Prefix:
     >>> part(prefill(model, ids, position=3), 1, 3).positions
     tensor([[4, 5]])
     """
-    cache = from_layers(
-        (k[:, :, start:stop], v[:, :, start:stop]) for k, v in _layers(prefix.cache)
+    columns = slice(start, stop)
+    fields = {"input_ids": prefix.input_ids[columns], "logits": None}
+    for name in ("positions", "attention_mask"):
+        value = getattr(prefix, name)
+        fields[name] = None if value is None else value[:, columns]
+    layers = (
+        (keys[:, :, columns], values[:, :, columns]) for keys, values in _layers(prefix.cache)
     )
-    positions, mask = prefix.positions, prefix.attention_mask
-    return replace(
-        prefix,
-        cache=cache,
-        input_ids=prefix.input_ids[start:stop],
-        logits=None,
-        positions=None if positions is None else positions[:, start:stop],
-        attention_mask=None if mask is None else mask[:, start:stop],
-    )
+    return replace(prefix, cache=from_layers(layers), **fields)
 
 
 def length(cache: Cache) -> int:
@@ -251,10 +246,6 @@ def _per_entry(numbers: int | Tensor, cache: DynamicCache) -> Tensor:
     numbers = torch.as_tensor(numbers, device=cache.layers[0].keys.device)
     if numbers.ndim == 2:
         numbers = numbers[:, None]
-    if numbers.ndim > 4:
-        raise CacheError(
-            f"Shape {tuple(numbers.shape)}: expected (T,), (B, T), (B, H, T) or (L, B, H, T)."
-        )
     numbers = numbers.reshape((1,) * (4 - numbers.ndim) + numbers.shape)
     return numbers.expand(len(cache.layers), -1, -1, -1)
 
@@ -283,9 +274,7 @@ def truncate(cache: DynamicCache, length: int) -> DynamicCache:
     """Keep the first `length` entries, without copying; CacheError if there are fewer."""
     entries = cache.get_seq_length()
     if not 0 <= length <= entries:
-        raise CacheError(
-            f"A cache of {entries} entries cannot be truncated to {length}: give 0 to {entries}."
-        )
+        raise CacheError(f"A cache of {entries} entries cannot be truncated to {length}.")
     return from_layers(
         (keys[:, :, :length], values[:, :, :length]) for keys, values in _layers(cache)
     )
@@ -297,15 +286,12 @@ def join(first: DynamicCache, second: DynamicCache) -> DynamicCache:
     An item prefilled alone has not seen what precedes it: beyond one layer, joining it is an approximation.
     """
     if layout(first) != layout(second):
-        raise CacheError(
-            f"Cannot join {layout(first)} and {layout(second)}: make both with one model."
-        )
-    return from_layers(
-        (torch.cat((keys, more_keys), 2), torch.cat((values, more_values), 2))
-        for (keys, values), (more_keys, more_values) in zip(
-            _layers(first), _layers(second), strict=True
-        )
-    )
+        raise CacheError(f"Cannot join {layout(first)} and {layout(second)}: use one model.")
+    layers = []
+    for one, other in zip(first.layers, second.layers, strict=True):
+        keys = torch.cat((one.keys, other.keys), 2)
+        layers.append((keys, torch.cat((one.values, other.values), 2)))
+    return from_layers(layers)
 
 
 def _rotated(
@@ -411,10 +397,7 @@ def to_tensor(cache: DynamicCache) -> Tensor:
 def from_tensor(tensor: Tensor) -> DynamicCache:
     """Return the cache that `to_tensor` took apart, or some of its layers, without copying."""
     if tensor.ndim != 6 or tensor.shape[1] != 2:
-        raise CacheError(
-            f"The tensor is {tuple(tensor.shape)}, expected (L, 2, B, H_kv, T, D): give what `to_tensor` "
-            "returned."
-        )
+        raise CacheError(f"The tensor is {tuple(tensor.shape)}, expected (L, 2, B, H_kv, T, D).")
     return from_layers((keys, values) for keys, values in tensor)
 
 
@@ -460,12 +443,12 @@ def save(prefix: Prefix, path: str | Path, model: Owner, metadata: dict | None =
     pairs = _layers(prefix.cache)
     sizes = layout(prefix.cache)
     _require_position(prefix.next_position, sizes.rows)
-    architecture = owner["architecture"]
-    expected = sizes._replace(
-        layers=architecture["num_hidden_layers"],
-        kv_heads=architecture["num_key_value_heads"],
-        head_dim=architecture["head_dim"],
-    )
+    names = {
+        "layers": "num_hidden_layers",
+        "kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+    }
+    expected = sizes._replace(**{k: owner["architecture"][name] for k, name in names.items()})
     if sizes != expected:
         raise CacheError(
             f"The cache has {sizes}, the model {expected}: give the model that made it."
@@ -505,10 +488,8 @@ def _read_cache_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
         )
     version = header.get("version")
     if version != FORMAT_VERSION:
-        raise CacheError(
-            f"{path} has cache format version {version}, this kvlab reads version {FORMAT_VERSION}: "
-            "use the kvlab that wrote it, or save the cache again."
-        )
+        expected = f"this kvlab reads version {FORMAT_VERSION}: save the cache again"
+        raise CacheError(f"{path} has cache format version {version}, {expected}.")
     if header.pop("sha256", None) != _checksum(header, tensors):
         raise CacheError(f"{damaged} (its contents do not match its checksum).")
     return header, tensors
@@ -526,9 +507,7 @@ def load(path: str | Path, model: Owner) -> Prefix:
         (model, "cpu") if isinstance(model, dict) else (fingerprint(model), model.device)
     )
     if differs := differences(header["fingerprint"], owner):
-        raise CacheError(
-            f"{path} was made by another model ({differs}): load it with that model, or save it again."
-        )
+        raise CacheError(f"{path} was made by another model ({differs}): load it with that model.")
     layers = []
     for i in range(header["layers"]):
         keys, values = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]

@@ -22,7 +22,7 @@ from kvlab.commands.fuse import train_fuser
 from kvlab.commands.knowledge import ask, build_cache
 from kvlab.commands.lab import scale
 from kvlab.commands.speculate import speculate
-from kvlab.lab.__main__ import report, train
+from kvlab.lab.__main__ import COMMANDS as LAB_COMMANDS
 
 COMMANDS = {
     "scale": scale,
@@ -36,7 +36,7 @@ COMMANDS = {
     "train-aligned": train_aligned,
     "compare-alignments": compare_alignments,
     "train-fuser": train_fuser,
-    "lab": {"_help": "Make and measure the lab models.", "train": train, "report": report},
+    "lab": {"_help": "Train and measure the lab models."} | LAB_COMMANDS,
 }
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # --per-domain is --per_domain
 

@@ -20,9 +20,9 @@ from kvlab.files import as_bytes
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies independent of the text's length
 ARCHITECTURE = (
-    "model_type num_hidden_layers hidden_size intermediate_size num_attention_heads "
-    "num_key_value_heads hidden_act rms_norm_eps vocab_size"
-).split()
+    "model_type num_hidden_layers hidden_size intermediate_size num_attention_heads".split()
+)
+ARCHITECTURE += "num_key_value_heads hidden_act rms_norm_eps vocab_size".split()
 _checked = weakref.WeakSet()  # models and rotary modules that passed their checks
 
 
@@ -30,10 +30,15 @@ class CacheError(ValueError):
     """A cache, a model or a file that does not fit; says what was seen, expected, and what to do."""
 
 
-def require(condition: object, sentence: str) -> None:
-    """Raise CacheError with this sentence unless the condition holds."""
+def require(condition: object, sentence: str, *values: object) -> None:
+    """Raise CacheError unless the condition holds; the values fill the braces of the sentence.
+
+    >>> require(2 < 1, "The row is {}, expected below {}.", 2, 1)
+    Traceback (most recent call last):
+    kvlab.models.CacheError: The row is 2, expected below 1.
+    """
     if not condition:
-        raise CacheError(sentence)
+        raise CacheError(sentence.format(*values) if values else sentence)
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -57,11 +62,8 @@ def _example() -> tuple[PreTrainedModel, Tensor]:
 def rotary_of(model: nn.Module) -> nn.Module:
     """Find the rotary embedding of a model: the module with `inv_freq` (D/2,) and `attention_scaling`."""
     modules = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-    if len(modules) != 1:
-        raise CacheError(
-            f"{type(model).__name__} has {len(modules)} rotary embeddings, expected one, so its keys "
-            "cannot be moved: use a Llama-like decoder."
-        )
+    sentence = "{} has {} rotary embeddings, expected one: use a Llama-like decoder."
+    require(len(modules) == 1, sentence, type(model).__name__, len(modules))
     return modules[0]
 
 
@@ -77,17 +79,12 @@ def require_supported(model: PreTrainedModel) -> None:
         return
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise CacheError(
-            f"{name} is an encoder-decoder, whose cache also depends on the encoder's input: "
-            "use a decoder-only model."
-        )
+        raise CacheError(f"{name} is an encoder-decoder: use a decoder-only model.")
     config = model.config.get_text_config(decoder=True)
     layer_types = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     if layer_types != {"DynamicLayer"}:
-        raise CacheError(
-            f"{name} has cache layers of type {sorted(layer_types)}, which drop or mix entries and "
-            "cannot be cut and joined: use full attention in every layer (Mistral: sliding_window=None)."
-        )
+        hint = "use full attention in every layer (Mistral: sliding_window=None)"
+        raise CacheError(f"{name} has cache layers of type {sorted(layer_types)}: {hint}.")
     require_rotary(rotary_of(model), head_dim(config))
     _checked.add(model)
 
@@ -95,21 +92,17 @@ def require_supported(model: PreTrainedModel) -> None:
 def require_rotary(rotary: nn.Module, width: int) -> None:
     """Check that `rotate_keys` is the rotation of a rotary module of this head width (once a module)."""
     if not isinstance(getattr(rotary, "inv_freq", None), Tensor):
-        raise CacheError(
-            f"The rotary embedding is a {type(rotary).__name__} without inv_freq: pass rotary_of(model)."
-        )
+        raise CacheError(f"A {type(rotary).__name__} has no inv_freq: pass rotary_of(model).")
     rope_type = getattr(rotary, "rope_type", "default")
     if rope_type not in ROPE_TYPES:
-        raise CacheError(
-            f"Rotary embeddings of type '{rope_type}' change with the length of the text, so stored "
-            f"keys cannot be moved: use a model with one of {ROPE_TYPES}."
-        )
+        sentence = f"Rotary embeddings of type '{rope_type}' change with the length of the text"
+        raise CacheError(f"{sentence}: use a model with one of {ROPE_TYPES}.")
     rotated_width = 2 * rotary.inv_freq.numel()
     if rotated_width != width:
-        raise CacheError(
-            f"The rotary embedding turns {rotated_width} of {width} key dimensions, expected all: use "
-            "that of the model that made the cache, and one that rotates whole heads."
+        sentence = (
+            f"The rotary embedding turns {rotated_width} of {width} key dimensions, expected all"
         )
+        raise CacheError(f"{sentence}: pass rotary_of the model that made the cache.")
     if rotary in _checked:
         return
     by = torch.tensor([3, 11, 29], device=rotary.inv_freq.device)
@@ -121,9 +114,9 @@ def require_rotary(rotary: nn.Module, width: int) -> None:
     error = (rotated - (keys * cos + halves * sin)).abs().max().item()
     error = max(error, (restored - keys).abs().max().item())
     if error >= 1e-3:
+        sentence = f"Keys turned by {type(rotary).__name__}.inv_freq are off by {error:.2g}"
         raise CacheError(
-            f"Keys turned by {type(rotary).__name__}.inv_freq differ from the model's own by "
-            f"{error:.2g}, expected less than 0.001: use a model with the Llama layout."
+            f"{sentence}, expected less than 0.001: use a model with the Llama layout."
         )
     _checked.add(rotary)
 
@@ -177,13 +170,10 @@ def fingerprint(model: PreTrainedModel) -> dict:
         flat = parameter.detach().flatten()
         digest.update(name.encode() + as_bytes(flat[:: max(1, flat.numel() // 64)][:64]))
     architecture = {key: getattr(config, key, None) for key in ARCHITECTURE}
+    rope = {"type": getattr(rotary, "rope_type", "default"), "inv_freq": rotary.inv_freq.tolist()}
     return {
         "architecture": architecture | {"head_dim": head_dim(config)},
-        "rope": {
-            "type": getattr(rotary, "rope_type", "default"),
-            "inv_freq": rotary.inv_freq.tolist(),
-            "attention_scaling": float(rotary.attention_scaling),
-        },
+        "rope": rope | {"attention_scaling": float(rotary.attention_scaling)},
         "weights": {"dtype": str(model.dtype), "sha256": digest.hexdigest()},
     }
 

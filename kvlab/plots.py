@@ -1,7 +1,7 @@
-"""Every figure of the book: one palette, four primitives (lines, dots, bars, heat maps), one function per figure.
+"""Every figure of the book: one palette, four primitives, one function per figure.
 
-Each function returns its Axes. Figures have a white background, so that they read the same on a
-light and on a dark page.
+The primitives are lines, dots with intervals, bars and heat maps. Each function returns its Axes.
+Figures have a white background, so that they read the same on a light and on a dark page.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Interval = tuple[float, float, float]  # value, low end, high end
 Rows = Mapping[str, Interval]
 Curves = Mapping[str, Sequence]  # numbers or intervals, by label
+Maps = Mapping[str, "Tensor | np.ndarray"]
 
 # Okabe and Ito (2008), distinguishable with any color vision; black and yellow are left out.
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
@@ -42,11 +43,10 @@ STYLE = Path(__file__).with_suffix(".mplstyle")
 TOKEN_STYLE = Path(__file__).with_name("widgets") / "tokens.css"
 
 
-def axes(
-    columns: int = 1, width: float = 6.4, height: float = 3.2, rows: int = 1, **options
-) -> np.ndarray:
+def axes(columns=1, width=6.4, height=3.2, rows=1, **options) -> np.ndarray:
     """An array of Axes in the book's style in one figure, row after row; sizes in inches."""
-    plt.draw_if_interactive()  # chooses the backend now: inside the context, a notebook would forget to show figures
+    # Chooses the backend now: inside the context, a notebook would forget to show figures.
+    plt.draw_if_interactive()
     with plt.style.context(STYLE):
         _, panels = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
     return panels.flatten()
@@ -77,9 +77,7 @@ def draw_lines(ax: Axes, x: Sequence[float], curves: Curves, styles=LINES, **set
         _label_ends(ax, ends)
 
 
-def draw_dots(
-    ax: Axes, rows: Rows, spec: str = ".3g", style: Sequence[str] = (BLUE, "o"), offset: float = 0
-) -> None:
+def draw_dots(ax: Axes, rows: Rows, spec=".3g", style=(BLUE, "o"), offset=0.0) -> None:
     """Values as dots with intervals, one row per label from the top.
 
     Args:
@@ -105,17 +103,15 @@ def draw_bars(ax: Axes, y, widths, fill: tuple[str, str], height: float = 0.6, l
     return ax.barh(y, widths, height, left, color=color, hatch=hatch, edgecolor="white", lw=0)
 
 
-def draw_heat_maps(
-    maps: Mapping[str, Tensor | np.ndarray], limits: tuple[float, float] | None = None, **options
-) -> np.ndarray:
-    """Matrices as colored cells, one panel each; without limits, each has a scale around zero of its own."""
+def draw_heat_maps(maps: Maps, limits: Sequence[float] = (), **options) -> np.ndarray:
+    """Matrices as colored cells, one panel each; without limits, each has its own scale."""
     panels = axes(len(maps), **options)
     for ax, (title, matrix) in zip(panels, maps.items(), strict=True):
         matrix = torch.as_tensor(matrix).float().cpu().numpy()
         low, high = limits or (-abs(matrix).max(), abs(matrix).max())
         cmap = "PuOr" if low < 0 else "Blues"
         ax.imshow(matrix, cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-        ax.set_title(title, fontsize=9, loc="left")
+        _title(ax, title)
     return panels
 
 
@@ -135,6 +131,10 @@ def _draw_cells(ax: Axes, cells: np.ndarray, colors: Sequence[str], edge: str) -
 # Labels
 
 
+def _title(ax: Axes, text: str) -> None:
+    ax.set_title(text, loc="left", fontsize=10)
+
+
 def _note(ax: Axes, text: str, x: float, y: float, color: str = INK) -> None:
     """Write a text right of a point."""
     options = {"textcoords": "offset points", "va": "center", "fontsize": 9}
@@ -147,7 +147,7 @@ def _text(ax: Axes, x: float, y: float, text: str, fontsize: float = 8, **option
 
 
 def _apart(wanted: Sequence[float], sizes: Sequence[float], low: float, high: float) -> np.ndarray:
-    """Centers near the wanted ones (ascending) of labels that do not overlap and stay between low and high."""
+    """Centers near the wanted ones (ascending) of labels that do not overlap, from low to high."""
     sizes = np.asarray(sizes)
     offsets = np.cumsum((sizes + np.roll(sizes, 1)) / 2) - (sizes[0] + sizes[-1]) / 2
     free = np.asarray(wanted) - offsets  # labels do not overlap where this does not decrease
@@ -158,7 +158,7 @@ def _apart(wanted: Sequence[float], sizes: Sequence[float], low: float, high: fl
 
 
 def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
-    """Write labels right of the axes, each level with the end (x, y, color) of its line, or tied to it."""
+    """Write labels right of the axes, level with the ends (x, y, color) of lines, or tied."""
     ax.figure.draw_without_rendering()  # the height of the axes is known only after layout
     to_axes = ax.transData - ax.transAxes
     # Ascending; of equal ends, the first is on top.
@@ -181,9 +181,7 @@ def _whole_ticks(ax: Axes) -> None:
 # Lines
 
 
-def lines(
-    x: Sequence[float], curves: Curves, xlabel: str, ylabel: str, height: float = 3, **settings
-) -> Axes:
+def lines(x: Sequence, curves: Curves, xlabel: str, ylabel: str, height=3, **settings) -> Axes:
     """Labeled lines over one x; points that are (value, low, high) get a band."""
     ax = axes(width=7.0, height=height)[0]
     draw_lines(ax, x, curves, xlabel=xlabel, ylabel=ylabel, **settings)
@@ -191,40 +189,35 @@ def lines(
 
 
 def decode_cost(seconds: Curves, tokens: Sequence[int]) -> Axes:
-    """Milliseconds for each new token against the tokens before it, one line per way of decoding."""
+    """Milliseconds for each new token by the tokens before it, one line per way of decoding."""
     ms = {label: 1000 * np.asarray(values) for label, values in seconds.items()}
     words = ("tokens already read", "milliseconds for the next token")
     return lines(tokens, ms, *words, ylim=(0, None))
 
 
 def turned_scores(differences: Sequence[int], scores: Curves) -> Axes:
-    """Attention score of one query and one key against the positions that either or both are moved by."""
+    """Attention score of one query and one key by the positions that either or both are moved."""
     return lines(differences, scores, "positions moved", "query · key", height=2.6)
 
 
 def acceptance_by_position(summaries: Mapping[str, Summary]) -> np.ndarray:
-    """Acceptance by drafted position: of the tokens that were reached, and of all drafted tokens."""
+    """Acceptance by drafted position: of the tokens reached, and of all drafted tokens."""
     panels = axes(2, width=7.6, height=3, sharey=True)
-    kinds = {
-        "conditional": "of the drafted tokens reached",
-        "unconditional": "of all drafted tokens",
-    }
-    for ax, (kind, title) in zip(panels, kinds.items(), strict=True):
+    titles = ("of the drafted tokens reached", "of all drafted tokens")
+    for ax, kind, title in zip(panels, ("conditional", "unconditional"), titles, strict=True):
         curves = {label: getattr(summary, kind) for label, summary in summaries.items()}
         positions = range(1, 1 + max(map(len, curves.values())))
         limits = {"xlim": (0.6, positions[-1] + 0.4), "ylim": (-0.02, 1.02)}
         ax.grid(axis="y", color="#EEEEEE")
         draw_lines(ax, positions, curves, xlabel="drafted position", **limits)
-        ax.set_title(title, loc="left")
+        _title(ax, title)
         _whole_ticks(ax)
     panels[0].set_ylabel("fraction accepted")
     return panels
 
 
-def speedup_over_gamma(
-    gammas: Sequence[int], measured: Sequence[Interval], predicted: Curves
-) -> Axes:
-    """Speed over plain decoding by drafted tokens per round: measured, with intervals, on predicted curves."""
+def speedup_over_gamma(gammas: Sequence[int], measured: Sequence, predicted: Curves) -> Axes:
+    """Speed over plain decoding by gamma: measured (value, low, high) and predicted."""
     curves = {**predicted, "measured": measured, "plain decoding": np.ones(len(gammas))}
     styles = [(color, "", dash) for color, _, dash in LINES[: len(predicted)]]
     styles += [(INK, "o", ""), (FAINT, "", "-")]
@@ -234,21 +227,18 @@ def speedup_over_gamma(
     return ax
 
 
-def hits_over_threshold(
-    thresholds: Sequence[float], hits: Curves, chosen: float | None = None
-) -> Axes:
-    """Fraction of questions for which an item is retrieved, by threshold, one line per kind of question."""
+def hits_over_threshold(thresholds: Sequence[float], hits: Curves, chosen: float) -> Axes:
+    """Fraction of questions for which an item is retrieved, by threshold and kind of question."""
     words = ("threshold, cosine similarity", "fraction with an item")
     limits = {"xlim": (thresholds[0], thresholds[-1]), "ylim": (-0.02, 1.02)}
     ax = lines(thresholds, hits, *words, **limits)
-    if chosen is not None:
-        ax.axvline(chosen, color=GRAY, lw=1, zorder=0)
-        _note(ax, "chosen", chosen, 1.02, GRAY)
+    ax.axvline(chosen, color=GRAY, lw=1, zorder=0)
+    _note(ax, "chosen", chosen, 1.02, GRAY)
     return ax
 
 
 def reading_or_loading(tokens: Sequence[int], seconds: Curves) -> Axes:
-    """Milliseconds by number of tokens on two logarithmic scales, one line per way to obtain their cache."""
+    """Milliseconds by tokens, both logarithmic, one line per way to obtain their cache."""
     ms = {label: 1000 * np.asarray(values) for label, values in seconds.items()}
     ax = lines(tokens, ms, "tokens of knowledge", "milliseconds", xscale="log", yscale="log")
     ax.set_xticks(tokens, tokens)
@@ -259,15 +249,19 @@ def reading_or_loading(tokens: Sequence[int], seconds: Curves) -> Axes:
 
 
 def loss_gradients(accepted: Sequence[float], gradients: Curves) -> Axes:
-    """Gradient norm of each loss against the acceptance of the draft it is computed for, both logarithmic."""
+    """Gradient norm of each loss by the acceptance of the draft, both logarithmic."""
     words = ("acceptance α of the draft", "norm of the gradient")
     return lines(accepted, gradients, *words, xscale="log", yscale="log")
 
 
-def retention_curves(
-    curves: Mapping[str, Mapping], full: float, dashed: Sequence[str] = ()
-) -> Axes:
-    """One curve per method over the percentage of entries kept, and the score of the full cache as a line."""
+def retention_curves(curves: Mapping[str, Mapping], full: float, dashed=()) -> Axes:
+    """Score by the percentage of entries kept, one curve per method, beside the full cache's.
+
+    Args:
+        curves: (value, low, high) by percentage, by method.
+        full: score of the full cache.
+        dashed: methods whose curve is dashed.
+    """
     ax = axes(height=4.2)[0]
     percents = sorted(next(iter(curves.values())))
     points = {name: [curve[p] for p in percents] for name, curve in curves.items()}
@@ -287,7 +281,7 @@ def retention_curves(
 
 
 def intervals(rows: Rows, xlabel: str, mark: tuple[float, str]) -> Axes:
-    """Values with 95 % intervals, one row per label, and a vertical line (x, label) to compare with."""
+    """Values with 95 % intervals, one row per label, and a line (x, label) to compare with."""
     ax = axes(height=0.7 + 0.38 * len(rows))[0]
     draw_dots(ax, rows, ".2f")
     x, label = mark
@@ -336,15 +330,18 @@ def lab_report(figures: Sequence[Mapping], tasks: Mapping[str, str], models: Seq
     return ax
 
 
-def with_and_without(
-    pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], ways: tuple[str, str]
-) -> np.ndarray:
-    """One panel per group of questions: acceptance of each with the second way against that with the first."""
+def with_and_without(pairs: Mapping[str, tuple], ways: tuple[str, str]) -> np.ndarray:
+    """One panel per group of questions: the acceptance of each, the second way against the first.
+
+    Args:
+        pairs: acceptances with the first and with the second way, by group.
+        ways: what the two axes are called.
+    """
     panels = axes(len(pairs), width=3.1 * len(pairs) + 0.4, height=3.4, sharex=True, sharey=True)
     for ax, (label, (before, after)) in zip(panels, pairs.items(), strict=True):
         ax.plot([0, 1], [0, 1], color=FAINT, zorder=0)
         ax.plot(before, after, "o", color=BLUE, ms=5, alpha=0.5, mew=0, clip_on=False)
-        ax.set_title(f"{label}: {np.mean(before):.2f} → {np.mean(after):.2f}", loc="left")
+        _title(ax, f"{label}: {np.mean(before):.2f} → {np.mean(after):.2f}")
         ax.set(xlabel=ways[0], xlim=(0, 1), ylim=(0, 1), aspect="equal")
     panels[0].set_ylabel(ways[1])
     return panels
@@ -370,7 +367,7 @@ def cache_sizes(gigabytes: pd.DataFrame) -> Axes:
 
 
 def time_spent(parts: Mapping[str, Mapping[str, float]]) -> Axes:
-    """Milliseconds per token as one bar per label, from seconds spent in "draft", "target" and "rest"."""
+    """Milliseconds per token, one bar per label, from seconds in "draft", "target" and "rest"."""
     fills = {"draft": (ORANGE, "///"), "target": (SKY, ""), "rest": (FAINT, "...")}
     ax = axes(height=0.6 + 0.62 * len(parts))[0]
     for y, seconds in enumerate(parts.values()):
@@ -416,13 +413,13 @@ def waterfall(totals: Mapping[str, float], savings: Rows, xlabel: str) -> Axes:
 
 
 def joint_histogram(expected: np.ndarray, counts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Observed frequency of each of n outcomes as bars, its exact probability as a diamond, one panel per label."""
+    """Observed frequency of each outcome as a bar, its exact probability as a diamond, by label."""
     panels = axes(len(counts), width=1 + 3.3 * len(counts), height=2.8, sharey=True, sharex=True)
     outcomes = range(len(expected))
     for ax, (label, count), (color, *_) in zip(panels, counts.items(), LINES, strict=False):
         ax.bar(outcomes, np.asarray(count) / np.sum(count), color=color, alpha=0.55)
         ax.plot(outcomes, expected, "D", color=INK, mfc="white", ms=3, mew=0.9)
-        ax.set_title(label, loc="left")
+        _title(ax, label)
         ax.set_xlabel("outcome")
     panels[-1].set_title("◇ exact", loc="right", fontsize=9)
     panels[0].set(ylabel="frequency", xlim=(-0.8, len(expected) - 0.2))
@@ -431,7 +428,7 @@ def joint_histogram(expected: np.ndarray, counts: Mapping[str, np.ndarray]) -> n
 
 
 def residual(p: Sequence[float], q: Sequence[float]) -> np.ndarray:
-    """How a token drafted from q becomes a sample of p: both, then accepted and rejected parts, then the result."""
+    """How a token drafted from q becomes a sample of p: both; accepted and rejected; the result."""
     p, q = np.asarray(p, dtype=float), np.asarray(q, dtype=float)
     both = np.minimum(p, q)
     tokens = np.arange(len(p))
@@ -450,9 +447,9 @@ def residual(p: Sequence[float], q: Sequence[float]) -> np.ndarray:
         _note(two, "accepted", 0, both.argmax())
     three.plot(p, tokens, "D", color=INK, mfc="white", ms=5)
     _note(three, "p", p.max(), p.argmax())
-    one.set_title("a token from q, wanted: p", loc="left")
-    two.set_title(f"{100 * both.sum():.0f} % of drafted tokens accepted", loc="left")
-    three.set_title("together: exactly p", loc="left")
+    _title(one, "a token from q, wanted: p")
+    _title(two, f"{100 * both.sum():.0f} % of drafted tokens accepted")
+    _title(three, "together: exactly p")
     one.set(ylabel="token", yticks=tokens, xlim=(0, 1.6 * max(p.max(), q.max())))
     one.invert_yaxis()
     two.set_xlabel("probability")
@@ -468,7 +465,7 @@ def _label_longest(bars, label: str) -> None:
 
 
 def splice_strips(lengths: Sequence[int], question: int, recomputed: float = 0.15) -> Axes:
-    """What each arm of splicing does with the tokens of pieces and of the question, one strip per arm."""
+    """What each arm of splicing does with the tokens of pieces and question, one strip per arm."""
     fills = {"read": (ORANGE, "///"), "loaded": (SKY, ""), "moved": (GREEN, "")}
     fills["wrong position"] = (RED, "xx")
     arms = {  # what happens to the first piece, and to each later one
@@ -500,10 +497,8 @@ def splice_strips(lengths: Sequence[int], question: int, recomputed: float = 0.1
     return ax
 
 
-def token_differences(
-    difference: Sequence[float], starts: Sequence[int], chosen: Iterable[int]
-) -> Axes:
-    """How far each token's stored keys and values are from the true ones; pieces begin at `starts`."""
+def token_differences(difference: Sequence, starts: Sequence[int], chosen: Iterable) -> Axes:
+    """Distance of each token's stored keys and values from the true ones, by piece."""
     ax = axes(width=7.2, height=2.7)[0]
     tokens = np.arange(len(difference))
     colors = np.where(np.isin(tokens, list(chosen)), RED, SKY)
@@ -537,7 +532,7 @@ def cut_layers(depth: int, cuts: Mapping[str, Sequence[int]]) -> Axes:
 
 
 def gates(logits: Tensor, changes: Tensor) -> np.ndarray:
-    """Gates of a fuser by layer, for keys and values, both (L, 2): their logits, and the relative changes."""
+    """Gates of a fuser by layer, for keys and values, (L, 2): logits, and relative changes."""
     panels = axes(2, width=7.4, height=2.8)
     titles = ("logit of the gate", "change / size before")
     for ax, values, title in zip(panels, (logits, changes), titles, strict=True):
@@ -547,7 +542,7 @@ def gates(logits: Tensor, changes: Tensor) -> np.ndarray:
             top = max(0.0, float(values[0, i]))
             ax.text(x[0], top, name, ha="center", va="bottom", fontsize=8)
         ax.axhline(0, color=INK, lw=0.8)
-        ax.set_title(title, loc="left")
+        _title(ax, title)
         ax.set(xlabel="layer of the receiver", ymargin=0.15)
         _whole_ticks(ax)
     return panels
@@ -556,8 +551,8 @@ def gates(logits: Tensor, changes: Tensor) -> np.ndarray:
 # Heat maps
 
 
-def cache_picture(matrices: Mapping[str, Tensor], tokens: Sequence[str]) -> np.ndarray:
-    """Keys or values of one head, (T, D) each, with a scale each and the tokens beside their rows."""
+def cache_picture(matrices: Maps, tokens: Sequence[str]) -> np.ndarray:
+    """Keys or values of one head, (T, D), with a scale each and the tokens beside their rows."""
     panels = draw_heat_maps(matrices, height=0.7 + 0.17 * len(tokens), sharey=True)
     for ax in panels:
         ax.set_xlabel("dimension of the head")
@@ -566,7 +561,7 @@ def cache_picture(matrices: Mapping[str, Tensor], tokens: Sequence[str]) -> np.n
     return panels
 
 
-def key_differences(keys: Mapping[str, Tensor], tokens: Sequence[str]) -> np.ndarray:
+def key_differences(keys: Maps, tokens: Sequence[str]) -> np.ndarray:
     """Keys or values, (T, D) each, on one color scale, with the tokens beside their rows."""
     limit = max(matrix.abs().max().item() for matrix in keys.values())
     height = 0.7 + 0.17 * len(tokens)
@@ -577,7 +572,7 @@ def key_differences(keys: Mapping[str, Tensor], tokens: Sequence[str]) -> np.nda
     return panels
 
 
-def similarity_maps(maps: Mapping[str, Tensor], ylabel: str, xlabel: str) -> np.ndarray:
+def similarity_maps(maps: Maps, ylabel: str, xlabel: str) -> np.ndarray:
     """CKA of each pair of layers, (K, L) each, side by side on one scale."""
     height = 0.9 + 0.24 * max(map(len, maps.values()))
     panels = draw_heat_maps(maps, (0, 1.6), width=7.8, height=height)
@@ -591,10 +586,8 @@ def similarity_maps(maps: Mapping[str, Tensor], ylabel: str, xlabel: str) -> np.
     return panels
 
 
-def needle_maps(
-    maps: Mapping[str, np.ndarray], lengths: Sequence[int], depths: Sequence[int]
-) -> np.ndarray:
-    """One map per arm: fraction answered, (lengths, depths), by facts in the passage and depth of the fact."""
+def needle_maps(maps: Maps, lengths: Sequence[int], depths: Sequence[int]) -> np.ndarray:
+    """Fraction answered, (lengths, depths), by facts in the passage and depth, per arm."""
     panels = draw_heat_maps(maps, (0, 1.8), width=2.6 * len(maps), height=2.3, sharey=True)
     for ax in panels:
         _write_cells(ax)
@@ -621,7 +614,7 @@ def cache_shapes(caches: Mapping[str, tuple[int, Sequence[int], str]]) -> np.nda
         labels = ("prompt", "reasoning", "answer")
         for label, start, height in zip(labels, borders[:-1], heights, strict=False):
             ax.text(start, layers + height * deepest, label, va="bottom", fontsize=8)
-        ax.set_title(f"{name}: {description}", fontsize=9, loc="left")
+        _title(ax, f"{name}: {description}")
         ax.set(xlim=(-1, width + 3), ylim=(-0.3, 1.22 * deepest), xlabel="token")
         shown = np.arange(0, deepest, max(1, deepest // 6))
         ax.set_yticks(shown + 0.5, shown)
@@ -630,17 +623,14 @@ def cache_shapes(caches: Mapping[str, tuple[int, Sequence[int], str]]) -> np.nda
 
 
 def token_links(
-    teacher: Sequence[str],
-    student: Sequence[str],
-    borders: tuple[Sequence[int], Sequence[int]],
-    ways: Mapping[str, Iterable[tuple]],
+    teacher: Sequence[str], student: Sequence[str], borders: tuple, ways: Mapping[str, Iterable]
 ) -> np.ndarray:
     """Which teacher tokens (top) each student token (bottom) is made of, one panel per way.
 
     Args:
         borders: of the teacher's and the student's prompt, reasoning and answer, which give the
             colors.
-        ways: names with entries (student token, teacher token, weight).
+        ways: entries (student token, teacher token, weight), by name.
     """
     panels = axes(width=8.2, height=2.5 * len(ways), rows=len(ways), sharex=True)
     above, below = np.linspace(0, 1, len(teacher)), np.linspace(0, 1, len(student))
@@ -659,7 +649,7 @@ def token_links(
                 ax.text(place, 1.12 * y - 0.06, token, **options)
         ax.set(ylim=(-0.5, 1.5), xlim=(-0.01, 1.01), xticks=[])
         ax.set_yticks([0, 1], ["student", "teacher"])
-        ax.set_title(name, fontsize=9, loc="left")
+        _title(ax, name)
         ax.spines[:].set_visible(False)
         ax.tick_params(left=False)
     return panels
@@ -669,11 +659,9 @@ def token_links(
 
 
 def score_view(
-    ids: Sequence[int],
-    scores: Mapping[str, tuple[Sequence[float], Sequence[int]]],
-    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int], scores: Mapping[str, tuple], tokenizer: PreTrainedTokenizerBase
 ) -> HTML:
-    """Show a text once per method: the higher a token's score the darker it is; kept tokens are underlined.
+    """Show a text once per method: darker tokens have higher scores, kept tokens are underlined.
 
     Args:
         scores: for each method one score per token, of which only the order is shown, and the
@@ -681,7 +669,8 @@ def score_view(
 
     Example:
         >>> from kvlab import lab
-        >>> view = score_view([37, 82], {"any": ([0.2, 0.1], [0])}, lab.load_tokenizer("lab-target"))
+        >>> scores = {"any": ([0.2, 0.1], [0])}
+        >>> view = score_view([37, 82], scores, lab.load_tokenizer("lab-target"))
         >>> view.data.splitlines()[-2].split("<br>")[0]
         '<p><b>any</b> (1 of 2 kept)'
     """
@@ -696,12 +685,12 @@ def score_view(
             color = f"rgba(0, 114, 178, {0.45 * rank:.2f})"
             marked += f'<{tag} style="background: {color}">{text}</{tag}>'
         lines.append(marked + "</p>")
-    alt = f"One text of {len(ids)} tokens, colored by the scores of {', '.join(scores)}; kept tokens are underlined."
-    return _figure("kv-scores", alt, lines)
+    alt = f"One text of {len(ids)} tokens, colored by the scores of {', '.join(scores)};"
+    return _figure("kv-scores", f"{alt} kept tokens are underlined.", lines)
 
 
 def token_view(rounds: Sequence[Round], tokenizer: PreTrainedTokenizerBase, row: int = 0) -> HTML:
-    """Show one text as it was decoded, one line per round: drafted tokens and the target's verdict.
+    """Show one text as it was decoded, one line per round: drafted tokens and the target's.
 
     Accepted tokens are underlined, rejected ones struck through, the target's own in a box. Rounds
     in which the row gained nothing are left out.
@@ -712,23 +701,24 @@ def token_view(rounds: Sequence[Round], tokenizer: PreTrainedTokenizerBase, row:
         >>> print(token_view(rounds, lab.load_tokenizer("lab-target")).data.splitlines()[-2])
         <div><u>A</u><s>n</s><b>.</b></div>
     """
-    key = '<div class="key"><u>drafted, accepted</u> <s>drafted, rejected</s> <b>the target\'s own</b></div>'
-    lines, drafted, accepted, corrected = [key], 0, 0, 0
+    key = "<u>drafted, accepted</u> <s>drafted, rejected</s> <b>the target's own</b>"
+    lines, drafted, accepted, corrected = [], 0, 0, 0
     for r in rounds:
         if not r.tokens[row]:
             continue
-        kept, extra = r.tokens[row][: r.accepted[row]], r.tokens[row][r.accepted[row] :]
+        matched, extra = r.tokens[row][: r.accepted[row]], r.tokens[row][r.accepted[row] :]
         guesses = [token for token in r.drafted[row] if token >= 0]
         # A text that ends with an accepted token rejects none.
-        rejected = guesses[len(kept) :] if extra else []
+        rejected = guesses[len(matched) :] if extra else []
         line = ""
-        for tag, ids in {"u": kept, "s": rejected, "b": extra}.items():
+        for tag, ids in {"u": matched, "s": rejected, "b": extra}.items():
             line += "".join(f"<{tag}>{_token_html(i, tokenizer)}</{tag}>" for i in ids)
         lines.append(f"<div>{line}</div>")
         drafted += len(guesses)
-        accepted += len(kept)
+        accepted += len(matched)
         corrected += len(extra)
-    alt = f"One text in {len(lines) - 1} rounds: {drafted} tokens drafted, {accepted} of them accepted;"
+    alt = f"One text in {len(lines)} rounds: {drafted} tokens drafted, {accepted} of them accepted;"
+    lines = [f'<div class="key">{key}</div>', *lines]
     return _figure("kv-tokens", f"{alt} {corrected} of the target's own.", lines)
 
 
@@ -741,7 +731,7 @@ def _figure(name: str, alt: str, lines: Sequence[str]) -> HTML:
 
 
 def _token_html(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of one token, or its name where it is part of a character, with white space made visible."""
+    """Text of one token, or its name if it is part of a character, with visible white space."""
     text = tokenizer.decode([token])
     if not text or "\ufffd" in text:
         text = tokenizer.convert_ids_to_tokens(token)

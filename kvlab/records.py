@@ -71,19 +71,17 @@ class Record:
     def letter(self) -> str:
         """The letter of the right choice: A is the first."""
         if not self.choices:
-            raise ValueError(
-                f"{self.question[:60]!r} has no choices, so no letter: use its answer."
-            )
+            raise ValueError(f"{self.question[:60]!r} has no choices: use its answer.")
         return ascii_uppercase[self.choices.index(self.answer)]
 
 
-def accepted(record: Record) -> tuple[str, ...]:
-    """The accepted answers of a solution: for a multiple choice the letter, else the answers."""
+def accepted_answers(record: Record) -> tuple[str, ...]:
+    """The answers that a solution may end with; for a multiple choice, the letter."""
     return (record.letter,) if record.choices else record.answers
 
 
 def messages(record: Record) -> list[dict[str, str]]:
-    r"""A record as a conversation: context, question and lettered options, then reasoning and answer.
+    r"""A record as a conversation: context, question, lettered options; reasoning and answer.
 
     Example:
         >>> messages(Record("", "What is hot?", ("sun",), ("snow", "sun")))[0]["content"]
@@ -94,7 +92,7 @@ def messages(record: Record) -> list[dict[str, str]]:
     prompt = f"{record.context}\n\n{record.question}" if record.context else record.question
     for letter, choice in zip(ascii_uppercase, record.choices, strict=False):
         prompt += f"\n{letter}) {choice}"
-    solution = f"{record.reasoning} The answer is {accepted(record)[0]}.".strip()
+    solution = f"{record.reasoning} The answer is {accepted_answers(record)[0]}.".strip()
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": solution}]
 
 
@@ -119,7 +117,7 @@ def read_records(
             names the file and the row, and says what is missing or wrong.
 
     Example:
-        >>> row = {"context": "Anna lives in Rome.", "question": "Where?", "answers": {"text": ["Rome"]}}
+        >>> row = {"context": "Anna is in Rome.", "question": "Where?", "answers": {"text": ["Rome"]}}
         >>> read_records("squad", [row])[0].answers
         ('Rome',)
     """
@@ -129,7 +127,7 @@ def read_records(
     data_set = DATA_SETS[name]
     records, n_left_out = [], 0
     label, rows = _open_source(source, split)
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows, start=1):
         for place, item in _unnest(f"{label}, row {number}", row, data_set.nested):
             with _naming(place):
                 record = data_set.to_record(item)
@@ -144,8 +142,8 @@ def read_records(
                 n_left_out += 1
     if n_left_out:
         warnings.warn(
-            f"{label}: {n_left_out} of {n_left_out + len(records)} records are left out, which lack "
-            "a question, an answer or a context.",
+            f"{label}: {n_left_out} of {n_left_out + len(records)} records are left out, "
+            "which lack a question, an answer or a context.",
             stacklevel=2,
         )
     return records
@@ -167,6 +165,11 @@ def _quality_record(row: Row) -> Record:
     label = row[fields[0] if fields else "gold_label"]
     context = _html_to_text(row["article"])
     return _choice_record(row["question"], row["options"], labels, label, context)
+
+
+def _instance_record(row: Row) -> Record:
+    """Self-Instruct: the input is the context; without it there is nothing to compress."""
+    return Record(row["input"], row["instruction"], (row["output"],))
 
 
 def _html_to_text(article: str) -> str:
@@ -359,12 +362,7 @@ class DataSet:
 DATA_SETS = {
     "squad": DataSet(_squad_record, "text", nested=("paragraphs", "qas"), has_context=True),
     "quality": DataSet(_quality_record, "choice", nested=("questions",), has_context=True),
-    "self_instruct": DataSet(
-        lambda row: Record(row["input"], row["instruction"], (row["output"],)),
-        "text",
-        nested=("instances",),
-        has_context=True,
-    ),
+    "self_instruct": DataSet(_instance_record, "text", nested=("instances",), has_context=True),
     "p3": DataSet(_p3_record, "text", has_context=True),
     "long_alpaca": DataSet(_long_alpaca_record, "text", has_context=True),
     "gsm8k": DataSet(_gsm8k_record, "number"),
@@ -432,7 +430,7 @@ def _open_source(source: str | Path | Iterable[Row], split: str) -> tuple[str, I
 
 
 def _json_rows(path: Path) -> list:
-    """The rows of a JSON file: a list, one in the field "data" or "examples", or value after value."""
+    """The rows of a JSON file: a list (or the one in "data" or "examples"), or value by value."""
     text, values, start = _read_text(path).strip(" \t\r\n"), [], 0
     with _naming(str(path)):
         while start < len(text):

@@ -1,4 +1,4 @@
-"""`Scale`: which models, sizes, device and precision a notebook uses. The one switch is the variable KVLAB_SCALE.
+"""`Scale`: which models, sizes, device and precision a notebook uses, chosen by KVLAB_SCALE.
 
 `tiny` is the lab on a CPU, offline; `t4` is Qwen3 on a 16 GB GPU; `full` is the pairs of the
 methods' own sources.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Need:
-    """What a chapter keeps in memory at once: models by role, sequences of a batch, what it trains."""
+    """What a chapter keeps in memory: models by role, sequences of a batch, what it trains."""
 
     frozen: Sequence[str]
     batch: int
@@ -40,7 +40,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Scale:
-    """One preset: a model name per role, and what notebooks need to be the same code at every scale."""
+    """One preset: a model name per role, and settings that differ between scales."""
 
     name: str
     target: str
@@ -56,7 +56,7 @@ class Scale:
 
     @classmethod
     def current(cls) -> Scale:
-        """The preset named by KVLAB_SCALE, else the one that fits the device; also sets seed and threads.
+        """The preset named by KVLAB_SCALE, else one that fits the device; sets seed and threads.
 
         Raises:
             ValueError: KVLAB_SCALE names no preset, or one that needs a GPU where there is none.
@@ -65,7 +65,7 @@ class Scale:
             >>> Scale.current().name in PRESETS
             True
         """
-        name = os.environ.get("KVLAB_SCALE") or _fitting()
+        name = os.environ.get("KVLAB_SCALE") or _preset_for_device()
         if name not in PRESETS:
             raise ValueError(f"KVLAB_SCALE is {name!r}; expected one of {', '.join(PRESETS)}.")
         # The lab models are so small that a GPU only adds latency to each step.
@@ -90,19 +90,19 @@ class Scale:
         return scale
 
     def load(self, role: str) -> PreTrainedModel:
-        """The model of a role ("target", "draft", "teacher", "student"), in evaluation mode, frozen, on the device."""
+        """The model of a role ("target", "draft", "teacher", "student"), frozen, on the device."""
         name = getattr(self, role)
         if name in lab.NAMES:
-            return lab.load(name, self.device, self.dtype).requires_grad_(False)
+            return lab.load_model(name, self.device, self.dtype).requires_grad_(False)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=self.dtype)
         return model.to(self.device).eval().requires_grad_(False)
 
     def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
         """The tokenizer of a role's model."""
         name = getattr(self, role)
-        return (
-            lab.load_tokenizer(name) if name in lab.NAMES else AutoTokenizer.from_pretrained(name)
-        )
+        if name in lab.NAMES:
+            return lab.load_tokenizer(name)
+        return AutoTokenizer.from_pretrained(name)
 
     def load_embedder(self) -> SentenceTransformer:
         """The sentence embedder, on the device."""
@@ -114,8 +114,8 @@ class Scale:
         Frozen weights count once in the scale's precision; trained ones 16 bytes each (float32
         weight, gradient and two AdamW moments); the KV cache by its formula; activations for a
         backward pass with gradient checkpointing: one hidden state per layer, one layer in full (17
-        hidden sizes per token: 34 bytes each at 16 bits, Korthikanti et al. 2022, equation 2 without
-        attention scores) and three float32 copies of the logits.
+        hidden sizes per token: 34 bytes each at 16 bits, Korthikanti et al. 2022, equation 2
+        without attention scores) and three float32 copies of the logits.
 
         Example:
             >>> scale = Scale(name="t4", device="cuda", dtype=torch.float16, **PRESETS["t4"])
@@ -159,7 +159,8 @@ class Scale:
         dtype = str(self.dtype).removeprefix("torch.")
         total = self.memory(chapter)["total"]
         amount = f"{total:.1f} GB" if total >= 1 else f"{total * 1000:.0f} MB"
-        return f"Scale {self.name}: {models}; {dtype} on {self.device}; about {amount} for models, caches and training."
+        where = f"Scale {self.name}: {models}; {dtype} on {self.device}"
+        return f"{where}; about {amount} for models, caches and training."
 
 
 def config_of(name: str) -> PreTrainedConfig:
@@ -177,7 +178,7 @@ def config_of(name: str) -> PreTrainedConfig:
 
 
 def parameters(config: PreTrainedConfig, layers: int | None = None) -> int:
-    """Parameters of a causal LM of this shape (tied ones once), built on the meta device: no memory is used.
+    """Parameters of a causal LM of this shape (tied ones once), counted without using memory.
 
     Example:
         >>> parameters(config_of("Qwen/Qwen3-0.6B")) / 1e6  # the model card says 0.6B
@@ -196,7 +197,7 @@ def _device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _fitting() -> str:
+def _preset_for_device() -> str:
     if not torch.cuda.is_available():
         return "tiny"
     return "full" if torch.cuda.get_device_properties(0).total_memory > 70e9 else "t4"

@@ -1,4 +1,4 @@
-"""The page "At scale": its commands exist, its scripts are bash, and a run goes on in another number of processes."""
+"""The page "At scale": commands exist, scripts are bash, runs resume on more processes."""
 
 import inspect
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from jsonargparse import auto_parser
 from safetensors.torch import load_file
 
 from kvlab import cli, lab, training
@@ -27,18 +26,26 @@ COMMANDS = re.findall(
 COMMANDS += re.findall(r"`kvlab ([^`]*)`", PAGE)
 
 
+class Parsed(Exception):
+    """Raised in place of running a command whose options are those of kvlab."""
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_on_the_page_is_one_of_kvlab(command, monkeypatch):
-    def parse(commands, args, parser_class):
-        return auto_parser(commands, parser_class=parser_class).parse_args(args)
+    parse = cli.ArgumentParser.parse_args
 
-    monkeypatch.setattr(cli, "auto_cli", parse)
-    cli.main(shlex.split(command))
+    def parse_only(parser, *args, **options):
+        parse(parser, *args, **options)
+        raise Parsed
+
+    monkeypatch.setattr(cli._Parser, "parse_args", parse_only, raising=False)
+    with pytest.raises(Parsed):
+        cli.main(shlex.split(command))
 
 
 def test_all_commands_of_the_page_are_found():
-    told = {"build-cache", "train-draft", "distill", "ask"}
-    assert {command.split()[0] for command in COMMANDS} == told
+    names = {"build-cache", "train-draft", "distill", "ask"}
+    assert {command.split()[0] for command in COMMANDS} == names
     assert len(COMMANDS) == PAGE.count("-m kvlab.cli ") + len(
         re.findall(r"[ `]kvlab (?=build-cache|ask)", PAGE)
     )
@@ -50,7 +57,7 @@ def test_a_script_is_bash(script):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_page_tells_how_often_a_checkpoint_is_written():
+def test_the_page_shows_how_often_a_checkpoint_is_written():
     every = inspect.signature(training.fit).parameters["every"].default
     assert f"each {every} steps" in PAGE
 
@@ -65,48 +72,34 @@ def test_a_draft_begun_by_one_process_is_finished_by_two(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("KVLAB_SCALE", "tiny")
     monkeypatch.chdir(tmp_path)
-    options = "--base_model lab-draft --knowledge none --layers first:1 --epochs 2 --batch_size 2 --max_new_tokens 6"
-    command = [
-        "train-draft",
-        *options.split(),
-        "--losses.kl",
-        "1",
-    ]  # one mean over tokens; with ce there would be two
-    cli.main([*command, "--output_dir", "whole"])
-    save = training._save
+    options = "--base_model lab-draft --knowledge none --layers first:1"
+    options += " --epochs 2 --batch_size 2 --max_new_tokens 6"
+    # One mean over tokens; with ce there would be two.
+    command = ["train-draft", *options.split(), "--losses.kl", "1"]
+    cli.main([*command, "--output_dir", "full"])
+    save = training._save_run
 
     def save_and_die(*args):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_save", save_and_die)
+    monkeypatch.setattr(training, "_save_run", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         cli.main([*command, "--output_dir", "split"])
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "kvlab.cli",
-    ]
-    setting = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(cli.__file__).parents[1]),
-    }
+    options = "-m torch.distributed.run --standalone --nproc_per_node 2 -m kvlab.cli"
+    launch = [sys.executable, *options.split()]
+    setting = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
     command = [*launch, *command, "--output_dir", "split"]
     done = subprocess.run(command, env=setting, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, split = (
+    full, split = (
         json.loads((tmp_path / n / "training.json").read_text())["history"]
-        for n in ("whole", "split")
+        for n in ("full", "split")
     )
     assert [entry["loss"] for entry in split] == pytest.approx(
-        [entry["loss"] for entry in whole], rel=1e-3
+        [entry["loss"] for entry in full], rel=1e-3
     )
-    want, got = (load_file(name + "/model.safetensors") for name in ("whole", "split"))
+    want, got = (load_file(name + "/model.safetensors") for name in ("full", "split"))
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5)

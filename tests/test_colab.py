@@ -1,4 +1,4 @@
-"""A chapter copied alone into an empty folder, as Colab opens it: kvlab comes by the first cell, and all cells run."""
+"""A chapter alone in an empty folder, as in Colab: its first cell installs kvlab, all cells run."""
 
 import ast
 import os
@@ -23,7 +23,7 @@ def runtime(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("colab")
     venv.create(folder / "env", with_pip=True)
     python = folder / "env/bin/python"
-    # A path added by a .pth file is searched, but its own .pth files, and so an editable kvlab, are not.
+    # A path added by a .pth file is searched, but not its own .pth files (an editable kvlab).
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True, text=True, check=True,
@@ -44,8 +44,9 @@ def runtime(tmp_path_factory) -> Path:
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Two short chapters that import most of kvlab run as in Colab; the book runs them all.
 ALONE = ["01_knowledge_caching.ipynb", "07_putting_it_together.ipynb"]
-COLAB = """IPython accelerate datasets filelock huggingface_hub matplotlib numpy packaging pandas peft requests
-    safetensors scipy sentence_transformers sklearn tokenizers torch tqdm transformers xxhash yaml""".split()
+COLAB = """IPython accelerate datasets filelock huggingface_hub matplotlib numpy packaging pandas
+    peft requests safetensors scipy sentence_transformers sklearn tokenizers torch tqdm transformers
+    xxhash yaml""".split()
 
 
 def code_of(path):
@@ -95,18 +96,11 @@ def test_a_chapter_runs_alone(runtime, tmp_path, name):
         "HF_HUB_OFFLINE": "1",
         "KVLAB_SCALE": "tiny",
     }
-    run = [
-        runtime,
-        "-m",
-        "nbconvert",
-        "--to",
-        "notebook",
-        "--execute",
-        "--output",
-        "ran.ipynb",
-        name,
-    ]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    options = f"-m nbconvert --to notebook --execute --output ran.ipynb {name}"
+    done = subprocess.run(
+        [runtime, *options.split()],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     cells = nbformat.read(tmp_path / "ran.ipynb", as_version=4).cells
     assert all(c.execution_count for c in cells if c.cell_type == "code")

@@ -1,4 +1,4 @@
-"""Figures show the numbers they were given, on a white card, with labels on the data."""
+"""Figures show their numbers, on a white background, with labels on the data."""
 
 import re
 from dataclasses import replace
@@ -33,8 +33,8 @@ def boxes(ax):
 
 
 def overlaps(ax):
-    found = boxes(ax)
-    return any(one.overlaps(other) for i, one in enumerate(found) for other in found[:i])
+    words = boxes(ax)
+    return any(one.overlaps(other) for i, one in enumerate(words) for other in words[:i])
 
 
 def on_card(ax):
@@ -85,21 +85,21 @@ def test_cache_sizes_has_a_bar_for_each_number():
     assert texts(ax) == ["2.00  alone", "4.00", "1.00  shared", "0.50"]
 
 
-def test_turned_scores_draws_one_line_a_way():
+def test_turned_scores_draws_one_line_per_way():
     ax = plots.turned_scores([0, 1], {"both": [1, 1], "key": [1, 0]})
     assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 1], [1, 0]]
 
 
 def test_lab_report_shows_value_and_interval_of_each_model():
     names = ("target", "draft", "teacher")
-    given = [
+    figures = [
         {"name": f"{m}_reading", "value": v, "low": v - 0.1, "high": v}
         for m, v in zip(names, (1, 0.5, 0.8))
     ]
-    ax = plots.lab_report(given, {"reading": "reading"}, names)
+    ax = plots.lab_report(figures, {"reading": "reading"}, names)
     drawn = [line.get_xdata() for line in ax.lines]
-    assert [list(d) for d in drawn[::2]] == [[f["low"], f["high"]] for f in given]
-    assert [list(d) for d in drawn[1::2]] == [[f["value"]] for f in given]
+    assert [list(d) for d in drawn[::2]] == [[f["low"], f["high"]] for f in figures]
+    assert [list(d) for d in drawn[1::2]] == [[f["value"]] for f in figures]
     assert texts(ax) == list(names)
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first task is on top
 
@@ -124,11 +124,15 @@ def test_apart_moves_only_what_overlaps_and_stays_in_bounds():
 
 
 def test_acceptance_by_position_draws_both_meanings_with_labels_apart():
-    given = {"a": summary([1.0, 0.5]), "b": summary([0.99, 0.51, 0.8]), "c": summary([0.98, 0.5])}
-    panels = plots.acceptance_by_position(given)
+    summaries = {
+        "a": summary([1.0, 0.5]),
+        "b": summary([0.99, 0.51, 0.8]),
+        "c": summary([0.98, 0.5]),
+    }
+    panels = plots.acceptance_by_position(summaries)
     for ax, kind in zip(panels, ("conditional", "unconditional"), strict=True):
         drawn = [line.get_ydata().tolist() for line in ax.lines]
-        assert drawn == [getattr(s, kind) for s in given.values()]
+        assert drawn == [getattr(s, kind) for s in summaries.values()]
         assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2], [1, 2, 3], [1, 2]]
         assert (
             len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines})
@@ -137,7 +141,7 @@ def test_acceptance_by_position_draws_both_meanings_with_labels_apart():
         assert sorted(texts(ax)) == ["a", "b", "c"]
         assert {t.get_text(): tuple(t.xy) for t in ax.texts}["b"] == (
             3,
-            getattr(given["b"], kind)[-1],
+            getattr(summaries["b"], kind)[-1],
         )
         assert not overlaps(ax)
         assert on_card(ax)
@@ -145,8 +149,8 @@ def test_acceptance_by_position_draws_both_meanings_with_labels_apart():
 
 
 def test_acceptance_leaves_out_positions_that_no_text_reached():
-    given = summarize([Round([[5, 6, 7]], [1], [[5, 9]], 0.1, 0.2, 0.3)])
-    left, right = plots.acceptance_by_position({"one": given})
+    summaries = summarize([Round([[5, 6, 7]], [1], [[5, 9]], 0.1, 0.2, 0.3)])
+    left, right = plots.acceptance_by_position({"one": summaries})
     assert left.lines[0].get_ydata()[:2].tolist() == [1, 0]
     assert np.isnan(left.lines[0].get_ydata()[2])  # the third guess was not reached
     assert right.lines[0].get_ydata().tolist() == [1, 0, 0]
@@ -217,7 +221,6 @@ def test_joint_histogram_draws_shares_with_the_exact_probability_on_each():
             [0.35, 0.5, 0.1, 0.05],
             {"accepted", "rejected", "from the residual"},
         ),
-        ([0.1, 0.9], [0.95, 0.05], {"accepted", "rejected", "from the residual"}),
         ([0.5, 0.5], [0.5, 0.5], {"accepted"}),
         ([1.0, 0.0], [0.0, 1.0], {"rejected", "from the residual"}),
     ],
@@ -351,7 +354,7 @@ def test_speed_ratios_show_each_figure_with_its_interval():
 # knowledge caching
 
 
-def test_splice_strips_have_a_strip_an_arm_and_end_with_the_question():
+def test_splice_strips_have_a_strip_per_arm_and_end_with_the_question():
     ax = plots.splice_strips([40, 30], question=10, recomputed=0.1)
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "full",
@@ -461,7 +464,7 @@ def test_with_and_without_puts_each_question_against_the_diagonal():
 # KV-Distill
 
 
-def test_retention_curves_show_each_method_and_the_whole_cache_with_labels_that_stay_apart():
+def test_retention_curves_show_each_method_and_the_full_cache_with_labels_that_stay_apart():
     one = {2: (0.1, 0.05, 0.15), 25: (0.9, 0.8, 1.0), 50: (0.95, 0.9, 1.0)}
     two = {2: (0.0, 0.0, 0.1), 25: (0.3, 0.2, 0.4), 50: (0.94, 0.9, 1.0)}
     ax = plots.retention_curves({"learned": one, "a score": two}, full=0.97)

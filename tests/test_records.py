@@ -17,7 +17,7 @@ from kvlab.records import (
     DATA_SETS,
     PROBLEMS,
     Record,
-    accepted,
+    accepted_answers,
     messages,
     read_faq,
     read_prompts,
@@ -240,7 +240,7 @@ def test_every_record_has_its_three_texts_and_of_choices_one_is_right(kind, path
 @pytest.mark.parametrize(("kind", "path"), paths_of("squad"))
 def test_squad_texts_are_as_written_so_that_offsets_hold(kind, path):
     paragraphs = [paragraph for article in raw(path)["data"] for paragraph in article["paragraphs"]]
-    asked = [
+    questions = [
         (paragraph["context"], qa)
         for paragraph in paragraphs
         for qa in paragraph["qas"]
@@ -248,9 +248,9 @@ def test_squad_texts_are_as_written_so_that_offsets_hold(kind, path):
     ]
     records = read(kind, path)
     assert [(r.context, r.question) for r in records] == [
-        (context, qa["question"]) for context, qa in asked
+        (context, qa["question"]) for context, qa in questions
     ]
-    for record, (_, qa) in zip(records, asked, strict=True):
+    for record, (_, qa) in zip(records, questions, strict=True):
         assert record.answer == qa["answers"][0]["text"]
         assert set(record.answers) == {answer["text"] for answer in qa["answers"]}
         for answer in qa["answers"]:
@@ -319,15 +319,15 @@ def test_self_instruct_reads_the_input_and_keeps_the_instruction(kind, path):
     instances = [
         (row["instruction"], instance) for row in raw(path) for instance in row["instances"]
     ]
-    given = [
-        (instance["input"], asked, (instance["output"],))
-        for asked, instance in instances
+    expected = [
+        (instance["input"], instruction, (instance["output"],))
+        for instruction, instance in instances
         if instance["input"]
     ]
-    assert [(r.context, r.question, r.answers) for r in read(kind, path)] == given
+    assert [(r.context, r.question, r.answers) for r in read(kind, path)] == expected
     with pytest.warns(
         UserWarning,
-        match=rf"{len(instances) - len(given)} of {len(instances)} records are left out",
+        match=rf"{len(instances) - len(expected)} of {len(instances)} records are left out",
     ):
         read_records("self_instruct", path)
 
@@ -401,8 +401,8 @@ def test_long_alpaca_is_cut_after_the_last_end_or_before_the_last_paragraph():
         ("snail", "Translate the word to German."),
     ]
     for record, row in zip(records, raw(path), strict=False):
-        whole = f"{row['instruction']} {row.get('input', '')}"
-        assert words(record.context, record.question) == words(whole)
+        text = f"{row['instruction']} {row.get('input', '')}"
+        assert words(record.context, record.question) == words(text)
         assert record.answers == (row["output"],)
 
 
@@ -556,19 +556,19 @@ READ |= {kind: record for kind, (_, record, _) in FORMS.items()}
 
 @pytest.mark.parametrize("kind", DATA_SETS)
 def test_what_is_no_file_comes_from_the_hub(kind, monkeypatch):
-    asked = []
+    calls = []
 
     def load_dataset(*args, **options):
-        asked.append((args, options))
+        calls.append((args, options))
         return datasets.Dataset.from_list([HUB[kind]])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (record,) = read_records(kind, "some/set:part", split="validation[:1]")
-    assert asked == [(("some/set", "part"), {"split": "validation[:1]"})]
+    assert calls == [(("some/set", "part"), {"split": "validation[:1]"})]
     assert (record.answer, record.question) == (READ[kind].answer, READ[kind].question)
     assert record.context.removeprefix("Text: ") == READ[kind].context
     assert read_records(kind, Path("some/set")) == [record]
-    assert asked[1] == (("some/set",), {"split": "train"})
+    assert calls[1] == (("some/set",), {"split": "train"})
 
 
 def test_squad_v2_of_the_hub_has_empty_answers(monkeypatch):
@@ -732,7 +732,7 @@ def test_a_problem_without_a_question_is_left_out_and_none_needs_a_context(kind)
 
 
 @pytest.mark.parametrize(
-    ("given", "answer"),
+    ("written", "answer"),
     [
         ("((13)/(120))", "13/120"),
         ("(1/3)", "1/3"),
@@ -741,8 +741,8 @@ def test_a_problem_without_a_question_is_left_out_and_none_needs_a_context(kind)
         ("7.50", "7.50"),
     ],
 )
-def test_fractions_of_math23k(given, answer):
-    row = {"original_text": "Q", "equation": "x=1", "ans": given}  # codespell:ignore ans
+def test_fractions_of_math23k(written, answer):
+    row = {"original_text": "Q", "equation": "x=1", "ans": written}  # codespell:ignore ans
     assert read_records("math23k", [row])[0].answer == answer
 
 
@@ -751,7 +751,7 @@ def test_the_letter_is_that_of_the_right_choice(letter):
     for kind, field in (("cmmlu", "Answer"), ("ceval", "answer")):
         (record,) = read_records(kind, [HUB[kind] | {field: letter}])
         assert (record.letter, record.answer) == (letter, FOUR[letter])
-    with pytest.raises(ValueError, match="'Q' has no choices, so no letter"):
+    with pytest.raises(ValueError, match="'Q' has no choices"):
         _ = READ["gsm8k"].letter
 
 
@@ -766,11 +766,11 @@ def test_the_right_option_is_anywhere_but_always_in_the_same_place():
     assert (
         read_records("gpqa", [other | swapped for other in rows]) == records
     )  # nor does the order of the wrong ones count
-    asked = [
+    rows = [
         {"question": f"Q {i}", "mc1_targets": {"one": 1, "1": 0, "2": 0, "3": 0}}
         for i in range(400)
     ]
-    assert read_records("truthfulqa", asked) == records
+    assert read_records("truthfulqa", rows) == records
 
 
 SPOILED_PROBLEMS = [
@@ -830,8 +830,8 @@ def test_of_gsm8k_every_solution_says_its_answer(name, count):
         assert record.question == row["question"]
         assert record.answer == row["answer"].split()[-1].replace(",", "")
         assert not re.search("<<|>>|####", record.reasoning)
-        said = f"{record.reasoning}\nThe answer is ${record.answer}. That is all 2 asked."
-        for solution in (row["answer"], said, said.replace("The answer is", "####")):
+        text = f"{record.reasoning}\nThe answer is ${record.answer}. That is all 2 asked."
+        for solution in (row["answer"], text, text.replace("The answer is", "####")):
             assert extract_answer("number", solution) == record.answer
 
 
@@ -841,15 +841,15 @@ def test_of_gsm8k_every_solution_says_its_answer(name, count):
 @pytest.mark.parametrize("kind", PROBLEMS)
 def test_a_solution_ends_with_an_accepted_answer(kind):
     record, answers = READ[kind], DATA_SETS[kind].answer_kind
-    asked, solved = messages(record)
-    assert (asked["role"], solved["role"]) == ("user", "assistant")
+    prompt, solution = messages(record)
+    assert (prompt["role"], solution["role"]) == ("user", "assistant")
     assert all(
-        part in asked["content"] for part in (record.context, record.question, *record.choices)
+        part in prompt["content"] for part in (record.context, record.question, *record.choices)
     )
-    assert solved["content"].startswith(record.reasoning)
-    assert not solved["content"].startswith(" ")
-    extracted = extract_answer(answers, solved["content"])
-    assert any(same_answer(answers, extracted, one) for one in accepted(record))
+    assert solution["content"].startswith(record.reasoning)
+    assert not solution["content"].startswith(" ")
+    extracted = extract_answer(answers, solution["content"])
+    assert any(same_answer(answers, extracted, one) for one in accepted_answers(record))
 
 
 def test_a_solution_of_a_multiple_choice_ends_with_its_letter():
@@ -857,16 +857,16 @@ def test_a_solution_of_a_multiple_choice_ends_with_its_letter():
         record = Record(
             "A text.", "Which?", (f"option {number}",), tuple(f"option {n}" for n in range(8))
         )
-        asked, solved = messages(record)
-        assert asked["content"].startswith("A text.\n\nWhich?\nA) option 0\nB) option 1\n")
-        assert f"\n{letter}) option {number}" in asked["content"]
-        assert extract_answer("choice", solved["content"]) == letter
-        assert accepted(record) == (letter,)
+        prompt, solution = messages(record)
+        assert prompt["content"].startswith("A text.\n\nWhich?\nA) option 0\nB) option 1\n")
+        assert f"\n{letter}) option {number}" in prompt["content"]
+        assert extract_answer("choice", solution["content"]) == letter
+        assert accepted_answers(record) == (letter,)
 
 
 def test_all_answers_to_a_question_are_accepted_and_the_first_is_written():
     record = Record("", "Where?", ("in Rome", "Rome"), reasoning="She lives there.")
-    assert accepted(record) == ("in Rome", "Rome")
+    assert accepted_answers(record) == ("in Rome", "Rome")
     assert messages(record)[1]["content"] == "She lives there. The answer is in Rome."
 
 

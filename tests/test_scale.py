@@ -102,7 +102,7 @@ def test_weights_are_the_bytes_of_the_models():
         assert half == pytest.approx(scale.memory(chapter)["weights"] / 2)
 
 
-def test_the_cache_part_is_one_real_cache_a_model():
+def test_the_cache_part_is_one_real_cache_per_model():
     scale = preset("tiny")
     need = scale.needs["05_speculative_decoding"]
     real = 0
@@ -114,7 +114,7 @@ def test_the_cache_part_is_one_real_cache_a_model():
     assert scale.memory("05_speculative_decoding")["cache"] == pytest.approx(real / 1e9)
 
 
-def test_training_is_sixteen_bytes_a_parameter():
+def test_training_is_sixteen_bytes_per_parameter():
     scale = preset("tiny")
     student = sum(p.numel() for p in lab.make("lab-draft").parameters())
     assert scale.memory("04_alignment_4d")["training"] == pytest.approx(16 * student / 1e9)
@@ -141,7 +141,7 @@ def test_an_unknown_chapter_is_refused():
 
 
 def test_describe_is_a_sentence_with_the_models():
-    told = preset("t4", device="cuda").describe("05_speculative_decoding")
+    sentence = preset("t4", device="cuda").describe("05_speculative_decoding")
     for part in (
         "Scale t4",
         "target Qwen/Qwen3-1.7B",
@@ -149,13 +149,13 @@ def test_describe_is_a_sentence_with_the_models():
         "float16 on cuda",
         "GB",
     ):
-        assert part in told
+        assert part in sentence
 
 
 # the switch
 
 
-def test_a_wrong_name_is_told_the_choices(monkeypatch):
+def test_an_unknown_name_is_refused_with_the_choices(monkeypatch):
     monkeypatch.setenv("KVLAB_SCALE", "huge")
     with pytest.raises(ValueError, match="KVLAB_SCALE is 'huge'; expected one of tiny, t4, full"):
         Scale.current()

@@ -1,7 +1,6 @@
-"""What this book adds to Sphinx: figures need alternative text, short docstrings, and a table of versions."""
+"""What this book adds to Sphinx: figures need alternative text, and a table of versions."""
 
 import platform
-import re
 from importlib.metadata import version
 
 from docutils import nodes
@@ -27,7 +26,8 @@ def warn_without_alt(app: Sphinx, doctree: nodes.document, docname: str) -> None
     for image in doctree.findall(nodes.image):
         if not image.get("alt", "").strip():
             logger.warning(
-                'The image %s has no alternative text; give `:alt:`, or mystnb={"image": {"alt": "..."}} on the cell.',
+                "The image %s has no alternative text; give `:alt:`, "
+                'or mystnb={"image": {"alt": "..."}} on the cell.',
                 image.get("uri"),
                 location=docname,
             )
@@ -38,13 +38,6 @@ def skip_tuple_fields(
 ) -> bool | None:
     """Leave out the fields of named tuples, whose docstrings say "Alias for field number 0"."""
     return True if type(obj).__name__ == "_tuplegetter" else None
-
-
-def split_parameters(
-    app: Sphinx, what: str, name: str, obj: object, options: dict, lines: list[str]
-) -> None:
-    """Turn `name : what it is` into the two lines of NumPy style; our docstrings give shapes there, not types."""
-    lines[:] = re.sub(r"^([\w, ]+) : (.+)", r"\1\n    \2", "\n".join(lines), flags=re.M).split("\n")
 
 
 def add_versions(app: Sphinx, config: Config) -> None:
@@ -59,9 +52,6 @@ def add_versions(app: Sphinx, config: Config) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the functions above to Sphinx's events."""
     app.connect("config-inited", add_versions)
-    app.connect(
-        "autodoc-process-docstring", split_parameters, priority=400
-    )  # before napoleon, at 500
     app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("doctree-resolved", warn_without_alt)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -38,7 +38,7 @@ from kvlab.commands.shared import (
 from kvlab.evaluate import figure, run_info
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
-from kvlab.records import DATA_SETS, PROBLEMS, Record, accepted, messages, read_records
+from kvlab.records import DATA_SETS, PROBLEMS, Record, accepted_answers, messages, read_records
 from kvlab.scale import Scale
 
 SOLVED = ("lab", *PROBLEMS)
@@ -346,7 +346,7 @@ def _load_problems(options: AlignmentOptions, seed: int) -> Problems:
         if not records:
             raise ValueError(f"There is no problem to be asked in {options.eval_source}.")
         questions = [messages(record)[:1] for record in records[: options.heldout]]
-        answers = [accepted(record) for record in records[: options.heldout]]
+        answers = [accepted_answers(record) for record in records[: options.heldout]]
         kind = DATA_SETS[name].answer_kind
     asked = {question[0]["content"] for question in questions}
     pairs = [pair for pair in pairs if pair[0][0]["content"] not in asked]

@@ -1,4 +1,4 @@
-"""`python -m kvlab.lab train` makes the lab models again; `report` prints what each can do, measured."""
+"""`python -m kvlab.lab train` trains the lab models again; `report` measures each one."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,17 @@ from pathlib import Path
 import pandas as pd
 from jsonargparse import auto_cli
 
-from kvlab.lab import models, recipe
-from kvlab.lab.report import report as measure
+from kvlab.lab.models import EMBEDDER, MODELS, NAMES
+from kvlab.lab.recipe import train_embedder, train_lab_model
+from kvlab.lab.report import report
 
-ALL = (*models.NAMES, models.EMBEDDER)
+ALL = (*NAMES, EMBEDDER)
 
 
-def train(
-    names: tuple[str, ...] = ALL, work: Path = Path("lab-runs"), out: Path = models.MODELS
+def train_lab(
+    names: tuple[str, ...] = ALL, work: Path = Path("lab-runs"), out: Path = MODELS
 ) -> None:
-    """Train lab models from nothing; a run that was stopped goes on from its checkpoint in WORK.
+    """Train lab models from scratch; an interrupted run continues from its checkpoint.
 
     Args:
         names: which models, e.g. --names '[lab-draft]'.
@@ -23,29 +24,28 @@ def train(
         out: folder that the models are written to; by default the package's own.
     """
     for name in names:
-        print(
-            recipe.train_embedder(out) if name == models.EMBEDDER else recipe.train(name, work, out)
-        )
+        print(train_embedder(out) if name == EMBEDDER else train_lab_model(name, work, out))
 
 
-def report(
-    names: tuple[str, ...] = models.NAMES,
-    questions: int = 200,
-    seed: int = 0,
-    as_json: bool = False,
+def report_lab(
+    names: tuple[str, ...] = NAMES, questions: int = 200, seed: int = 0, as_json: bool = False
 ) -> None:
     """Measure lab models on held-out data and print each figure with its 95 % interval.
 
     Args:
         names: which models.
-        questions: questions of each kind.
-        seed: of the held-out data.
+        questions: number of questions of each kind.
+        seed: random seed of the held-out data.
         as_json: print JSON instead of a table.
     """
-    figures = [figure for name in names for figure in measure(name, questions, seed)]
-    table = pd.DataFrame(figures).round(3)
-    print(json.dumps(figures) if as_json else table.drop(columns="unit").to_string(index=False))
+    figures = []
+    for name in names:
+        figures += report(name, questions, seed)
+    table = pd.DataFrame(figures).round(3).drop(columns="unit")
+    print(json.dumps(figures) if as_json else table.to_string(index=False))
 
+
+COMMANDS = {"train": train_lab, "report": report_lab}
 
 if __name__ == "__main__":
-    auto_cli([train, report], as_positional=False)
+    auto_cli(COMMANDS, as_positional=False)

@@ -1,9 +1,7 @@
 """The lab family: shapes, growth, and loading of the models that ship with kvlab."""
 
-from __future__ import annotations
-
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -15,53 +13,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
 MODELS = Path(__file__).parent / "models"
 NAMES = ("lab-target", "lab-draft", "lab-teacher")
 EMBEDDER = "lab-embedder"
-_SHARED = {
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-SHAPES = {
-    "lab-target": {
-        "vocab_size": 1536,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-    },
-    "lab-draft": {
-        "vocab_size": 1536,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-    },
-    "lab-teacher": {
-        "vocab_size": 640,
-        "hidden_size": 160,
-        "intermediate_size": 384,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 40,
-    },
-}
+# Entries of each model's Qwen3Config, beside those that all of them share.
+SHAPES = json.loads((Path(__file__).parent / "data" / "shapes.json").read_text("utf-8"))
+_SHARED = SHAPES.pop("shared")
 
 
 def make(name: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """A model of the lab's shape `name` with random weights; `changes` replace entries of the shape.
+    """A lab model with random weights; `changes` replace entries of its shape.
 
     Example:
         >>> make("lab-draft").config.num_hidden_layers
@@ -73,13 +34,11 @@ def make(name: str, seed: int = 0, **changes) -> PreTrainedModel:
 
 def make_config(name: str, **changes) -> Qwen3Config:
     """The configuration of a lab model; `changes` replace entries of its shape."""
-    if name not in SHAPES:
-        raise ValueError(f"There is no lab model {name!r}; expected one of {', '.join(NAMES)}.")
     return Qwen3Config(**_SHARED | SHAPES[name] | changes)
 
 
 def grow(model: PreTrainedModel, n_layers: int) -> PreTrainedModel:
-    """A deeper copy that computes the same function: each layer is followed by copies of it that add nothing yet.
+    """A deeper copy that computes the same function: copies that add nothing yet follow each layer.
 
     The copies' two output projections are zero, so they pass the residual stream on and learn from
     the first step.
@@ -106,18 +65,20 @@ def grow(model: PreTrainedModel, n_layers: int) -> PreTrainedModel:
     return grown
 
 
-def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A trained lab model, in evaluation mode.
 
     Example:
-        >>> load("lab-target").config.num_hidden_layers
+        >>> load_model("lab-target").config.num_hidden_layers
         12
     """
     return AutoModelForCausalLM.from_pretrained(_folder(name), dtype=dtype).to(device).eval()
 
 
-def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> SentenceTransformer:
-    """A sentence embedder: the lab's own, or one from the hub by its name.
+def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> torch.nn.Module:
+    """A `SentenceTransformer`: the lab's own, or one from the hub by its name.
 
     Example:
         >>> load_embedder().encode(["What is a hash table?"]).shape
@@ -141,9 +102,4 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def _folder(name: str) -> Path:
     if name not in NAMES:
         raise ValueError(f"There is no lab model {name!r}; expected one of {', '.join(NAMES)}.")
-    folder = MODELS / name
-    if not (folder / "model.safetensors").exists():
-        raise FileNotFoundError(
-            f"{folder} holds no weights; make them with `python -m kvlab.lab train`."
-        )
-    return folder
+    return MODELS / name

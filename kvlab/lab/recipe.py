@@ -23,7 +23,7 @@ from kvlab.training import fit
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of `fit`: a depth, a mix of documents, and for how long."""
+    """One run of `fit`: depth, mix of documents, steps, batch size and learning rate."""
 
     layers: int
     mix: Mix
@@ -32,21 +32,13 @@ class Stage:
     learning_rate: float
 
 
-SHORT = Mix(row=192, repetition=0.22, arithmetic=0.25, faq=0.0, facts=(2, 16), easy=0.6)
-MIXED = Mix(row=192, repetition=0.18, arithmetic=0.34, faq=0.06, facts=(2, 16), easy=0.5)
+SHORT = Mix(row=192, repetition=0.22, arithmetic=0.25, easy=0.6)
+MIXED = replace(SHORT, repetition=0.18, arithmetic=0.34, faq=0.06, easy=0.5)
 LONG = Mix(
-    row=320, repetition=0.04, arithmetic=0.30, faq=0.10, facts=(4, 40), easy=0.2, questions=10
+    row=320, repetition=0.04, arithmetic=0.30, faq=0.10, facts=(4, 40), questions=10, easy=0.2
 )
-LOOKUP = Mix(
-    row=320,
-    repetition=0.03,
-    arithmetic=0.2,
-    faq=0.08,
-    facts=(8, 40),
-    kinds=(75, 0, 15, 10),
-    easy=0.0,
-    questions=12,
-)
+LOOKUP = replace(LONG, repetition=0.03, arithmetic=0.2, faq=0.08, facts=(8, 40), questions=12)
+LOOKUP = replace(LOOKUP, kinds=(75, 0, 15, 10), easy=0.0)
 FAQ = replace(LOOKUP, repetition=0.02, arithmetic=0.13, faq=0.45, reworded=0.8)
 TOKENIZERS = {"lab-target": (1536, 0), "lab-draft": (1536, 0), "lab-teacher": (640, 1)}
 STAGES = {
@@ -62,20 +54,22 @@ STAGES = {
 }
 
 
-def train(
+def train_lab_model(
     name: str, work: Path = Path("lab-runs"), out: Path = models.MODELS, seed: int = 0
 ) -> Path:
-    """Train one lab model from nothing and write it, half precision, with its tokenizer to `out/name`.
+    """Train one lab model from scratch and write it, in float16, with its tokenizer to `out/name`.
 
-    Checkpoints stand in `work`; a run that was stopped goes on from them. Returns the folder
-    written.
+    Args:
+        work: folder of the checkpoints, from which an interrupted run continues.
+        seed: random seed (initialization, documents, shuffling).
+
+    Returns:
+        The folder of the model.
     """
-    tokenizer = train_tokenizer(*TOKENIZERS[name])
-    model = None
-    for number, stage in enumerate(STAGES[name]):
-        if model is None:
-            model = models.make(name, seed, num_hidden_layers=stage.layers)
-        elif stage.layers != model.config.num_hidden_layers:
+    tokenizer, stages = train_tokenizer(*TOKENIZERS[name]), STAGES[name]
+    model = models.make(name, seed, num_hidden_layers=stages[0].layers)
+    for number, stage in enumerate(stages):
+        if stage.layers != model.config.num_hidden_layers:
             model = models.grow(model, stage.layers)
         rows = Rows(tokenizer, stage.mix, stage.steps * stage.batch, seed=seed + number)
         fit(
@@ -89,16 +83,26 @@ def train(
             every=100,
             seed=seed,
         )
-    return save(model, tokenizer, out / name)
+    model.to(torch.float16).save_pretrained(out / name)
+    tokenizer.save_pretrained(out / name)
+    return out / name
+
+
+def _losses(model, batch):
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    return {"ce": cross_entropy(logits, batch["input_ids"], batch["weights"])}
 
 
 def train_embedder(out: Path = models.MODELS, seed: int = 0, steps: int = 400) -> Path:
-    """Train the lab's sentence embedder and write it to `out/lab-embedder`; takes seconds. Returns the folder.
+    """Train the lab's sentence embedder and write it to `out/lab-embedder`; takes seconds.
 
-    A vector for each token of the lab's tokenizer, and a question is the mean of its tokens'
+    Each token of the lab's tokenizer has a vector, and a question is the mean of its tokens'
     vectors. Wordings of an item are pulled to its question, against the other items' and against
     questions that the FAQ does not answer (multiple negatives ranking, Henderson et al. 2017, arXiv
     1705.00652, section 4.4).
+
+    Returns:
+        The folder of the embedder.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -108,57 +112,29 @@ def train_embedder(out: Path = models.MODELS, seed: int = 0, steps: int = 400) -
     words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend(" ")])
     table = StaticEmbedding(words, embedding_weights=0.1 * torch.randn(words.get_vocab_size(), 128))
     embedder = SentenceTransformer(modules=[table], device="cpu")
-    loader = DataLoader(
-        Wordings(steps, seed),
-        batch_size=len(faq()),
-        collate_fn=lambda rows: {
-            name: table.preprocess([row[name] for row in rows]) for name in rows[0]
-        },
-    )
-    settings = {
-        "learning_rate": 0.02,
-        "weight_decay": 0.0,
-        "warmup": 0,
-        "decay": 1.0,
-        "every": steps,
-    }
-    fit(embedder, loader, _ranking, steps=steps, seed=seed, **settings)
+
+    def collate(rows):
+        return {name: table.preprocess([row[name] for row in rows]) for name in rows[0]}
+
+    loader = DataLoader(Wordings(steps, seed), batch_size=len(faq()), collate_fn=collate)
+    schedule = {"warmup": 0, "decay": 1.0, "learning_rate": 0.02, "weight_decay": 0.0}
+    fit(embedder, loader, _ranking_loss, steps=steps, every=steps, seed=seed, **schedule)
     folder = out / models.EMBEDDER
     embedder.save_pretrained(str(folder), create_model_card=False)
+    # Older releases of sentence-transformers know the module under this name too.
     parts = (folder / "modules.json").read_text("utf-8")
-    # Under this name older releases of sentence-transformers know it too.
-    write_text(
-        folder / "modules.json",
-        parts.replace(StaticEmbedding.__module__, "sentence_transformers.models"),
-    )
+    parts = parts.replace(StaticEmbedding.__module__, "sentence_transformers.models")
+    write_text(folder / "modules.json", parts)
     return folder
 
 
-def _ranking(embedder, batch):
-    vectors = {name: embedder(dict(texts))["sentence_embedding"] for name, texts in batch.items()}
-    question, wording, other = (
-        functional.normalize(vectors[name]) for name in ("question", "wording", "other")
-    )
-    scores = (
-        10 * question @ torch.cat([wording, other]).T
-    )  # (n, 2 n); the right ones are on the diagonal
-    right = torch.arange(len(scores))
-    return {
-        "ranking": (
-            functional.cross_entropy(scores, right)
-            + functional.cross_entropy(scores.T[right], right)
-        )
-        / 2
-    }
-
-
-def save(model, tokenizer, folder: Path) -> Path:
-    """Write a model in float16 beside its tokenizer, in the Hugging Face layout."""
-    model.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def _losses(model, batch):
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-    return {"ce": cross_entropy(logits, batch["input_ids"], batch["weights"])}
+def _ranking_loss(embedder, batch):
+    vectors = {}
+    for name, tokens in batch.items():
+        vectors[name] = functional.normalize(embedder(dict(tokens))["sentence_embedding"])
+    candidates = torch.cat([vectors["wording"], vectors["other"]])
+    scores = 10 * vectors["question"] @ candidates.T  # (n, 2 n), the matches on the diagonal
+    labels = torch.arange(len(scores))
+    loss = functional.cross_entropy(scores, labels)
+    loss = loss + functional.cross_entropy(scores.T[labels], labels)
+    return {"ranking": loss / 2}

@@ -1,6 +1,6 @@
 """The lab's tokenizers: byte-level BPE, digits one by one, with a chat template.
 
-`lab-target` and `lab-draft` share one; `lab-teacher` has a smaller one of its own, so texts have
+`lab-target` and `lab-draft` share one; `lab-teacher` has a smaller one, so that the same texts have
 other lengths there.
 """
 
@@ -13,7 +13,7 @@ from kvlab.lab import corpora
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 END, PAD = "<|end|>", "<|pad|>"
-# A space opens every message, so that a word has one token wherever it stands.
+# A space opens every message, so that a word has the same token at any position.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }}"
     "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
@@ -24,14 +24,11 @@ CHAT_TEMPLATE = (
 def train_tokenizer(
     vocab_size: int, seed: int = 0, n_documents: int = 6000
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries on the lab's training documents."""
+    """Train a byte-level BPE tokenizer of `vocab_size` entries on the lab's documents."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""Figures that the benchmarks measured: `results(name)` reads the files beside this module, which ship with kvlab."""
+"""Figures that the benchmarks measured: `results(name)` reads the JSON files beside this module."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Figure:
 
 
 class Results(dict[str, Figure]):
-    """Figures of one benchmark by name, with its `device`, `versions`, `commit`, `seeds` and `seconds`."""
+    """Figures of a benchmark by name, with its `device`, `versions`, `commit` and `seeds`."""
 
     def __init__(self, run: Mapping):
         super().__init__({figure["name"]: Figure(**figure) for figure in run["figures"]})
