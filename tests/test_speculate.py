@@ -1234,8 +1234,7 @@ def test_what_both_have_read_is_fused_once_and_in_order(tiny_model, kind, known)
 def check_read(model, prefix, text, got, start):
     """What was read is what the model makes of the tokens from `start` on of a text that its prefix stands before."""
     known = len(prefix.input_ids) if prefix else 0
-    past = (prefix.cache, prefix.next_position) if prefix else ()
-    after = kv.prefill(model, torch.tensor([text[known:]]), *past)
+    after = kv.prefill(model, torch.tensor([text[known:]]), prefix)
     whole, behind = after.cache, after.next_position
     count, have = len(text) - start, kv.length(whole)
     assert got.positions.tolist() == [[*range(behind - count, behind)]]
