@@ -5,7 +5,7 @@ to the student, a step for each dimension: *rotation and head* (keys as before t
 KV heads side by side), *time* (inside prompt, reasoning and answer each, by linear interpolation),
 *layer* (a weighted mean of teacher layers), *hidden* (a linear map to the student's width) and
 *fusion* of several teachers. The result is a target for the student's own features, and by
-`as_cache` a cache that the student can continue.
+`as_prefix` a cache that the student can continue.
 
 Batches are padded on the left: row b of a batch is its last borders[b, 3] columns, and the longest
 row has no padding. Every step carries gradients, and none reads padding.
@@ -15,8 +15,8 @@ row has no padding. Every step carries gradients, and none reads padding.
 >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
 >>> problem = {"role": "user", "content": "Anna has 3 eggs. Anna buys 4. How many eggs does Anna have?"}
 >>> text = segment(tokenizer, [problem, {"role": "assistant", "content": "3+4=7. Answer: 7"}])
->>> borders, positions = text.borders[None], torch.arange(len(text.input_ids))[None]
->>> student = features(cache.prefill(model, text.input_ids[None]).cache, positions, cache.rotary_of(model))
+>>> borders, ids = text.borders[None], text.input_ids[None]
+>>> student = features(cache.prefill(model, ids))
 >>> teacher = align_kv(student, plan_time(borders, borders), proportional(12, 12))
 >>> torch.equal(teacher.keys, student.keys), torch.equal(teacher.values, student.values)
 (True, True)
@@ -39,10 +39,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.answers import extract_answer, same_answer
-from kvlab.cache import from_tensor, prefill, rotate, to_tensor, unrotate
+from kvlab.cache import Prefix, from_tensor, prefill, rotate, to_tensor, unrotate
 from kvlab.evaluate import figure
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import answers, rendered
@@ -208,11 +208,12 @@ def _plan(student: Tensor, teacher: Tensor, entries: Callable) -> TimePlan:
     width = int(student[:, -1].max())
     teacher_length = int(teacher[:, -1].max())
     parts = []
-    for row, (own, other) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True)):
-        for i in range(len(own) - 1):
-            tokens, columns, weights = entries(own[i + 1] - own[i], other[i + 1] - other[i])
-            tokens = tokens + row * width + width - own[-1] + own[i]
-            parts.append((tokens, columns + teacher_length - other[-1] + other[i], weights))
+    for row, (to, of) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True)):
+        token_start = (row + 1) * width - to[-1]
+        column_start = teacher_length - of[-1]
+        for i in range(len(to) - 1):
+            tokens, columns, weights = entries(to[i + 1] - to[i], of[i + 1] - of[i])
+            parts.append((token_start + to[i] + tokens, column_start + of[i] + columns, weights))
     mask = torch.arange(width) >= width - student[:, -1:].cpu()
     return TimePlan(*map(torch.cat, zip(*parts, strict=True)), mask, teacher_length)
 
@@ -267,23 +268,22 @@ class KV(NamedTuple):
     values: Tensor
 
 
-def features(cache: DynamicCache, positions: Tensor, rotary: nn.Module) -> KV:
-    """Take a model's cache apart into features that do not depend on the text's position, in float32 at least.
-
-    Args:
-        positions: (B, T), which its keys were rotated by.
-        rotary: `rotary_of` that model.
-    """
-    stored = to_tensor(cache)
+def features(prefix: Prefix) -> KV:
+    """Take a model's cache apart into features that do not depend on the text's position, in float32 at least."""
+    stored = to_tensor(prefix.cache)
     wide = from_tensor(stored.to(torch.promote_types(stored.dtype, torch.float32)))
-    stacked = to_tensor(unrotate(wide, positions, rotary))  # (L, 2, B, H_kv, T, d)
+    stacked = to_tensor(unrotate(wide, prefix.positions, prefix.rotary))  # (L, 2, B, H_kv, T, d)
     return KV(*stacked.permute(1, 2, 0, 4, 3, 5).flatten(4))
 
 
-def as_cache(kv: KV, positions: Tensor, rotary: nn.Module, heads: int) -> DynamicCache:
-    """Make features a cache of the student: heads apart, keys rotated to positions (B, T) by its own rope."""
-    stacked = torch.stack(kv).unflatten(4, (heads, -1))  # (2, B, L, T, H_kv, d)
-    return rotate(from_tensor(stacked.permute(2, 0, 1, 4, 3, 5)), positions, rotary)
+def as_prefix(kv: KV, positions: Tensor, model: PreTrainedModel) -> Prefix:
+    """Make features a cache of this model: heads apart, keys rotated to positions (B, T) by its own rope."""
+    heads = model.config.num_key_value_heads
+    stacked = torch.stack(kv).unflatten(4, (heads, -1)).to(model.dtype)  # (2, B, L, T, H_kv, d)
+    cache = from_tensor(stacked.permute(2, 0, 1, 4, 3, 5))
+    rotary = rotary_of(model)
+    cache = rotate(cache, positions, rotary)
+    return Prefix(cache, positions[:, -1] + 1, positions=positions, rotary=rotary)
 
 
 def align_kv(kv: KV, plan: TimePlan, layer_map: LayerMap) -> KV:
@@ -435,7 +435,7 @@ def encode_with_teacher(
     Returns:
         One `TeacherFeatures` per problem, in half precision, on the CPU.
     """
-    result, rotary = [], rotary_of(teacher)
+    result = []
     others = [segment(tokenizer, conversation) for conversation in conversations]
     for start in tqdm(range(0, len(texts), batch_size), desc="teacher reads"):
         part = slice(start, start + batch_size)
@@ -443,8 +443,13 @@ def encode_with_teacher(
         teacher_borders = _borders(others[part])
         inputs = _pad_texts(others[part], teacher.device)
         out = teacher(**inputs, use_cache=True, output_hidden_states=True, logits_to_keep=1)
-        kv = features(out.past_key_values, inputs["position_ids"], rotary)
-        kv = align_kv(kv, plan(borders, teacher_borders), layer_map)
+        prefix = Prefix(
+            out.past_key_values,
+            next_position=teacher_borders[:, 3],
+            positions=inputs["position_ids"],
+            rotary=rotary_of(teacher),
+        )
+        kv = align_kv(features(prefix), plan(borders, teacher_borders), layer_map)
         before = inputs["input_ids"].shape[1] - teacher_borders[:, 3] + teacher_borders[:, 2] - 1
         states = torch.stack(out.hidden_states[1:], 1)[torch.arange(len(before)), :, before]
         states = mix_layers(states[:, :, None], layer_map)[:, :, 0]
@@ -727,8 +732,8 @@ def _layer_states(model: PreTrainedModel, texts: Sequence[Segmented], what: str)
     if what == "hidden":
         out = model(**inputs, output_hidden_states=True, logits_to_keep=1)
         return torch.stack(out.hidden_states[1:], 1)
-    cache = prefill(model, inputs["input_ids"], attention_mask=inputs["attention_mask"]).cache
-    return getattr(features(cache, inputs["position_ids"], rotary_of(model)), what)
+    prefix = prefill(model, inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    return getattr(features(prefix), what)
 
 
 # -- the arms and their controls

@@ -332,17 +332,12 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
 
     def read(self, store: "KnowledgeCache", item: "Item") -> Tensor:
         """What this draft may read of an item: (S, d), or (n, 2, H_kv, S, D) for its n layers; see `Knowledge`."""
-        kind, piece, start = self.config.knowledge, store.read(item), item.answer_start
+        kind, start = self.config.knowledge, item.answer_start
         _require(
             kind, "This draft does not read: cut one with knowledge='vector', 'kv' or 'prefix'."
         )
-        part, needed = (piece.hidden_states, "hidden") if kind == "vector" else (piece.cache, "kv")
-        _require(
-            part is not None,
-            f"The store keeps no {needed!r}: build one with keep=['{needed}'] for this draft.",
-        )
         if kind == "vector":
-            return part[0, start:]
+            return store.hidden_states(item)[0, start:]
         _require(
             not item.kept,
             "The store keeps compressed caches, which drafts do not read: build one without.",
@@ -350,7 +345,9 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         if kind == "prefix" and not self.config.aligned:
             start = 0
         positions = torch.arange(start, len(item.input_ids), device=store.model.device)
-        found = to_tensor(unrotate(select(part, positions), positions, rotary_of(store.model)))
+        found = to_tensor(
+            unrotate(select(store.read(item).cache, positions), positions, rotary_of(store.model))
+        )
         return found[self.config.layers][:, :, 0]
 
     def knowing(

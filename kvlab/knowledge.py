@@ -1,16 +1,16 @@
-"""A knowledge cache: question/answer items that a model has read, kept on disk, found by question, put into prompts.
+"""A knowledge cache: question/answer items that a model has read, stored on disk.
 
-A store is a folder. Items are added by the *shard*: `shards/NAME.safetensors` holds the tensors of
-some items and `shards/NAME.index.safetensors` what it takes to find them (texts, token ids,
-embeddings of the questions). A shard is never changed. `manifest.json` names the shards, and the
-model, tokenizer and embedder that they belong to; replacing it, atomically, is what adds items, so
-a kill at any moment leaves the old store or the new one. Opening a store reads manifest and
-indexes; the tensors of an item are read when the item is.
+A store is a folder. Items are added in *shards*: `shards/NAME.safetensors` holds the tensors of
+some items, `shards/NAME.index.safetensors` their texts, token ids and the embeddings of their
+questions. A shard is never changed. `manifest.json` lists the shards, and the model, tokenizer and
+embedder that they belong to. Replacing it, atomically, is what adds items, so a kill at any moment
+leaves the old store or the new one. Opening a store reads the manifest and the indexes; the tensors
+of an item are read when the item is.
 
 >>> import tempfile
 >>> from kvlab import lab
 >>> model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
->>> records = [{"question": "Where does Anna live?", "answer": "Rome"}, {"question": "Who sings?", "answer": "Ben"}]
+>>> records = [{"question": "Where does Anna live?", "answer": "Rome"}]
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     store = KnowledgeCache.build(folder, records, model, tokenizer)
 ...     hit = store.retrieve("where does anna live")[0]
@@ -22,16 +22,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import pandas as pd
 import torch
@@ -50,13 +48,11 @@ from kvlab.cache import (
     Prefix,
     bytes_per_token,
     from_tensor,
-    join,
     length,
     prefill,
     select,
     shift,
     to_tensor,
-    truncate,
 )
 from kvlab.files import as_bytes, write_tensors, write_text
 from kvlab.generation import continuations, encode
@@ -65,44 +61,30 @@ from kvlab.models import (
     differences,
     fingerprint,
     first_layers,
-    require,
     require_supported,
     rotary_of,
 )
 from kvlab.slots import Slots, step
 
-if TYPE_CHECKING:
-    from kvlab.compress import Compressed
-
 FORMAT_VERSION = 1
 PARTS = ("kv", "hidden")
 ARMS = ("full", "prefix", "concat", "shift", "recompute")
+CACHES_USED = {"full": 0, "prefix": 1}  # how many prefixes' caches an arm uses; the others use all
 SHARD_BYTES, SHARD_ITEMS = 2**28, 256  # a shard is closed when it reaches either
-MANIFESTS = (
-    "manifest.json",
-    "manifest.copy.json",
-)  # the first counts; the second is for when it is damaged
 LEFTOVER = re.compile(r"[0-9a-f]{16}(\.index)?\.safetensors|\.([0-9a-f]{16}|manifest)\..*\.part")
 PROBE = "Is this store of the same embedder?"
 
 
 class Embedder(Protocol):
-    """What turns questions into vectors; any `SentenceTransformer` does."""
+    """Encodes questions as vectors; any `SentenceTransformer` does."""
 
-    def encode(
-        self,
-        sentences: list[str],
-        *,
-        normalize_embeddings: bool,
-        convert_to_tensor: bool,
-        show_progress_bar: bool,
-    ) -> Tensor:
-        """Return unit vectors, (number of sentences, E)."""
+    def encode(self, sentences: list[str], **options: bool) -> Tensor:
+        """Return vectors (number of sentences, E)."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of an item before its tensors are read; `input_ids` are those of prompt and answer."""
+    """An item without its tensors; `input_ids` are those of prompt and answer."""
 
     id: str
     domain: str
@@ -114,206 +96,120 @@ class Item:
     shard: str = ""
     number: int = 0  # in its shard
     checksum: str = ""
-    kept: int = 0  # entries of its compressed cache; 0 if all of them are there
+    kept: int = 0  # entries of its compressed cache; 0: not compressed
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes it the same item when records are added again."""
-        return (
-            (self.domain, self.question)
-            if self.generated
-            else (self.domain, self.question, self.answer)
-        )
+        """Two records with the same key are the same item."""
+        given = () if self.generated else (self.answer,)
+        return (self.domain, self.question, *given)
 
 
 class Hit(NamedTuple):
-    """An item that was found, and how similar its question is (cosine; 1.0 for an exact match)."""
+    """A retrieved item, and the cosine similarity of its question (1.0 for an exact match)."""
 
     item: Item
     score: float
 
 
-class Piece(NamedTuple):
-    """Token ids, and what reading them alone from position 0 gave: a cache of one row, last hidden states (1, T, d).
-
-    A compressed cache has fewer entries than there are tokens: `positions` (k,) says where they
-    stand.
-    """
-
-    input_ids: Sequence[int]
-    cache: DynamicCache | None
-    hidden_states: Tensor | None = None
-    positions: Tensor | None = None
+Records = Iterable[Mapping[str, str]]
+Compress = Callable[[Tensor], Prefix]
 
 
-Compress = Callable[[Tensor], "Compressed"]
-
-
-# -- putting pieces together
+# -- splicing
 
 
 @torch.no_grad()
 def splice(
     model: PreTrainedModel,
-    pieces: Sequence[Piece],
+    prefixes: Sequence[Prefix],
     arm: str = "recompute",
-    share: float = 0.15,
-    early: int = 2,
+    fraction: float = 0.15,
+    early_layers: int = 2,
 ) -> Prefix:
-    """Put pieces that were read alone behind one another, as what stands before a prompt.
+    """Join prefixes of one row that were prefilled alone, each from position 0.
 
-    A piece in second place was read as if nothing stood before it, so all arms but the first two
-    are approximations.
+    A later prefix was computed without the text before it, so all arms except the first two are
+    approximations.
 
     Args:
-        arm: "full" reads all tokens anew (exact); "prefix" keeps the first piece and reads the rest
-            (exact); "concat" joins the pieces as they are, keys at wrong positions; "shift" moves
-            each to its place; "recompute" moves them, and then computes again those tokens whose
-            keys and values differ most from the true ones (CacheBlend, Yao et al. 2025, arXiv
-            2405.16444, section 4).
-        share: of the tokens behind the first piece, for "recompute". 1.0 is exact.
-        early: layers computed anew for all of these tokens, for "recompute"; the last of them
-            decides which differ most. CacheBlend narrows its choice down layer by layer; here it is
-            made once.
-
-    Returns:
-        A `Prefix`, to be continued by `prefill(model, ids, prefix)` or
-        by `kvlab.speculate.generate(..., prefix=prefix)`.
+        prefixes: with `input_ids`; the cache may be None where the arm does not use it.
+        arm: "full" prefills all tokens again (exact); "prefix" keeps the first prefix and prefills
+            the rest (exact); "concat" joins the caches as they are, with keys at wrong positions;
+            "shift" moves each to its positions; "recompute" moves them, then recomputes those
+            tokens whose keys and values differ most from the true ones (CacheBlend, Yao et al.
+            2025, arXiv 2405.16444, section 4).
+        fraction: of the tokens after the first prefix, for "recompute". 1.0 is exact.
+        early_layers: number of layers that "recompute" computes for all of these tokens; the
+            differences at the last of them decide. CacheBlend narrows its choice down layer by
+            layer; here it is made once.
 
     Raises:
-        CacheError: no pieces, an unknown arm, a share or number of layers out of range, or pieces
-            without a cache.
+        CacheError: an unknown arm, too many tokens for the model, or a prefix that
+            does not start at position 0, is not of this model, or is compressed ("recompute").
 
     Example:
         >>> from kvlab import lab
         >>> model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
-        >>> pieces = [read(model, tokenizer(text).input_ids) for text in ("Anna lives in Rome.", " Ben has a dog.")]
-        >>> exact, again = splice(model, pieces, "full"), splice(model, pieces, "recompute", share=1.0)
-        >>> torch.allclose(exact.cache.layers[1].values, again.cache.layers[1].values, atol=1e-4)
-        True
+        >>> texts = tokenizer(["Anna lives in Rome.", " Ben has a dog."]).input_ids
+        >>> prefixes = [prefill(model, torch.tensor([ids])) for ids in texts]
+        >>> splice(model, prefixes, "shift").next_position
+        12
     """
-    require(
-        pieces, "There are no pieces to splice: give at least one, or ask the model without any."
-    )
-    require(arm in ARMS, f"The arm is {arm!r}: expected one of {', '.join(ARMS)}.")
-    require(0 <= share <= 1, f"share is {share}, expected 0 to 1.")
+    input_ids = list(chain.from_iterable(prefix.input_ids for prefix in prefixes))
+    _require_spliceable(model, prefixes, arm, len(input_ids))
+    tokens = torch.tensor([input_ids], device=model.device)
+    if arm == "full":
+        return prefill(model, tokens)
+    first = prefixes[0]
+    if arm == "prefix" and len(prefixes) > 1:
+        return prefill(model, tokens[:, len(first.input_ids) :], first)
+    cache = from_tensor(torch.cat([to_tensor(prefix.cache) for prefix in prefixes], dim=4))
+    if arm != "concat":
+        offsets, start = [], 0
+        for prefix in prefixes:
+            offsets += [start] * length(prefix.cache)
+            start += len(prefix.input_ids)
+        cache = shift(cache, torch.tensor(offsets, device=model.device), rotary_of(model))
+    if arm == "recompute" and len(prefixes) > 1:
+        cache = _recompute(model, cache, tokens, len(first.input_ids), fraction, early_layers)
+    return Prefix(cache, len(input_ids), input_ids)
+
+
+def _require_spliceable(model, prefixes: Sequence[Prefix], arm: str, tokens: int) -> None:
     config = model.config.get_text_config(decoder=True)
-    have, most = config.num_hidden_layers, config.max_position_embeddings
-    require(
-        early in range(1, have + 1),
-        f"early is {early}, expected 1 to {have}, the layers of the model.",
-    )
-    for piece in pieces[: loaded(arm)]:
-        require(
-            piece.cache,
-            "A piece has no keys and values: build the store with keep=('kv',), or use arm 'full'.",
-        )
-        seen = (
-            f"A piece has {len(piece.input_ids)} ids, and a cache of {length(piece.cache)} entries"
-        )
-        seen += f" in {len(piece.cache.layers)} layers; the model has {have}"
-        entries = len(piece.input_ids if piece.positions is None else piece.positions)
-        whole = length(piece.cache) == entries and len(piece.cache.layers) == have
-        require(whole, f"{seen}: give what `read` or a store of this model returned.")
-        seen = "A piece is compressed, and what was evicted cannot be computed again on it"
-        require(
-            piece.positions is None or arm != "recompute",
-            f"{seen}: use another arm, such as 'shift'.",
-        )
-    flat = [token for piece in pieces for token in piece.input_ids]
-    require(
-        len(flat) <= most,
-        f"The pieces have {len(flat)} tokens, the model reads up to {most}: give fewer.",
-    )
-    if arm == "recompute" and len(pieces) > 1:
-        cache = _recomputed(model, pieces, flat, share, early)
-    elif arm in ("full", "prefix"):
-        known = pieces[0] if arm == "prefix" else Piece((), None)
-        rest = torch.tensor([flat[len(known.input_ids) :]], device=model.device)
-        first = len(known.input_ids)
-        cache = (
-            prefill(model, rest, Prefix(known.cache, first) if first else None).cache
-            if rest.numel()
-            else _all_of(known.cache)
-        )
-    else:
-        cache = _joined(pieces, None if arm == "concat" else rotary_of(model))
-    return Prefix(cache, len(flat), flat)
+    limit = config.max_position_embeddings
+    if arm not in ARMS:
+        raise CacheError(f"The arm is {arm!r}: expected one of {', '.join(ARMS)}.")
+    if tokens > limit:
+        raise CacheError(f"There are {tokens} tokens, the model reads up to {limit}: give fewer.")
+    for prefix in prefixes[: CACHES_USED.get(arm)]:
+        ids, entries, end = len(prefix.input_ids), length(prefix.cache), prefix.next_position
+        if not entries <= ids == end or len(prefix.cache.layers) != config.num_hidden_layers:
+            message = f"A prefix has {ids} ids, {entries} entries and next position {end}"
+            raise CacheError(f"{message}: prefill it alone, from position 0, with this model.")
+        if arm == "recompute" and entries < ids:
+            raise CacheError(f"{ids - entries} evicted entries cannot be recomputed: use 'shift'.")
 
 
-@torch.no_grad()
-def read(model: PreTrainedModel, input_ids: Sequence[int]) -> Piece:
-    """Read tokens alone, from position 0.
-
-    Example:
-        >>> from kvlab import lab
-        >>> read(lab.load("lab-draft"), [5, 6, 7]).hidden_states.shape
-        torch.Size([1, 3, 128])
-    """
-    return next(_read(model, [list(input_ids)]))
-
-
-def _read(model: PreTrainedModel, rows: list[list[int]]) -> Iterator[Piece]:
-    """Read rows in one call. Padding stands on the right, where a causal model does not see it."""
-    require_supported(model)
-    require(rows and all(rows), "There is nothing to read: give at least one token id.")
-    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
-    out = model.base_model(input_ids=padded, use_cache=True)
-    tensor = to_tensor(out.past_key_values)
-    for b, ids in enumerate(rows):
-        row, stop = slice(b, b + 1), len(ids)
-        yield Piece(
-            ids, from_tensor(tensor[:, :, row, :, :stop]), out.last_hidden_state[row, :stop]
-        )
-
-
-def loaded(arm: str) -> int | None:
-    """How many pieces' caches an arm uses, from the first on; None for all of them.
-
-    Example:
-        >>> [100, 50, 50][: loaded("prefix")]
-        [100]
-    """
-    return {"full": 0, "prefix": 1}.get(arm)
-
-
-def _joined(pieces: Sequence[Piece], rotary: torch.nn.Module | None) -> DynamicCache:
-    """Pieces behind one another, moved to their places if a rotary embedding is given."""
-    starts = accumulate((len(piece.input_ids) for piece in pieces), initial=0)
-    moved = [
-        shift(p.cache, start, rotary) if rotary else p.cache
-        for p, start in zip(pieces, starts, strict=False)
-    ]
-    cache = _all_of(moved[0])
-    for after in moved[1:]:
-        cache = join(cache, after)
-    return cache
-
-
-def _all_of(cache: DynamicCache) -> DynamicCache:
-    """The same entries in a cache that is not the piece's own, to which its owner may add."""
-    return truncate(cache, length(cache))
-
-
-def _recomputed(
-    model: PreTrainedModel, pieces: Sequence[Piece], flat: list[int], share: float, early: int
+def _recompute(
+    model, cache: DynamicCache, tokens: Tensor, start: int, fraction: float, early_layers: int
 ) -> DynamicCache:
-    """Early layers are true for all tokens; above, the tokens that differ most there are computed on what is there."""
-    first, ids = len(pieces[0].input_ids), torch.tensor([flat], device=model.device)
-    stored = to_tensor(_joined(pieces, rotary_of(model)))  # (L, 2, 1, H_kv, T, D)
-    start = from_tensor(stored[:early, ..., :first, :])
-    shallow, start = first_layers(model, early), Prefix(start, first)
-    true = to_tensor(prefill(shallow, ids[:, first:], start).cache)
-    difference = (true - stored[:early])[-1].float().pow(2).sum((1, 2, 4))  # (2, T)
+    """CacheBlend: early layers for all tokens, later layers for those that differ most there."""
+    stored = to_tensor(cache)  # (L, 2, 1, H_kv, T, D)
+    early = stored[:early_layers]
+    first = Prefix(from_tensor(early[..., :start, :]), start)
+    true = to_tensor(prefill(first_layers(model, early_layers), tokens[:, start:], first).cache)
+    error = (true - early)[-1].float().pow(2).sum((1, 2, 4))  # (2, T)
     size = true[-1].float().pow(2).sum((1, 2, 4)).mean(1, keepdim=True)
-    difference = (difference / size).sum(0)[first:]
-    stored[:early] = true
-    chosen = difference.topk(round(share * len(difference))).indices.sort().values + first
+    difference = (error / size).sum(0)[start:]
+    stored[:early_layers] = true
+    chosen = difference.topk(round(fraction * len(difference))).indices.sort().values + start
     if not len(chosen):
         return from_tensor(stored)
-    slots = Slots(model, rows=1, room=len(flat))
-    slots.put(0, from_tensor(stored), len(flat))
-    step(model, slots, ids[:, chosen], slots.set_write_columns(chosen[None]), logits_to_keep=1)
+    slots = Slots(model, rows=1, room=tokens.shape[1])
+    slots.put(0, from_tensor(stored), tokens.shape[1])
+    step(model, slots, tokens[:, chosen], slots.set_write_columns(chosen[None]), logits_to_keep=1)
     return slots.entries(0)
 
 
@@ -321,88 +217,76 @@ def _recomputed(
 
 
 class KnowledgeCache:
-    """A store of items that one model has read. Make it with `build` or open it with `load`; `add` keeps it on disk.
+    """A store of items that one model has read. Make it with `build` or open it with `load`.
 
-    That the model is the right one is checked when a store is opened and when items are added, not
-    at each reading.
+    The model is checked when a store is opened and when items are added, not at each reading.
 
     Attributes:
         items: list of `Item`, in the order in which they were added.
-        embeddings: (len(items), E), unit vectors of their questions; E is 0 for a store built
-            without an embedder.
-        domains: where in `items` those of each domain are.
-        keep: what is kept of each item: "kv" (keys and values), "hidden" (last hidden states), or
-            both.
-        dtype: in which it is kept; reading converts it to the model's.
+        embeddings: (len(items), E), unit vectors of their questions; E is 0 without an embedder.
+        domains: from a domain's name to the indices of its items.
+        keep: the stored tensors: "kv" (keys and values), "hidden" (last hidden states), or both.
+        dtype: of the stored tensors; reading converts them to the model's.
     """
 
     def __init__(self, folder: Path, model, tokenizer, embedder, settings: dict):
         self.folder, self.model, self.tokenizer, self.embedder = folder, model, tokenizer, embedder
-        self.settings, self.skip_damaged = (
-            settings,
-            False,
-        )  # the first is the manifest but for the shards
-        self.keep, self.dtype = tuple(settings["keep"]), getattr(torch, settings["dtype"])
+        self.settings = settings  # the manifest without the shards
+        self.keep = tuple(settings["keep"])
+        self.dtype = getattr(torch, settings["dtype"])
         self.shards, self.items, self.domains = [], [], {}
-        self.embeddings = torch.empty(0, len(self.settings["embedder"]))
+        self.embeddings = torch.empty(0, len(settings["embedder"]))
 
     @classmethod
     def build(
         cls,
         folder: str | Path,
-        records: Iterable[Mapping[str, str]],
+        records: Records,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         embedder: Embedder | None = None,
         *,
         keep: Sequence[str] = ("kv",),
         dtype: torch.dtype | None = None,
-        generate: bool = False,
-        max_new_tokens: int = 128,
-        batch_size: int = 8,
-        compress: Compress | None = None,
+        **adding,
     ) -> "KnowledgeCache":
-        """Make a store, or open one that is there, and add records.
+        """Make a store, or open an existing one, and add records.
 
         Args:
-            folder: of the store; new, empty, or one that holds a store made with the same settings.
-            records, generate, max_new_tokens, batch_size, compress: see `add`.
+            folder: new, empty, or of a store with the same settings.
+            records: see `add`.
             embedder: a `SentenceTransformer`; without one, retrieval is by exact question only.
             keep: "kv" for keys and values, "hidden" for last hidden states (1, T, d), or both.
-            dtype: in which tensors are kept; by default that of the model.
+            dtype: of the stored tensors. Default: that of the model.
+            adding: options of `add`.
 
         Raises:
-            CacheError: the folder holds something else, or a store of another model, tokenizer,
+            CacheError: the folder holds other files, or a store of another model, tokenizer,
                 embedder or setting.
         """
-        several = isinstance(keep, list | tuple | set) and len(keep) > 0
-        require(
-            several and {*keep} <= {*PARTS},
-            f"keep is {keep!r}, expected a list of one or both of {PARTS}.",
-        )
-        dtype = model.dtype if dtype is None else dtype
-        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        require(floating, f"dtype is {dtype!r}, expected a floating one such as torch.float16.")
-        require_supported(model)
-        folder, state, records = _at(folder), _processes(model), _list(records)
-        asked = {
-            "keep": [part for part in PARTS if part in keep],
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        if state.is_main_process and not (folder / "manifest.json").exists():
-            settings = _settings(model, tokenizer, embedder, asked)
-            cls(folder, model, tokenizer, embedder, settings).estimate(
-                records, generate, max_new_tokens
-            )  # checks them
-            cls._create(folder, settings)
-        state.wait_for_everyone()
-        store = cls.load(folder, model, tokenizer, embedder)
-        have = {name: store.settings[name] for name in asked}
-        require(
-            have == asked,
-            f"The store in {folder} was built with {have}, not {asked}: build in another folder.",
-        )
-        store.add(records, generate, max_new_tokens, batch_size, compress)
+        if isinstance(keep, str) or not keep or not {*keep} <= {*PARTS}:
+            raise CacheError(f"keep is {keep!r}, expected a list of one or both of {PARTS}.")
+        dtype = dtype or model.dtype
+        if not dtype.is_floating_point:
+            raise CacheError(f"dtype is {dtype}, expected a floating one such as torch.float16.")
+        folder = _absolute(folder)
+        options = {"keep": [part for part in PARTS if part in keep]}
+        options["dtype"] = str(dtype).removeprefix("torch.")
+        if (folder / "manifest.json").exists():
+            store = cls.load(folder, model, tokenizer, embedder)
+        else:
+            require_supported(model)
+            _require_empty(folder)
+            probe = _embed(embedder, [PROBE])[0].tolist()
+            settings = {"version": FORMAT_VERSION, **options, "embedder": probe}
+            settings |= {"model": fingerprint(model), "tokenizer": _tokenizer_hashes(tokenizer)}
+            store = cls(folder, model, tokenizer, embedder, settings)
+        stored = {name: store.settings[name] for name in options}
+        if stored != options:
+            raise CacheError(
+                f"{folder} was built with {stored}, not {options}: use another folder."
+            )
+        store.add(records, **adding)
         return store
 
     @classmethod
@@ -412,38 +296,27 @@ class KnowledgeCache:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         embedder: Embedder | None = None,
-        *,
-        skip_damaged: bool = False,
     ) -> "KnowledgeCache":
-        """Open a store. Items are listed, their tensors are read from disk one item at a time, when asked for.
-
-        Args:
-            skip_damaged: open a store of which files are missing or damaged, without what they
-                held, and say so in a warning. Such a store cannot be added to; `export` it to a new
-                folder, and add there.
+        """Open a store. Items are listed; their tensors are read from disk item by item, on demand.
 
         Raises:
             CacheError: no store, a damaged one, or one of another model, tokenizer, rotary
                 embedding or embedder.
         """
-        folder = _at(folder)
-        manifest = _manifest(folder)
-        unlike = differences(manifest["model"], fingerprint(model))
-        hint = "load the store with what it was built with, or build another"
-        require(
-            not unlike, f"The store in {folder} was built with another model ({unlike}): {hint}."
-        )
-        own = _tokenizer_print(tokenizer)
-        unlike = " and ".join(part for part in own if own[part] != manifest["tokenizer"].get(part))
-        require(
-            not unlike,
-            f"The store in {folder} was built with another tokenizer (its {unlike} differs): {hint}.",
-        )
-        _require_embedder(folder, manifest["embedder"], embedder)
-        shards = manifest.pop("shards")
-        store = cls(folder, model, tokenizer, embedder, manifest)
-        store.skip_damaged = skip_damaged
-        store._open(shards)
+        folder = _absolute(folder)
+        manifest = _read_manifest(folder)
+        settings = {name: value for name, value in manifest.items() if name != "shards"}
+        makers = fingerprint(model) | {"tokenizer": _tokenizer_hashes(tokenizer)}
+        unlike = differences(manifest["model"] | {"tokenizer": manifest["tokenizer"]}, makers)
+        message = f"The store in {folder} was built with another"
+        if unlike:
+            raise CacheError(f"{message} model or tokenizer ({unlike}): load it with that.")
+        if embedder is not None:
+            probe = torch.tensor(settings["embedder"])
+            if cosine_similarity(_embed(embedder, [PROBE], len(probe))[0], probe, dim=0) < 0.999:
+                raise CacheError(f"{message} embedder: load it with that, or with none.")
+        store = cls(folder, model, tokenizer, embedder, settings)
+        store._open()
         return store
 
     def __len__(self) -> int:
@@ -452,273 +325,169 @@ class KnowledgeCache:
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
 
-    def __contains__(self, id: str) -> bool:
-        return any(item.id == id for item in self.items)
-
-    def __repr__(self) -> str:
-        return (
-            f"KnowledgeCache({str(self.folder)!r}: {len(self)} items of {len(self.shards)} shards)"
-        )
-
     def __getitem__(self, id: str) -> Item:
-        found = next((item for item in self.items if item.id == id), None)
-        require(found, f"There is no item {id!r} in {self.folder}: `items` lists what there is.")
-        return found
+        return {item.id: item for item in self.items}[id]
 
     # -- adding
 
-    def estimate(
-        self,
-        records: Iterable[Mapping[str, str]],
-        generate: bool = False,
-        max_new_tokens: int = 128,
-    ) -> int:
-        """Bytes of tensors that `add` would write; for answers yet to be generated the most that it could."""
-        todo = self._new(records, self._more(generate, max_new_tokens))
-        return self.bytes_of(
-            sum(len(item.input_ids) for item in todo) + generate * max_new_tokens * len(todo)
-        )
-
-    @staticmethod
-    def _more(generate: bool, max_new_tokens: int) -> int:
-        """Tokens by which each item can still grow."""
-        require(
-            max_new_tokens >= 1 or not generate,
-            f"max_new_tokens is {max_new_tokens}, expected at least 1.",
-        )
-        return max_new_tokens if generate else 0
+    def estimate(self, records: Records, generate: bool = False, max_new_tokens: int = 128) -> int:
+        """Bytes of tensors that `add` would write; an upper bound for answers yet to be generated."""
+        reserve = max_new_tokens if generate else 0
+        items = self._new(self._items(records, generate, max_new_tokens))
+        return sum(self.bytes_of(len(item.input_ids) + reserve) for item in items)
 
     def bytes_of(self, tokens: int, entries: int = 0) -> int:
-        """Bytes of the tensors that are kept of so many tokens, of whose cache so many entries are left (0: all)."""
+        """Bytes of an item with this number of tokens and of cache entries (0: one per token)."""
         config = self.model.config.get_text_config(decoder=True)
-        kept = {
-            "kv": bytes_per_token(config, self.dtype),
-            "hidden": config.hidden_size * self.dtype.itemsize,
-        }
-        return sum(
-            kept[part] * (entries or tokens if part == "kv" else tokens) for part in self.keep
-        )
+        sizes = {"kv": (entries or tokens) * bytes_per_token(config, self.dtype)}
+        sizes["hidden"] = tokens * config.hidden_size * self.dtype.itemsize
+        return sum(sizes[part] for part in self.keep)
 
     @torch.no_grad()
     def add(
         self,
-        records: Iterable[Mapping[str, str]],
+        records: Records,
         generate: bool = False,
         max_new_tokens: int = 128,
         batch_size: int = 8,
         compress: Compress | None = None,
     ) -> int:
-        """Read records and add them; what is there already is skipped. Returns how many were added.
+        """Prefill and add records that are not in the store; return the number of new items.
 
-        Items are safe on disk by the shard, so a run that was stopped goes on where it was. Under
-        `accelerate launch` each process reads a part, and the result is one store. One process at a
-        time may add to a store (others may read it). An item stays as it is: to correct an answer,
-        or to generate one anew, `remove` it first.
+        Items are safe on disk as soon as their shard is, so a run that was stopped continues where
+        it was. Under `accelerate launch` each process prefills a part, and the result is one store.
+        One run at a time may add to a store; others may read it.
 
         Args:
-            records: mappings with "question" and "answer" and, if wanted, "domain" and "id".
+            records: mappings with "question", "answer" and, optionally, "domain" and "id".
             generate: let the model answer, greedily; answers in the records are not used.
             max_new_tokens: of a generated answer.
             batch_size: of prefill and of generation.
-            compress: from token ids (1, T) to a smaller cache as `kvlab.compress` makes them, with
-                positions (1, k), the same for all heads: keys and values of its entries are kept,
-                so an item takes k / T of the bytes.
+            compress: from token ids (1, T) to a `Prefix` of k entries, with positions (1, k), the
+                same for all heads; see `kvlab.compress`. It takes k / T of the bytes.
 
         Raises:
-            CacheError: before any work: a record that lacks something, an id that is taken, a text
-                that is too long for the model, too little room on the disk, another process that is
-                adding.
+            CacheError: before any work: a record without a text, an id that is taken, a text that
+                is too long for the model, too little room on the disk, or another writer.
         """
-        require(
-            not self.skip_damaged,
-            f"{self.folder} was opened with skip_damaged: export it, and add there.",
-        )
-        unlike = differences(self.settings["model"], fingerprint(self.model))
-        require(
-            not unlike,
-            f"The model has changed since the store was opened ({unlike}): build another store.",
-        )
-        require(batch_size >= 1, f"batch_size is {batch_size}, expected at least 1.")
-        same = bool(self.settings["embedder"]) == (self.embedder is not None)
-        require(
-            same,
-            f"The store in {self.folder} was built with an embedder: load it with that, to add to it.",
-        )
-        state = _processes(self.model)
-        with self._only_writer(state):
-            more = self._more(generate, max_new_tokens)
-            todo = self._new(records, more)
-            groups = self._groups(todo, more)
-            amount = self.bytes_of(sum(len(item.input_ids) for item in todo)) / 1e6
-            label = f"reading {len(todo)} items, {'at least ' * generate}{amount:.1f} MB"
-            bar = tqdm(total=len(todo), desc=label, disable=not state.is_main_process or not todo)
+        if unlike := differences(self.settings["model"], fingerprint(self.model)):
+            raise CacheError(f"The model has changed since it opened {self.folder} ({unlike}).")
+        _embed(self.embedder, [PROBE], len(self.settings["embedder"]))
+        items = self._items(records, generate, max_new_tokens)
+        self._new(items)  # refuses a bad record before a new store's folder is made
+        state = PartialState(cpu=self.model.device.type == "cpu")
+        with self._writing() if state.is_main_process else nullcontext():
+            state.wait_for_everyone()
+            self._open()
+            items = self._new(items)
+            groups = self._groups(items, max_new_tokens if generate else 0)
             for first in range(0, len(groups), state.num_processes):
-                group = groups[first + state.process_index :][
-                    :1
-                ]  # none, if there are fewer than processes
-                made = [
-                    self._make(items, generate, max_new_tokens, batch_size, bar, compress)
-                    for items in group
-                ]
-                shards = self.shards + gather_object(made)
+                group = groups[first + state.process_index :][:1]  # of this process, if any
+                written = (
+                    [self._read(*group, max_new_tokens, batch_size, compress)] if group else []
+                )
+                self.shards += gather_object(written)
                 if state.is_main_process:
-                    _commit(self.folder, self.settings, shards)
-                state.wait_for_everyone()
-                self._open(shards)
-                bar.update(sum(map(len, groups[: first + state.num_processes])) - bar.n)
-            bar.close()
-        return len(todo)
+                    _commit(self.folder, self.settings, self.shards)
+            state.wait_for_everyone()
+            self._open()
+        return len(items)
 
-    def remove(self, ids: Iterable[str]) -> None:
-        """Take items out of the store, so that others can take their places. Their bytes go with an `export`."""
-        require(not isinstance(ids, str), f"ids is {ids!r}, expected a list of ids.")
-        with self._only_writer():
-            gone = [self[id] for id in ids]
-            shards = [
-                shard
-                | {
-                    "removed": shard.get("removed", [])
-                    + [i.number for i in gone if i.shard == shard["name"]]
-                }
-                for shard in self.shards
-            ]
-            _commit(self.folder, self.settings, shards)
-            self._open(shards)
+    def _items(self, records, generate: bool, max_new_tokens: int) -> list[Item]:
+        """Items without tensors, and without answers if these are yet to be generated."""
+        if generate and max_new_tokens < 1:
+            raise CacheError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+        limit = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        items = []
+        for number, record in enumerate(records):
+            for field in ("question",) if generate else ("question", "answer"):
+                value = record.get(field)
+                if not isinstance(value, str) or not value.strip():
+                    raise CacheError(f"Record {number} has {field!r} = {value!r}, expected a text.")
+            question, answer = record["question"], "" if generate else record["answer"]
+            texts = [str(record.get("domain") or ""), question, answer]
+            input_ids, start = _tokenize(self.tokenizer, question, answer)
+            count = len(input_ids) + (max_new_tokens if generate else 0)
+            if count > limit:
+                message = (
+                    f"Record {number} has {count} tokens with its answer, the model reads up to"
+                )
+                raise CacheError(f"{message} {limit}: make it shorter.")
+            name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+            id = str(record.get("id") or name)
+            items.append(Item(id, *texts, tuple(input_ids), start, generate))
+        return items
 
-    def _new(self, records: Iterable[Mapping[str, str]], more: int) -> list[Item]:
-        """Items without tensors for those records that are not there yet; checks them all.
-
-        If the model is to answer, with `more` tokens at most, the items have no answers yet.
-        """
-        known, ids, todo = (
-            {item.key for item in self.items},
-            {item.id: item.key for item in self.items},
-            [],
-        )
-        for number, record in enumerate(_list(records)):
-            item = self._item(number, record, more)
-            if item.key in known:
+    def _new(self, items: Sequence[Item]) -> list[Item]:
+        """Those items that are not in the store."""
+        keys, ids = {item.key for item in self.items}, {item.id for item in self.items}
+        new = []
+        for item in items:
+            if item.key in keys:
                 continue
-            hint = "give each record an id of its own, or none; to correct an answer, `remove` the item first"
-            require(
-                item.id not in ids,
-                f"Record {number} has the id {item.id!r} of another item: {hint}.",
-            )
-            todo.append(item)
-            known.add(item.key)
-            ids[item.id] = item.key
-        return todo
+            if item.id in ids:
+                raise CacheError(f"Two items have the id {item.id!r}: give each its own, or none.")
+            new.append(item)
+            keys.add(item.key)
+            ids.add(item.id)
+        return new
 
-    def _item(self, number: int, record: Mapping[str, str], more: int) -> Item:
-        needed = ("question",) if more else ("question", "answer")
-        for field in (*needed, "domain", "id"):
-            value = record.get(field) if isinstance(record, Mapping) else None
-            left_out = field not in needed and value in (None, "")
-            fine = left_out or (isinstance(value, str) and value.strip())
-            require(
-                fine,
-                f"Record {number} has {field!r} = {value!r}, expected a text: {str(record)[:80]}",
-            )
-        question, domain = record["question"], record.get("domain") or ""
-        answer = "" if more else record["answer"]
-        ids, start = _tokens(self.tokenizer, question, answer)
-        most = self.model.config.get_text_config(decoder=True).max_position_embeddings
-        seen = f"Record {number} has {len(ids)} tokens" + f" and an answer of up to {more}" * bool(
-            more
-        )
-        require(len(ids) + more <= most, f"{seen}, the model reads up to {most}: make it shorter.")
-        name = hashlib.sha256(json.dumps([domain, question, answer]).encode()).hexdigest()[:16]
-        return Item(
-            record.get("id") or name, domain, question, answer, tuple(ids), start, bool(more)
-        )
+    def _groups(self, items: list[Item], reserve: int = 0) -> list[list[Item]]:
+        """Items by shard; each may still grow by `reserve` tokens."""
+        longest = max((len(item.input_ids) for item in items), default=0) + reserve
+        count = min(SHARD_ITEMS, SHARD_BYTES // max(1, self.bytes_of(longest))) or 1
+        return [items[i : i + count] for i in range(0, len(items), count)]
 
-    def _groups(self, todo: list[Item], more: int) -> list[list[Item]]:
-        """Items of a shard each; `more` tokens of each are yet to come."""
-        groups, size, total = [], 0, 0
-        for item in todo:
-            own = self.bytes_of(len(item.input_ids) + more)
-            if not groups or size + own > SHARD_BYTES or len(groups[-1]) == SHARD_ITEMS:
-                groups.append([])
-                size = 0
-            groups[-1].append(item)
-            size, total = size + own, total + own
-        free = shutil.disk_usage(self.folder).free
-        seen = (
-            f"The new items take {total / 1e6:.0f} MB, {self.folder} has {free / 1e6:.0f} MB left"
-        )
-        require(total < free, f"{seen}: free some, keep less, or use a smaller dtype.")
-        return groups
-
-    def _make(
-        self,
-        items: list[Item],
-        generate: bool,
-        max_new_tokens: int,
-        batch_size: int,
-        bar: tqdm,
-        compress: Compress | None,
-    ) -> dict:
-        """Read the items of a shard and write its files; nothing refers to them yet."""
-        if generate:
+    def _read(self, items, max_new_tokens: int, batch_size: int, compress: Compress | None) -> dict:
+        """Prefill the items of a shard and write its files; the manifest does not list them yet."""
+        if items[0].generated:
             prompts = [list(item.input_ids) for item in items]
             answers = continuations(self.model, self.tokenizer, prompts, max_new_tokens, batch_size)
-            items = [_answered(self.tokenizer, *pair) for pair in zip(items, answers, strict=True)]
-        order = sorted(
-            range(len(items)), key=lambda i: len(items[i].input_ids)
-        )  # alike lengths, little padding
-        tensors: dict[int, dict[str, Tensor]] = {}
-        for start in range(0, len(order), batch_size):
+            for i, (item, ids) in enumerate(zip(items, answers, strict=True)):
+                text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                items[i] = replace(item, answer=text, input_ids=(*item.input_ids, *ids))
+        tensors: list[dict[str, Tensor]] = [{}] * len(items)
+        order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))  # little padding
+        for start in tqdm(range(0, len(order), batch_size), desc="reading items", leave=False):
             batch = order[start : start + batch_size]
-            for i, piece in zip(
-                batch, _read(self.model, [list(items[i].input_ids) for i in batch]), strict=True
-            ):
-                parts, more = {"hidden": piece.hidden_states}, {}
+            rows = _prefill_rows(self.model, [items[i].input_ids for i in batch])
+            for i, parts in zip(batch, rows, strict=True):
                 if compress and "kv" in self.keep:
-                    items[i], parts["kv"], more = self._compressed(items[i], compress)
-                elif "kv" in self.keep:
-                    parts["kv"] = to_tensor(piece.cache)
-                tensors[i] = {
-                    part: parts[part].to("cpu", self.dtype, copy=True) for part in self.keep
-                } | more
-            bar.update(len(batch))
-        embeddings = _embed(self.embedder, [item.question for item in items])
-        return self._write(items, [tensors[i] for i in range(len(items))], embeddings)
+                    parts["kv"], positions = self._compressed(items[i], compress)
+                    items[i] = replace(items[i], kept=len(positions))
+                tensors[i] = {p: parts[p].to("cpu", self.dtype, copy=True) for p in self.keep}
+                if items[i].kept:
+                    tensors[i]["positions"] = positions
+        return self._write(items, tensors, _embed(self.embedder, [item.question for item in items]))
 
-    def _compressed(self, item: Item, compress: Compress) -> tuple[Item, Tensor, dict[str, Tensor]]:
-        """The item with the number of its entries, these, and their positions."""
+    def _compressed(self, item: Item, compress: Compress) -> tuple[Tensor, Tensor]:
+        """Stacked keys and values (L, 2, 1, H_kv, k, D), and their positions (k,)."""
         small = compress(torch.tensor([item.input_ids], device=self.model.device))
-        positions, kept = small.positions, length(small.prefix.cache)
-        seen = f"compress returned positions {tuple(positions.shape)} for {kept} entries"
-        hint = "let all heads keep the same (shared=True)"
-        require(positions.shape == (1, kept), f"{seen}, expected (1, {kept}): {hint}.")
-        told = small.prefix.next_position == len(item.input_ids)
-        require(told, "compress moved the entries: give them where they stood, without `compact`.")
-        return (
-            replace(item, kept=kept),
-            to_tensor(small.prefix.cache),
-            {"positions": positions[0].to("cpu", copy=True)},
-        )
+        positions, count, stop = small.positions, length(small.cache), len(item.input_ids)
+        if positions.shape != (1, count) or small.next_position != stop:
+            message = (
+                f"compress returned positions {tuple(positions.shape)} for {count} entries, next"
+            )
+            message += f" {small.next_position}, expected (1, {count}) and {stop}"
+            raise CacheError(f"{message}: keep the same for all heads (shared=True), not moved.")
+        return to_tensor(small.cache), positions[0].to("cpu", copy=True)
 
-    def _write(
-        self, items: list[Item], tensors: list[dict[str, Tensor]], embeddings: Tensor
-    ) -> dict:
+    def _write(self, items, tensors: list[dict[str, Tensor]], embeddings: Tensor) -> dict:
         """Write the two files of a shard and return its entry for the manifest."""
         name = os.urandom(8).hex()
         data, index = self._paths(name)
         data.parent.mkdir(exist_ok=True)
-        write_tensors(
-            data, {f"{i}.{part}": t for i, own in enumerate(tensors) for part, t in own.items()}
-        )
-        rows = [
-            asdict(replace(item, input_ids=(), shard="", number=i, checksum=_checksum(own)))
-            for i, (item, own) in enumerate(zip(items, tensors, strict=True))
-        ]
-        flat = torch.tensor(
-            [token for item in items for token in item.input_ids], dtype=torch.int32
-        )
-        lengths = torch.tensor([len(item.input_ids) for item in items])
-        table = {"input_ids": flat, "lengths": lengths, "embeddings": embeddings}
-        write_tensors(index, table, {"items": json.dumps(rows)})
+        named, rows = {}, []
+        for number, (item, parts) in enumerate(zip(items, tensors, strict=True)):
+            named |= {f"{number}.{part}": tensor for part, tensor in parts.items()}
+            row = replace(
+                item, input_ids=(), shard="", number=number, checksum=_item_checksum(parts)
+            )
+            rows.append(asdict(row))
+        write_tensors(data, named)
+        ids = [torch.tensor(item.input_ids, dtype=torch.int32) for item in items]
+        table = {"input_ids": torch.cat(ids), "lengths": torch.tensor([len(i) for i in ids])}
+        write_tensors(index, table | {"embeddings": embeddings}, {"items": json.dumps(rows)})
         sizes = {"bytes": data.stat().st_size, "index": xxh3_128_hexdigest(index.read_bytes())}
         return {"name": name, "items": len(items), **sizes}
 
@@ -726,183 +495,135 @@ class KnowledgeCache:
         shards = self.folder / "shards"
         return shards / f"{name}.safetensors", shards / f"{name}.index.safetensors"
 
-    @staticmethod
-    def _create(folder: Path, settings: dict) -> None:
-        """Make an empty store, unless another process has just made one."""
-        require(not folder.is_file(), f"{folder} is a file: give a new or an empty folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        odd = sorted(
-            path.name
-            for path in folder.iterdir()
-            if not path.name.startswith((".manifest", ".lock"))
-        )
-        made = "manifest.json" in odd
-        require(
-            made or not odd,
-            f"{folder} holds {odd[:3]} and no store: give a new or an empty folder.",
-        )
-        with _lock(folder):
-            if not (folder / "manifest.json").exists():
-                _commit(folder, settings, [])
-
     @contextmanager
-    def _only_writer(self, state: PartialState | None = None) -> Iterator[None]:
-        """Hold the store's lock, take up what others have added, and remove what a kill has left.
-
-        With `state`, all processes of a run come here, and the main one holds the lock for them.
-        """
-        main, wait = (
-            (state.is_main_process, state.wait_for_everyone) if state else (True, lambda: None)
-        )
-        with _lock(self.folder) if main else nullcontext():
-            wait()
-            self._open(_manifest(self.folder)["shards"])
-            if main:
-                named = {path for shard in self.shards for path in self._paths(shard["name"])}
-                for path in {
-                    *self.folder.glob("shards/*"),
-                    *self.folder.glob("**/.*.part"),
-                } - named:
-                    if LEFTOVER.fullmatch(path.name):  # else it is not from here
+    def _writing(self) -> Iterator[None]:
+        """Hold the store's lock. Make a new store, or delete the leftovers of a kill."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock").acquire(timeout=0):
+                if not (self.folder / "manifest.json").exists():
+                    _commit(self.folder, self.settings, [])
+                self._open()
+                listed = {path for shard in self.shards for path in self._paths(shard["name"])}
+                files = {*self.folder.glob("shards/*"), *self.folder.glob("**/.*.part")}
+                for path in files - listed:
+                    if LEFTOVER.fullmatch(path.name):  # other files are not from here
                         path.unlink()
-            wait()
-            yield
+                yield
+        except Timeout as error:
+            raise CacheError(f"Another writer is adding to {self.folder}: wait for it.") from error
 
     # -- opening and reading
 
-    def _open(self, shards: list[dict]) -> None:
-        """List the items of shards, reading those that are not listed yet."""
-        kept = len(self.shards) if self.shards == shards[: len(self.shards)] else 0
-        listed, found = (self.items[:], [self.embeddings]) if kept else ([], [self.embeddings[:0]])
-        for shard in shards[kept:]:
-            try:
-                items, embeddings = self._index(shard)
-            except CacheError as error:
-                if not self.skip_damaged:
-                    raise
-                warnings.warn(f"{shard['items']} items are left out. {error}", stacklevel=3)
-                continue
-            listed += items
-            found.append(embeddings)
-        self.shards, self.items, self.embeddings = list(shards), listed, torch.cat(found)
-        names = [item.domain for item in self.items]
-        self.domains = {
-            name: torch.tensor(rows)
-            for name, rows in pd.Series(names).groupby(names).indices.items()
-        }
+    def _open(self) -> None:
+        """Read the manifest and the indexes."""
+        manifest = _read_manifest(self.folder)
+        shards = manifest.pop("shards")
+        if manifest != self.settings:
+            raise CacheError(f"{self.folder} now has other settings: load it again.")
+        items, embeddings, domains = [], [self.embeddings[:0]], {}
+        for shard in shards:
+            more, vectors = self._read_index(shard)
+            items += more
+            embeddings.append(vectors)
+        for i, item in enumerate(items):
+            domains.setdefault(item.domain, []).append(i)
+        self.shards, self.items, self.embeddings = shards, items, torch.cat(embeddings)
+        self.domains = {name: torch.tensor(rows) for name, rows in domains.items()}
 
-    def _index(self, shard: dict) -> tuple[list[Item], Tensor]:
+    def _read_index(self, shard: dict) -> tuple[list[Item], Tensor]:
         data, index = self._paths(shard["name"])
-        hint = f"restore it from a copy, or open the store with skip_damaged=True (without its {shard['items']} items)"
-        for path in (data, index):
-            require(path.is_file(), f"{path} is missing, which the store's manifest names: {hint}.")
-        size = data.stat().st_size
-        require(
-            size == shard["bytes"], f"{data} has {size} bytes, expected {shard['bytes']}: {hint}."
-        )
-        whole = xxh3_128_hexdigest(index.read_bytes()) == shard["index"]
-        require(whole, f"{index} is damaged (its contents do not match its checksum): {hint}.")
+        try:
+            intact = data.stat().st_size == shard["bytes"]
+            intact &= xxh3_128_hexdigest(index.read_bytes()) == shard["index"]
+        except OSError:
+            intact = False
+        if not intact:
+            message = f"{data} or its index is missing, damaged or cut short"
+            raise CacheError(f"{message}: restore both from a backup, or build another store.")
         with safe_open(index, "pt") as file:
             rows = json.loads(file.metadata()["items"])
-            ids, lengths, embeddings = (
-                file.get_tensor(name) for name in ("input_ids", "lengths", "embeddings")
-            )
-            texts = ids.split(lengths.tolist())
-            embeddings = embeddings.clone()  # not a map of the file
-        gone, items = shard.get("removed", []), []
-        for row, text in zip(rows, texts, strict=True):
-            items.append(Item(**row | {"input_ids": tuple(text.tolist()), "shard": shard["name"]}))
-        left = [i for i in range(len(items)) if i not in gone]
-        return [items[i] for i in left], embeddings[left]
+            texts = file.get_tensor("input_ids").split(file.get_tensor("lengths").tolist())
+            embeddings = file.get_tensor("embeddings").clone()  # not a map of the file
+        removed = shard.get("removed", [])  # in stores of earlier versions
+        left = [number for number in range(len(rows)) if number not in removed]
+        items = []
+        for number in left:
+            ids = tuple(texts[number].tolist())
+            items.append(Item(**rows[number] | {"input_ids": ids, "shard": shard["name"]}))
+        return items, embeddings[left]
 
-    def read(self, item: Item | Hit | str) -> Piece:
-        """Read the tensors of an item (or of a hit, or an id) from disk, in the model's dtype and on its device.
+    def read(self, item: Item) -> Prefix:
+        """Read the keys and values of an item from disk, in the model's dtype and on its device.
 
         Raises:
-            CacheError: they are missing or do not match their checksum; other items are not
-                affected.
+            CacheError: the store keeps no keys and values, or the item's tensors are missing or
+                damaged; other items are not affected.
         """
-        item, kind = self._item_of(item), {"device": self.model.device, "dtype": self.model.dtype}
-        own = self._tensors(item)
-        positions = own.pop("positions").to(self.model.device) if item.kept else None
-        own = {part: tensor.to(**kind) for part, tensor in own.items()}
-        return Piece(
-            item.input_ids,
-            from_tensor(own["kv"]) if "kv" in own else None,
-            own.get("hidden"),
-            positions,
-        )
+        tensors, device, count = self._tensors(item, "kv"), self.model.device, len(item.input_ids)
+        cache = from_tensor(tensors["kv"].to(device, self.model.dtype))
+        positions = tensors.get("positions", torch.arange(count)).to(device)
+        return Prefix(cache, count, item.input_ids, positions=positions[None])
 
-    def _tensors(self, item: Item) -> dict[str, Tensor]:
-        """The tensors of an item as they were stored, in memory that the file is mapped to."""
+    def hidden_states(self, item: Item) -> Tensor:
+        """Read the last hidden states of an item from disk, (1, T, d); see `read`."""
+        hidden = self._tensors(item, "hidden")["hidden"]
+        return hidden.to(self.model.device, self.model.dtype)
+
+    def _tensors(self, item: Item, needed: str | None = None) -> dict[str, Tensor]:
+        """The tensors of an item as stored, in memory that the file is mapped to."""
+        if needed and needed not in self.keep:
+            raise CacheError(f"The store keeps no {needed!r}: build one with keep=['{needed}'].")
         path, _ = self._paths(item.shard)
-        hint = "restore the file from a copy, or export the store and add the item again"
+        parts = [*self.keep, "positions"] if item.kept else self.keep
         try:
             with safe_open(path, "pt") as file:
-                parts = [*self.keep, "positions"] if item.kept else self.keep
-                own = {part: file.get_tensor(f"{item.number}.{part}") for part in parts}
-        except (SafetensorError, OSError) as error:
-            raise CacheError(
-                f"Item {item.id!r} cannot be read from {path} ({error}): {hint}."
-            ) from error
-        whole = _checksum(own) == item.checksum
-        require(
-            whole,
-            f"Item {item.id!r} in {path} is damaged (it does not match its checksum): {hint}.",
-        )
-        return own
+                tensors = {part: file.get_tensor(f"{item.number}.{part}") for part in parts}
+        except (SafetensorError, OSError):
+            tensors = {}
+        if _item_checksum(tensors) != item.checksum:
+            message = f"Item {item.id!r} in {path} is missing or damaged"
+            raise CacheError(f"{message}: restore the file from a backup, or build another store.")
+        return tensors
 
-    def splice(
-        self, items: Sequence[Item | Hit | str], arm: str = "recompute", **options
-    ) -> Prefix:
-        """Read items and put them behind one another, as turns of one conversation; see `kvlab.knowledge.splice`.
+    def splice(self, items: Sequence[Item | Hit], arm: str = "recompute", **options) -> Prefix:
+        """Read items and join them as turns of one conversation; see `kvlab.knowledge.splice`.
 
-        What the chat template opens every conversation with (a token, a system prompt) stays with
-        the first item only, so it is no attention sink in the middle. `prompt` gives the ids of a
-        question that goes on from here.
+        The tokens with which the chat template opens every conversation (a begin token, a system
+        prompt) stay with the first item only, so there is no attention sink in the middle. `prompt`
+        gives the ids of a question that follows.
         """
-        found = [
-            self._item_of(item)
-            for item in ([items] if isinstance(items, str | Item | Hit) else items)
-        ]
-        pieces = [self.read(item) for item in found[: loaded(arm)]]
-        pieces += [
-            Piece(item.input_ids, None) for item in found[len(pieces) :]
-        ]  # these are read anew, not from disk
-        return splice(
-            self.model,
-            pieces[:1] + [self._without_opening(piece) for piece in pieces[1:]],
-            arm,
-            **options,
-        )
+        prefixes = []
+        for number, item in enumerate(items):
+            item = item.item if isinstance(item, Hit) else item
+            prefix = Prefix(None, len(item.input_ids), item.input_ids)  # prefilled again by the arm
+            if number < CACHES_USED.get(arm, len(items)):
+                prefix = self.read(item)
+            prefixes.append(self._without_opening(prefix) if number else prefix)
+        return splice(self.model, prefixes, arm, **options)
 
-    def _without_opening(self, piece: Piece) -> Piece:
-        start, cache, positions = self._opening, piece.cache, piece.positions
-        if start and cache:
-            stand = (
-                torch.arange(len(piece.input_ids), device=self.model.device)
-                if positions is None
-                else positions
-            )
-            kept = (stand >= start).nonzero()[:, 0]
-            cache = shift(select(cache, kept), -start, rotary_of(self.model))
-            positions = None if positions is None else positions[kept] - start
-        return Piece(piece.input_ids[start:], cache, None, positions)
+    def _without_opening(self, prefix: Prefix) -> Prefix:
+        start, cache = self._opening, prefix.cache
+        ids = prefix.input_ids[start:]
+        if start and cache is not None:
+            left = (prefix.positions[0] >= start).nonzero()[:, 0]
+            cache = shift(select(cache, left), -start, rotary_of(self.model))
+        return Prefix(cache, len(ids), ids)
 
     @cached_property
     def _opening(self) -> int:
-        return _opening(self.tokenizer)
+        """The number of tokens that the template puts before the first turn only."""
+        turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
+        alone, later = encode(self.tokenizer, turns[:1]), encode(self.tokenizer, turns)
+        start = 0
+        while later[len(later) - len(alone) + start :] != alone[start:]:
+            start += 1
+        # Without the question in the rest, a first turn has a form of its own.
+        return start if PROBE in self.tokenizer.decode(alone[start:]) else 0
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of a question that follows spliced items, up to where its answer begins."""
         return encode(self.tokenizer, [{"role": "user", "content": question}])[self._opening :]
-
-    def _item_of(self, given: "Item | Hit | str") -> Item:
-        item = self[given] if isinstance(given, str) else getattr(given, "item", given)
-        own = isinstance(item, Item) and item.shard in {shard["name"] for shard in self.shards}
-        seen = f"{given!r:.60} is not an item of the store in {self.folder}"
-        require(own, f"{seen}: give one of its `items`, a hit, or an id.")
-        return item
 
     # -- finding
 
@@ -914,214 +635,144 @@ class KnowledgeCache:
         domain: str | None = None,
         exact: bool = False,
     ) -> list[Hit]:
-        """The items whose questions are most like this one, best first; none if none is alike enough.
+        """The items with the most similar questions, best first; an empty list if there are none.
 
         Args:
-            k: at most so many.
-            threshold: least cosine similarity of a hit, which depends on the embedder: measure what
+            k: largest number of hits.
+            threshold: minimum cosine similarity of a hit. It depends on the embedder: measure what
                 it lets through (see chapter 01). -1 gives the nearest items in any case.
-            domain: look among the items of this domain only.
-            exact: only items with the same question, but for case, punctuation and space (so it is
-                without an embedder).
+            domain: search the items of this domain only.
+            exact: only items with the same question, ignoring case, punctuation and space (the
+                only way without an embedder).
 
         Raises:
-            CacheError: k is not positive, the domain is unknown, the question is no text.
+            CacheError: k is not positive, or the domain is unknown.
         """
-        require(
-            isinstance(question, str) and question.strip(),
-            f"The question is {question!r}, expected a text.",
-        )
-        require(isinstance(k, int) and k >= 1, f"k is {k!r}, expected a whole number from 1.")
-        require(threshold >= -1, f"threshold is {threshold}, expected a cosine, -1 to 1.")
-        able = exact or self.embedder or not self.settings["embedder"]
-        require(
-            able,
-            f"The store in {self.folder} was opened without its embedder: load it with that, or pass exact=True.",
-        )
-        rows = slice(None) if domain is None else self.domains.get(domain)
-        require(
-            rows is not None,
-            f"There is no domain {domain!r} in {self.folder}: it has {sorted(self.domains)}.",
-        )
-        places = range(len(self)) if domain is None else rows.tolist()
-        if exact or not self.embedder:
-            wanted = _normal(question)
-            same = [i for i in places if _normal(self.items[i].question) == wanted]
+        if k < 1:
+            raise CacheError(f"k is {k}, expected a positive integer.")
+        rows = self._rows(domain)
+        if exact or not self.settings["embedder"]:
+            text = _normal(question)
+            same = [i for i in rows.tolist() if _normal(self.items[i].question) == text]
             return [Hit(self.items[i], 1.0) for i in same[:k]]
-        scores = self.embeddings[rows] @ _embed(self.embedder, [question])[0]
-        best = scores.topk(min(k, len(scores)))
-        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        return [Hit(self.items[places[i]], score) for score, i in pairs if score >= threshold]
+        vector = _embed(self.embedder, [question], self.embeddings.shape[1])[0]
+        embeddings = self.embeddings if domain is None else self.embeddings[rows]
+        best = (embeddings @ vector).topk(min(k, len(rows)))
+        hits = zip(rows[best.indices].tolist(), best.values.tolist(), strict=True)
+        return [Hit(self.items[i], score) for i, score in hits if score >= threshold]
+
+    def _rows(self, domain: str | None) -> Tensor:
+        """The indices of a domain's items, or of all."""
+        if domain is None:
+            return torch.arange(len(self.items))
+        if domain not in self.domains:
+            names = sorted(self.domains)
+            raise CacheError(f"There is no domain {domain!r} in {self.folder}: it has {names}.")
+        return self.domains[domain]
 
     def summary(self) -> pd.DataFrame:
         """Items, tokens and megabytes (10^6 bytes) by domain, and in all."""
-        rows = [(item.domain, 1, item.generated, len(item.input_ids), len(item.input_ids) - item.answer_start,
-                 self.bytes_of(len(item.input_ids), item.kept) / 1e6) for item in self.items]  # fmt: skip
-        names = ["domain", "items", "generated", "tokens", "answer tokens", "size (MB)"]
-        table = pd.DataFrame(rows, columns=names).groupby("domain").sum()
-        table = pd.concat(
-            [table, table.sum().to_frame("all").T]
-        )  # a domain may be called "all" too
-        return table.astype(dict.fromkeys(names[1:-1], int))
+        columns = ["domain", "items", "generated", "tokens", "answer tokens", "size (MB)"]
+        rows = []
+        for item in self.items:
+            tokens, size = len(item.input_ids), self.bytes_of(len(item.input_ids), item.kept)
+            answer_tokens = tokens - item.answer_start
+            rows.append((item.domain, 1, item.generated, tokens, answer_tokens, size / 1e6))
+        table = pd.DataFrame(rows, columns=columns).groupby("domain").sum()
+        table = pd.concat([table, table.sum().to_frame("all").T])
+        return table.astype(dict.fromkeys(columns[1:-1], int))
 
     # -- copying
 
     def export(self, folder: str | Path, domain: str | None = None) -> "KnowledgeCache":
-        """Copy the items of one domain, or all, to another store, new or there already, and return that.
+        """Copy the items of one domain, or all, to another store, new or existing, and return that.
 
-        What is there already is skipped, so an export is brought up to date by another. A store
-        opened with `skip_damaged` leaves out what cannot be read, and says so in a warning.
+        Existing items are skipped, so an export is brought up to date by another.
 
         Raises:
-            CacheError: the domain is unknown, or the folder holds something else, or a store that
-                this one does not fit.
+            CacheError: the domain is unknown, or the folder holds other files or a store with other
+                settings.
         """
-        names, folder = sorted(self.domains), _at(folder)
-        require(
-            domain is None or domain in names,
-            f"There is no domain {domain!r} in {self.folder}: it has {names}.",
-        )
-        if not (folder / "manifest.json").exists():
-            self._create(folder, self.settings)
-        copy = KnowledgeCache.load(folder, self.model, self.tokenizer, self.embedder)
-        seen = f"The store in {folder} was built with other settings than that in {self.folder}"
-        require(copy.settings == self.settings, f"{seen}: give a new or an empty folder.")
-        vectors = {
-            item.id: vector for item, vector in zip(self.items, self.embeddings, strict=True)
-        }
-        with copy._only_writer():
-            known, ids = {item.key for item in copy.items}, {item.id for item in copy.items}
-            chosen = [
-                item
-                for item in self.items
-                if domain in (None, item.domain) and item.key not in known
-            ]
-            twice = sorted(ids.intersection(item.id for item in chosen))
-            require(
-                not twice,
-                f"{folder} has another item with the id {twice[:1]}: give a new or an empty folder.",
-            )
-            for group in copy._groups(chosen, 0):
-                found = {item: own for item in group if (own := self._readable(item)) is not None}
-                if found:
-                    embeddings = torch.stack([vectors[item.id] for item in found])
-                    shards = [*copy.shards, copy._write([*found], [*found.values()], embeddings)]
-                    _commit(copy.folder, copy.settings, shards)
-                    copy._open(shards)
+        folder, rows = _absolute(folder), self._rows(domain).tolist()
+        models = self.model, self.tokenizer, self.embedder
+        if (folder / "manifest.json").exists():
+            copy = KnowledgeCache.load(folder, *models)
+        else:
+            _require_empty(folder)
+            copy = KnowledgeCache(folder, *models, self.settings)
+        if copy.settings != self.settings:
+            raise CacheError(f"The settings of {folder} are others: give a new or an empty folder.")
+        items = [self.items[i] for i in rows]
+        vectors = {item.id: self.embeddings[i] for i, item in zip(rows, items, strict=True)}
+        with copy._writing():
+            for group in copy._groups(copy._new(items)):
+                tensors = [self._tensors(item) for item in group]
+                embeddings = torch.stack([vectors[item.id] for item in group])
+                copy.shards.append(copy._write(group, tensors, embeddings))
+                _commit(copy.folder, copy.settings, copy.shards)
+            copy._open()
         return copy
 
-    def _readable(self, item: Item) -> dict[str, Tensor] | None:
-        try:
-            return self._tensors(item)
-        except CacheError as error:
-            if not self.skip_damaged:
-                raise
-            warnings.warn(f"One item is left out. {error}", stacklevel=3)
-            return None
+
+def _prefill_rows(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]]
+) -> Iterator[dict[str, Tensor]]:
+    """For each row its "kv" (L, 2, 1, H_kv, T, D) and last "hidden" states (1, T, d).
+
+    Padding is on the right, where a causal model does not attend to it.
+    """
+    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
+    output = model.base_model(input_ids=padded, use_cache=True)
+    stacked = to_tensor(output.past_key_values)
+    for b, row in enumerate(rows):
+        hidden = output.last_hidden_state[b : b + 1, : len(row)]
+        yield {"kv": stacked[:, :, b : b + 1, :, : len(row)], "hidden": hidden}
 
 
-# -- what makes a store fit
+# -- settings and manifest
 
 
-def _at(folder: str | Path) -> Path:
+def _absolute(folder: str | Path) -> Path:
     return Path(folder).expanduser().absolute()
 
 
-def _list(records: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Records as a list; one alone, a text or a table is a slip."""
-    odd = isinstance(records, str | bytes | Mapping | pd.DataFrame) or not isinstance(
-        records, Iterable
-    )
-    hint = "give a list of mappings (of a table, table.to_dict('records'))"
-    require(not odd, f"records is a {type(records).__name__}: {hint}.")
-    return list(records)
-
-
-def _settings(model, tokenizer, embedder: Embedder | None, asked: dict) -> dict:
-    """What a store is built with, as its manifest has it; the embedder by what it makes of one sentence."""
-    prints = {"model": fingerprint(model), "tokenizer": _tokenizer_print(tokenizer)}
-    probe = _embed(embedder, [PROBE])[0].tolist()
-    return json.loads(json.dumps({"version": FORMAT_VERSION, **asked, **prints, "embedder": probe}))
+def _require_empty(folder: Path) -> None:
+    """Refuse a folder that holds anything except what a killed `build` leaves."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    names = [name for name in names if not name.startswith((".manifest", ".lock"))]
+    if names:
+        raise CacheError(f"{folder} holds {names[:3]} and no store: give a new or an empty folder.")
 
 
 def _commit(folder: Path, settings: dict, shards: list[dict]) -> None:
     """Replace the manifest: from here on these shards are the store."""
     content = settings | {"shards": shards}
-    text = json.dumps({"checksum": _json_sum(content), **content}, indent=1)
-    for name in MANIFESTS:
-        write_text(folder / name, text)
+    text = json.dumps({"checksum": _json_hash(content), **content}, indent=1)
+    write_text(folder / "manifest.json", text)
 
 
-def _processes(model: PreTrainedModel) -> PartialState:
-    """The processes of this run."""
-    return PartialState(cpu=model.device.type == "cpu")
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Be the only one who writes to a store; a process that dies lets go."""
+def _read_manifest(folder: Path) -> dict:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise CacheError(f"There is no store in {folder}: build one with KnowledgeCache.build.")
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise CacheError(f"Another writer is adding to {folder}: wait until it is done.") from error
+        manifest = json.loads(path.read_text("utf-8"))
+        intact = manifest.pop("checksum") == _json_hash(manifest)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise CacheError(f"{path} is damaged: restore it from a backup, or build another store.")
+    if (version := manifest["version"]) != FORMAT_VERSION:
+        message = f"The store in {folder} has format version {version}, this kvlab reads"
+        raise CacheError(f"{message} {FORMAT_VERSION}: use the kvlab that wrote it.")
+    return manifest
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, question: str, answer: str
-) -> tuple[list[int], int]:
-    """The ids of prompt and answer (if there is one), and where the answer starts."""
-    asked = [{"role": "user", "content": question}]
-    prompt = encode(tokenizer, asked)
-    if not answer:
-        return prompt, len(prompt)
-    whole = encode(tokenizer, [*asked, {"role": "assistant", "content": answer}])
-    if (
-        whole[: len(prompt)] != prompt
-    ):  # a template may render an answer otherwise than it opens one
-        whole = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return whole, len(prompt)
+def _json_hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the template puts before the first turn of a conversation, and before no other."""
-    turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
-    alone, later = encode(tokenizer, turns[:1]), encode(tokenizer, turns)
-    shared = next(
-        i for i in range(len(alone) + 1) if later[len(later) - len(alone) + i :] == alone[i:]
-    )
-    return (
-        shared if PROBE in tokenizer.decode(alone[shared:]) else 0
-    )  # else a first turn has a form of its own
-
-
-def _answered(tokenizer: PreTrainedTokenizerBase, item: Item, ids: list[int]) -> Item:
-    """The item with the answer that was generated, in the tokens in which it was."""
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return replace(item, answer=text, input_ids=(*item.input_ids, *ids))
-
-
-def _normal(text: str) -> str:
-    """What makes two questions the same; signs inside a word or before it count (C++ and C#, -1 and 1)."""
-    words = unicodedata.normalize("NFKC", text).casefold().split()
-    return " ".join(filter(None, (word.strip("?!.,;:\"'…。、·()") for word in words)))
-
-
-def _embed(embedder: Embedder | None, questions: list[str]) -> Tensor:
-    """Unit vectors, (len(questions), E)."""
-    if embedder is None:
-        return torch.empty(len(questions), 0)
-    options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}
-    vectors = torch.as_tensor(embedder.encode(questions, **options)).float().cpu()
-    fine = vectors.ndim == 2 and len(vectors) == len(questions) and vectors.isfinite().all()
-    seen = f"The embedder gave {tuple(vectors.shape)} for {len(questions)} questions"
-    require(
-        fine, f"{seen}, expected one vector of finite numbers for each: give a SentenceTransformer."
-    )
-    return normalize(vectors, dim=-1)
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def _item_checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = xxh3_128()
     for part, tensor in sorted(tensors.items()):
         digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -1129,66 +780,48 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _json_sum(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _manifest(folder: Path) -> dict:
-    """Read the manifest, or its copy if it is damaged, or say what is wrong."""
-    path, copy = (folder / name for name in MANIFESTS)
-    require(path.is_file(), f"There is no store in {folder}: build one with KnowledgeCache.build.")
-    manifest = _intact(path)
-    if manifest is None and (manifest := _intact(copy)):
-        warnings.warn(
-            f"{path} is damaged: its copy beside it is used, and the next `add` mends it.",
-            stacklevel=4,
-        )
-    require(
-        manifest,
-        f"{path} is damaged, and so is its copy: restore one that is as new as the shards beside it.",
-    )
-    seen = f"The store in {folder} has format version {manifest['version']}, this kvlab reads {FORMAT_VERSION}"
-    require(
-        manifest["version"] == FORMAT_VERSION,
-        f"{seen}: use the kvlab that wrote it, or build it again.",
-    )
-    return manifest
-
-
-def _intact(path: Path) -> dict | None:
-    """A manifest, if it matches its checksum."""
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-        return manifest if manifest.pop("checksum") == _json_sum(manifest) else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-
-
-def _tokenizer_print(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What makes the same text the same tokens."""
+def _tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes of everything that decides which tokens a text becomes."""
+    content = {"vocabulary": tokenizer.get_vocab()}
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         content |= {"truncation": None, "padding": None}  # these change with use
-    else:
-        content = {"vocabulary": tokenizer.get_vocab()}
-    return {
-        "vocabulary": _json_sum(content),
-        "chat template": _json_sum({"template": tokenizer.chat_template}),
-    }
+    template = {"template": tokenizer.chat_template}
+    return {"vocabulary": _json_hash(content), "chat template": _json_hash(template)}
 
 
-def _require_embedder(folder: Path, probe: list[float], embedder: Embedder | None) -> None:
-    if embedder is None:
-        return
-    require(
-        probe,
-        f"The store in {folder} was built without an embedder: build it again with one, or load it without.",
-    )
-    own, stored = _embed(embedder, [PROBE])[0], torch.tensor(probe)
-    same = own.shape == stored.shape and cosine_similarity(own, stored, dim=0) > 0.999
-    sizes = f" ({len(own)} numbers, not {len(stored)})" * (len(own) != len(stored))
-    seen = f"The embedder gives other vectors than that of the store in {folder}{sizes}"
-    require(
-        same,
-        f"{seen}: load it with the embedder it was built with, or with none, or build it again.",
-    )
+# -- texts
+
+
+def _tokenize(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
+    """The ids of prompt and answer (if there is one), and where the answer starts."""
+    turns = [{"role": "user", "content": question}]
+    prompt = encode(tokenizer, turns)
+    if not answer:
+        return prompt, len(prompt)
+    ids = encode(tokenizer, [*turns, {"role": "assistant", "content": answer}])
+    if ids[: len(prompt)] != prompt:  # a template may render an answer otherwise than it opens one
+        ids = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return ids, len(prompt)
+
+
+def _normal(text: str) -> str:
+    """A question without case, punctuation and extra space; C++ and C#, -1 and 1 stay apart."""
+    words = unicodedata.normalize("NFKC", text).casefold().split()
+    return " ".join(filter(None, (word.strip("?!.,;:\"'…。、·()") for word in words)))
+
+
+def _embed(embedder: Embedder | None, questions: list[str], size: int | None = None) -> Tensor:
+    """Unit vectors (len(questions), E); `size` is E where it is known."""
+    vectors = torch.empty(len(questions), 0)
+    if embedder is not None:
+        options = dict.fromkeys(("normalize_embeddings", "convert_to_tensor"), True)
+        vectors = embedder.encode(questions, **options, show_progress_bar=False)
+        vectors = torch.as_tensor(vectors).float().cpu()
+    expected = (len(questions), vectors.shape[-1] if size is None else size)
+    if vectors.shape != expected or not vectors.isfinite().all():
+        message = f"The embedder ({type(embedder).__name__}) gave {tuple(vectors.shape)}, expected"
+        raise CacheError(
+            f"{message} {expected} finite numbers: load the store with its own embedder."
+        )
+    return normalize(vectors, dim=-1)

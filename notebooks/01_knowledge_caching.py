@@ -12,13 +12,13 @@
 # ```{admonition} In this chapter
 # :class: tip
 # - build a store of knowledge that a model has already read, keep it on disk, and see that it can be trusted;
-# - find the right item for a question nobody has asked before, and know when there is none;
-# - put pieces that were read apart behind one another, in five ways, and measure what each gets wrong;
+# - find the right item for a question in new words, and know when there is none;
+# - join pieces that were read apart, in five ways, and measure the error of each;
 # - work out when loading a cache pays, from three numbers of your model and your disk.
 #
-# **Time and memory**: about half a minute and 1 GB, nearly all of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
+# **Time and memory**: about half a minute and 1 GB, nearly all of it PyTorch itself, at `tiny`. The second cell prints the memory of the models at any scale.
 #
-# **Code**: `kvlab/knowledge.py`; what is written out here is checked against it.
+# **Code**: `kvlab/knowledge.py`. The code written out here is checked against it.
 # ```
 
 # %%
@@ -34,7 +34,7 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
 import tempfile
 import textwrap
 import time
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +45,14 @@ from tqdm.auto import tqdm
 import kvlab
 from kvlab import Scale, knowledge, lab, plots, speculate
 from kvlab.cache import Prefix, bytes_per_token, clone, join
-from kvlab.models import CacheError
 from kvlab.cache import length, nbytes, prefill, shift, to_tensor
-from kvlab.models import rotary_of
 from kvlab.cache import truncate
 from kvlab.evaluate import bootstrap
 from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
 from kvlab.lab.report import questions
+from kvlab.models import CacheError, rotary_of
 
 scale = Scale.current()
 print(scale.describe("01_knowledge_caching"))
@@ -64,30 +63,35 @@ exact = model.dtype == torch.float32  # half precision rounds differently
 # %% [markdown]
 # ## The question
 #
-# A help desk has fifty answers, and a language model that is asked about them all day. Each time, somebody's program puts the right
-# answer into the prompt, and the model reads it again: the same tokens, through the same layers, with the same result. Chapter 00 saved
-# that result to a file. So why read twice?
+# A help desk has fifty answers, and a language model that is asked about them all day.
+# Each time, a program puts the right answer into the prompt, and the model reads it again: the same tokens, through the same layers, with the same result.
+# Chapter 00 saved that result to a file. So why read twice?
 #
-# Because three things are missing. The file has to be *found*: the question comes in words that nobody has used before. It has to be *trusted*:
-# a cache from another model, or with one flipped bit, does not fail, it talks nonsense. And it has to *fit*: a cache is not text. It was read with something before it,
-# or nothing, at positions that are written into its keys, and it does not like to be moved.
+# Because three things are missing.
+# The file has to be *found*: the question comes in new words.
+# It has to be *trusted*: a cache from another model, or with one flipped bit, does not fail, it produces nonsense.
+# And it has to *fit*: a cache is not text. It was read with or without a text before it, at positions that are written into its keys.
 #
-# This chapter builds a {term}`knowledge cache` that can do all three. The last of them, {term}`splice`, is the hardest. Say three pieces were read apart, and a question is asked about all of them. There are five ways to go on (five *arms*, in the code and from here on):
+# This chapter builds a {term}`knowledge cache` that can do all three.
+# The last of them, {term}`splice`, is the hardest.
+# Suppose three pieces were read apart, and a question is asked about all of them.
+# There are five ways to go on (five *arms*, in the code and from here on):
 #
 # - **full**: read everything again, as if there were no cache;
-# - **prefix**: keep the first piece, before which nothing stood, and read the rest;
-# - **concat**: put the caches behind one another as they are, the later ones at wrong positions;
+# - **prefix**: keep the first piece, which has no text before it, and read the rest;
+# - **concat**: join the caches as they are, the later ones at wrong positions;
 # - **shift**: move the later ones to their positions first;
-# - **recompute**: shift, then compute again those few tokens that are furthest from what they should be.
+# - **recompute**: shift, then compute again those few tokens that are furthest from their true values.
 
-# %% mystnb={"image": {"alt": "Five strips, one a way of splicing three pieces and a question: full reads all; prefix loads the first piece and reads the rest; concat loads all at the wrong places; shift moves the later pieces; recompute moves them and reads a few of their tokens again."}}
+# %% mystnb={"image": {"alt": "Five strips, one per way of splicing three pieces and a question: full reads all; prefix loads the first piece and reads the rest; concat loads all at the wrong places; shift moves the later pieces; recompute moves them and reads a few of their tokens again."}}
 plots.splice_strips([40, 40, 40], question=16);
 
 # %% [markdown]
 # ## Build a store
 #
-# The records are the FAQ that ships with the lab: questions and answers in seven fields. An item is the conversation of one question and its answer,
-# as the chat template renders it. Before anything is read, the store can say what it will weigh: two tensors, a key and a value, for each token, layer and head.
+# The records are the FAQ that ships with the lab: questions and answers in seven fields.
+# An item is the conversation of one question and its answer, as the chat template renders it.
+# Before anything is read, the store can estimate its size: a key and a value for each token, layer and head.
 
 # %%
 records = lab.faq()
@@ -107,8 +111,9 @@ store.add(records, batch_size=8)
 store.summary().round(2)
 
 # %% [markdown]
-# Adding what is there already does nothing, so a build that was interrupted is simply run again. With `keep` one chooses keys and values, the last hidden states (which a draft
-# in the next chapter can attend to), or both; with `dtype` the precision on disk.
+# Records that are in the store already are skipped, so you run an interrupted build again.
+# With `keep` you choose keys and values, the last hidden states (which a draft in the next chapter can attend to), or both.
+# With `dtype` you choose the precision on disk.
 
 # %%
 print("added:", store.add(records))
@@ -116,20 +121,24 @@ for path in sorted((folder / "faq").rglob("*.*")):
     print(f"{path.stat().st_size / 1e3:9.1f} kB  {path.relative_to(folder)}")
 
 # %% [markdown]
-# A *shard* is two files that hold some items: their tensors, and the small index that finds them. Opening a store reads the indexes; an item's tensors are read when the item is. A shard, once written, never changes. To add is to write new shards and then
-# to replace the *manifest*, which names them, in one step that either happens or does not. Kill the process at any moment, and the store is the old one or the new one.
+# A *shard* is two files that hold some items: their tensors, and a small index.
+# Opening a store reads the indexes; an item's tensors are read when the item is.
+# A shard, once written, never changes.
+# Adding writes new shards and then replaces the *manifest*, which lists them, in one atomic step.
+# Kill the process at any moment, and the store is the old one or the new one.
 #
 # ### Can it be trusted?
 #
-# The manifest knows the model by its {term}`fingerprint` (sizes, rotary frequencies, a hash of some numbers from every weight), the tokenizer and the embedder. Every item has a checksum of its own. Try to break it:
+# The manifest holds the {term}`fingerprint` of the model (sizes, rotary frequencies, a hash of some numbers from every weight), and those of the tokenizer and the embedder.
+# Every item has a checksum of its own. Try to break it:
 
 # %%
 def refuses(action):
     try:
         action()
     except CacheError as error:
-        told = str(error).replace(str(folder), "...")
-        print(textwrap.fill(told, 76))
+        message = str(error).replace(str(folder), "...")
+        print(textwrap.fill(message, 76))
         return True
 
 
@@ -139,49 +148,56 @@ assert refuses(lambda: KnowledgeCache.load(folder / "faq", other, tokenizer))
 # %%
 broken = store["ai-07"]  # the last item of the first shard
 shard = folder / "faq/shards" / f"{broken.shard}.safetensors"
-whole = shard.read_bytes()
-shard.write_bytes(whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:])
+content = shard.read_bytes()
+shard.write_bytes(content[:-1000] + bytes([content[-1000] ^ 1]) + content[-999:])
 assert refuses(lambda: store.read(broken))  # one bit is enough
-assert length(store.read(store["ai-01"]).cache)  # the others are whole
-shard.write_bytes(whole)
+assert length(store.read(store["ai-01"]).cache)  # the others are intact
+shard.write_bytes(content)
 assert length(store.read(broken).cache) == len(broken.input_ids)
 
 # %% [markdown]
 # ## Look inside
 #
-# An item knows its token ids and where the answer starts. Ids, not text: joining texts and tokenizing again can move a token's border, and then
-# the cache stands for other tokens than the prompt has.
+# An item has its token ids and the index where the answer starts.
+# It has ids, not text: tokenizing joined texts again can move a token's border, and then the cache belongs to other tokens than those of the prompt.
 
 # %%
 item = store["ai-05"]
-piece = store.read(item)
+prefix = store.read(item)
 start = item.answer_start
 for ids in (item.input_ids[:start], item.input_ids[start:]):
     print(textwrap.fill(tokenizer.decode(ids), 76))
-kilobytes = nbytes(piece.cache) / 1e3
-print(f"{length(piece.cache)} tokens, {kilobytes:.0f} kB in memory")
-print("hidden states:", tuple(piece.hidden_states.shape))
+kilobytes = nbytes(prefix.cache) / 1e3
+print(f"{length(prefix.cache)} tokens, {kilobytes:.0f} kB in memory")
+print("hidden states:", tuple(store.hidden_states(item).shape))
 
 # %% [markdown]
-# Keys are stored rotated: position $m$ turns each pair of dimensions of a key by an angle proportional to $m$ {cite}`su2021roformer`. Read the same item behind another one, and all its
-# keys look different. Turn the first to where the second is, and most of the difference is gone. What stays is context: the item has now seen what stands before it.
+# Keys are stored rotated: position $m$ turns each pair of dimensions of a key by an angle proportional to $m$ {cite}`su2021roformer`.
+# Read the same item after another one, and all its keys look different.
+# Turn the keys of the first reading to the positions of the second, and most of the difference is gone.
+# The rest is context: the second time, the item has attended to the text before it.
 
 # %%
+def read(ids):
+    """The prefix that one list of token ids gives when it is read alone."""
+    return prefill(model, torch.tensor([list(ids)], device=model.device))
+
+
 before = store["ai-01"]
 moved, rotary = len(before.input_ids), rotary_of(model)
-both = knowledge.read(model, [*before.input_ids, *item.input_ids]).cache
-alone = knowledge.read(model, item.input_ids).cache
+both = read([*before.input_ids, *item.input_ids]).cache
+alone = read(item.input_ids).cache
 in_place = shift(alone, moved, rotary)
 keys = [c.layers[1].keys[0, 0] for c in (alone, both, in_place)]
 alone, behind, in_place = keys[0], keys[1][moved:], keys[2]
 pictures = {
     "read alone": alone,
-    "read behind another": behind,
+    "read after another": behind,
     "difference": behind - alone,
     "after turning": behind - in_place,
 }
 
-# %% mystnb={"image": {"alt": "Heat maps of one head's keys of the same item: read alone, read behind another item, and their differences before and after turning the keys; the last is much paler."}}
+# %% mystnb={"image": {"alt": "Heat maps of one head's keys of the same item: read alone, read after another item, and their differences before and after turning the keys; the last is much paler."}}
 words = [tokenizer.decode(i) for i in item.input_ids[:24]]
 first = {name: keys[:24] for name, keys in pictures.items()}
 plots.key_differences(first, words);
@@ -193,13 +209,16 @@ for name, size in sizes.items():
 assert sizes["after turning"] < sizes["difference"] / 2
 
 # %% [markdown]
-# What stays is not spread evenly: at the lab's model most of it is in one row, a hyphen that looks back at what came long before. Remember that for later.
+# The rest is not spread evenly: in the lab's model most of it is in one row, a hyphen that attends to tokens far before it.
+# Remember that for later.
 
 # %% [markdown]
 # ## Find the right item
 #
-# A question is turned into a vector by a sentence embedder {cite}`reimers2019sbert`, and compared with the vectors of the stored *questions*, not of the answers. Every item of the FAQ has
-# one paraphrase that neither the lab's models nor its embedder were trained on (though the embedder has seen many *other* wordings of the same items, which a public one would not). Is the nearest stored question the right one?
+# A sentence embedder {cite}`reimers2019sbert` turns a question into a vector, which is compared with the vectors of the stored *questions*, not of the answers.
+# Every item of the FAQ has one paraphrase that neither the lab's models nor its embedder were trained on.
+# (The embedder was trained on many *other* wordings of the same items, which a public one would not be.)
+# Is the nearest stored question the right one?
 
 # %%
 def interval(values):
@@ -221,13 +240,16 @@ misses = pd.DataFrame(rows, columns=["asked", "found instead", "cosine"])
 misses.style.format({"cosine": "{:.2f}"}).hide(axis="index")
 
 # %% [markdown]
-# The embedder of the lab is a table of vectors, one a token, averaged: it knows nothing but the words that its training wordings had, in English, and a question in new words may be lost on it. A model that was trained on a billion
-# sentences (`t4` and `full` use one) knows more words, and the same code measures it.
+# The embedder of the lab is a table of vectors, one per token, averaged.
+# It knows only the English words of its training wordings, so it may miss a question in new words.
+# A model that was trained on a billion sentences (`t4` and `full` use one) knows more words, and the same code measures it.
 #
 # ### Knowing when there is none
 #
-# Some questions have no answer in the store. The nearest item is then the wrong one, however near it is. So an item counts as found only above a {term}`threshold`. Choosing it means weighing right items lost against wrong items given, and
-# for that we need questions that the store does *not* answer. Half of them are used to choose the least threshold that lets at most one in twenty through, the other half to report.
+# Some questions have no answer in the store. The nearest item is then wrong, however near it is.
+# So an item is a hit only above a {term}`threshold`.
+# Choosing it means weighing lost right items against wrong items given, and for that we need questions that the store does *not* answer.
+# We use half of them to choose the smallest threshold that lets at most one in twenty through, and the other half to report.
 
 # %%
 def nearest(asked):
@@ -243,32 +265,36 @@ print("threshold:", chosen)
 print("right item found:", interval(right & (score >= chosen)))
 print("false hits:      ", interval(to_report >= chosen))
 
-# %% mystnb={"image": {"alt": "Share of questions that are given an item over the threshold: right item for held-out paraphrases, wrong item for them, and any item for questions outside the store; the chosen threshold is marked."}}
+# %% mystnb={"image": {"alt": "Fraction of questions that are given an item over the threshold: right item for held-out paraphrases, wrong item for them, and any item for questions outside the store; the chosen threshold is marked."}}
 def above(scores):
     return [np.sum(scores >= t) for t in thresholds]
 
 
-shares = {
+fractions = {
     "paraphrase, right item": np.divide(above(score[right]), len(score)),
     "outside question, any item": np.divide(above(to_report), len(to_report)),
     "paraphrase, wrong item": np.divide(above(score[~right]), len(score)),
 }
-plots.hits_over_threshold(thresholds, shares, chosen);
+plots.hits_over_threshold(thresholds, fractions, chosen);
 
 # %% [markdown]
-# `store.retrieve(question, threshold=...)` returns an empty list for a miss, never the first item. The default of 0.5 lets more through than the threshold chosen here. The cosine of one embedder means nothing to another, so measure it for yours.
+# `store.retrieve(question, threshold=...)` returns an empty list for a miss, never the first item.
+# The default of 0.5 lets more through than the threshold chosen here.
+# Cosines of different embedders cannot be compared, so measure the threshold for yours.
 
 # %%
 for question in ("How does a dictionary look up a key?", "Who won the World Cup?"):
-    found = store.retrieve(question, k=2, threshold=chosen)
-    print(question, [(round(hit.score, 2), hit.item.id) for hit in found])
+    hits_above = store.retrieve(question, k=2, threshold=chosen)
+    print(question, [(round(hit.score, 2), hit.item.id) for hit in hits_above])
 
 # %% [markdown]
 # ## Answer from it
 #
-# Now something has been found. There are two things to do with it. One is to put the whole item before the question, as an earlier turn of the conversation to draw from. The other is bolder: if the
-# user asked what the stored question asks, then *answer the stored question*. With its cache, cut off where the answer starts, the model stands where it would after reading that question. (`speculate.generate` comes with chapter 05; without a draft it is
-# plain greedy decoding, which takes a `Prefix` to go on from.)
+# There are two ways to use a hit.
+# One is to put the whole item before the question, as an earlier turn of the conversation.
+# The other is bolder: if the user's question means the same as the stored one, then *answer the stored question*.
+# Its cache, cut off where the answer starts, is the state of the model after reading that question.
+# (`speculate.generate` comes with chapter 05; without a draft it is plain greedy decoding, which continues a `Prefix`.)
 
 # %%
 asked = held_out[: scale.questions // 3]
@@ -304,14 +330,17 @@ for name, prefix in prefixes.items():
     print(f"{name:20} word for word {interval(same)}")
 
 # %% [markdown]
-# The lab's target knows the FAQ by heart under the questions it was trained on, and less surely under new ones. It was never taught to look up one FAQ item in order to answer another question, so the item before the question
-# does not help it. (A large model may well draw from it, but will say it in its own words: compare meanings there, not words.) Answering the stored question needs no such skill: it is right as often as the nearest item is, and with a threshold, as often as the item is found.
+# The lab's target knows the FAQ by heart under the questions it was trained on, and less surely under new ones.
+# It was never taught to look up one FAQ item in order to answer another question, so the item before the question does not help it.
+# (A large model may well use it, but will answer in its own words: compare meanings there, not words.)
+# Answering the stored question needs no such skill: it is right as often as the nearest item is, and with a threshold, as often as the right item is retrieved.
 
 # %% [markdown]
 # ## Move a piece
 #
-# Now to the pieces themselves. We take passages of sixteen facts, cut each into four pieces *at the token level*, read every piece alone, and ask about all of it. The model can do that well when it reads the
-# whole passage in one go, so whatever goes wrong is the splice's fault.
+# Now to the pieces themselves.
+# We take passages of sixteen facts, cut each into four pieces *at the token level*, read every piece alone, and ask about all of it.
+# The model answers well when it reads the whole passage at once, so every error comes from the splice.
 
 # %%
 def pieces_of(document, count=4):
@@ -319,7 +348,7 @@ def pieces_of(document, count=4):
     system, user, answer = document
     whole = encode(tokenizer, [system, user])
     other = encode(tokenizer, [system, {"role": "user", "content": "?"}])
-    # What two prompts with other questions share is the passage.
+    # The passage is the common start of two prompts with different questions.
     start = next(i for i, (a, b) in enumerate(zip(whole, other)) if a != b)
     signs = [tokenizer.decode([i]).strip() for i in whole[:start]]
     stops = [i + 1 for i, sign in enumerate(signs) if sign == "."]
@@ -340,30 +369,33 @@ for ids in (*parts, question, answer):
 #
 # $$ k_{m+d} = R_d\, k_m, $$ (turn)
 #
-# exactly, without knowing what it was made of. Values carry no position. Shift every piece to where it belongs, join them, and the result looks like a cache of the whole passage:
+# exactly, from the rotated key alone. Values have no position.
+# Shift every piece to its positions, join them, and the result looks like a cache of the whole passage:
 
 # %%
-def shifted(pieces):
-    """Pieces at their places, behind one another."""
+def shifted(prefixes):
+    """Each prefix moved to its positions, then joined to those before it."""
     cache, start = None, 0
-    for piece in pieces:
-        moved = shift(piece.cache, start, rotary)
+    for prefix in prefixes:
+        moved = shift(prefix.cache, start, rotary)
         cache = moved if cache is None else join(cache, moved)
-        start += len(piece.input_ids)
+        start += len(prefix.input_ids)
     return cache
 
 
-pieces = [knowledge.read(model, ids) for ids in parts]
+pieces = [read(ids) for ids in parts]
 by_hand, spliced = shifted(pieces), knowledge.splice(model, pieces, "shift")
 assert torch.equal(to_tensor(by_hand), to_tensor(spliced.cache))
 print(length(spliced.cache), "entries, next position", spliced.next_position)
 
 # %% [markdown]
-# It *looks* like one. Each piece was read as if nothing stood before it, so its keys and values in deeper layers are not quite those of the whole passage, and its first token believed it was the first of all. In a language model that
-# is a special place, the {term}`attention sink`: the first token gathers the attention that has nowhere else to go {cite}`xiao2023streamingllm`. Where do stored and true values differ?
+# It *looks* like one.
+# Each piece was read without the text before it, so its keys and values in deeper layers are not quite those of the whole passage, and its first token was treated as the first of all.
+# In a language model the first token is special, the {term}`attention sink`: it gathers the attention that has nowhere else to go {cite}`xiao2023streamingllm`.
+# Where do stored and true values differ?
 
 # %%
-true = to_tensor(knowledge.read(model, spliced.input_ids).cache)
+true = to_tensor(read(spliced.input_ids).cache)
 error = (true - to_tensor(spliced.cache)).float().pow(2).sum((2, 3, 5))  # (L, 2, T)
 size = true.float().pow(2).sum((2, 3, 5)).mean(-1, keepdim=True)
 difference = (error / size).sum(1).cpu()  # keys and values, (L, T)
@@ -375,11 +407,12 @@ worst = starts[1] + candidates.topk(round(0.15 * len(candidates))).indices
 plots.token_differences(difference[1], starts, worst.tolist());
 
 # %% [markdown]
-# The difference is not spread evenly: a few tokens, mostly at the start of a piece, have much of it. That is the idea of CacheBlend {cite}`yao2024cacheblend`: compute the early layers for all tokens, see which differ most, and compute only those again
-# in the layers above, on top of the stored rest. `share=1.0` computes all again and must give the true cache; `share=0` corrects the early layers only.
+# The difference is not spread evenly: a few tokens, mostly at the start of a piece, have much of it.
+# That is the idea of CacheBlend {cite}`yao2024cacheblend`: compute the early layers for all tokens, find those that differ most, and compute only those again
+# in the layers above, on top of the stored rest. `fraction=1.0` computes all again and must give the true cache; `fraction=0` corrects the early layers only.
 
 # %%
-again = knowledge.splice(model, pieces, "recompute", share=1.0)
+again = knowledge.splice(model, pieces, "recompute", fraction=1.0)
 deviation = (to_tensor(again.cache) - true).abs().max().item()
 print(f"largest deviation with all computed again: {deviation:.1e}")
 if exact:
@@ -388,8 +421,8 @@ if exact:
 # %% [markdown]
 # ## Five ways, measured
 #
-# For every passage and every arm: how far are the next-token distributions, through question and answer, from those after reading it all ({term}`KL divergence`, in nats a token); is the answer right; how many bytes
-# would be loaded; and how long does it take to the first token, once they are in memory?
+# We measure four things for every passage and every arm: the distance of the next-token distributions, through question and answer, from those after reading it all ({term}`KL divergence`, in nats per token); whether the answer is right; the bytes
+# that would be loaded; and the time to the first token, once they are in memory.
 
 # %%
 @torch.inference_mode()
@@ -409,14 +442,14 @@ def kl(p, q):
 
 
 # %%
-def compare(document, share=0.15, arms=knowledge.ARMS[1:]):
-    """For "full" and each arm: KL from "full", whether the answer is right, time."""
+def compare(document, fraction=0.15, arms=knowledge.ARMS[1:]):
+    """For "full" and each arm: KL from "full", if the answer is right, seconds."""
     parts, question, answer = pieces_of(document)
-    pieces, rows = [knowledge.read(model, ids) for ids in parts], {}
+    pieces, rows = [read(ids) for ids in parts], {}
     ids, full = [*question, *answer[:-1]], None
     for arm in ("full", *arms):
         begun = time.perf_counter()
-        prefix = knowledge.splice(model, pieces, arm, share=share)
+        prefix = knowledge.splice(model, pieces, arm, fraction=fraction)
         after(prefix, question)[-1].argmax()  # the first token of an answer
         seconds, logs = time.perf_counter() - begun, after(prefix, ids)
         full = logs if arm == "full" else full
@@ -435,37 +468,43 @@ kls, rights, times = (
 size = [nbytes(piece.cache) / 1e6 for piece in pieces]
 loaded = dict.fromkeys(knowledge.ARMS, sum(size)) | {"full": 0, "prefix": size[0]}
 panels = {
-    "KL, nats a token": {arm: bootstrap(v) for arm, v in kls.items()},
+    "KL, nats per token": {arm: bootstrap(v) for arm, v in kls.items()},
     "answers right": {arm: bootstrap(v) for arm, v in rights.items()},
     "MB loaded": {arm: (mb, mb, mb) for arm, mb in loaded.items()},
     "ms to the first token": {arm: bootstrap(1e3 * v) for arm, v in times.items()},
 }
 
-# %% mystnb={"image": {"alt": "Four panels, one row a way of splicing: KL is zero for full and prefix, largest for concat, smaller for shift, smallest for recompute; answers right; megabytes loaded; milliseconds to the first token."}}
+# %% mystnb={"image": {"alt": "Four panels, one row per way of splicing: KL is zero for full and prefix, largest for concat, smaller for shift, smallest for recompute; answers right; megabytes loaded; milliseconds to the first token."}}
 plots.splice_panels(panels);
 
 # %%
 for worse, better in (("concat", "shift"), ("shift", "recompute")):
     gap = kls[worse] - kls[better]
-    print(f"{worse} is worse than {better} by {interval(gap)} nats a token")
+    print(f"{worse} is worse than {better} by {interval(gap)} nats per token")
 if exact:
     assert kls["prefix"].max() < 1e-5
 
 # %% [markdown]
-# Reusing a *prefix* is exact, always: nothing stands before it. Wrong positions cost most. What is left after shifting is missing context, and of that, the tokens that are computed again take away a part. The *answers* hardly change, even at wrong positions: this model
-# looks a fact up by its words, and in these passages every fact stands in one sentence, so a piece loses little when it is read alone. Pieces that refer to one another lose more.
+# Reusing a *prefix* is always exact: there is no text before it.
+# Wrong positions cost most.
+# The error that is left after shifting is missing context, and recomputing tokens removes a part of it.
+# The *answers* hardly change, even at wrong positions: this model looks a fact up by its words, and in these passages every fact is in one sentence, so a piece loses little when it is read alone.
+# Pieces that refer to one another lose more.
 #
-# The last panel is less than was hoped for. On a model as small as the lab's, much of a call's time goes into starting its operations, not into arithmetic. Shifting saves most of the arithmetic and is faster, but not by as much as it reads less; recomputing makes two more calls, which here cost what it spares.
+# The gain in the last panel is small.
+# On a model as small as the lab's, much of a call's time goes into starting its operations, not into arithmetic.
+# Shifting saves most of the arithmetic, but less of the time. Recomputing makes two more calls, which here cost as much as it saves.
 # So when does a cache pay?
 #
 # ## When a cache pays
 #
-# Reading a token costs about two operations for each parameter of the model. Loading it costs the bytes of its keys and values. Both grow with the number of tokens, so what decides is one number: at which bandwidth does loading
-# become as fast as reading?
+# Reading a token costs about two operations for each parameter of the model. Loading it costs the bytes of its keys and values.
+# Both grow with the number of tokens, so one number decides: at which bandwidth does loading become as fast as reading?
 #
-# $$ \text{break-even bandwidth} = \frac{\text{bytes a token}}{\text{seconds to read a token}} $$ (breakeven)
+# $$ \text{break-even bandwidth} = \frac{\text{bytes per token}}{\text{seconds to read a token}} $$ (breakeven)
 #
-# Measure it here, with items of growing length, from the file to the first token after one more token of question. The median of several runs is taken, so after the first the file is in the system's memory, and the disk itself is not measured:
+# Measure it here, with items of growing length, from the file to the first token after one more token of question.
+# We take the median of several runs. After the first run the file is in the system's memory, so the disk itself is not measured:
 
 # %%
 def median_seconds(action, repeats=5):
@@ -493,7 +532,7 @@ def read_it(item):
 
 
 def load_it(item):
-    return prefill(model, more, Prefix(speed.read(item).cache, len(item.input_ids)))
+    return prefill(model, more, speed.read(item))
 
 
 # %%
@@ -515,7 +554,9 @@ print(f"{1e6 * per_token:.0f} microseconds to read a token of {bytes_each} bytes
 print(f"break-even bandwidth here: {bytes_each / per_token / 1e9:.2f} GB/s")
 
 # %% [markdown]
-# For larger models, the same from their shapes alone. Parameters grow with the square of a model's width, its cache only with the number of its layers and key-value heads, so with grouped-query attention {cite}`ainslie2023gqa` large models need less of a disk. Suppose a device that does 30 TFLOP/s ($30 \cdot 10^{12}$ operations a second) while it reads:
+# For larger models, the same follows from their shapes.
+# Parameters grow with the square of a model's width, its cache only with the number of its layers and key-value heads, so with grouped-query attention {cite}`ainslie2023gqa` large models need a slower disk.
+# Suppose a device does 30 TFLOP/s ($30 \cdot 10^{12}$ operations per second) while it reads:
 
 # %%
 from kvlab.scale import config_of, parameters
@@ -526,12 +567,14 @@ for name in names:
     kilobytes = bytes_per_token(config, torch.float16) / 1e3
     microseconds = 2 * parameters(config) / 30e12 * 1e6
     rows[name] = kilobytes, microseconds, kilobytes / microseconds
-columns = ["cache (kB a token)", "reading (µs a token)", "break-even (GB/s)"]
+columns = ["cache (kB/token)", "reading (µs/token)", "break-even (GB/s)"]
 pd.DataFrame.from_dict(rows, orient="index", columns=columns).round(2)
 
 # %% [markdown]
-# A solid-state disk gives a few GB/s, memory a few tens. The first token also needs the question read, and that is one pass over all weights whether there is a cache or not. On a CPU this pass is what remains: there the time to the first token can fall no further, however fast the cache is there. A benchmark
-# (`tests/benchmarks/knowledge.py`) measured it on a model of the shape of Qwen3-0.6B with random weights, for items of about 512 tokens:
+# A solid-state disk gives a few GB/s, memory a few tens.
+# The first token also needs the question read, which is one pass over all weights with or without a cache.
+# On a CPU this pass remains: the time to the first token cannot fall below it, however fast the cache is loaded.
+# A benchmark (`tests/benchmarks/knowledge.py`) measured it on a model of the shape of Qwen3-0.6B with random weights, for items of about 512 tokens:
 
 # %%
 measured = kvlab.results("knowledge")
@@ -543,15 +586,17 @@ for name in names.split():
 print(measured.device, "- torch", measured.versions["torch"])
 
 # %% [markdown]
-# `load_ratio` compares reading the item with loading it; `ttft_ratio` the whole way to the first token, with a question of twelve tokens on both sides; those that end in `_shift` and `_recompute` put three items behind one another, against reading all three. `resident_mb` is by how much the
-# process grew while all items of the store were read, one after another; `kills_survived` the share of processes, killed with `kill -9` while they added to a store, that left one that opens, with old or new content.
+# `load_ratio` compares reading the item with loading it, and `ttft_ratio` the time to the first token, with a question of twelve tokens on both sides.
+# Those that end in `_shift` and `_recompute` join three items, against reading all three.
+# `resident_mb` is the growth of the process while all items of the store were read, one after another.
+# `kills_survived` is the fraction of processes, killed with `kill -9` while they added to a store, that left a store that opens, with old or new content.
 #
 # ## Exercises
 #
 # ```{exercise-start} Half the bytes
 # :label: ex-dtype
 # ```
-# *Easy, 10 minutes.* A store can keep float16 or bfloat16 where the model computes in float32. Both have the same bytes. Which costs less KL, and why? (`to_tensor(cache)` gives one tensor, `from_tensor` the cache again; prefix reuse of the whole passage is exact without rounding.)
+# *Easy, 10 minutes.* A store can keep float16 or bfloat16 where the model computes in float32. Both have the same size. Which costs less KL, and why? (`to_tensor(cache)` gives one tensor, `from_tensor` the cache again; prefix reuse of the whole passage is exact without rounding.)
 # ```{exercise-end}
 # ```
 
@@ -567,10 +612,11 @@ from kvlab.cache import from_tensor
 def rounded(document, dtype):
     """KL that comes from keeping the passage's cache in another precision."""
     parts, question, answer = pieces_of(document)
-    whole = knowledge.read(model, [i for ids in parts for i in ids])
-    kept = from_tensor(to_tensor(whole.cache).to(dtype).to(model.dtype))
-    end, ids = len(whole.input_ids), [*question, *answer]
-    return kl(after(Prefix(whole.cache, end), ids), after(Prefix(kept, end), ids))
+    passage = read(chain(*parts))
+    stored = from_tensor(to_tensor(passage.cache).to(dtype).to(model.dtype))
+    stored = Prefix(stored, passage.next_position)
+    ids = [*question, *answer]
+    return kl(after(passage, ids), after(stored, ids))
 
 
 for dtype in (torch.float16, torch.bfloat16):
@@ -578,51 +624,54 @@ for dtype in (torch.float16, torch.bfloat16):
     print(dtype, "{:.1e} [{:.1e}, {:.1e}]".format(*bootstrap(cost)))
 
 # %% [markdown]
-# float16 spends its bits on precision, bfloat16 on range. Keys and values have no great range, so float16 is closer; both cost far less than any inexact splice above. (Where the model itself computes in half precision, nothing is lost by keeping that.)
+# float16 spends its bits on precision, bfloat16 on range. Keys and values have no great range, so float16 is closer.
+# Both cost far less than any inexact splice above. (Where the model itself computes in half precision, storing that loses nothing.)
 # ````{solution-end}
 # ````
 
 # %% [markdown]
 # ```{exercise-start} How much to compute again
-# :label: ex-share
+# :label: ex-fraction
 # ```
-# *Easy, 10 minutes.* Draw the KL of "recompute" against the share of tokens computed again, from 0 to 1 (`compare` takes `share` and `arms`). Then let chance choose the tokens instead of the difference: kvlab takes them by `difference.topk(...)`, and
+# *Easy, 10 minutes.* Draw the KL of "recompute" against the fraction of tokens computed again, from 0 to 1 (`compare` takes `fraction` and `arms`). Then choose the tokens at random instead of by their differences: kvlab chooses them by `difference.topk(...)`, and
 # `unittest.mock.patch.object` can put another `topk` into `torch.Tensor` for a while. Is *any* choice of as many tokens as good?
 # ```{exercise-end}
 # ```
 
 # %% [markdown]
-# ````{solution-start} ex-share
+# ````{solution-start} ex-fraction
 # :class: dropdown
 # ````
 
 # %%
 def read_apart(document):
-    """The pieces, what is asked behind them, and what follows if all is read."""
+    """The pieces, the ids after them, and the distributions if all is read."""
     parts, question, answer = pieces_of(document)
-    pieces, ids = [knowledge.read(model, p) for p in parts], [*question, *answer[:-1]]
+    pieces, ids = [read(part) for part in parts], [*question, *answer[:-1]]
     return pieces, ids, after(knowledge.splice(model, pieces, "full"), ids)
 
 
-apart = [read_apart(d) for d in documents]  # once, for all shares
+apart = [read_apart(d) for d in documents]  # once, for all fractions
 
 
-def cost(share):
-    """KL of recomputing this share, for each passage."""
-    spliced = [knowledge.splice(model, p, "recompute", share=share) for p, _, _ in apart]
-    return np.array([kl(full, after(s, ids)) for s, (_, ids, full) in zip(spliced, apart)])
+def cost(fraction):
+    """KL of recomputing this fraction, for each passage."""
+    again = {"arm": "recompute", "fraction": fraction}
+    spliced = [knowledge.splice(model, p, **again) for p, _, _ in apart]
+    pairs = zip(spliced, apart)
+    return np.array([kl(full, after(s, ids)) for s, (_, ids, full) in pairs])
 
 
-costs = {share: cost(share) for share in (0.0, 0.05, 0.15, 0.5, 1.0)}
-for share, values in costs.items():
-    print(f"{share:4.0%}: {interval(values)}")
+costs = {fraction: cost(fraction) for fraction in (0.0, 0.05, 0.15, 0.5, 1.0)}
+for fraction, values in costs.items():
+    print(f"{fraction:4.0%}: {interval(values)}")
 
 # %%
 from unittest import mock
 
 
 def by_chance(tensor, k, *rest, topk=torch.Tensor.topk):
-    """The k largest of as many random numbers."""
+    """The indices of k random entries, as `topk` returns them."""
     return topk(torch.rand_like(tensor, dtype=torch.float32), k, *rest)
 
 
@@ -630,11 +679,11 @@ some = 0.15
 torch.manual_seed(scale.seed)
 with mock.patch.object(torch.Tensor, "topk", by_chance):
     random = cost(some)
-print(f"{some:.0%} by chance:", interval(random))
-print("more than as many by difference:", interval(random - costs[some]))
+print(f"{some:.0%} at random:", interval(random))
+print("more than by difference:", interval(random - costs[some]))
 
 # %% [markdown]
-# For the same work, tokens chosen by chance leave more of the error than those that differ most: compare the last interval, which is paired, with zero.
+# For the same work, random tokens leave more of the error than those that differ most: compare the last interval, which is paired, with zero.
 # ````{solution-end}
 # ````
 
@@ -642,7 +691,7 @@ print("more than as many by difference:", interval(random - costs[some]))
 # ```{exercise-start} A question of order
 # :label: ex-order
 # ```
-# *Medium, 10 minutes.* Only the first piece is exact after a shift. Compare questions whose answer stands in the first piece with those whose answer stands in the last. Is the KL different? What would you do with the item that retrieval ranks first?
+# *Medium, 10 minutes.* Only the first piece is exact after a shift. Compare questions whose answer is in the first piece with those whose answer is in a later one. Is the KL different? What would you do with the item that retrieval ranks first?
 # ```{exercise-end}
 # ```
 
@@ -664,17 +713,18 @@ for name, these in {"first": where == 0, "later": where > 0}.items():
     print(f"{name}: {interval(kls['shift'][these])}, {these.sum()} questions")
 
 # %% [markdown]
-# Few answers stand in the first piece, so its interval is wide: draw more documents before you believe it. The first place is the exact one, so the piece one trusts most belongs there.
+# Few answers are in the first piece, so its interval is wide: draw more documents before you believe it.
+# The first piece is the exact one, so the most trusted piece belongs there.
 # ````{solution-end}
 # ````
 
 # %% [markdown]
 # ## Takeaways
 #
-# - A store that is trusted checks: model, tokenizer, rotary embedding, every item's bytes. A cache that does not belong does not fail, it lies.
+# - A store can be trusted only if it checks model, tokenizer, rotary embedding and every item's bytes. A cache of another model does not fail, it gives wrong text.
 # - Retrieve with the question, choose the threshold with questions that the store cannot answer, and let a miss be a miss.
-# - A prefix is exact. Anything else that was read alone is an approximation: shift it, and compute again what differs most.
-# - Loading pays when the disk is faster than the break-even bandwidth: bytes of cache a token over the time to read one. Many parameters for each key-value head make it low.
+# - A prefix is exact. Any later piece that was read alone is an approximation: shift it, and compute again the tokens that differ most.
+# - Loading pays when the disk is faster than the break-even bandwidth: bytes of cache per token over the time to read one. Many parameters for each key-value head make it low.
 #
 # On the command line, `kvlab build-cache --per-domain` makes such a store (and one for each field), and `kvlab ask "What is overfitting?"` answers from it and without it, with times.
 #
@@ -694,7 +744,7 @@ with tempfile.TemporaryDirectory() as path:
     hits = store.retrieve("Why does my network do badly on new data?", k=2)
     print([(round(hit.score, 2), hit.item.question) for hit in hits])
     prefix = store.splice(hits)
-    print(prefix.next_position, "tokens stand before the next question")
+    print(prefix.next_position, "tokens before the next question")
 
 # %% [markdown]
 # **Further reading**: CacheBlend {cite}`yao2024cacheblend`; prompts put together from cached modules {cite}`gim2024promptcache`; attention sinks {cite}`xiao2023streamingllm`. Next: a small model that *reads* this store while it drafts.

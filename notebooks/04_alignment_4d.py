@@ -13,8 +13,8 @@
 # :class: tip
 # - see in which four ways the caches of two models differ: {term}`time, layer, head and hidden <4D alignment>`;
 # - carry a teacher's keys and values over to a student, a step for each, and check every step;
-# - compare layers by {term}`CKA`, and see what a biased estimate of it would have told;
-# - train students to make keys and values like their teacher's, by four arms, with controls that should fail;
+# - compare layers by {term}`CKA`, and see what a biased estimate of it would show;
+# - train students toward keys and values like their teacher's, by four arms, with controls that should fail;
 # - find out where that helps and where it does harm.
 #
 # **Time and memory**: less than a minute and 1.2 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
@@ -40,8 +40,7 @@ import torch
 
 import kvlab
 from kvlab import Scale, align, cache, lab, plots
-from kvlab.models import rotary_of
-from kvlab.align import Lesson, Projector, plan_time, resample, segment
+from kvlab.align import AlignedStudent, Projector, plan_time, resample, segment
 from kvlab.lab.corpora import Solutions
 from kvlab.layers import CKA, biased_cka, layer_map, proportional
 from kvlab.layers import hsic as package_hsic
@@ -54,9 +53,9 @@ teacher, words = scale.load("teacher"), scale.load_tokenizer("teacher")
 # %% [markdown]
 # ## The question
 #
-# A large model reads a problem and its solution. In its cache there are keys and values for every token, and somewhere in them is what it takes to solve such problems. A small model is to learn that. The usual ways hand it the teacher's text, or the teacher's probabilities of the next token. Could it learn from the teacher's **cache** instead: from what the teacher made of every token, in every layer?
+# A large model reads a problem and its solution. Its cache has keys and values for every token, and somewhere in them is the knowledge of how to solve such problems. A small model should learn it. The usual ways give it the teacher's text, or the teacher's probabilities of the next token. Could it learn from the teacher's **cache** instead, from the keys and values of every token in every layer?
 #
-# If both were of one shape, that would be a loss in one line. They are not. Here is one problem, as each model reads it, with the solution in its own style:
+# If both caches had one shape, that would be a loss in one line. They do not. Here is one problem, as each model reads it, with the solution in its own style:
 
 # %%
 short, long = Solutions(1, steps=(2, 2), seed=3)[0]
@@ -93,15 +92,15 @@ shapes = {
 plots.cache_shapes(shapes);
 
 # %% [markdown]
-# Four things differ: how many tokens (**time**), how many layers (**layer**), how many heads of what size in each cell (**head**), and what the numbers in a cell mean, and how many there are (**hidden**). The recipe of this chapter aligns the four, one after another, so that keys and values of the teacher become targets for those of the student. It comes from a public project (called *the source* below) that had Qwen2-7B and Qwen2-1.5B teach a Qwen2-1.5B. It describes the steps, with more than one of them wrong in its code, and measured nothing. Here each step is checked, and the whole is measured.
+# Four things differ: how many tokens (**time**), how many layers (**layer**), how many heads of what size in each cell (**head**), and the number and meaning of the values in a cell (**hidden**). The recipe of this chapter aligns the four, one after another, so that keys and values of the teacher become targets for those of the student. It comes from a public project (called *the source* below), in which Qwen2-7B and Qwen2-1.5B teach a Qwen2-1.5B. The project describes the steps, but its code has errors in several of them, and it measured nothing. Here each step is checked, and the whole is measured.
 #
 # ## Time
 #
-# Inside a segment of $T_s$ student tokens and $T_t$ teacher tokens, student token $i$ stands at
+# Inside a segment of $T_s$ student tokens and $T_t$ teacher tokens, student token $i$ is at
 #
 # $$u_i = i\,\frac{T_t - 1}{T_s - 1},\qquad x_i = (1 - f)\,y_{\lfloor u_i \rfloor} + f\,y_{\lfloor u_i \rfloor + 1},\quad f = u_i - \lfloor u_i \rfloor .$$
 #
-# A segment of one student token takes the mean of the teacher's; behind the last token $f = 0$. In plain lines:
+# A segment of one student token takes the mean of the teacher's; at the last token $f = 0$. In plain lines:
 
 # %%
 def stretch(y, length):
@@ -125,7 +124,7 @@ plan = plan_time(own.borders[None], theirs.borders[None])
 assert torch.allclose(resample(features[None, None], plan)[0, 0], by_hand, atol=1e-4)
 
 # %% [markdown]
-# `plan_time` does it for a batch at once, and `resample` applies a plan to all layers in one pass. What would one get without segments? Token $i$ of the student would get token $i$ of the teacher, or the teacher's last (`by_index`):
+# `plan_time` computes this for a batch, and `resample` applies a plan to all layers in one pass. What happens without segments? Token $i$ of the student would get token $i$ of the teacher, or the teacher's last (`by_index`):
 
 # %% mystnb={"image": {"alt": "Lines from each student token to the teacher tokens it is made of. By index they run straight across segments; by segments none crosses a border."}}
 simple, wordy = Solutions(1, steps=(1, 1), seed=4)[0]
@@ -133,7 +132,7 @@ a, b = segment(tokenizer, simple), segment(words, wordy)
 
 
 def links(plan):
-    return zip(plan.tokens.tolist(), plan.columns.tolist(), plan.shares.tolist())
+    return zip(plan.tokens.tolist(), plan.columns.tolist(), plan.weights.tolist())
 
 
 borders = a.borders[None], b.borders[None]
@@ -145,7 +144,7 @@ plots.token_links(
 );
 
 # %% [markdown]
-# By index, the student's reasoning learns from the end of the teacher's prompt, and its answer from the beginning of the teacher's reasoning. By segments, prompt learns from prompt and answer from answer. Inside the reasoning it is still only proportion: nothing says that the student's "=" falls on the teacher's.
+# By index, the student's reasoning learns from the end of the teacher's prompt, and its answer from the beginning of the teacher's reasoning. By segments, prompt learns from prompt and answer from answer. Inside the reasoning the alignment is only proportional: the student's "=" need not fall on the teacher's.
 #
 # ### A check you can break
 #
@@ -170,34 +169,29 @@ assert not torch.allclose(nearest, nearest.mean().expand(len(nearest)))
 # Cached keys have been rotated by their positions ({term}`RoPE`), with the teacher's own angles. A mean of keys from two positions is no key at any position. So keys are un-rotated first, aligned, and rotated again for the student's positions with the student's angles. Then the {term}`GQA` heads of a token (KV heads, not attention heads) are laid side by side: $(B, L, H_{kv}, T, d) \to (B, L, T, H_{kv} d)$.
 
 # %%
-rotary = rotary_of(teacher)
-
-
 def read(model, text, start=0):
-    """The cache of a text whose positions begin at `start`, and these positions."""
-    ids = text.input_ids[None].to(model.device)
-    positions = start + torch.arange(ids.shape[1], device=ids.device)[None]
-    return cache.prefill(model, ids, position=start).cache, positions
+    """The prefix of a text whose positions begin at `start`."""
+    return cache.prefill(model, text.input_ids[None].to(model.device), position=start)
 
 
 here, there = read(teacher, theirs), read(teacher, theirs, start=500)
-flat, moved = (align.features(*one, rotary) for one in (here, there))
+flat, moved = align.features(here), align.features(there)
 print("keys:", tuple(flat.keys.shape), " (B, L, T, H_kv d)")
 spread = flat.keys[:, 0].std()
 assert (flat.keys[:, 0] - moved.keys[:, 0]).abs().max() < 0.05 * spread
-stored = [one[0].layers[0].keys for one in (here, there)]  # as they lie in the cache
+stored = [prefix.cache.layers[0].keys for prefix in (here, there)]  # rotated
 assert (stored[0] - stored[1]).abs().max() > spread
 
 # %% [markdown]
-# The same text at another place: as they lie in the cache its keys differ, as features they are the same. (In the first layer; later ones read what earlier ones made, with the small errors of rotations by hundreds of positions.)
+# The same text at another position: in the cache its keys differ; as features they are the same. (This holds exactly in the first layer; later layers read the output of earlier ones, with the small errors of rotations by hundreds of positions.)
 #
 # ## Layer
 #
-# Which teacher layer should a student layer learn from? The simple answer is the one at the same share of the depth. The other is to measure. {term}`CKA` {cite}`kornblith2019cka` compares two layers by which *tokens* they find alike, so widths may differ, and neither rotation nor scale matters. With $K = XX^\top$ and $L = YY^\top$ the tokens' inner products in two layers,
+# Which teacher layer should a student layer learn from? The simple answer is the one at the same fraction of the depth. The other is to measure similarity. {term}`CKA` {cite}`kornblith2019cka` compares two layers by which *tokens* they represent similarly, so widths may differ, and neither rotation nor scale matters. With $K = XX^\top$ and $L = YY^\top$ the tokens' inner products in two layers,
 #
 # $$\mathrm{CKA} = \frac{\mathrm{HSIC}(K, L)}{\sqrt{\mathrm{HSIC}(K, K)\,\mathrm{HSIC}(L, L)}} .$$
 #
-# The usual estimate is biased: it finds likeness where there is none, the more the fewer tokens there are for the width. The unbiased one {cite}`nguyen2021cka` leaves out the diagonals, on which each token is compared with itself (here $K$ and $L$ have zeros there):
+# The usual estimate is biased: it reports similarity where there is none, and more so the fewer tokens there are for the width. The unbiased one {cite}`nguyen2021cka` leaves out the diagonals, on which each token is compared with itself (here $K$ and $L$ have zeros there):
 #
 # $$\mathrm{HSIC}_1 = \frac{1}{n(n-3)}\left[\operatorname{tr}(KL) + \frac{\mathbf 1^\top K \mathbf 1\; \mathbf 1^\top L \mathbf 1}{(n-1)(n-2)} - \frac{2}{n-2}\,\mathbf 1^\top K L \mathbf 1\right].$$
 
@@ -219,7 +213,7 @@ turned = hsic(5 * x @ turn, y) / (hsic(5 * x @ turn, 5 * x @ turn) * hsic(y, y))
 assert torch.allclose(once, turned)
 
 # %% [markdown]
-# Two layers of random numbers have nothing in common. What do the two estimates say of them, for various numbers of tokens, at a width of 128?
+# Two layers of random numbers have nothing in common. What do the two estimates show for various numbers of tokens, at a width of 128?
 
 # %% mystnb={"image": {"alt": "CKA of independent layers against the number of tokens. The biased estimate begins near 1 and falls slowly; the unbiased one stays at 0."}}
 counts = (16, 32, 64, 128, 256, 512, 1024)
@@ -252,7 +246,7 @@ even = proportional(len(chosen.indices), chosen.teacher_layers)
 print("proportional:", even.indices.flatten().tolist())
 
 # %% [markdown]
-# At the tiny scale, no layer of one is very much like any of the other: their tokens differ, and they were trained apart. The rows are nearly flat, so that which two layers are best hardly means anything. And the weights, a softmax over numbers from 0 to 1, are nearly even for any two layers. For comparison, the student with itself and, at the tiny scale, with a deeper model of the same tokenizer, on the very same texts:
+# At the tiny scale, no layer of one model is very similar to any of the other: their tokens differ, and they were trained separately. The rows are nearly flat, so the choice of the two best layers means little. And the weights, a softmax over numbers from 0 to 1, are nearly even for any two layers. For comparison, the student with itself and, at the tiny scale, with a deeper model of the same tokenizer, on the very same texts:
 
 # %% mystnb={"image": {"alt": "Two tables of CKA, a model with itself and with a deeper model of the same tokenizer."}}
 likeness = {"with itself": align.similar_layers(student, texts, student, texts)}
@@ -265,7 +259,7 @@ assert torch.allclose(likeness["with itself"].diagonal(), torch.ones(1).double()
 # %% [markdown]
 # ## Hidden
 #
-# What is left is what the numbers mean. A {term}`projector` is a linear map for keys and one for values, from the teacher's width to the student's, the same for all layers: $\hat k = W_K k$, $\hat v = W_V v$. It starts from random numbers (Xavier), from a random orthogonal projection or from a copy (identity), and may learn along. Or it is fitted in closed form, by ridge regression on some problems that both have read:
+# The meaning of the numbers is left. A {term}`projector` is a linear map for keys and one for values, from the teacher's width to the student's, the same for all layers: $\hat k = W_K k$, $\hat v = W_V v$. It starts from random numbers (Xavier), from a random orthogonal projection or from a copy (identity), and may learn along. Or it is fitted in closed form, by ridge regression on some problems that both models have read:
 
 # %%
 def aligned(texts, others, chosen=chosen):
@@ -275,13 +269,11 @@ def aligned(texts, others, chosen=chosen):
         plan = plan_time(*(torch.stack([t.borders for t in part]) for part in (one, two)))
         flats = []
         for model, part in ((student, one), (teacher, two)):
-            batch = align.collate([Lesson(t) for t in part])
-            names = ("input_ids", "attention_mask", "position_ids")
-            ids, mask, places = (batch[name].to(model.device) for name in names)
-            made = cache.prefill(model, ids, attention_mask=mask).cache
-            flats.append(align.features(made, places, rotary_of(model)))
+            batch = align.pad_problems([(text,) for text in part])
+            ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+            flats.append(align.features(cache.prefill(model, ids, attention_mask=mask)))
         mine, given = flats
-        given = (align.mix_layers(resample(x, plan), chosen) for x in given)
+        given = align.align_kv(given, plan, chosen)
         keep = plan.mask.to(ids.device)
         # all tokens of the batch in a row: (1, L, N, D)
         yield tuple(align.KV(*(x.transpose(0, 1)[:, keep][None] for x in kv)) for kv in (given, mine))
@@ -295,7 +287,7 @@ projectors = {
 print(f"{projectors['ridge'].num_parameters()} parameters")
 
 # %% [markdown]
-# How near does that come to the student's own features, on problems that were not used for the fit? The share of their variance that is explained, layer by layer (below 0: worse than guessing the mean):
+# How close does that come to the student's own features, on problems that were not used for the fit? The fraction of their variance that is explained, layer by layer (below 0: worse than the mean):
 
 # %%
 rows = {}
@@ -319,7 +311,7 @@ views |= {f"teacher, {n}": p(sample[0]).values[0, layer].detach() for n, p in pr
 plots.key_differences(views, [tokenizer.decode(i) for i in texts[short_one].input_ids]);
 
 # %% [markdown]
-# The ridge map finds some of the student's pattern in the teacher's numbers, and leaves out what it cannot guess, so it is paler. A linear map between models that were trained apart, with other tokens, explains a part and no more.
+# The ridge map finds some of the student's pattern in the teacher's numbers, and leaves out the rest, so it is paler. A linear map between models that were trained separately, with different tokens, explains only a part.
 #
 # For the source's models, teachers of 7B and 1.5B with a student of 1.5B, projectors are small, since their KV heads are few:
 
@@ -338,64 +330,58 @@ assert sum(counts) < 21e6 / 50
 #
 # ## All steps at once
 #
-# `align_kv` runs the steps in the source's order and checks shapes at each: rotation and head, time, layer, hidden, and then {term}`fusion`, a weighted mean over several teachers. `as_cache` rotates the result for the student and splits it into its heads: a cache that the student can read on from. A teacher that *is* the student must give back the student's own cache, bit for bit:
+# The steps follow each other in the source's order. `features` undoes rotation and heads, `align_kv` aligns time and layers, a `Projector` maps to the student's width, and `fuse` ({term}`fusion`) takes a weighted mean over several teachers. `as_prefix` rotates the result for the student and splits it into its heads: a cache that the student can continue. A teacher that *is* the student must give back the student's own cache, bit for bit:
 
 # %%
-def as_teacher(model, text, own, chosen, projector):
-    """A teacher that has read its text, for `align_kv`."""
-    made, positions = read(model, text)
+def carried(model, text, own, chosen, projector):
+    """A teacher's features of its text, with the student's tokens, layers and width."""
     plan = plan_time(own.borders[None], text.borders[None])
-    return align.Teacher(made, positions, rotary_of(model), plan, chosen, projector)
+    return projector(align.align_kv(align.features(read(model, text)), plan, chosen))
 
 
 layers, width = student.config.num_hidden_layers, widths[1]
 like = Projector(width, width, "identity").to(student.device)
-mirror = as_teacher(student, own, own, proportional(layers, layers), like)
-kept = align.align_kv([mirror])
-assert torch.equal(kept.keys, align.features(*read(student, own), rotary_of(student)).keys)
+mirror = carried(student, own, own, proportional(layers, layers), like)
+assert torch.equal(mirror.keys, align.features(read(student, own)).keys)
 
 # %% [markdown]
-# And another teacher? What would the student say next, behind the teacher's cache in place of its own? Of the distribution of the next token, how much stays, $\sum_x \min(p(x), q(x))$, at the end of the prompt, where a solution begins, and at the first digit of the answer?
+# And another teacher? What does the student predict next, given the teacher's cache in place of its own? We measure the overlap of the two distributions of the next token, $\sum_x \min(p(x), q(x))$, at the end of the prompt, where a solution begins, and at the first digit of the answer:
 
 # %%
-def behind(kv, own, at):
-    """What the student says of token `at`, behind a cache of what stands before it."""
+def continued(kv, own, at):
+    """The student's probabilities after token `at`, given a cache of the tokens before it."""
     positions = torch.arange(len(own.input_ids), device=student.device)[None]
-    heads = student.config.num_key_value_heads
-    kv = align.KV(*(x.to(student.dtype) for x in kv))
-    made = align.as_cache(kv, positions, rotary_of(student), heads)
-    made = cache.truncate(made, at - 1)
-    out = cache.prefill(student, own.input_ids[None, at - 1 : at].to(student.device),
-                        cache.Prefix(made, at - 1))
+    prefix = cache.part(align.as_prefix(kv, positions, student), 0, at - 1)
+    ids = own.input_ids[None, at - 1 : at].to(student.device)
+    out = cache.prefill(student, ids, prefix, position=at - 1)
     return out.logits.float().softmax(-1)[0]
 
 
 rows = {}
 for i in range(32, 48):
     one, two, wrong = texts[i], others[i], others[(i + 5) % 48]
-    truth = align.features(*read(student, one), rotary_of(student))
+    truth = align.features(read(student, one))
     empty = align.KV(*(torch.zeros_like(x) for x in truth))
     arms = {"a cache of zeros": empty}
     for name, text in (("teacher", two), ("teacher, another problem", wrong)):
-        taught = as_teacher(teacher, text, one, chosen, projectors["ridge"].to(student.device))
-        arms[name] = align.align_kv([taught])
+        arms[name] = carried(teacher, text, one, chosen, projectors["ridge"].to(student.device))
     for name, kv in arms.items():
         for place, at in (("prompt ends", one.borders[1]), ("first digit", one.borders[2] + 3)):
             with torch.no_grad():
-                p, q = (behind(each, one, int(at)) for each in (truth, kv))
+                p, q = (continued(each, one, int(at)) for each in (truth, kv))
             rows.setdefault(name, {}).setdefault(place, []).append(torch.minimum(p, q).sum().item())
 pd.DataFrame({name: {k: np.mean(v) for k, v in r.items()} for name, r in rows.items()}).T.round(2)
 
 # %% [markdown]
-# What stands before the solution is partly there, but much of it is there with another problem's teacher, too, so it is form more than content. Of the numbers nothing has come over. Linear maps between models that were trained apart do not make a cache that can be read from. That is not what the source does with it, either: it lets the student *learn toward* it, and adapt.
+# At the end of the prompt much of the overlap remains, but also with a teacher that read another problem, so it is form more than content. Of the numbers nothing is carried over. Linear maps between models that were trained separately do not make a cache that can be read from. The source does not use it in that way, either: it lets the student *learn toward* it, and adapt.
 #
 # ## Learning toward a teacher
 #
-# While the student learns solutions by cross-entropy, its keys and values are drawn to their targets. In each layer the difference is measured in the student's own deviations, so that no layer weighs more for having larger numbers:
+# While the student learns solutions by cross-entropy, its keys and values are drawn to their targets. In each layer the difference is divided by the standard deviation of the student's own features, so that layers with larger numbers do not weigh more:
 #
 # $$\mathcal L_{\mathrm{KV}} = \frac{1}{2L}\sum_{\ell=1}^{L}\sum_{x \in \{K, V\}} \operatorname{mean}\;\operatorname{smooth\,L1}\!\left(\frac{x_\ell - \hat x_\ell}{\operatorname{std}(x_\ell)}\right),$$
 #
-# the mean over tokens that are no padding and over the width. The deviation gets no gradient, else features would grow to make the loss small. The source adds a {term}`CODI` loss {cite}`shen2025codi`: hidden states of all layers, at one token only, the last before the answer, are drawn to the teacher's through a learned map, and their difference is measured in the *target's* deviations.
+# the mean over tokens that are no padding and over the width. The deviation gets no gradient; otherwise features would grow to make the loss small. The source adds a {term}`CODI` loss {cite}`shen2025codi`: hidden states of all layers, at one token only, the last before the answer, are drawn to the teacher's through a learned map, and their difference is measured in the *target's* deviations.
 
 # %%
 def kv_loss(student, target, mask):
@@ -413,7 +399,7 @@ mask = torch.rand(3, 5) > 0.3
 assert torch.allclose(kv_loss(one, two, mask), align.kv_loss(one, two, mask), atol=1e-5)
 
 # %% [markdown]
-# In the source, the student's keys and values were computed without gradients, and so its loss, a fine-looking curve, taught nothing. The check is simple: does the loss reach the weights that make keys and values? And does none of it reach the teacher, which was read once and put away (`seen_by`)?
+# In the source, the student's keys and values were computed without gradients, and so its loss, a fine-looking curve, taught nothing. The check is simple: does the loss reach the weights that make keys and values? And does none of it reach the teacher, which was read once and put away (`encode_with_teacher`)?
 
 # %%
 def learner():
@@ -429,12 +415,14 @@ problems = [*Solutions(32, seed=6)]
 own_texts = [segment(tokenizer, s) for s, _ in problems]
 begun = learner()
 layers = proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
-seen = align.seen_by(teacher, words, [t for _, t in problems], own_texts, layers)
-lessons = [Lesson(text, (part,)) for text, part in zip(own_texts, seen)]
+solutions = [solution for _, solution in problems]
+seen = align.encode_with_teacher(teacher, words, solutions, own_texts, layers)
+examples = list(zip(own_texts, seen))
 
-pupil = align.Pupil(begun, align.KVAlignmentLoss([Projector(*widths)])).to(begun.device)
-batch = {name: x.to(begun.device) for name, x in align.collate(lessons[:4]).items()}
-pupil(batch)["kv"].backward()
+aligned_student = AlignedStudent(begun, [Projector(*widths)]).to(begun.device)
+batch = align.pad_problems(examples[:4])
+batch = {name: x.to(begun.device) for name, x in batch.items()}
+aligned_student(batch)["kv"].backward()
 attention = begun.base_model.layers[0].self_attn
 for name in ("k_proj", "v_proj", "q_proj"):
     gradient = getattr(attention, name).weight.grad
@@ -444,12 +432,12 @@ assert attention.v_proj.weight.grad.norm() > 0
 assert all(p.grad is None for p in teacher.parameters())
 
 # %% [markdown]
-# ### How much does each loss say?
+# ### How much does each loss contribute?
 #
-# A term can look fine and have no part in what is learned. `fit` logs the share of each loss in the norm of the gradient (of all that learns, projectors included). Here are the first steps of two ways: the source's (weight 1, rising over the first 1000 steps, with CODI, projectors that learn along), and the one that the comparison below was made with: projectors that stay as they are, orthogonal, and a large weight that fades to nothing at 60 % of the steps.
+# A term can look fine and contribute nothing to learning. `fit` logs each loss's fraction of the norm of the gradient (of all trained parameters, projectors included). Here are the first steps of two settings: the source's (weight 1, rising over the first 1000 steps, with CODI, projectors that learn along), and the one that the comparison below was made with: projectors that stay as they are, orthogonal, and a large weight that fades to nothing at 60 % of the steps.
 
 # %%
-del pupil, batch, attention, gradient, begun
+del aligned_student, batch, attention, gradient, begun
 tiny = scale.name == "tiny"
 steps, batch, rate = (24, 8, 2e-3) if tiny else (12, 1, 2e-5)
 ways = {
@@ -462,12 +450,11 @@ for name, way in ways.items():
     model, fixed = learner(), name == "large and fading"
     projector = Projector(*widths, "orthogonal" if fixed else "xavier").requires_grad_(not fixed)
     states = [torch.nn.Linear(teacher.config.hidden_size, model.config.hidden_size, bias=False)]
-    loss = align.KVAlignmentLoss([projector], () if fixed else states)
-    histories[name] = align.train(
-        model, lessons, loss, steps=steps, batch_size=batch, learning_rate=rate, shares_every=2, **way
-    )
+    aligned_student = AlignedStudent(model, [projector], () if fixed else states)
+    options = {"steps": steps, "batch_size": batch, "learning_rate": rate, "shares_every": 2}
+    histories[name] = align.train_student(aligned_student, examples, **options, **way)
     shares[name] = [h["share_kv"] for h in histories[name] if "share_kv" in h]
-    del model, loss
+    del model, aligned_student
 
 # %% mystnb={"image": {"alt": "Share of the KV loss in the gradient over the first steps. As the source has it, it stays near 0; large and fading, it begins high and falls to 0."}}
 at = [h["step"] for h in histories["as the source"] if "share_kv" in h]
@@ -477,7 +464,7 @@ ax.set_ylim(0, 1);
 # %% [markdown]
 # ## The four arms, and controls that should fail
 #
-# The source's plan has four arms: time by index or by segments, layers in proportion or by CKA. It expects 1 to 2 % from time, 2 to 3 % from layers, 3 to 5 % from both. To know whether anything helps, four more questions must be asked. What does the student learn with **no teacher** at all, from cross-entropy alone? What if the teacher's keys and values belong to **another problem**? What if the teacher has **random weights**? And is it the same with other seeds? If a control helps as much as the method, it was not the teacher.
+# The source's plan has four arms: time by index or by segments, layers in proportion or by CKA. It expects 1 to 2 % from time, 2 to 3 % from layers, 3 to 5 % from both. To know whether anything helps, four more questions must be asked. What does the student learn with **no teacher** at all, from cross-entropy alone? What if the teacher's keys and values belong to **another problem**? What if the teacher has **random weights**? And is it the same with other seeds? If a control helps as much as the method, the gain does not come from the teacher.
 #
 # The benchmark trains them all: students of three layers, from random weights, with the lab's teacher, 600 problems again and again until they know them by heart, and then 300 new ones to solve. All arms have the same problems in the same order, and as many steps; each seed has problems of its own. So the question is which of them *generalizes*; and the teacher, which has seen far more arithmetic, has something to give. (A layer map by CKA needs a student that has learned something; it is made with the one that learned without a teacher.) Not compared: learning from the teacher's text or probabilities, which would bring in what it knows, too.
 
@@ -533,11 +520,11 @@ rows = {
 results.table(rows, ".0f")
 
 # %% [markdown]
-# (With so few seeds, an interval is little more than the range from the worst to the best of them. A difference from no teacher is taken on the seeds that both have. Times are by the clock, with other work beside; the paired overhead further down is the one to trust.)
+# (With so few seeds, an interval is little more than the range from the worst to the best of them. A difference from no teacher is computed on the seeds that both have. Times are by the clock, with other work beside; the paired overhead further down is the one to trust.)
 #
 # **Time is what counts.** With targets stretched segment by segment, and layers in proportion, students solve the most: on average far more than without a teacher, after the same steps on the same problems. But not with every seed: a student that learned without a teacher can have luck, too, and the interval almost reaches 0. By index, the same teacher with the same weight is no help and rather does harm: most targets then belong to another token.
 #
-# **The controls say whose doing it is.** With the same loss and a teacher that read another problem, students of the `segments` arm solve fewer problems with each seed; that is the clearest difference here. So what counts is what the teacher made of *this* problem. A teacher with random weights ruins its student. And look at single seeds once more: one student of `full, another problem` did well, better than the `full` arm itself with that seed. With one seed each, this chapter could have told almost any story, and four are few.
+# **The controls show where the gain comes from.** With the same loss and a teacher that read another problem, students of the `segments` arm solve fewer problems with each seed; that is the clearest difference here. So the features of *this* problem matter. A teacher with random weights ruins its student. And look at single seeds once more: one student of `full, another problem` did well, better than the `full` arm itself with that seed. With one seed each, almost any conclusion would have been possible, and four are few.
 #
 # **With layers by CKA no gain is left** that these seeds could show, neither over no teacher nor over the control, where the source expected more from layers than from time. Look where the map sends the student's layers:
 
@@ -591,13 +578,13 @@ plots.lines(steps, curves, "step", "share of the KV loss");
 # %% [markdown]
 # ## What it costs
 #
-# The teacher reads each problem once. What it made of it is kept on disk, in half precision, with the student's tokens and layers, so that no teacher is in memory while the student trains, and several teachers need never be there together.
+# The teacher reads each problem once. Its features are kept on disk, in half precision, with the student's tokens and layers, so that no teacher is in memory while the student trains, and several teachers are never in memory together.
 
 # %%
 per_problem = sum(x.numel() * x.element_size() for x in seen[0])
-print(f"{per_problem / 1e6:.2f} MB a problem here")
+print(f"{per_problem / 1e6:.2f} MB per problem here")
 megabytes = 2 * 2 * 512 * configs[1].num_hidden_layers * sizes[0] / 1e6  # keys and values, two bytes each
-print(f"{megabytes:.0f} MB a problem of 512 tokens for Qwen2-7B and Qwen2-1.5B,")
+print(f"{megabytes:.0f} MB per problem of 512 tokens for Qwen2-7B and Qwen2-1.5B,")
 print(f"so {10_000 * megabytes / 1000:.0f} GB of disk for ten thousand problems")
 for name in (
     "resampling_over_loop",
@@ -614,7 +601,7 @@ for name in (
 # ```{exercise-start} A marker of your own
 # :label: ex-marker
 # ```
-# *Easy, 5 minutes.* A data set ends its solutions with "So we get 7 eggs." and nothing that `segment` knows. What does it say to such a text? Give it a `marker`, and print the three segments.
+# *Easy, 5 minutes.* A data set ends its solutions with "So we get 7 eggs." and nothing that `segment` knows. Which error does it raise for such a text? Give it a `marker`, and print the three segments.
 # ```{exercise-end}
 # ```
 
@@ -644,7 +631,7 @@ for name, start, end in zip(align.SEGMENTS, borders, borders[1:]):
 # ```{exercise-start} Forget to un-rotate
 # :label: ex-rotated
 # ```
-# *Medium, 10 minutes.* Fit ridge maps from the teacher's keys to the student's as they lie in the cache, rotated, and compare the share of variance that they explain on other problems with that of un-rotated keys.
+# *Medium, 10 minutes.* Fit ridge maps from the teacher's keys to the student's as they are in the cache, rotated, and compare the fraction of variance that they explain on other problems with that of un-rotated keys.
 # ```{exercise-end}
 # ```
 
@@ -655,14 +642,14 @@ for name, start, end in zip(align.SEGMENTS, borders, borders[1:]):
 
 # %%
 def as_stored(texts, others):
-    """As `aligned`, one problem at a time, but with keys as they lie in the cache."""
+    """As `aligned`, one problem at a time, but with rotated keys, as in the cache."""
     for one, two in zip(texts, others):
         plan = plan_time(one.borders[None], two.borders[None])
         given, mine = (
-            align.KV(*(align.merge_heads(x) for x in cache.to_tensor(read(model, t)[0]).float().transpose(0, 1).transpose(1, 2)))
+            align.KV(*cache.to_tensor(read(model, t).cache).float().permute(1, 2, 0, 4, 3, 5).flatten(4))
             for model, t in ((teacher, two), (student, one))
         )
-        yield align.KV(*(align.mix_layers(resample(x, plan), chosen) for x in given)), mine
+        yield align.align_kv(given, plan, chosen), mine
 
 
 def share_explained(projector, pairs):
@@ -689,7 +676,7 @@ print(f"un-rotated: {unrotated:.2f}")
 # ```{exercise-start} Two teachers
 # :label: ex-two-teachers
 # ```
-# *Medium, 10 minutes.* At the tiny scale there is a second teacher, `lab-target`, with the student's own tokenizer. Fit a ridge map for it on the same problems (it reads the long solutions, too), fuse both with weights from 0 to 1, and find the weight that explains most of the student's keys. Is the mean of two better than the better one alone?
+# *Medium, 10 minutes.* At the tiny scale there is a second teacher, `lab-target`, with the student's own tokenizer. Fit a ridge map for it on the same problems (it reads the long solutions, too), fuse both with weights from 0 to 1, and find the weight that explains most of the student's keys. Is the mean of two better than the better teacher alone?
 # ```{exercise-end}
 # ```
 
@@ -707,12 +694,11 @@ if scale.name == "tiny":
 
     def of_both(span):
         for one, two, other in zip(texts[span], others[span], their[span]):
-            mine = align.features(*read(student, one), rotary_of(student))
+            mine = align.features(read(student, one))
             parts = []
             for model, text, chosen_for in ((teacher, two, chosen), (deep, other, second)):
-                flat = align.features(*read(model, text), rotary_of(model))
                 plan = plan_time(one.borders[None], text.borders[None])
-                parts.append(align.KV(*(align.mix_layers(resample(x, plan), chosen_for) for x in flat)))
+                parts.append(align.align_kv(align.features(read(model, text)), plan, chosen_for))
             yield *parts, mine
 
     learned = [*of_both(slice(0, 32))]
@@ -739,8 +725,8 @@ if scale.name == "tiny":
 #
 # - Four things differ between two caches: time, layer, head, and what the numbers mean. Each step can be checked alone, and should be.
 # - Align time by segments or not at all. Here that was the difference between a gain with most seeds and a loss with all.
-# - Likeness as flat as this is no guide to what can be learned: layers in proportion taught more than layers by CKA.
-# - A KV loss is strong medicine. Look at its share of the gradient, let it fade, and run the controls (no teacher, another problem, random weights), each with more seeds than you think.
+# - CKA as flat as this does not show what can be learned: layers in proportion taught more than layers by CKA.
+# - A KV loss is strong medicine. Look at its fraction of the gradient, let it fade, and run the controls (no teacher, another problem, random weights), each with more seeds than you think.
 # - A cache carried over by linear maps cannot be read from, but it can be learned toward.
 #
 # The cell below runs alone, after the imports.
@@ -758,13 +744,14 @@ student.requires_grad_(True)
 problems = [*Solutions(16, seed=1)]
 texts = [align.segment(tokenizer, mine) for mine, _ in problems]
 layers = proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-seen = align.seen_by(teacher, words, [theirs for _, theirs in problems], texts, layers)
-lessons = [align.Lesson(text, (part,)) for text, part in zip(texts, seen)]
-
+solutions = [theirs for _, theirs in problems]
+seen = align.encode_with_teacher(teacher, words, solutions, texts, layers)
 width = seen[0].keys.shape[-1], student.base_model.layers[0].self_attn.k_proj.out_features
-loss = align.KVAlignmentLoss([align.Projector(*width, "orthogonal").requires_grad_(False)])
+projector = align.Projector(*width, "orthogonal").requires_grad_(False)
 options = {"steps": 4, "batch_size": 4, "kv_weight": 1, "kv_warmup": 0}  # and "kv_end": 0.6 for more steps
-history = align.train(student, lessons, loss, learning_rate=1e-4, **options)
+aligned_student = align.AlignedStudent(student, [projector])
+examples = list(zip(texts, seen))
+history = align.train_student(aligned_student, examples, learning_rate=1e-4, **options)
 print([round(h["kv"], 2) for h in history])
 
 # %% [markdown]

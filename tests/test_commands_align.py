@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from kvlab import align as align_module
 from kvlab import lab, training
+from kvlab.align import ARMS, AlignedStudent, Problems, TeacherFeatures, alignment_figures, solved
 from kvlab.cli import main
-from kvlab.commands.align import ALIGNMENTS, Problems, alignment_figures, solved
 from kvlab.generation import answers
 from kvlab.lab import corpora
 from kvlab.layers import LayerMap, layer_map, load_layer_map, proportional, save_layer_map
@@ -85,8 +85,8 @@ def set_out(tiny, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr("kvlab.commands.align.solved", lambda *_: np.zeros(1))
             patch.setattr(
-                "kvlab.commands.align.teach",
-                lambda *args: got.append(args[3]) or ([{"seconds": 0.0}], None),
+                "kvlab.commands.align.train_arm",
+                lambda *args: got.append(args[3]) or ([{"seconds": 0.0}], AlignedStudent(args[1])),
             )
             main([*command, "--output_dir", "set_out", *options])
         return got
@@ -103,8 +103,8 @@ def listened(tiny, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr("kvlab.commands.align.solved", lambda *_: np.zeros(1))
             patch.setattr(
-                "kvlab.commands.align.train_pupil",
-                lambda *args, **more: got.append((*args[1:], more)) or [{"seconds": 0.0}],
+                "kvlab.align.train_student",
+                lambda *args, **more: got.append((args[1], args[0], more)) or [{"seconds": 0.0}],
             )
             main([*command, "--output_dir", name, *options])
         return got
@@ -122,14 +122,14 @@ def heard(chosen, plan, name="lab-teacher", shift=0, seed=0):
     """What a teacher makes of the lab's problems."""
     texts, theirs = pair_of(seed=seed)
     theirs = [*theirs[shift:], *theirs[:shift]]
-    return align_module.seen_by(
+    return align_module.encode_with_teacher(
         lab.load(name), lab.load_tokenizer(name), theirs, texts, chosen, plan
     )
 
 
 def same(lessons, seen, number=0):
     pairs = [
-        zip(lesson.seen[number], part, strict=True)
+        zip(lesson[1 + number], part, strict=True)
         for lesson, part in zip(lessons, seen, strict=True)
     ]
     return all(torch.equal(one, two) for pair in pairs for one, two in pair)
@@ -232,22 +232,25 @@ def test_without_weights_there_is_no_teacher_and_a_student_learns_as_from_soluti
 def test_what_is_asked_is_the_same_for_every_seed_and_never_learned_from(set_out, sums):
     found = set_out(ALIGNMENTS_COMPARED, *SUMS, "--seeds", "3", "--arms", "ce_only", "full")
     assert all(
-        tasks.asked == found[0].asked and tasks.answers == found[0].answers for tasks in found
+        tasks.questions == found[0].questions and tasks.answers == found[0].answers
+        for tasks in found
     )
-    assert all(tasks.own == tasks.theirs and tasks.kind == "number" for tasks in found)
-    assert [one.own == two.own for one, two in zip(found[::2], found[1::2], strict=True)] == [
-        True
-    ] * 3  # both arms
-    assert len({str(tasks.own) for tasks in found}) == 3
+    assert all(tasks.student == tasks.teacher and tasks.kind == "number" for tasks in found)
+    assert [
+        one.student == two.student for one, two in zip(found[::2], found[1::2], strict=True)
+    ] == [True] * 3  # both arms
+    assert len({str(tasks.student) for tasks in found}) == 3
     right = {record.question: record.answers for record in sums}
     for n, wanted in (("99", 20), ("16", 16)):
-        for seed in range(6):
+        for seed in range(2):
             (tasks,) = set_out(
                 ALIGNED, *SUMS, "--problems", n, "--seed", str(seed), "--heldout", "5"
             )
-            asked, learned = ([c[0]["content"] for c in part] for part in (tasks.asked, tasks.own))
+            asked, learned = (
+                [c[0]["content"] for c in part] for part in (tasks.questions, tasks.student)
+            )
             assert len(asked) == 5
-            assert all(len(c) == 1 for c in tasks.asked)
+            assert all(len(c) == 1 for c in tasks.questions)
             assert [right[question] for question in asked] == tasks.answers
             assert not {*asked} & {*learned}
             assert (
@@ -264,55 +267,55 @@ def test_lab_problems_to_learn_from_are_those_of_the_seed_and_not_those_of_the_t
     assert [options["seed"] for *_, options in runs] == [0, 1, 2]
     one, two = set_out(ALIGNMENTS_COMPARED, "--seeds", "2", "--arms", "full")
     assert [list(pair) for pair in corpora.Solutions(16, seed=1)] == [
-        list(p) for p in zip(two.own, two.theirs, strict=True)
+        list(p) for p in zip(two.student, two.teacher, strict=True)
     ]
-    assert one.asked == two.asked == [own[:1] for own, _ in corpora.Solutions(4, test=True)]
+    assert one.questions == two.questions == [own[:1] for own, _ in corpora.Solutions(4, test=True)]
     assert [f"Answer: {n}" for (n,) in one.answers] == [
         own[1]["content"][-len(f"Answer: {n}") :]
         for (own, _), (n,) in zip(corpora.Solutions(4, test=True), one.answers, strict=True)
     ]
-    assert not {c[0]["content"] for c in [*one.own, *two.own]} & {
-        c[0]["content"] for c in one.asked
+    assert not {c[0]["content"] for c in [*one.student, *two.student]} & {
+        c[0]["content"] for c in one.questions
     }
-    assert one.own[0] != one.theirs[0]
+    assert one.student[0] != one.teacher[0]
 
 
 def test_other_problems_may_be_asked(set_out, sums, heat):
     (tasks,) = set_out(ALIGNED, *SUMS, *HEAT, "--problems", "99", "--heldout", "2")
-    assert (len(tasks.own), len(tasks.asked), tasks.kind) == (25, 2, "choice")
+    assert (len(tasks.student), len(tasks.questions), tasks.kind) == (25, 2, "choice")
     right = {messages(record)[0]["content"]: (record.letter,) for record in heat}
-    assert [right[c[0]["content"]] for c in tasks.asked] == tasks.answers
+    assert [right[c[0]["content"]] for c in tasks.questions] == tasks.answers
     (tasks,) = set_out(ALIGNED, *SUMS, "--eval_dataset_name", "lab", "--problems", "99")
-    assert (len(tasks.own), len(tasks.asked), tasks.kind) == (25, 4, "number")
+    assert (len(tasks.student), len(tasks.questions), tasks.kind) == (25, 4, "number")
     (tasks,) = set_out(ALIGNED, *HEAT)
-    assert (len(tasks.own), len(tasks.asked), tasks.kind) == (16, 3, "choice")
+    assert (len(tasks.student), len(tasks.questions), tasks.kind) == (16, 3, "choice")
     again = ["--eval_dataset_name", "gsm8k", "--eval_source", "sums.jsonl"]
     (tasks,) = set_out(ALIGNED, *SUMS, *again, "--problems", "99", "--heldout", "9")
-    assert not {c[0]["content"] for c in tasks.asked} & {c[0]["content"] for c in tasks.own}
+    assert not {c[0]["content"] for c in tasks.questions} & {c[0]["content"] for c in tasks.student}
 
 
 def test_solved_is_what_is_answered_by_an_accepted_answer(monkeypatch):
     said = ["It is (B).", "The answer is A.", "", "The answer is C."]
     tasks = Problems([], [], [["asked"]] * 4, [("B",), ("B",), ("A",), ("A", "C")], "choice")
     monkeypatch.setattr(
-        "kvlab.commands.align.answers",
-        lambda model, tokenizer, asked, tokens, **_: said if asked == tasks.asked else [],
+        "kvlab.align.answers",
+        lambda model, tokenizer, asked, tokens, **_: said if asked == tasks.questions else [],
     )
     assert solved(None, None, tasks).tolist() == [1, 0, 0, 1]
 
 
 def test_each_arm_learns_from_what_its_name_says(listened):
     runs = listened(ALIGNMENTS_COMPARED, "--seeds", "1")
-    assert len(runs) == len(ALIGNMENTS)
-    lessons = {arm: run[0] for arm, run in zip(ALIGNMENTS, runs, strict=True)}
+    assert len(runs) == len(ARMS)
+    lessons = {arm: run[0] for arm, run in zip(ARMS, runs, strict=True)}
     texts, _ = pair_of()
     assert all(
-        torch.equal(a.text.input_ids, b.input_ids)
+        torch.equal(a[0].input_ids, b.input_ids)
         for part in lessons.values()
         for a, b in zip(part, texts, strict=True)
     )
-    assert [run[1] is None for run in runs] == [True] + [False] * 7
-    assert all(lesson.seen == () for lesson in lessons["ce_only"])
+    assert [len(run[1].projectors) for run in runs] == [0] + [1] * 7
+    assert all(len(lesson) == 1 for lesson in lessons["ce_only"])
     by_depth, by_likeness = proportional(2, 6), layer_map(alike(), 2)
     segments, index = align_module.plan_time, align_module.by_index
     assert same(lessons["baseline"], heard(by_depth, index))
@@ -323,14 +326,12 @@ def test_each_arm_learns_from_what_its_name_says(listened):
     assert same(lessons["shuffled_segment"], heard(by_depth, segments, shift=8))
     for arm, lessons_of in lessons.items():
         own = [
-            torch.equal(a.seen[0].keys, b.seen[0].keys)
+            torch.equal(a[1].keys, b[1].keys)
             for a, b in zip(lessons_of, lessons["full"], strict=True)
-            if a.seen
+            if a[1:]
         ]
         assert any(own) == (arm == "full"), arm
-    assert all(
-        torch.isfinite(x).all() for lesson in lessons["random_teacher"] for x in lesson.seen[0]
-    )
+    assert all(torch.isfinite(x).all() for lesson in lessons["random_teacher"] for x in lesson[1])
     for *_, options in runs:
         assert (
             options["seed"],
@@ -383,7 +384,7 @@ def test_a_layer_map_is_written_and_obeyed(listened, tiny, capsys):
         save_layer_map("maps/keys.json", one, student="lab-draft", teacher="lab-teacher", samples=9)
         ((lessons, *_),) = listened(ALIGNED, *mapped)
         assert same(lessons, heard(one, align_module.plan_time))
-        assert all(torch.equal(*lesson.seen[0].keys) for lesson in lessons)
+        assert all(torch.equal(*lesson[1].keys) for lesson in lessons)
 
     ((lessons, *_),) = listened(ALIGNED, *BOTH)  # what is made on the way stays
     (path,) = tiny.glob("listened/*/teacher_0/layer_map.json")
@@ -423,7 +424,7 @@ def test_two_teachers_are_heard_one_after_another_each_in_its_own_tokens(listene
 def test_an_aligned_student_that_was_killed_goes_on_and_ends_the_same(align, tiny, monkeypatch):
     options = [*BOTH, "--epochs", "2"]
     align("whole", *options)
-    save, fit, load, steps = training._save, training.fit, Scale.load, []
+    save, fit, load, steps = training._save_run, training.fit, Scale.load, []
 
     def killed(*state):
         save(*state)
@@ -433,7 +434,7 @@ def test_an_aligned_student_that_was_killed_goes_on_and_ends_the_same(align, tin
         return fit(model, loader, lambda *batch: steps.append(1) or losses(*batch), **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", killed)
+        patch.setattr(training, "_save_run", killed)
         patch.setattr(align_module, "fit", lambda *args, **more: fit(*args, **more | {"every": 3}))
         with pytest.raises(KeyboardInterrupt):
             align("killed", *options)
@@ -460,7 +461,13 @@ def test_a_run_of_other_settings_begins_anew(listened, sums, monkeypatch):
     for name, layer in (("a.json", 0), ("b.json", 1)):
         one = LayerMap(torch.full((2, 1), layer), torch.ones(2, 1).double(), 6)
         save_layer_map(name, one, student="s", teacher="t", samples=9)
-    monkeypatch.setattr("kvlab.commands.align._listened", lambda *_: ([], None))
+    features = [TeacherFeatures(*[torch.zeros(2, 2, 8)] * 3)]
+    for name, stub in (
+        ("_encode_to_files", lambda *_: None),
+        ("StoredTeacherFeatures", lambda _: features),
+        ("StackDataset", lambda *_: []),
+    ):
+        monkeypatch.setattr(align_module, name, stub)
     changes = [
         "", "--kv_weight 0.5", "--codi_weight 0.1", "--kv_warmup 3", "--kv_end 0.5", "--start orthogonal", "--seed 1",
         "--freeze_projectors", "--problems 24", "--epochs 2", "--batch_size 4", "--accumulate 2", "--learning_rate 0.1",
@@ -490,11 +497,12 @@ def test_projectors_start_by_the_seed_and_stay_if_they_are_frozen(align, listene
         align_module.Projector.from_pretrained(tiny / "free/projector_0").state_dict(), begun
     )
     ((_, alignment, _),) = listened(ALIGNED, "--freeze_projectors", *options)
-    assert not any(p.requires_grad for p in alignment.parameters())  # the student alone moves
-    ((_, again, _),) = listened(
-        ALIGNED, "--freeze_projectors", *options
-    )  # now what the teacher made of it is on disk
-    assert equal(again.state_dict(), alignment.state_dict())
+    trained = {name for name, p in alignment.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"student"}
+    # now the features are read from disk
+    ((_, again, _),) = listened(ALIGNED, "--freeze_projectors", *options)
+    assert equal(again.projectors.state_dict(), alignment.projectors.state_dict())
+    assert equal(again.states.state_dict(), alignment.states.state_dict())
     ((_, alignment, _),) = listened(ALIGNED, "--codi_weight", "0")
     assert not alignment.states
 
@@ -548,8 +556,7 @@ def test_arms_are_compared_seed_by_seed_and_a_run_that_is_over_is_not_made_again
         assert told["figures"] == alignment_figures(pd.DataFrame(told["runs"]))
         assert "segment, seed 1: 0.300" in capsys.readouterr().out
         kept.append([run["seconds"] for run in told["runs"]])
-        monkeypatch.setattr(align_module, "seen_by", lambda *_: pytest.fail("read again"))
-        monkeypatch.setattr("kvlab.commands.align._read_by", lambda *_: pytest.fail("read again"))
+        monkeypatch.setattr(align_module, "_encode_to_files", lambda *_: pytest.fail("read again"))
     assert kept[0] == kept[1]
     assert min(kept[0]) > 0
 
@@ -623,37 +630,29 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         (
             ALIGNED,
             [*MAPPED[1:], "sums.jsonl"],
-            "layer_mapping_path is given without --use_cka_layer_mapping",
+            "There are 1 layer maps for 1 teachers: give one each, and --use_cka",
         ),
         (
             ALIGNED,
             [*MAPPED, "none.json"],
-            "There is no layer map none.json: make one by `kvlab layer-map",
+            "There is no layer map none.json: make it by `kvlab layer-map",
         ),
         (
             ALIGNED,
             [*MAPPED, "none.json", "none.json"],
-            "There are 1 teachers and 2 layer maps: give one for each",
+            "There are 2 layer maps for 1 teachers: give one each",
         ),
-        (
-            ALIGNED,
-            ["--batch_size", "17"],
-            "16 problems are less than a batch of 17: give more, or smaller batches",
-        ),
+        (ALIGNED, ["--batch_size", "17"], "16 problems are less than a batch of 17: give more"),
         (ALIGNED, ["--accumulate", "3"], "16 problems are less than a batch of 24"),
         (ALIGNED, ["--problems", "0"], "problems is 0, expected a whole number from 1"),
         (ALIGNED, ["--heldout", "0"], "heldout is 0, expected a whole number from 1"),
-        (ALIGNED, ["--epochs", "0"], "epochs is 0, expected a whole number from 1"),
+        (ALIGNED, ["--epochs", "0"], "epochs is 0, expected a positive integer"),
         (ALIGNED, ["--kv_weight", "-1"], "kv_weight is -1.0, expected 0 or more"),
         (ALIGNED, ["--codi_weight", "-0.1"], "codi_weight is -0.1, expected 0 or more"),
         (ALIGNED, ["--learning_rate", "-1"], "learning_rate is -1.0, expected 0 or more"),
         (ALIGNED, ["--kv_warmup", "-1"], "kv_warmup is -1, expected 0 or more"),
-        (ALIGNED, ["--kv_end", "-0.5"], "kv_end is -0.5, expected a share from 0 to 1"),
-        (
-            ALIGNED,
-            ["--fp16"],
-            "fp16 needs a GPU, but the scale tiny computes on the CPU: leave --fp16 out",
-        ),
+        (ALIGNED, ["--kv_end", "-0.5"], "kv_end is -0.5, expected a fraction from 0 to 1"),
+        (ALIGNED, ["--fp16"], "fp16 needs a GPU, but the scale tiny computes on the CPU"),
         (
             ALIGNED,
             ["--source", "sums.jsonl"],
@@ -662,12 +661,12 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         (
             ALIGNED,
             ["--eval_source", "heat.jsonl"],
-            "eval_source is 'heat.jsonl', but problems to be asked are held out",
+            "eval_source is 'heat.jsonl', which needs --eval_dataset_name",
         ),
         (
             ALIGNED,
             [*HEAT, "--eval_dataset_name", "lab"],
-            "eval_source is 'heat.jsonl', but the lab makes its problems up",
+            "eval_source is 'heat.jsonl', which needs --eval_dataset_name",
         ),
         (ALIGNED, HEAT[:2], "There is no source of arc records: give a file or a name on the hub"),
         (ALIGNED, [*HEAT[:3], "empty.jsonl"], "There is no problem to be asked in empty.jsonl"),
@@ -677,11 +676,7 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
             "There is no source of gsm8k records: give a file or a name on the hub",
         ),
         (ALIGNED, [*SUMS[:3], "none.jsonl"], "There is no file none.jsonl"),
-        (
-            ALIGNED,
-            [*SUMS, "--heldout", "25"],
-            "There are 25 problems, 25 to hold out: give more, or a smaller heldout",
-        ),
+        (ALIGNED, [*SUMS, "--heldout", "25"], "0 problems are less than a batch of 8"),
         (ALIGNED, [*SUMS, "--heldout", "20"], "[45] problems are less than a batch of 8"),
         (
             ALIGNED,
@@ -692,11 +687,11 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         (
             ALIGNMENTS_COMPARED,
             ["--arms", "full", "both"],
-            "There is no arm both: expected some of ce_only, baseline",
+            "There is no arm both: choose from ce_only, baseline",
         ),
         (ALIGNMENTS_COMPARED, ["--seeds", "0"], "seeds is 0, expected a whole number from 1"),
         (ALIGNMENTS_COMPARED, ["--batch_size", "17"], "16 problems are less than a batch of 17"),
-        (ALIGNMENTS_COMPARED, ["--kv_end", "2"], "kv_end is 2.0, expected a share from 0 to 1"),
+        (ALIGNMENTS_COMPARED, ["--kv_end", "2"], "kv_end is 2.0, expected a fraction from 0 to 1"),
         (["layer-map"], ["--num_samples", "0"], "num_samples is 0, expected a whole number from 1"),
         (["layer-map"], ["--k", "0"], "k is 0, expected a whole number from 1"),
         (["layer-map"], SUMS[:2], "There is no source of gsm8k records"),
@@ -717,17 +712,17 @@ def test_a_mistake_in_alignment_is_a_sentence_before_any_work(
 
 
 def test_what_does_not_fit_the_models_is_a_sentence_before_anything_is_read(tiny, monkeypatch):
-    monkeypatch.setattr(align_module, "similar_layers", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("kvlab.commands.align.similar_layers", lambda *_: pytest.fail("read"))
     with pytest.raises(
         SystemExit, match=r"^kvlab: k is 7, but lab-teacher has 6 layers: give a smaller one"
     ):
         main(["layer-map", "--k", "7", "--num_samples", "4"])
     one = LayerMap(torch.zeros(2, 1).long(), torch.ones(2, 1).double(), 12)
     save_layer_map("map.json", one, student="lab-draft", teacher="lab-target", samples=9)
-    monkeypatch.setattr("kvlab.commands.align.seen_by", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(align_module, "encode_with_teacher", lambda *_: pytest.fail("read"))
     with pytest.raises(
         SystemExit,
-        match=r"^kvlab: map.json maps 2 layers of lab-draft to 12 of lab-target, the models",
+        match=r"^kvlab: map.json maps 2 layers of lab-draft to 12 of lab-target, but the models",
     ):
         main([*ALIGNED, *MAPPED, "map.json"])
 
@@ -745,7 +740,7 @@ def test_published_problems_are_learned_from_as_they_are(listened):
     assert len(lessons) == 16
     for lesson in lessons:
         _, reasoning, answer = (
-            tokenizer.decode(lesson.text.input_ids[a:b])
-            for a, b in itertools.pairwise(lesson.text.borders)
+            tokenizer.decode(lesson[0].input_ids[a:b])
+            for a, b in itertools.pairwise(lesson[0].borders)
         )
         assert f" The answer is {found[reasoning.strip()]}." in answer

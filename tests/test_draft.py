@@ -366,7 +366,7 @@ def by_hand(target, layers, effect, store, number, ids, start, kind, aligned):
         query = turned(query, places - start)
         keys, values = part.layers[number].keys, part.layers[number].values
         if kind == "vector":
-            states = piece.hidden_states[:, answer]
+            states = store.hidden_states(item)[:, answer]
             keys = getattr(attention, "k_norm", torch.nn.Identity())(
                 heads(attention.k_proj(states))
             ).transpose(1, 2)
@@ -516,21 +516,23 @@ def test_padding_of_knowledge_is_not_read(world, kind, aligned):
 
 
 def altered(store, number, change):
-    """The store, and an item of it whose tensors are changed: change(piece, item) gives both anew."""
-    piece, item = change(store.read(store.items[number]), store.items[number])
+    """The store, and an item of it whose tensors are changed: change(cache, hidden, item) gives them anew."""
+    item = store.items[number]
+    cache, hidden, item = change(store.read(item).cache, store.hidden_states(item), item)
     other = copy.copy(store)
-    other.read = lambda asked: piece
+    other.read = lambda item: kv.Prefix(cache, len(item.input_ids), item.input_ids)
+    other.hidden_states = lambda item: hidden
     return other, item
 
 
-def other_question(piece, item):
+def other_question(cache, hidden, item):
     """Random numbers in place of the question's entries."""
-    tensor, hidden, n = kv.to_tensor(piece.cache), piece.hidden_states.clone(), item.answer_start
+    tensor, hidden, n = kv.to_tensor(cache), hidden.clone(), item.answer_start
     tensor[..., :n, :], hidden[:, :n] = (
         torch.randn_like(tensor[..., :n, :]),
         torch.randn_like(hidden[:, :n]),
     )
-    return piece._replace(cache=kv.from_tensor(tensor), hidden_states=hidden), item
+    return kv.from_tensor(tensor), hidden, item
 
 
 @every_kind
@@ -554,20 +556,19 @@ def test_an_answer_is_the_same_wherever_its_item_stood(world, kind, aligned):
     target, store = world()
     draft = cut(target, kind, aligned=aligned)
 
-    def moved(piece, item, by):
-        return piece._replace(cache=kv.shift(piece.cache, by, rotary_of(target))), item
+    def moved(cache, hidden, item, by):
+        return kv.shift(cache, by, rotary_of(target)), hidden, item
 
-    def behind_others(piece, item, by):
-        tensor, hidden = kv.to_tensor(piece.cache), piece.hidden_states
-        tensor = torch.cat(
-            (torch.randn_like(tensor[..., :by, :]), kv.to_tensor(moved(piece, item, by)[0].cache)),
-            -2,
-        )
-        piece = piece._replace(
-            cache=kv.from_tensor(tensor), hidden_states=torch.cat((hidden[:, :by], hidden), 1)
-        )
+    def behind_others(cache, hidden, item, by):
+        shifted = kv.to_tensor(moved(cache, hidden, item, by)[0])
+        tensor = torch.cat((torch.randn_like(shifted[..., :by, :]), shifted), -2)
+        hidden = torch.cat((hidden[:, :by], hidden), 1)
         ids = (*item.input_ids[:by], *item.input_ids)
-        return piece, dataclasses.replace(item, input_ids=ids, answer_start=item.answer_start + by)
+        return (
+            kv.from_tensor(tensor),
+            hidden,
+            dataclasses.replace(item, input_ids=ids, answer_start=item.answer_start + by),
+        )
 
     for by in (1, 3):
         want = draft.read(store, store.items[ANNA])

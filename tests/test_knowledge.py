@@ -1,7 +1,7 @@
 """The laws of spliced pieces and of a store of them: exact where said, whole after a kill, honest about misses."""
 
 import copy
-import inspect
+import dataclasses
 import itertools
 import json
 import os
@@ -14,7 +14,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import FAMILIES
@@ -23,18 +22,16 @@ from safetensors.torch import load_file
 
 from kvlab import cache as kv
 from kvlab import files, knowledge, lab
-from kvlab.compress import Compressed, compact
 from kvlab.draft import KnowledgeDraft
 from kvlab.generation import encode
-from kvlab.knowledge import ARMS, Hit, KnowledgeCache, Piece, read, splice
+from kvlab.knowledge import ARMS, CACHES_USED, Hit, KnowledgeCache, splice
 from kvlab.lab.tokenizers import CHAT_TEMPLATE
 from kvlab.models import CacheError, rotary_of
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.randint(0, 97, (25,), generator=torch.Generator().manual_seed(3)).tolist()
-PIECES, QUESTION = (IDS[:7], IDS[7:12], IDS[12:21]), torch.tensor([IDS[21:]])
-FLAT, FIRST, BEHIND = IDS[:21], 7, 14
-TIGHT = {torch.float32: 1e-5, torch.float64: 1e-9}
+TEXTS, QUESTION = (IDS[:7], IDS[7:12], IDS[12:21]), torch.tensor([IDS[21:]])
+FLAT, FIRST, LATER = IDS[:21], 7, 14
 RECORDS = [
     {"question": "Where does Anna live?", "answer": "Rome", "domain": "people"},
     {
@@ -66,7 +63,6 @@ MORE = [
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_rope = pytest.mark.parametrize("rope", ["default", "llama3", "yarn"])
-every_dtype = pytest.mark.parametrize("dtype", TIGHT, ids=str)
 
 
 class Bag:
@@ -98,59 +94,49 @@ def near(one, two, within):
     torch.testing.assert_close(tensors(one), tensors(two), rtol=0, atol=within)
 
 
-def read_all(model, texts=PIECES):
-    return [read(model, ids) for ids in texts]
+def prefill(model, ids):
+    return kv.prefill(model, torch.tensor([list(ids)]))
 
 
-def everything(model, ids=FLAT):
-    return kv.prefill(model, torch.tensor([ids]))
+def prefill_each(model, texts=TEXTS):
+    return [prefill(model, ids) for ids in texts]
 
 
-# pieces put together
+# prefixes joined
 
 
 @every_family
 @every_rope
-@every_dtype
 @pytest.mark.parametrize("arm", ["full", "prefix"])
-def test_two_arms_are_the_prefill_of_everything(tiny_model, family, rope, dtype, arm):
-    model = tiny_model(family, rope, dtype)
-    prefix = splice(model, read_all(model), arm)
-    near(prefix.cache, everything(model).cache, TIGHT[dtype])
+def test_two_arms_are_the_prefill_of_everything(tiny_model, family, rope, arm):
+    model = tiny_model(family, rope, torch.float64)
+    prefix = splice(model, prefill_each(model), arm)
+    near(prefix.cache, prefill(model, FLAT).cache, 1e-9)
     after = kv.prefill(model, QUESTION, prefix)
-    torch.testing.assert_close(
-        after.logits, everything(model, IDS).logits, rtol=0, atol=TIGHT[dtype]
-    )
+    torch.testing.assert_close(after.logits, prefill(model, IDS).logits, rtol=0, atol=1e-9)
 
 
 @every_family
-@every_rope
 @pytest.mark.parametrize("early", [1, 2, 3])
-def test_computing_all_again_is_exact_and_computing_none_is_shift_above(
-    tiny_model, family, rope, early
-):
-    model = tiny_model(family, rope, torch.float64)
-    pieces, true = read_all(model), everything(model).cache
-    near(splice(model, pieces, "recompute", share=1.0, early=early).cache, true, 1e-9)
-    none, moved = (
-        splice(model, pieces, "recompute", share=0, early=early).cache,
-        splice(model, pieces, "shift").cache,
-    )
+def test_computing_all_again_is_exact_and_computing_none_is_shift_above(tiny_model, family, early):
+    model = tiny_model(family, "yarn", torch.float64)
+    prefixes, true = prefill_each(model), prefill(model, FLAT).cache
+    again = splice(model, prefixes, "recompute", fraction=1.0, early_layers=early)
+    near(again.cache, true, 1e-9)
+    none = splice(model, prefixes, "recompute", fraction=0, early_layers=early).cache
+    moved = splice(model, prefixes, "shift").cache
     torch.testing.assert_close(
         tensors(none)[: 2 * early], tensors(true)[: 2 * early], rtol=0, atol=1e-9
     )
     assert all(map(torch.equal, tensors(none)[2 * early :], tensors(moved)[2 * early :]))
-    assert (
-        tensors(moved)[-1] - tensors(true)[-1]
-    ).abs().max() > 1e-3  # else the arms would be the same
+    error = (tensors(moved)[-1] - tensors(true)[-1]).abs().max()
+    assert error > 1e-3  # else the arms would be the same
 
 
-def most_different(model, pieces, early, count):
-    """The tokens behind the first piece whose keys and values at one layer differ most, in a plain loop."""
-    true, moved = (
-        everything(model).cache.layers[early - 1],
-        splice(model, pieces, "shift").cache.layers[early - 1],
-    )
+def most_different(model, prefixes, early, count):
+    """The tokens after the first prefix whose keys and values at one layer differ most, in a plain loop."""
+    true = prefill(model, FLAT).cache.layers[early - 1]
+    moved = splice(model, prefixes, "shift").cache.layers[early - 1]
     scores = {}
     for token in range(FIRST, len(FLAT)):
         scores[token] = 0.0
@@ -161,20 +147,20 @@ def most_different(model, pieces, early, count):
 
 
 @every_family
-@pytest.mark.parametrize("share", [0.05, 0.15, 0.25, 0.5, 0.9])
-def test_recompute_computes_that_share_of_tokens_again_those_that_differ_most(
-    tiny_model, family, share
+@pytest.mark.parametrize("fraction", [0.15, 0.5])
+def test_recompute_computes_that_fraction_of_tokens_again_those_that_differ_most(
+    tiny_model, family, fraction
 ):
     model = tiny_model(family, "yarn", torch.float64)
-    pieces, ids = read_all(model), torch.tensor([FLAT])
-    none = splice(model, pieces, "recompute", share=0).cache
-    want, chosen = none, most_different(model, pieces, 2, round(share * BEHIND))
-    for token in chosen:  # one after the other, each on what stands before it
+    prefixes, ids = prefill_each(model), torch.tensor([FLAT])
+    none = splice(model, prefixes, "recompute", fraction=0).cache
+    want, chosen = none, most_different(model, prefixes, 2, round(fraction * LATER))
+    for token in chosen:  # one after the other, each on the entries before it
         before = kv.Prefix(kv.truncate(want, token), token)
         new = kv.prefill(model, ids[:, token : token + 1], before).cache
         after = torch.arange(token + 1, len(FLAT))
         want = kv.join(new, kv.select(want, after)) if len(after) else new
-    got = splice(model, pieces, "recompute", share=share).cache
+    got = splice(model, prefixes, "recompute", fraction=fraction).cache
     near(got, want, 1e-9)
     changed = (got.layers[2].values != none.layers[2].values).any(-1).any(1)[0]
     assert changed.nonzero().flatten().tolist() == chosen
@@ -182,115 +168,108 @@ def test_recompute_computes_that_share_of_tokens_again_those_that_differ_most(
 
 @every_family
 @every_rope
-def test_shift_is_each_piece_read_alone_at_its_place_and_concat_at_the_start(
+def test_shift_is_each_text_read_alone_at_its_positions_and_concat_at_the_start(
     tiny_model, family, rope
 ):
     model, start = tiny_model(family, rope, torch.float64), 0
-    pieces = read_all(model)
-    moved, unmoved = (splice(model, pieces, arm).cache for arm in ("shift", "concat"))
-    for ids in PIECES:
+    prefixes = prefill_each(model)
+    moved, unmoved = (splice(model, prefixes, arm).cache for arm in ("shift", "concat"))
+    for ids in TEXTS:
         place = torch.arange(start, start + len(ids))
         alone = kv.prefill(model, torch.tensor([ids]), position=start).cache
         near(kv.select(moved, place), alone, 1e-5)  # a model computes its angles in float32
-        near(kv.select(unmoved, place), kv.prefill(model, torch.tensor([ids])).cache, 1e-9)
+        near(kv.select(unmoved, place), prefill(model, ids).cache, 1e-9)
         start += len(ids)
     assert (moved.layers[0].keys - unmoved.layers[0].keys)[:, :, FIRST:].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_single_piece_is_exact_in_every_arm(tiny_model, arm):
+def test_a_single_prefix_is_exact_in_every_arm(tiny_model, arm):
     model = tiny_model("Llama", "llama3", torch.float64)
-    prefix = splice(model, read_all(model, [FLAT]), arm)
-    near(prefix.cache, everything(model).cache, 1e-9)
+    prefix = splice(model, prefill_each(model, [FLAT]), arm)
+    near(prefix.cache, prefill(model, FLAT).cache, 1e-9)
     assert prefix.next_position == len(FLAT)
 
 
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS])
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_splice_knows_its_text_and_leaves_its_pieces_alone(tiny_model, arm):
+def test_a_splice_has_its_text_and_leaves_its_prefixes_alone(tiny_model, arm, texts):
     model = copy.deepcopy(tiny_model()).requires_grad_(True)
-    pieces = read_all(model)
-    frozen = [
-        (kv.clone(p.cache), list(p.input_ids), [t._version for t in tensors(p.cache)])
-        for p in pieces
-    ]
-    prefix = splice(model, pieces, arm)
-    assert (prefix.next_position, list(prefix.input_ids)) == (len(FLAT), FLAT)
-    assert kv.length(prefix.cache) == len(FLAT)
-    assert not any(t.requires_grad for t in tensors(prefix.cache))
-    for piece, (cache, ids, versions) in zip(pieces, frozen, strict=True):
-        assert all(map(torch.equal, tensors(piece.cache), tensors(cache)))
-        assert list(piece.input_ids) == ids
-        assert [t._version for t in tensors(piece.cache)] == versions
-        assert not any(t.requires_grad for t in (*tensors(piece.cache), piece.hidden_states))
+    with torch.no_grad():
+        prefixes = prefill_each(model, texts)
+    before = [(kv.clone(p.cache), [t._version for t in tensors(p.cache)]) for p in prefixes]
+    spliced = splice(model, prefixes, arm)
+    flat = list(itertools.chain(*texts))
+    assert (spliced.next_position, list(spliced.input_ids)) == (len(flat), flat)
+    assert kv.length(spliced.cache) == len(flat)
+    assert not any(t.requires_grad for t in tensors(spliced.cache))
+    model(torch.tensor([FLAT[:3]]), past_key_values=spliced.cache)  # adds to it
+    for prefix, ids, (cache, versions) in zip(prefixes, texts, before, strict=True):
+        assert all(map(torch.equal, tensors(prefix.cache), tensors(cache)))
+        assert [t._version for t in tensors(prefix.cache)] == versions
+        assert prefix.cache.get_seq_length() == len(ids)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"arm": "blend"}, "'blend'.*full, prefix, concat, shift, recompute"),
-        ({"share": 1.1}, "share is 1.1"),
-        ({"share": -0.1}, "share is -0.1"),
-        ({"early": 0}, "early is 0, expected 1 to 3"),
-        ({"early": 4}, "early is 4, expected 1 to 3"),
+        ({"early_layers": 0}, "layers is 0, expected 1 to 3"),
+        ({"early_layers": 4}, "layers is 4, expected 1 to 3"),
     ],
 )
 def test_wrong_arguments_of_a_splice(tiny_model, arguments, words):
     with pytest.raises(CacheError, match=words):
-        splice(tiny_model(), read_all(tiny_model()), **arguments)
+        splice(tiny_model(), prefill_each(tiny_model()), **arguments)
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_pieces_are_needed_and_with_keys_and_values_but_to_read_them_anew(tiny_model, arm):
-    model = tiny_model()
-    with pytest.raises(CacheError, match="no pieces"):
-        splice(model, [], arm)
-    bare = [Piece(ids, None) for ids in PIECES[:2]]
-    first = [read(model, PIECES[0]), bare[1]]
-    for pieces, enough in ((bare, ["full"]), (first, ["full", "prefix"])):
-        if arm in enough:
-            near(splice(model, pieces, arm).cache, everything(model, FLAT[:12]).cache, 1e-5)
-        else:
-            with pytest.raises(CacheError, match="no keys and values: build the store with keep="):
-                splice(model, pieces, arm)
+def test_prefixes_that_do_not_fit_are_refused(tiny_model):
+    model, prefix = tiny_model(), prefill(tiny_model(), TEXTS[0])
+    wrong = [
+        dataclasses.replace(prefix, input_ids=TEXTS[0][:-1]),
+        kv.prefill(model, torch.tensor([TEXTS[0]]), position=5),
+        prefill(tiny_model(num_hidden_layers=2), TEXTS[0]),
+    ]
+    for other, arm in itertools.product(wrong, ARMS[1:]):
+        with pytest.raises(CacheError, match="prefill it alone, from position 0, with this model"):
+            splice(model, [other, prefix], arm)
+    many = [prefix] * (256 // len(TEXTS[0]) + 1)
+    with pytest.raises(CacheError, match="tokens, the model reads up to 256: give fewer"):
+        splice(model, many, "shift")
+
+
+@pytest.mark.parametrize("arm", CACHES_USED)
+def test_caches_that_an_arm_does_not_use_may_be_missing(tiny_model, arm):
+    model, count = tiny_model(), CACHES_USED[arm]
+    bare = [kv.Prefix(None, len(ids), ids) for ids in TEXTS[count:]]
+    prefixes = [*prefill_each(model, TEXTS[:count]), *bare]
+    near(splice(model, prefixes, arm).cache, prefill(model, FLAT).cache, 1e-5)
 
 
 def test_a_store_reads_from_disk_only_what_an_arm_needs(make, monkeypatch):
-    store, done, original = make(), [], KnowledgeCache._tensors
+    store, done, original = make(), [], KnowledgeCache.read
     monkeypatch.setattr(
-        KnowledgeCache, "_tensors", lambda self, item: done.append(item.id) or original(self, item)
+        KnowledgeCache, "read", lambda self, item: done.append(item.id) or original(self, item)
     )
     for arm, count in {"full": 0, "prefix": 1, "concat": 3, "shift": 3, "recompute": 3}.items():
         done.clear()
         prefix = store.splice(store.items[:3], arm)
         assert done == [item.id for item in store.items[:count]]
-        assert list(prefix.input_ids) == [
-            token for item in store.items[:3] for token in item.input_ids
-        ]
+        ids = [token for item in store.items[:3] for token in item.input_ids]
+        assert list(prefix.input_ids) == ids
 
 
 # reading
 
 
 @every_family
-def test_hidden_states_are_those_of_the_base_model(tiny_model, family):
-    model = tiny_model(family)
-    want = model.base_model(torch.tensor([FLAT])).last_hidden_state
-    torch.testing.assert_close(read(model, FLAT).hidden_states, want, rtol=0, atol=1e-5)
-
-
-@every_family
-@pytest.mark.parametrize("rows", [2, 3, 5])
-def test_a_text_in_a_batch_is_the_text_alone(tiny_model, family, rows):
-    model, texts = (
-        tiny_model(family, dtype=torch.float64),
-        [FLAT[i : 21 - 3 * (i % 5)] for i in range(rows)],
-    )
-    for ids, piece in zip(texts, knowledge._read(model, texts), strict=True):
-        alone = read(model, ids)
-        assert (list(piece.input_ids), kv.length(piece.cache)) == (ids, len(ids))
-        assert piece.hidden_states.shape == (1, len(ids), 64)
-        near(piece.cache, alone.cache, 1e-9)
-        torch.testing.assert_close(piece.hidden_states, alone.hidden_states, rtol=0, atol=1e-9)
+def test_a_text_in_a_batch_is_the_text_alone(tiny_model, family):
+    model = tiny_model(family, dtype=torch.float64)
+    texts = [FLAT[i : 21 - 3 * (i % 5)] for i in range(5)]
+    for ids, parts in zip(texts, knowledge._prefill_rows(model, texts), strict=True):
+        near(kv.from_tensor(parts["kv"]), prefill(model, ids).cache, 1e-9)
+        hidden = model.base_model(torch.tensor([ids])).last_hidden_state
+        torch.testing.assert_close(parts["hidden"], hidden, rtol=0, atol=1e-9)
 
 
 # the store
@@ -377,30 +356,36 @@ def test_what_is_read_is_what_was_computed_bit_for_bit(make, model, keep, dtype)
     store = load(make(keep=keep, dtype=dtype, batch_size=1))
     assert (set(store.keep), store.dtype) == (set(keep), dtype or torch.float32)
     for item in store.items:
-        got, want = store.read(item), read(model, item.input_ids)
-        rounded = [t.to(store.dtype).to(model.dtype) for t in tensors(want.cache)]
-        assert (got.cache is not None, got.hidden_states is not None) == (
-            "kv" in keep,
-            "hidden" in keep,
-        )
-        assert "kv" not in keep or all(map(torch.equal, tensors(got.cache), rounded))
-        assert "hidden" not in keep or torch.equal(
-            got.hidden_states, want.hidden_states.to(store.dtype).to(model.dtype)
-        )
-        assert got.input_ids == item.input_ids
-        stored = store._tensors(item)
+        ids, stored = torch.tensor([item.input_ids]), store._tensors(item)
         assert stored.keys() == set(keep)
         assert all(t.dtype == store.dtype for t in stored.values())
+        if "kv" in keep:
+            prefix = store.read(item)
+            computed = [
+                t.to(store.dtype).to(model.dtype)
+                for t in tensors(prefill(model, ids[0].tolist()).cache)
+            ]
+            assert all(map(torch.equal, tensors(prefix.cache), computed))
+            assert prefix.input_ids == item.input_ids
+            assert prefix.next_position == len(item.input_ids)
+            assert prefix.positions.tolist() == [[*range(len(item.input_ids))]]
+        else:
+            with pytest.raises(CacheError, match="keeps no 'kv': build one with keep="):
+                store.read(item)
+        if "hidden" in keep:
+            computed = model.base_model(ids).last_hidden_state.to(store.dtype).to(model.dtype)
+            assert torch.equal(store.hidden_states(item), computed)
+        else:
+            with pytest.raises(CacheError, match="keeps no 'hidden': build one with keep="):
+                store.hidden_states(item)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_an_item_does_not_depend_on_its_batch(make, model, batch_size):
-    store = make(batch_size=batch_size, keep=("kv", "hidden"))
+    store = make(batch_size=batch_size)
     assert len({len(item.input_ids) for item in store.items}) > 3
     for item in store.items:
-        piece, alone = store.read(item), read(model, item.input_ids)
-        near(piece.cache, alone.cache, 1e-5)
-        torch.testing.assert_close(piece.hidden_states, alone.hidden_states, rtol=0, atol=1e-5)
+        near(store.read(item).cache, prefill(model, item.input_ids).cache, 1e-5)
 
 
 def test_items_are_the_records_in_their_order(make):
@@ -415,7 +400,7 @@ def test_items_are_the_records_in_their_order(make):
         torch.testing.assert_close(
             store.embeddings, knowledge._embed(BAG, [r["question"] for r in RECORDS])
         )
-        with pytest.raises(CacheError, match="no item 'nobody'"):
+        with pytest.raises(KeyError, match="nobody"):
             store["nobody"]
     assert same_tensors(made, load(made))
 
@@ -484,11 +469,8 @@ def test_what_is_there_is_skipped(make, tokenizer, model):
         ({"answer": "That."}, "Record 1 has 'question' = None"),
         ({"question": " ", "answer": "That."}, "Record 1 has 'question' = ' '"),
         ({"question": "What?", "answer": 5}, "Record 1 has 'answer' = 5"),
-        ({"question": "What?", "answer": "That.", "domain": 3}, "'domain' = 3"),
-        ({"question": "What?", "answer": "That.", "id": 7}, "'id' = 7"),
-        (["What?", "That."], "Record 1 has 'question'"),
-        ({"question": "What?", "answer": "That.", "id": "why"}, "the id 'why' of another item"),
-        ({"question": "What?", "answer": "That.", "id": "new"}, "the id 'new' of another item"),
+        ({"question": "What?", "answer": "That.", "id": "why"}, "Two items have the id 'why'"),
+        ({"question": "What?", "answer": "That.", "id": "new"}, "Two items have the id 'new'"),
         (
             {"question": "What?", "answer": "long " * 300},
             "the model reads up to 256: make it shorter",
@@ -503,18 +485,6 @@ def test_a_bad_record_is_refused_before_anything_is_written(make, bad, words):
         store.add([{"question": "A new one?", "answer": "Yes.", "id": "new"}, bad])
     assert listing(store.folder) == before
     assert store.items == items == load(store).items
-
-
-def test_too_little_room_is_seen_before_anything_is_written(make, monkeypatch):
-    store = make()
-    before, usage = listing(store.folder), shutil.disk_usage("/")
-    room = store.estimate(MORE)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
-    with pytest.raises(CacheError, match="free some, keep less, or use a smaller dtype"):
-        store.add(MORE)
-    assert listing(store.folder) == before
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room + 1))
-    assert store.add(MORE) == len(MORE)
 
 
 def greedy(model, tokenizer, item, count):
@@ -536,7 +506,7 @@ def test_generated_answers_are_kept_in_the_tokens_of_the_model(make, model, toke
         assert made == greedy(model, tokenizer, item, 9)
         assert (item.question, item.generated) == (record["question"], True)
         assert item.answer == tokenizer.decode(made, skip_special_tokens=True).strip()
-        near(store.read(item).cache, read(model, item.input_ids).cache, 1e-5)
+        near(store.read(item).cache, prefill(model, item.input_ids).cache, 1e-5)
         again.append(tokenizer(item.answer)["input_ids"] == made)
     assert not all(again)  # tokenizing the text again would not do
     assert store.add(questions, generate=True, max_new_tokens=9) == 0
@@ -567,10 +537,8 @@ def test_an_exported_domain_is_a_store_of_its_own(make, small_shards, tmp_path, 
     assert listing(store.folder) == before
     shutil.rmtree(store.folder)
     store.folder.mkdir()
-    for (
-        name,
-        content,
-    ) in before.items():  # what is exported does not need its source, nor what is loaded its past
+    # An export does not need its source.
+    for name, content in before.items():
         (store.folder / name).parent.mkdir(exist_ok=True)
         (store.folder / name).write_bytes(content)
     chosen = [i for i, item in enumerate(store.items) if domain in (None, item.domain)]
@@ -596,7 +564,7 @@ def test_an_export_is_brought_up_to_date(make, small_shards, tmp_path):
     again = store.export(made.folder)
     assert shown(again.items) == shown(store.items)
     changed = {name for name, content in before.items() if listing(made.folder)[name] != content}
-    assert changed == set(knowledge.MANIFESTS)
+    assert changed == {"manifest.json"}
     assert torch.equal(again.embeddings, store.embeddings)
 
 
@@ -605,12 +573,10 @@ def test_an_export_does_not_mix_what_does_not_fit(make, tmp_path):
     mine = make([{"question": "Why?", "answer": "No.", "id": store.items[0].id}], "mine")
     before = [listing(s.folder) for s in (other, mine)]
     with pytest.raises(
-        CacheError, match=r"built with other settings than .*: give a new or an empty folder"
+        CacheError, match=r"settings of .* are others: give a new or an empty folder"
     ):
         store.export(other.folder)
-    with pytest.raises(
-        CacheError, match=r"another item with the id .*: give a new or an empty folder"
-    ):
+    with pytest.raises(CacheError, match="Two items have the id"):
         store.export(mine.folder)
     assert [listing(s.folder) for s in (other, mine)] == before
     with pytest.raises(CacheError, match=r"no domain 'stars'.*fruit.*people"):
@@ -694,7 +660,7 @@ def test_shards_change_nothing(make, monkeypatch):
     sizes = [one.bytes_of(len(item.input_ids)) for item in one.items]
     monkeypatch.setattr(knowledge, "SHARD_BYTES", sizes[0] + sizes[1])
     bytewise = make(name="bytes", batch_size=1)
-    assert bytewise.shards[0]["items"] == 2
+    assert len(bytewise.shards) > len(few.shards)
     assert all(
         written_in(bytewise, shard) <= sizes[0] + sizes[1] or shard["items"] == 1
         for shard in bytewise.shards
@@ -714,7 +680,11 @@ def test_a_store_splices_what_it_finds(make, model):
     assert [type(hit) for hit in hits] == [Hit, Hit]
     prefix = store.splice(hits, "full")
     assert list(prefix.input_ids) == [*hits[0].item.input_ids, *hits[1].item.input_ids]
-    near(store.splice([hit.item for hit in hits], "recompute", share=1.0).cache, prefix.cache, 1e-4)
+    near(
+        store.splice([hit.item for hit in hits], "recompute", fraction=1.0).cache,
+        prefix.cache,
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("keep", ["kv", (), ("keys",), ("kv", "keys")], ids=str)
@@ -730,7 +700,7 @@ def test_a_store_keeps_its_settings(make):
     store = make()
     before = listing(store.folder)
     for other in ({"keep": ("hidden",)}, {"dtype": torch.float16}):
-        with pytest.raises(CacheError, match=r"was built with .*: build in another folder"):
+        with pytest.raises(CacheError, match=r"was built with .*: use another folder"):
             make(MORE, **other)
     assert listing(store.folder) == before
 
@@ -760,20 +730,6 @@ def test_the_ranking_is_that_of_brute_force(make, small_shards, k, domain):
             assert hit.score == pytest.approx(cosines[store.items.index(hit.item)], abs=1e-6)
             assert domain in (None, hit.item.domain)
         assert len({hit.item.id for hit in hits}) == len(hits)
-
-
-def test_an_embedder_needs_to_take_what_its_protocol_says_and_no_more(make):
-    asked, protocol = set(), inspect.signature(knowledge.Embedder.encode).parameters
-
-    class Watched(Bag):
-        def encode(self, sentences, **options):
-            asked.update(options)
-            return super().encode(sentences, **options)
-
-    make(embedder=Watched()).retrieve("Why?")
-    assert asked == {
-        name for name, parameter in protocol.items() if parameter.kind == parameter.KEYWORD_ONLY
-    }
 
 
 def test_a_miss_is_a_miss(make):
@@ -824,13 +780,7 @@ def test_exact_is_exact_but_for_case_punctuation_and_space(make, embedder):
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [
-        ({"question": ["Why?"]}, "expected a text"),
-        ({"question": None}, "expected a text"),
-        ({"question": "  "}, "expected a text"),
-        ({"k": 0}, "k is 0"),
-        ({"domain": "stars"}, "no domain 'stars' in .*'fruit', 'people'"),
-    ],
+    [({"k": 0}, "k is 0"), ({"domain": "stars"}, "no domain 'stars' in .*'fruit', 'people'")],
     ids=str,
 )
 def test_wrong_arguments_of_a_search(make, arguments, words, exact):
@@ -858,7 +808,7 @@ def test_a_store_belongs_to_its_model(store, tiny_model):
     }
     for words, other in others.items():
         with pytest.raises(
-            CacheError, match=f"{store.folder}.*another model.*{words}.*or build another"
+            CacheError, match=f"{store.folder}.*another model.*{words}.*load it with that"
         ):
             load(store, model=other)
         with pytest.raises(CacheError, match=words):
@@ -874,13 +824,12 @@ def test_a_store_belongs_to_its_tokenizer_and_template(store, tokenizer):
     )
     other.add_tokens(["Rome"])
     template.chat_template = template.chat_template.replace("|> ", "|>")
-    refused = {"vocabulary": other, "chat template": template, "vocabulary and chat template": None}
-    refused["vocabulary and chat template"] = lab.load_tokenizer("lab-teacher")
-    refused["vocabulary and chat template"].chat_template = "{{ messages }}"
+    both = lab.load_tokenizer("lab-teacher")
+    both.chat_template = "{{ messages }}"
+    refused = {"tokenizer vocabulary": other, "tokenizer chat template": template}
+    refused["tokenizer vocabulary.*tokenizer chat template"] = both
     for words, unlike in refused.items():
-        with pytest.raises(
-            CacheError, match=rf"{store.folder}.*another tokenizer \(its {words} differs\)"
-        ):
+        with pytest.raises(CacheError, match=rf"{store.folder}.*another .*tokenizer \(.*{words}"):
             load(store, tokenizer=unlike)
     used = copy.deepcopy(tokenizer)
     used(["a b c", "d"], padding=True, truncation=True, max_length=2)
@@ -890,24 +839,18 @@ def test_a_store_belongs_to_its_tokenizer_and_template(store, tokenizer):
 
 def test_a_store_belongs_to_its_embedder(store, make):
     before = listing(store.folder)
-    for other in (Bag(32), Bag(start=7)):
-        with pytest.raises(
-            CacheError, match=f"{store.folder}.*load it with the embedder it was built with"
-        ):
+    for other, words in ((Bag(32), "with its own embedder"), (Bag(start=7), "load it with that")):
+        with pytest.raises(CacheError, match=f"embedder.*{words}"):
             load(store, embedder=other)
     without = load(store, embedder=None)
     assert without.retrieve("where does anna live", exact=True)[0].item.answer == "Rome"
-    with pytest.raises(
-        CacheError, match="opened without its embedder: load it with that, or pass exact=True"
-    ):
+    with pytest.raises(CacheError, match="load the store with its own embedder"):
         without.retrieve("where does anna live")
-    with pytest.raises(
-        CacheError, match="was built with an embedder: load it with that, to add to it"
-    ):
+    with pytest.raises(CacheError, match="load the store with its own embedder"):
         without.add(MORE)
     assert listing(store.folder) == before
     bare = make(name="bare", embedder=None)
-    with pytest.raises(CacheError, match=f"{bare.folder} was built without an embedder"):
+    with pytest.raises(CacheError, match=r"The embedder \(Bag\) gave \(1, 64\), expected \(1, 0\)"):
         load(bare, embedder=BAG)
 
 
@@ -916,46 +859,28 @@ def truncate(path):
 
 
 DAMAGE = {
-    "truncated data": (data_of, truncate, "bytes, expected"),
-    "missing data": (data_of, Path.unlink, "is missing"),
-    "missing index": (index_of, Path.unlink, "is missing"),
-    "truncated index": (
-        index_of,
-        truncate,
-        "does? not match its checksum|do not match its checksum",
-    ),
-    "flipped header of index": (index_of, lambda path: flip(path, 20), "is damaged"),
-    "flipped end of index": (index_of, flip, "is damaged"),
-    "empty data": (data_of, lambda path: path.write_bytes(b""), "has 0 bytes, expected"),
+    "truncated data": (data_of, truncate),
+    "missing data": (data_of, Path.unlink),
+    "empty data": (data_of, lambda path: path.write_bytes(b"")),
+    "missing index": (index_of, Path.unlink),
+    "truncated index": (index_of, truncate),
+    "flipped header of index": (index_of, lambda path: flip(path, 20)),
+    "flipped end of index": (index_of, flip),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_shard_is_named_and_the_rest_is_saved(store, tmp_path, kind):
-    file_of, harm, words = DAMAGE[kind]
-    path, whole = file_of(store, store.items[2]), load(store)  # of items 2 and 3
+def test_a_damaged_shard_is_named(store, kind):
+    file_of, harm = DAMAGE[kind]
+    path, intact = file_of(store, store.items[2]), load(store)
     backup = path.read_bytes()
-    intact = store.export(tmp_path / "intact")
     harm(path)
     before = listing(store.folder)
-    with pytest.raises(
-        CacheError, match=f"{path}.*({words}).*restore it from a copy.*skip_damaged=True.* 2 items"
-    ):
-        load(store)
-    with pytest.warns(UserWarning, match=f"2 items are left out. {path}"):
-        rest = load(store, skip_damaged=True)
-    kept = [0, 1, 4, 5, 6]
-    assert shown(rest.items) == shown([whole.items[i] for i in kept])
-    assert torch.equal(rest.embeddings, whole.embeddings[kept])
-    assert rest.retrieve(RECORDS[4]["question"])[0].item == whole.items[4]
-    near(rest.read(rest.items[2]).cache, read(store.model, rest.items[2].input_ids).cache, 1e-5)
-    with pytest.raises(CacheError, match="opened with skip_damaged: export it, and add there"):
-        rest.add(MORE)
-    saved = rest.export(tmp_path / "saved")
+    name = data_of(store, store.items[2])
+    for attempt in (load, lambda store: store.add(MORE)):
+        with pytest.raises(CacheError, match=f"{name} or its index is .*damaged.*from a backup"):
+            attempt(store)
     assert listing(store.folder) == before
-    assert saved.add(RECORDS) == 2
-    assert sorted(shown(load(saved).items)) == sorted(shown(whole.items))
-    assert len(saved.export(tmp_path / "fruit", "fruit")) == 2
     path.write_bytes(backup)
     assert same_tensors(load(store), intact)
 
@@ -964,24 +889,16 @@ def test_a_flipped_byte_costs_one_item(store, tmp_path):
     lost, spared = store.items[2:4]
     path = data_of(store, lost)
     start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    flip(path, start + 100)  # in what stands first: item 0 of the shard
+    flip(path, start + 100)  # in the first item of the shard
     store = load(store)
-    with pytest.raises(
-        CacheError, match=f"Item '{lost.id}' in {path} is damaged.*export the store and add"
-    ):
+    with pytest.raises(CacheError, match=f"Item '{lost.id}' in {path} is missing or damaged"):
         store.read(lost)
     with pytest.raises(CacheError, match=lost.id):
         store.splice([spared, lost])
     for item in [i for i in store.items if i != lost]:
-        near(store.read(item).cache, read(store.model, item.input_ids).cache, 1e-5)
-    rest = load(store, skip_damaged=True)
-    with pytest.warns(UserWarning, match=f"One item is left out. Item '{lost.id}'"):
-        saved = rest.export(tmp_path / "saved")
-    assert len(saved) == len(RECORDS) - 1
-    assert saved.add(RECORDS) == 1
-    assert sorted(shown(saved.items)) == sorted(shown(store.items))
+        near(store.read(item).cache, prefill(store.model, item.input_ids).cache, 1e-5)
     with pytest.raises(CacheError, match=lost.id):
-        load(store).export(tmp_path / "strict")
+        store.export(tmp_path / "strict")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -1012,9 +929,7 @@ def test_no_changed_byte_of_a_header_gives_other_tensors(make, dtype):
 def test_a_shard_that_vanishes_after_opening_is_named(store):
     path = data_of(store, store.items[0])
     path.unlink()
-    with pytest.raises(
-        CacheError, match=f"cannot be read from {path}.*restore the file from a copy"
-    ):
+    with pytest.raises(CacheError, match=f"in {path} is missing or damaged.*from a backup"):
         store.read(store.items[0])
     assert store.read(store.items[2]).cache is not None
 
@@ -1023,39 +938,26 @@ def test_a_shard_that_vanishes_after_opening_is_named(store):
     "content", [b"", b"{", b"[]", b"null", b"\xff\xfe garbage", b'{"shards": []}'], ids=str
 )
 def test_garbage_for_a_manifest(store, content):
-    path, copy = (store.folder / name for name in knowledge.MANIFESTS)
+    path = store.folder / "manifest.json"
     path.write_bytes(content)
     before = listing(store.folder)
-    with pytest.warns(UserWarning, match=f"{path} is damaged: its copy beside it is used"):
-        assert shown(load(store).items) == shown(store.items)
-    assert listing(store.folder) == before
-    whole = copy.read_bytes()
-    copy.write_bytes(b"")
-    before = listing(store.folder)
-    for skip in (True, False):
-        with pytest.raises(CacheError, match=f"{path} is damaged, and so is its copy"):
-            load(store, skip_damaged=skip)
+    with pytest.raises(CacheError, match=f"{path} is damaged: restore it from a backup"):
+        load(store)
     with pytest.raises(CacheError, match=f"{path} is damaged"):
         KnowledgeCache.build(store.folder, MORE, store.model, store.tokenizer, BAG)
     with pytest.raises(CacheError, match=f"{path} is damaged"):
         store.add(MORE)
     assert listing(store.folder) == before
-    copy.write_bytes(whole)
-    with pytest.warns(UserWarning, match="is damaged: its copy"):
-        assert store.add(MORE) == len(MORE)
-    assert len(load(store)) == len(RECORDS) + len(MORE)  # mended, without a warning
-    assert path.read_bytes() == copy.read_bytes()
 
 
-def test_every_flipped_byte_of_a_manifest_is_seen(store):
-    path, copy = (store.folder / name for name in knowledge.MANIFESTS)
-    copy.unlink()
+def test_every_flipped_byte_of_a_manifest_is_noticed(store):
+    path = store.folder / "manifest.json"
     content = path.read_bytes()
     for at in range(0, len(content), 7):
         flip(path, at)
         if json_or_none(path.read_bytes()) != json.loads(content):
             with pytest.raises(CacheError, match=f"{path} is damaged|has format version"):
-                knowledge._manifest(store.folder)
+                knowledge._read_manifest(store.folder)
         path.write_bytes(content)
     assert len(load(store)) == len(RECORDS)
 
@@ -1072,11 +974,26 @@ def test_another_format_version_is_refused(store):
     manifest = json.loads(path.read_text())
     del manifest["checksum"]
     manifest["version"] = 2
-    path.write_text(json.dumps({"checksum": knowledge._json_sum(manifest), **manifest}))
+    path.write_text(json.dumps({"checksum": knowledge._json_hash(manifest), **manifest}))
     with pytest.raises(
         CacheError, match=f"{store.folder} has format version 2, this kvlab reads 1: use the kvlab"
     ):
         load(store)
+
+
+def test_a_store_of_an_earlier_version_is_read_and_added_to(store):
+    """It may have a copy of its manifest, and numbers of items that were removed."""
+    before = load(store)
+    knowledge._commit(
+        store.folder, store.settings, [store.shards[0] | {"removed": [1]}, *store.shards[1:]]
+    )
+    shutil.copy(store.folder / "manifest.json", store.folder / "manifest.copy.json")
+    left = load(store)
+    assert shown(left.items) == shown([before.items[0], *before.items[2:]])
+    assert torch.equal(left.embeddings, before.embeddings[[0, *range(2, len(RECORDS))]])
+    assert left.add(RECORDS) == 1
+    assert shown(load(store).items) == shown([*left.items[:-1], before.items[1]])
+    assert len(left.export(store.folder.with_name("copy"))) == len(RECORDS)
 
 
 def test_a_folder_that_holds_something_else(make, tmp_path, model, tokenizer):
@@ -1092,7 +1009,7 @@ def test_a_folder_that_holds_something_else(make, tmp_path, model, tokenizer):
         make(name="other").export(folder)
     assert listing(folder) == {"letter.txt": b"Dear Anna"}
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(CacheError, match=r"is a file|give a new or an empty folder"):
+    with pytest.raises(NotADirectoryError):
         make(name="file")
 
 
@@ -1124,30 +1041,23 @@ def kill_at(monkeypatch, module, name, number, after):
     return undo
 
 
-POINTS = [
-    (files, "save_file"),
-    (files, "_replace"),
-    (knowledge, "write_text"),
-    (knowledge, "write_tensors"),
-]
 points = pytest.mark.parametrize(
-    ("module", "name", "after"),
-    [(*point, after) for point in POINTS for after in (False, True)],
-    ids=lambda value: value if isinstance(value, str) else "after" if value is True else "",
+    ("name", "after"),
+    [(name, after) for name in ("save_file", "_replace") for after in (False, True)],
 )
 
 
 @points
 def test_a_kill_while_adding_leaves_the_old_or_the_new(
-    make, small_shards, monkeypatch, module, name, after
+    make, small_shards, monkeypatch, name, after
 ):
-    records, number, seen = RECORDS[:2] + MORE[:5], 0, []
+    records, number, lengths = RECORDS[:2] + MORE[:5], 0, []
     before = make(records[:2], name="before")
     while True:
         folder = before.folder.with_name(f"copy{number}")
         shutil.copytree(before.folder, folder)
         store = KnowledgeCache.load(folder, before.model, before.tokenizer, BAG)
-        undo = kill_at(monkeypatch, module, name, number, after)
+        undo = kill_at(monkeypatch, files, name, number, after)
         try:
             store.add(records)
             break
@@ -1156,41 +1066,38 @@ def test_a_kill_while_adding_leaves_the_old_or_the_new(
         finally:
             undo()
         left = load(store)
-        seen.append(len(left))
+        lengths.append(len(left))
         assert [item.question for item in left.items] == [
             r["question"] for r in records[: len(left)]
         ]
         assert left.embeddings.shape[0] == len(left)
         for item in left.items[2:]:
-            near(left.read(item).cache, read(left.model, item.input_ids).cache, 1e-5)
+            near(left.read(item).cache, prefill(left.model, item.input_ids).cache, 1e-5)
         again = (store, left)[number % 2]  # the one that failed, or a new one
         missing = len(records) - len(left)
         assert again.add(records) == missing
         assert [item.question for item in load(again).items] == [r["question"] for r in records]
         expect_no_leftovers(again)
         number += 1
-    assert number == {"save_file": 6, "_replace": 12, "write_text": 6, "write_tensors": 6}[name]
-    assert seen == sorted(seen)
-    assert set(seen) <= {2, 4, 6, 7}
-    assert seen[0] == (4 if (name, after) == ("write_text", True) else 2)
+    # Of each shard, data and index are written, then the manifest that lists them.
+    expected = {"save_file": [2, 2, 4, 4, 6, 6], "_replace": [2, 2, 2, 4, 4, 4, 6, 6, 6]}[name]
+    if (name, after) == ("_replace", True):
+        expected = [*expected[1:], 7]
+    assert lengths == expected
 
 
 def expect_no_leftovers(store):
     named = {path for shard in store.shards for path in store._paths(shard["name"])}
     assert set((store.folder / "shards").iterdir()) == named
-    assert {path.name for path in store.folder.iterdir()} <= {
-        *knowledge.MANIFESTS,
-        "shards",
-        ".lock",
-    }
+    assert {path.name for path in store.folder.iterdir()} <= {"manifest.json", "shards", ".lock"}
 
 
 @points
 def test_a_kill_while_making_a_store_leaves_none_or_an_empty_one(
-    make, monkeypatch, tmp_path, module, name, after
+    make, monkeypatch, tmp_path, name, after
 ):
     for number in range(2):
-        undo = kill_at(monkeypatch, module, name, number, after)
+        undo = kill_at(monkeypatch, files, name, number, after)
         try:
             make(RECORDS[:2], name=f"store{number}")
         except Killed:
@@ -1263,7 +1170,7 @@ def test_one_adds_and_others_read(store):
     before = listing(store.folder)
     with FileLock(store.folder / ".lock", timeout=0):
         with pytest.raises(
-            CacheError, match=f"Another writer is adding to {store.folder}: wait until it is done"
+            CacheError, match=f"Another writer is adding to {store.folder}: wait for it"
         ):
             other.add(MORE)
         reader = load(store)
@@ -1301,7 +1208,7 @@ def test_meeting_another_damaged_shard_leaves_a_store_as_it_was(store):
     path = index_of(other, other.items[-1])
     content = path.read_bytes()
     flip(path)
-    with pytest.raises(CacheError, match=f"{path} is damaged"):
+    with pytest.raises(CacheError, match="or its index is missing, damaged or cut short"):
         store.add([RECORDS[0]])
     assert store.items == items
     assert len(store.embeddings) == len(items)
@@ -1396,11 +1303,8 @@ def test_what_is_not_a_stores_own_is_never_deleted(make, tmp_path):
     before = listing(store.folder)
     store.add(MORE)
     after = listing(store.folder)
-    assert all(
-        after[name] == content
-        for name, content in before.items()
-        if name not in knowledge.MANIFESTS
-    )
+    del before["manifest.json"]
+    assert all(after[name] == content for name, content in before.items())
 
 
 def test_a_model_that_was_trained_after_loading_is_refused_before_anything_is_added(make):
@@ -1408,9 +1312,7 @@ def test_a_model_that_was_trained_after_loading_is_refused_before_anything_is_ad
     store.model = copy.deepcopy(store.model)
     store.model.model.layers[0].mlp.up_proj.weight.data += 0.1
     before = listing(store.folder)
-    with pytest.raises(
-        CacheError, match=r"model has changed since the store was opened .*weights sha256"
-    ):
+    with pytest.raises(CacheError, match=r"model has changed since it opened .*weights sha256"):
         store.add(MORE)
     assert listing(store.folder) == before
 
@@ -1441,7 +1343,7 @@ def test_vectors_need_not_be_tensors_or_of_unit_length(make):
 )
 def test_vectors_that_do_not_fit_are_refused_before_anything_is_written(make, tmp_path, change):
     with pytest.raises(
-        CacheError, match=r"The embedder gave \(.*expected one vector of finite numbers for each"
+        CacheError, match=r"The embedder \(Odd\) gave \(.*expected .* finite numbers"
     ):
         make(embedder=Odd(change))
     assert not (tmp_path / "store").exists()
@@ -1451,82 +1353,21 @@ def test_bad_records_leave_no_store_behind(make, tmp_path):
     for records in ([{"question": "Why?"}], [*RECORDS, {"question": "Why?", "answer": 3}]):
         with pytest.raises(CacheError, match="'answer' = "):
             make(records)
-    for records in (RECORDS[0], "text", None, pd.DataFrame(RECORDS)):
-        with pytest.raises(
-            CacheError, match=f"records is a {type(records).__name__}: give a list of mappings"
-        ):
-            make(records)
+    with pytest.raises(CacheError, match="Two items have the id"):
+        make([RECORDS[-1], RECORDS[0] | {"id": "why"}])
     with pytest.raises(CacheError, match="max_new_tokens is 0"):
         make(generate=True, max_new_tokens=0)
     assert not (tmp_path / "store").exists()
 
 
-def test_a_removed_item_is_gone_and_can_be_put_right(make, small_shards, tmp_path):
+def test_items_and_hits_can_be_spliced(make):
     store = make()
-    old = store.items[1]
-    store.remove([old.id])
-    for left in (store, load(store)):
-        assert shown(left.items) == shown(
-            [item for item in make(name="all").items if item.id != old.id]
-        )
-        assert len(left.embeddings) == len(left) == len(RECORDS) - 1
-        assert old.id not in left
-        for item in left:
-            near(left.read(item).cache, read(left.model, item.input_ids).cache, 1e-5)
-    assert (
-        store.add(
-            [{"question": old.question, "answer": "Another.", "domain": old.domain, "id": old.id}]
-        )
-        == 1
-    )
-    assert load(store)[old.id].answer == "Another."
-    store.remove([store.items[0].id, old.id])
-    assert len(load(store)) == len(RECORDS) - 2
-    assert shown(store.export(tmp_path / "copy").items) == shown(store.items)
-    with pytest.raises(CacheError, match="no item 'nobody'"):
-        store.remove(["nobody"])
-
-
-def test_items_hits_and_ids_will_do_and_others_are_refused(make):
-    store, other = make(), make(MORE, "other")
     item = store.items[0]
     hit = store.retrieve(item.question)[0]
-    want = list(item.input_ids)
-    for given in (item, hit, item.id, [item], [hit], [item.id]):
-        assert list(store.splice(given).input_ids) == want
-    assert [list(store.read(given).input_ids) for given in (item, hit, item.id)] == [want] * 3
-    assert item.id in store
+    for found in (item, hit):
+        assert list(store.splice([found]).input_ids) == list(item.input_ids)
     assert list(store) == store.items
-    for given in (other.items[0], 3, None):
-        with pytest.raises(CacheError, match="is not an item of the store in"):
-            store.read(given)
-
-
-def test_pieces_that_are_not_what_they_say_are_refused(tiny_model):
-    model, piece = tiny_model(), read(tiny_model(), PIECES[0])
-    odd = [
-        piece._replace(input_ids=PIECES[0][:-1]),
-        read(tiny_model(num_hidden_layers=2), PIECES[0]),
-    ]
-    for wrong, arm in itertools.product(odd, ARMS[1:]):
-        with pytest.raises(
-            CacheError,
-            match=r"A piece has \d+ ids, and a cache .* the model has 3: give what `read`",
-        ):
-            splice(model, [wrong, piece], arm)
-    many = [piece] * (256 // len(PIECES[0]) + 1)
-    with pytest.raises(CacheError, match="tokens, the model reads up to 256: give fewer"):
-        splice(model, many, "shift")
-    with pytest.raises(CacheError, match="nothing to read"):
-        read(model, [])
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_what_is_added_to_a_splice_does_not_reach_the_piece(tiny_model, arm):
-    model, piece = tiny_model(), read(tiny_model(), PIECES[0])
-    prefix = splice(model, [piece], arm)
-    model(torch.tensor([FLAT[:3]]), past_key_values=prefix.cache)
-    assert piece.cache.get_seq_length() == len(PIECES[0])
+    assert store[item.id] == item
 
 
 def test_a_relative_folder_stays_where_it_was(make, tmp_path, monkeypatch):
@@ -1556,14 +1397,14 @@ def test_spliced_items_and_a_question_are_one_conversation(make, tokenizer, open
         ]
     turns.append({"role": "user", "content": "And now?"})
     whole = encode(tokenizer, turns)
-    assert len(tokenizer(opening).input_ids) == knowledge._opening(tokenizer)
+    assert len(tokenizer(opening).input_ids) == store._opening
     for arm in ARMS:
         prefix = store.splice(items, arm)
         assert [*prefix.input_ids, *store.prompt("And now?")] == whole
         assert prefix.cache.get_seq_length() == prefix.next_position == len(prefix.input_ids)
-    exact = everything(store.model, list(prefix.input_ids)).cache
+    exact = prefill(store.model, prefix.input_ids).cache
     near(store.splice(items, "prefix").cache, exact, 1e-5)
-    near(store.splice(items, "recompute", share=1.0).cache, exact, 1e-4)
+    near(store.splice(items, "recompute", fraction=1.0).cache, exact, 1e-4)
 
 
 def test_a_later_item_is_moved_as_if_its_opening_were_not_there(make, tokenizer):
@@ -1571,7 +1412,7 @@ def test_a_later_item_is_moved_as_if_its_opening_were_not_there(make, tokenizer)
     tokenizer.chat_template = "<|system|> Be brief." + CHAT_TEMPLATE
     store = make(tokenizer=tokenizer)
     first, second = store.items[:2]
-    start, begin = knowledge._opening(tokenizer), len(first.input_ids)
+    start, begin = store._opening, len(first.input_ids)
     alone = kv.shift(store.read(second).cache, begin - start, rotary_of(store.model))
     spliced = store.splice([first, second], "shift").cache
     for got, want in zip(spliced.layers, alone.layers, strict=True):
@@ -1581,13 +1422,13 @@ def test_a_later_item_is_moved_as_if_its_opening_were_not_there(make, tokenizer)
         assert torch.equal(got.values[:, :, begin:], want.values[:, :, start:])
 
 
-def test_a_template_whose_first_turn_has_a_form_of_its_own_has_no_opening(tokenizer):
+def test_a_template_whose_first_turn_has_a_form_of_its_own_has_no_opening(make, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.first %}<|system|>{% endif %}{{ m.content }}."
     )
     tokenizer.chat_template += "{% if loop.first %} First.{% endif %}{% endfor %}<|assistant|>"
-    assert knowledge._opening(tokenizer) == 0
+    assert make([], tokenizer=tokenizer)._opening == 0
 
 
 # compressed items
@@ -1599,10 +1440,9 @@ def halved(model):
     def compress(input_ids):
         count = input_ids.shape[1]
         positions = torch.tensor([[*range(count // 2), count - 1]])
-        cache = kv.select(kv.prefill(model, input_ids).cache, positions)
-        return Compressed(
-            kv.Prefix(cache, count, input_ids[0].tolist()), positions, torch.zeros(1, count)
-        )
+        prefix = kv.prefill(model, input_ids)
+        cache = kv.select(prefix.cache, positions)
+        return dataclasses.replace(prefix, cache=cache, positions=positions)
 
     return compress
 
@@ -1611,11 +1451,11 @@ def test_a_compressed_item_is_kept_with_fewer_entries_and_where_they_stand(make,
     store, whole = make(compress=halved(model)), make(name="whole")
     for item in load(store):
         piece, expected = load(store).read(item), halved(model)(torch.tensor([item.input_ids]))
-        near(piece.cache, expected.prefix.cache, 1e-5)
-        assert piece.positions.tolist() == expected.positions[0].tolist()
+        near(piece.cache, expected.cache, 1e-5)
+        assert piece.positions.tolist() == expected.positions.tolist()
         assert (
             item.kept
-            == len(piece.positions)
+            == piece.positions.shape[1]
             < len(piece.input_ids)
             == len(whole[item.id].input_ids)
         )
@@ -1626,17 +1466,14 @@ def test_a_compressed_item_is_kept_with_fewer_entries_and_where_they_stand(make,
         data_of(store, store.items[0]).stat().st_size
         < data_of(whole, whole.items[0]).stat().st_size
     )
-    assert all(piece.positions is None for piece in map(whole.read, whole))
+    assert not any(item.kept for item in whole)
 
 
 @pytest.mark.parametrize("arm", ["prefix", "concat", "shift"])
 def test_a_single_compressed_item_is_continued_at_the_length_of_its_text(make, model, arm):
     store = make(compress=halved(model))
     item = store.items[1]
-    prefix, expected = (
-        store.splice([item], arm),
-        halved(model)(torch.tensor([item.input_ids])).prefix,
-    )
+    prefix, expected = (store.splice([item], arm), halved(model)(torch.tensor([item.input_ids])))
     near(prefix.cache, expected.cache, 1e-5)
     assert prefix.next_position == len(item.input_ids)
 
@@ -1645,7 +1482,7 @@ def test_compressed_items_behind_one_another_stand_where_their_texts_would(make,
     store, rotary = make(compress=halved(model)), rotary_of(model)
     one, two = store.items[:2]
     start = len(one.input_ids)
-    parts = [halved(model)(torch.tensor([i.input_ids])).prefix.cache for i in (one, two)]
+    parts = [halved(model)(torch.tensor([i.input_ids])).cache for i in (one, two)]
     prefix = store.splice([one, two], "shift")
     near(prefix.cache, kv.join(parts[0], kv.shift(parts[1], start, rotary)), 1e-4)
     assert prefix.next_position == start + len(two.input_ids)
@@ -1661,7 +1498,7 @@ def test_what_opens_a_conversation_is_left_out_of_later_compressed_items(make, m
     store = make(compress=halved(model))
     monkeypatch.setitem(vars(store), "_opening", 2)
     one, two = store.items[:2]
-    kept = load(store).read(two).positions
+    kept = load(store).read(two).positions[0]
     prefix = store.splice([one, two], "shift")
     assert kv.length(prefix.cache) == one.kept + int((kept >= 2).sum())
     assert prefix.next_position == len(one.input_ids) + len(two.input_ids) - 2
@@ -1676,17 +1513,13 @@ def test_an_export_of_compressed_items_is_the_same(make, model, tmp_path):
 
 def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tmp_path):
     store, first = make(compress=halved(model)), halved(model)
-    with pytest.raises(
-        CacheError, match=r"compressed, and what was evicted cannot be computed again.*another arm"
-    ):
+    with pytest.raises(CacheError, match=r"evicted entries cannot be recomputed: use 'shift'"):
         store.splice(store.items[:2], "recompute")
-    by_head = lambda ids: first(ids)._replace(positions=torch.zeros(2, 1, 2, 3))
-    with pytest.raises(
-        CacheError, match=r"positions \(2, 1, 2, 3\) .* let all heads keep the same"
-    ):
+    by_head = lambda ids: dataclasses.replace(first(ids), positions=torch.zeros(2, 1, 2, 3))
+    with pytest.raises(CacheError, match=r"positions \(2, 1, 2, 3\) .*the same for all heads"):
         make(name="by_head", compress=by_head)
-    moved = lambda ids: compact(first(ids), rotary_of(model))
-    with pytest.raises(CacheError, match="moved the entries: give them where they stood"):
+    moved = lambda ids: dataclasses.replace(first(ids), next_position=3)
+    with pytest.raises(CacheError, match=r"next 3, expected .*, not moved"):
         make(name="moved", compress=moved)
     draft = KnowledgeDraft.cut(model, "first:1", knowledge="kv")
     with pytest.raises(ValueError, match="compressed caches, which drafts do not read"):

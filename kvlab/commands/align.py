@@ -1,8 +1,8 @@
 """`kvlab layer-map`, `kvlab train-aligned` and `kvlab compare-alignments`: 4D alignment."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,7 @@ from kvlab.align import (
 )
 from kvlab.answers import extract_answer
 from kvlab.commands.shared import (
+    command_settings,
     figures_table,
     require_counts,
     require_no_source,
@@ -105,7 +106,7 @@ def map_layers(
     scale = replace(
         scale, student=student_model or scale.student, teacher=teacher_model or scale.teacher
     )
-    pairs, _ = _solutions(dataset_name, source, split, num_samples)
+    pairs = _solutions(dataset_name, source, split, num_samples)
     student, tokenizer = scale.load("student"), scale.load_tokenizer("student")
     teacher, teacher_tokenizer = _load_teacher(scale)
     layers = teacher.config.num_hidden_layers
@@ -160,47 +161,41 @@ def train_aligned(
     settings = AlignmentOptions(**options)
     scale, teachers = _models(settings, model_name, teacher_model)
     maps = layer_mapping_path or []
-    _require_maps(maps, teachers, use_cka_layer_mapping)
+    if maps and (not use_cka_layer_mapping or len(maps) != len(teachers)):
+        raise ValueError(
+            f"There are {len(maps)} layer maps for {len(teachers)} teachers: give one each, and "
+            "--use_cka_layer_mapping."
+        )
+    for path in maps:
+        if not Path(path).is_file():
+            raise ValueError(f"There is no layer map {path}: make it by `kvlab layer-map`.")
     problems = _load_problems(settings, seed)
     # before loading: gives each process its own GPU
     main = PartialState(cpu=scale.device == "cpu").is_main_process
-    if main:
-        print(
-            f"To learn from: {len(problems.student)} problems. To be asked: {len(problems.questions)}."
-        )
     student, tokenizer = _load_student(scale, settings), scale.load_tokenizer("student")
-    correct = {}
+    figures = []
+
+    def measure(when: str) -> None:
+        correct = solved(student, tokenizer, problems, settings.max_new_tokens)
+        conditions = "problems that were not learned from, the answer right, greedy"
+        figures.append(figure(f"accuracy_{when}", correct, "fraction", conditions))
+
     if main:
-        correct["before"] = solved(student, tokenizer, problems, settings.max_new_tokens)
+        counts = len(problems.student), len(problems.questions)
+        print("To learn from: {} problems. To be asked: {}.".format(*counts))
+        measure("before")
     arm = Arm(use_cka_layer_mapping, use_segment_resampling)
     if not settings.kv_weight and not settings.codi_weight:
         arm = None
-    history, aligned = _train(
-        arm, scale, student, problems, teachers, settings, seed, output_dir, maps
-    )
-    if not main:
-        return
-    student.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    for number, projector in enumerate(aligned.projectors):
-        projector.save_pretrained(output_dir / f"projector_{number}")
-    correct["after"] = solved(student, tokenizer, problems, settings.max_new_tokens)
-    conditions = "problems that were not learned from, the answer right, greedy"
-    figures = [
-        figure(f"accuracy_{when}", values, "fraction", conditions)
-        for when, values in correct.items()
-    ]
-    names = {"model_name": scale.student, "teacher_model": teachers, "layer_mapping_path": maps}
-    flags = {
-        "use_cka_layer_mapping": use_cka_layer_mapping,
-        "use_segment_resampling": use_segment_resampling,
-    }
-    _write(
-        output_dir / "training.json",
-        names | flags | {"seed": seed} | asdict(settings),
-        figures,
-        history=history,
-    )
+    run = scale, student, problems, teachers, settings, seed, output_dir
+    history, aligned = _train(arm, *run, maps=maps)
+    if main:
+        student.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+        for number, projector in enumerate(aligned.projectors):
+            projector.save_pretrained(output_dir / f"projector_{number}")
+        measure("after")
+        _write(output_dir / "training.json", scale, teachers, figures, history=history)
 
 
 def compare_alignments(
@@ -236,34 +231,34 @@ def compare_alignments(
     scale, teachers = _models(settings, model_name, teacher_model)
     main = PartialState(cpu=scale.device == "cpu").is_main_process
     tokenizer = scale.load_tokenizer("student")
-    problems, rows = [_load_problems(settings, seed) for seed in range(seeds)], []
+    problems = [_load_problems(settings, seed) for seed in range(seeds)]
+    rows = []
     for seed, arm in product(range(seeds), arms):
         student = _load_student(scale, settings)
         if scale.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        run = _train(
-            ARMS[arm], scale, student, problems[seed], teachers, settings, seed, output_dir
-        )
+        run = scale, student, problems[seed], teachers, settings, seed, output_dir
+        history, _ = _train(ARMS[arm], *run)
         # a stopped run's seconds too
-        row = {"arm": arm, "seed": seed, "seconds": sum(entry["seconds"] for entry in run[0])}
+        row = {"arm": arm, "seed": seed, "seconds": sum(entry["seconds"] for entry in history)}
         if scale.device == "cuda":
             row["GB"] = torch.cuda.max_memory_allocated() / 1e9
         correct = solved(student, tokenizer, problems[seed], settings.max_new_tokens)
-        rows.append(row | {"accuracy": float(correct.mean())})
+        row["accuracy"] = float(correct.mean())
+        rows.append(row)
         if main:
-            print(f"{arm}, seed {seed}: {rows[-1]['accuracy']:.3f}")
+            print(f"{arm}, seed {seed}: {row['accuracy']:.3f}")
     if main:
-        names = {
-            "model_name": scale.student,
-            "teacher_model": teachers,
-            "arms": arms,
-            "seeds": seeds,
-        }
         figures = alignment_figures(pd.DataFrame(rows))
-        _write(output_dir / "comparison.json", names | asdict(settings), figures, runs=rows)
+        _write(output_dir / "comparison.json", scale, teachers, figures, arms=arms, runs=rows)
 
 
-def _write(path: Path, settings: dict, figures: list[dict], **results) -> None:
+def _write(
+    path: Path, scale: Scale, teachers: list[str], figures: list[dict], arms=None, **results
+) -> None:
+    settings = command_settings(model_name=scale.student, teacher_model=teachers)
+    if arms:
+        settings["arms"] = arms
     print(figures_table(figures))
     print(write_json(path, {"settings": settings, "figures": figures, **run_info(), **results}))
 
@@ -271,24 +266,13 @@ def _write(path: Path, settings: dict, figures: list[dict], **results) -> None:
 def _models(
     settings: AlignmentOptions, student: str | None, teachers: list[str] | None
 ) -> tuple[Scale, list[str]]:
+    require_counts(heldout=settings.heldout, max_new_tokens=settings.max_new_tokens)
+    if settings.problems is not None:
+        require_counts(problems=settings.problems)
     scale = Scale.current()
     if settings.fp16 and scale.device == "cpu":
         raise ValueError(f"fp16 needs a GPU, but the scale {scale.name} computes on the CPU.")
     return replace(scale, student=student or scale.student), teachers or [scale.teacher]
-
-
-def _require_maps(maps: list[str], teachers: list[str], use_cka: bool) -> None:
-    if maps and not use_cka:
-        raise ValueError("layer_mapping_path needs --use_cka_layer_mapping: give both, or none.")
-    if maps and len(maps) != len(teachers):
-        raise ValueError(
-            f"There are {len(teachers)} teachers and {len(maps)} layer maps: give one each."
-        )
-    for path in maps:
-        if not Path(path).is_file():
-            raise ValueError(
-                f"There is no layer map {path}: make it by `kvlab layer-map --output {path}`."
-            )
 
 
 def _load_student(scale: Scale, settings: AlignmentOptions) -> PreTrainedModel:
@@ -331,47 +315,47 @@ def _load_problems(options: AlignmentOptions, seed: int) -> Problems:
         raise ValueError(
             f"eval_source is {options.eval_source!r}, which needs --eval_dataset_name, not lab."
         )
-    heldout = 0 if other else options.heldout
-    pairs, records = _solutions(
-        options.dataset_name, options.source, options.split, options.problems, heldout, seed
-    )
-    name, kind = other or options.dataset_name, "number"
-    if name == "lab":
-        solutions = [own for own, _ in corpora.Solutions(options.heldout, test=True)]
-        questions = [solution[:1] for solution in solutions]
-        answers = [(extract_answer(kind, solution[1]["content"]),) for solution in solutions]
-    else:
-        if other:
-            records = _read_shuffled(other, options.eval_source, options.eval_split)
-        if not records:
-            raise ValueError(f"There is no problem to be asked in {options.eval_source}.")
-        questions = [messages(record)[:1] for record in records[: options.heldout]]
-        answers = [accepted_answers(record) for record in records[: options.heldout]]
-        kind = DATA_SETS[name].answer_kind
-    asked = {question[0]["content"] for question in questions}
-    pairs = [pair for pair in pairs if pair[0][0]["content"] not in asked]
+    data = options.dataset_name, options.source, options.split
+    asked = (other, options.eval_source, options.eval_split) if other else data
+    questions, answers, kind = _questions(*asked, options.heldout)
+    without = {question[0]["content"] for question in questions}
+    pairs = _solutions(*data, options.problems, seed, without)
     options.steps(len(pairs))
-    return Problems(
-        [own for own, _ in pairs], [text for _, text in pairs], questions, answers, kind
-    )
+    student = [conversation for conversation, _ in pairs]
+    teacher = [conversation for _, conversation in pairs]
+    return Problems(student, teacher, questions, answers, kind)
+
+
+def _questions(name: str, source: str | None, split: str, count: int) -> tuple[list, list, str]:
+    """Conversations that end with the question, accepted answers, and their kind."""
+    if name == "lab":
+        solutions = [solution for solution, _ in corpora.Solutions(count, test=True)]
+        answers = [(extract_answer("number", solution[1]["content"]),) for solution in solutions]
+        return [solution[:1] for solution in solutions], answers, "number"
+    records = _read_shuffled(name, source, split)[:count]
+    if not records:
+        raise ValueError(f"There is no problem to be asked in {source}: give another source.")
+    questions = [messages(record)[:1] for record in records]
+    return questions, [accepted_answers(record) for record in records], DATA_SETS[name].answer_kind
 
 
 def _solutions(
-    name: str, source: str | None, split: str, problems: int | None, heldout: int = 0, seed: int = 0
-) -> tuple[list[tuple], list[Record]]:
-    """Problems as student and teacher solve them, and records that were held out."""
+    name: str, source: str | None, split: str, count: int | None, seed: int = 0, without: Set = ()
+) -> list[tuple]:
+    """Problems as student and teacher solve them, without some questions."""
     if name == "lab":
         require_no_source(source)
-        return [*corpora.Solutions(problems or 600, seed=seed)], []
+        pairs = [*corpora.Solutions(count or 600, seed=seed)]
+        return [pair for pair in pairs if pair[0][0]["content"] not in without]
     records = _read_shuffled(name, source, split)
     bare = sum(not record.reasoning.strip() for record in records)
     if bare:
         raise ValueError(f"{bare} of {len(records)} {name} records have no reasoning to align.")
-    rest = records[heldout:]
-    if not rest:
-        raise ValueError(f"There are {len(records)} problems, {heldout} to hold out: give more.")
-    chosen = random.Random(seed).sample(rest, min(problems or len(rest), len(rest)))
-    return [(messages(record), messages(record)) for record in chosen], records[:heldout]
+    solutions = [messages(record) for record in records]
+    pairs = [
+        (solution, solution) for solution in solutions if solution[0]["content"] not in without
+    ]
+    return random.Random(seed).sample(pairs, min(count or len(pairs), len(pairs)))
 
 
 def _read_shuffled(name: str, source: str | None, split: str) -> list[Record]:

@@ -1,8 +1,9 @@
-"""`kvlab build-cache` and `kvlab ask`: keep what a model read, and answer from it."""
+"""`kvlab build-cache` and `kvlab ask`: store what a model has read, and answer from it."""
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -15,7 +16,7 @@ from kvlab import lab
 from kvlab.cache import Prefix, truncate
 from kvlab.commands.shared import open_store, require_store, scale_with_target
 from kvlab.generation import encode
-from kvlab.knowledge import ARMS, Item, KnowledgeCache, loaded
+from kvlab.knowledge import ARMS, CACHES_USED, Item, KnowledgeCache
 from kvlab.records import read_faq
 from kvlab.speculate import decode, generate
 
@@ -32,55 +33,54 @@ def build_cache(
     language: str = "en",
     batch_size: int = 8,
 ) -> None:
-    """Let a model read question/answer records and keep what it computed; what is in the store already is skipped.
+    """Prefill question/answer records into a store; items that it has already are skipped.
 
-    Args: store: folder of the store; new, or one to add to. records: JSON lines with "question",
-    "answer" and, if wanted, "domain" and "id", a YAML file of the chatterbot corpus, or a folder of
-    such files. Default: the lab's FAQ. per_domain: also copy the items of each domain to a store of
-    their own, in the folder STORE-DOMAIN. generate_answers: let the model answer; answers in the
-    records are not used. max_new_tokens: of a generated answer. keep: kv (keys and values), hidden
-    (last hidden states), or both, e.g. --keep kv hidden. Default: kv. dtype: in which it is kept,
-    e.g. float16. Default: that of the model. base_model: the model that reads; a lab model, a hub
-    name or a folder. Default: the scale's target. language: of the lab's FAQ, en or zh. batch_size:
-    of reading and of generating.
+    Args:
+        store: Folder of the store; new, or one to add to.
+        records: JSON lines with "question", "answer" and, optionally, "domain" and "id", a YAML
+            file of the chatterbot corpus, or a folder of such files. Default: the lab's FAQ.
+        per_domain: Also copy the items of each domain to a store of their own, in the folder
+            STORE-DOMAIN.
+        generate_answers: Let the model answer; answers in the records are not used.
+        max_new_tokens: Of a generated answer.
+        keep: kv (keys and values), hidden (last hidden states), or both, e.g. --keep kv hidden.
+            Default: kv.
+        dtype: Of the stored tensors, e.g. float16. Default: that of the model.
+        base_model: The model: a lab model, a hub name or a folder. Default: the scale's target.
+        language: Of the lab's FAQ, en or zh.
+        batch_size: Of prefill and of generation.
     """
-    kept = None if dtype is None else getattr(torch, dtype, None)
-    if dtype and not isinstance(kept, torch.dtype):
+    torch_dtype = getattr(torch, dtype, None) if dtype else None
+    if dtype and not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"dtype is {dtype!r}, expected the name of one, such as float16.")
-    found = read_faq(records) if records else lab.faq(language)
+    items = read_faq(records) if records else lab.faq(language)
     scale = scale_with_target(base_model)
-    main = PartialState(
-        cpu=scale.device == "cpu"
-    ).is_main_process  # before loading: gives each process its own GPU
-    parts = scale.load("target"), scale.load_tokenizer("target"), scale.load_embedder()
-    made = KnowledgeCache.build(store, [], *parts, keep=keep or ("kv",), dtype=kept)
-    size = f"{'at most ' * generate_answers}{made.estimate(found, generate_answers, max_new_tokens) / 1e6:.1f} MB"
-    if main:
-        print(
-            f"{store} has {len(made)} items. Of {len(found)} records, those that are new to it will take {size}."
-        )
-    new = made.add(found, generate_answers, max_new_tokens, batch_size)
-    if main:
-        print(
-            f"{new} items are new, {len(found) - new} were there.",
-            made.summary().round(2).to_string(),
-            sep="\n\n",
-        )
-    if main and per_domain:
-        print("", *_export_domains(made), sep="\n")
+    # Before loading: it gives each process its own GPU.
+    is_main = PartialState(cpu=scale.device == "cpu").is_main_process
+    models = scale.load("target"), scale.load_tokenizer("target"), scale.load_embedder()
+    cache = KnowledgeCache.build(store, [], *models, keep=keep or ("kv",), dtype=torch_dtype)
+    size = cache.estimate(items, generate_answers, max_new_tokens) / 1e6
+    if is_main:
+        bound = "at most " if generate_answers else ""
+        print(f"{store} has {len(cache)} items. Of {len(items)} records, those that are new to it "
+              f"will take {bound}{size:.1f} MB.")  # fmt: skip
+    new = cache.add(items, generate_answers, max_new_tokens, batch_size)
+    if is_main:
+        print(f"{new} items are new, {len(items) - new} were there.\n")
+        print(cache.summary().round(2).to_string())
+    if is_main and per_domain:
+        print()
+        _export_domains(cache)
 
 
-def _export_domains(store: KnowledgeCache) -> list[str]:
-    """A store for each domain, beside the whole one, brought up to date."""
-    lines = []
+def _export_domains(store: KnowledgeCache) -> None:
+    """Make or update a store for each domain, beside the store of all."""
+    folder = store.folder.resolve()
     for domain in store.domains:
-        name = re.sub(
-            r"[^\w -]", lambda odd: f"%{ord(odd[0]):02X}", domain
-        )  # any text becomes a name of its own
-        home = store.folder.resolve()
-        copy = store.export(home.with_name(f"{home.name}-{name}"), domain)
-        lines.append(f"{copy.folder.name}: {len(copy)} items")
-    return lines
+        # Any text becomes a folder name of its own.
+        name = re.sub(r"[^\w -]", lambda match: f"%{ord(match[0]):02X}", domain)
+        copy = store.export(folder.with_name(f"{folder.name}-{name}"), domain)
+        print(f"{copy.folder.name}: {len(copy)} items")
 
 
 def ask(
@@ -94,102 +94,84 @@ def ask(
     max_new_tokens: int = 96,
     base_model: str | None = None,
 ) -> None:
-    """Ask a model with and without what a store knows, and compare answers, time, tokens read and bytes loaded.
+    """Ask a model with and without a store: answers, time, tokens read and bytes loaded.
 
-    Four ways: the question alone; after the items found, read anew as text; after the same items
-    from the store; and the best item's own question, whose cache is in the store, so that one token
-    is read. Time to first token is from the start of loading and splicing (finding apart) to the
-    first token, the median of 3 runs after one to warm up; by then the file is in the system's
-    memory.
+    Four ways: the question alone; after the retrieved items as text; after the same items from the
+    store; and the best item's own question, whose cache is in the store, so that one token is read.
+    Time to first token includes loading and splicing, not retrieval. It is the median of 3 runs
+    after one to warm up, so the file is in the system's memory.
 
-    Args: questions: one or more, before all options. store: folder that `kvlab build-cache` made.
-    k: items to put before the question. threshold: least similarity of an item that counts as
-    found. domain: look among the items of this domain only. arm: how items from the store are put
-    together: full, prefix, concat, shift or recompute (chapter 01). exact: find the same question
-    only, but for case, punctuation and space. max_new_tokens: of each answer. base_model: that the
-    store was built with. Default: the scale's target.
+    Args:
+        questions: One or more, before all options.
+        store: Folder that `kvlab build-cache` made.
+        k: Number of items before the question.
+        threshold: Minimum cosine similarity of a retrieved item.
+        domain: Search the items of this domain only.
+        arm: How items from the store are joined: full, prefix, concat, shift or recompute (see
+            chapter 01).
+        exact: Find the same question only, ignoring case, punctuation and space.
+        max_new_tokens: Of each answer.
+        base_model: The model of the store. Default: the scale's target.
     """
     require_store(store)
     scale = scale_with_target(base_model)
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
-    known = open_store(store, model, tokenizer, scale, "kv", embed=not exact)
+    cache = open_store(store, model, tokenizer, scale, "kv", embed=not exact)
+    miss = "no item has this question" if exact else f"nothing scores {threshold}"
     for question in questions:
-        hits = known.retrieve(question, k, threshold, domain, exact)
-        print(f"{question}")
-        for hit in hits:
-            print(
-                f"    found: {hit.item.question} (domain {hit.item.domain or 'none'}, score {hit.score:.2f})"
-            )
+        hits = cache.retrieve(question, k, threshold, domain, exact)
+        print(question)
+        for item, score in hits:
+            domain_name = item.domain or "none"
+            print(f"    found: {item.question} (domain {domain_name}, score {score:.2f})")
         if not hits:
-            print(
-                f"    not in the store: {'no item has this question' if exact else f'nothing scores {threshold}'}"
-            )
-        table = _ways(known, question, [hit.item for hit in hits], arm, max_new_tokens)
+            print(f"    not in the store: {miss}")
+        table = _compare_ways(cache, question, [hit.item for hit in hits], arm, max_new_tokens)
         print(table.drop(columns="answer").to_string(float_format="{:.2f}".format))
         for way, answer in table["answer"].items():
             print(f"{way}: {answer}")
         print()
 
 
-def _ways(
+def _compare_ways(
     store: KnowledgeCache, question: str, items: Sequence[Item], arm: str, max_new_tokens: int
 ) -> pd.DataFrame:
-    """One row a way to answer; without items only the first."""
-    alone, asked = (
-        encode(store.tokenizer, [{"role": "user", "content": question}]),
-        store.prompt(question),
-    )
+    """One row per way to answer; without items only the first."""
+    alone = encode(store.tokenizer, [{"role": "user", "content": question}])
+    # Of each way: its prefix, the ids that follow it, tokens prefilled for it, tokens loaded.
     ways = {"question alone": (lambda: None, alone, 0, 0)}
     if items:
-        sizes, best = [len(item.input_ids) for item in items], items[0]
-        anew = {"full": 0, "prefix": 1, "recompute": 1}.get(arm, len(items))
-        stop = best.answer_start - 1
-        ways |= {
-            "knowledge as text": (lambda: store.splice(items, "full"), asked, sum(sizes), 0),
-            "knowledge from the store": (
-                lambda: store.splice(items, arm),
-                asked,
-                sum(sizes[anew:]),
-                sum(sizes[: loaded(arm)]),
-            ),
-            "the stored question itself": (
-                lambda: _asked(store, best),
-                best.input_ids[stop : stop + 1],
-                0,
-                sizes[0],
-            ),
-        }
-    rows = {
-        way: {
-            "first token (ms)": _first_token_ms(store, begin, ids),
-            "tokens read": more + len(ids),
+        later, sizes = store.prompt(question), [len(item.input_ids) for item in items]
+        last = items[0].input_ids[items[0].answer_start - 1 : items[0].answer_start]
+        as_text, from_store = (
+            partial(store.splice, items, "full"),
+            partial(store.splice, items, arm),
+        )
+        stored_question = partial(_stored_question, store, items[0])
+        exact_count = 1 if arm == "recompute" else CACHES_USED.get(arm, len(items))
+        prefilled, loaded = sum(sizes[exact_count:]), sum(sizes[: CACHES_USED.get(arm)])
+        ways["knowledge as text"] = (as_text, later, sum(sizes), 0)
+        ways["knowledge from the store"] = (from_store, later, prefilled, loaded)
+        ways["the stored question itself"] = (stored_question, last, 0, sizes[0])
+    rows = {}
+    for way, (begin, ids, prefilled, loaded) in ways.items():
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            next(decode(store.model, [ids], prefix=begin(), max_new_tokens=1))
+            seconds.append(time.perf_counter() - start)
+        output = generate(store.model, [ids], prefix=begin(), max_new_tokens=max_new_tokens)
+        answer = store.tokenizer.decode(output.tokens[0], skip_special_tokens=True)
+        rows[way] = {
+            "first token (ms)": 1000 * median(seconds[1:]),
+            "tokens read": prefilled + len(ids),
             "loaded (MB)": store.bytes_of(loaded) / 1e6,
-            "answer": _answer(store, begin(), ids, max_new_tokens),
+            "answer": " ".join(answer.split()),
         }
-        for way, (begin, ids, more, loaded) in ways.items()
-    }
     return pd.DataFrame(rows.values(), rows)
 
 
-def _asked(store: KnowledgeCache, item: Item) -> Prefix:
-    """A stored question, but for its last token, which is read again for what follows it."""
+def _stored_question(store: KnowledgeCache, item: Item) -> Prefix:
+    """A stored question without its last token, which is read again to predict the next."""
     stop = item.answer_start - 1
     return Prefix(truncate(store.read(item).cache, stop), stop, item.input_ids[:stop])
-
-
-def _first_token_ms(
-    store: KnowledgeCache, begin: Callable[[], Prefix | None], ids: Sequence[int]
-) -> float:
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        next(decode(store.model, [ids], prefix=begin(), max_new_tokens=1))
-        seconds.append(time.perf_counter() - started)
-    return 1000 * median(seconds[1:])
-
-
-def _answer(
-    store: KnowledgeCache, prefix: Prefix | None, ids: Sequence[int], max_new_tokens: int
-) -> str:
-    made = generate(store.model, [ids], prefix=prefix, max_new_tokens=max_new_tokens)
-    return " ".join(store.tokenizer.decode(made.tokens[0], skip_special_tokens=True).split())

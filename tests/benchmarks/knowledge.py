@@ -1,4 +1,4 @@
-"""The knowledge cache: finding an item, putting pieces together, what it costs and saves, and what a kill leaves."""
+"""The knowledge cache: retrieval, splicing, time and memory, and stores after a kill."""
 
 import gc
 import io
@@ -30,7 +30,7 @@ from kvlab import lab
 from kvlab.cache import Prefix, join, nbytes, prefill, select, shift
 from kvlab.evaluate import benchmark, figure
 from kvlab.generation import encode
-from kvlab.knowledge import ARMS, Embedder, Item, KnowledgeCache, Piece, read, splice
+from kvlab.knowledge import ARMS, Embedder, Item, KnowledgeCache, splice
 from kvlab.lab import corpora, worlds
 from kvlab.lab.models import make
 from kvlab.lab.report import questions
@@ -222,7 +222,7 @@ class Outcome(NamedTuple):
     error: float
 
 
-Arm = Callable[[PreTrainedModel, Sequence[Piece]], Prefix]
+Arm = Callable[[PreTrainedModel, Sequence[Prefix]], Prefix]
 
 
 def cases(s: Setup, n: int, facts: tuple[int, int], pieces: int) -> list[Case]:
@@ -255,28 +255,28 @@ def after(model: PreTrainedModel, prefix: Prefix | None, ids: Ids, count: int) -
 
 
 def arm_of(name: str, **options) -> Arm:
-    return lambda model, pieces: splice(model, pieces, name, **options)
+    return lambda model, prefixes: splice(model, prefixes, name, **options)
 
 
-def recompute_at_random(model: PreTrainedModel, pieces: Sequence[Piece]) -> Prefix:
-    """Recompute as many tokens, chosen by chance instead of by how much they differ."""
-    generator = torch.Generator().manual_seed(sum(pieces[0].input_ids))
+def recompute_at_random(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> Prefix:
+    """Recompute the same number of tokens, chosen at random instead of by their differences."""
+    generator = torch.Generator().manual_seed(sum(prefixes[0].input_ids))
 
     def by_chance(values: torch.Tensor, k: int) -> SimpleNamespace:
         return SimpleNamespace(indices=torch.randperm(len(values), generator=generator)[:k])
 
     with mock.patch.object(torch.Tensor, "topk", by_chance):
-        return splice(model, pieces, "recompute")
+        return splice(model, prefixes, "recompute")
 
 
-def shift_without_sink(model: PreTrainedModel, pieces: Sequence[Piece]) -> Prefix:
-    """Move pieces to their places, but for the first entry of each later one."""
-    cache, flat, rotary = pieces[0].cache, list(pieces[0].input_ids), rotary_of(model)
-    for piece in pieces[1:]:
-        moved = shift(piece.cache, len(flat), rotary)
-        cache = join(cache, select(moved, torch.arange(1, len(piece.input_ids))))
-        flat += piece.input_ids
-    return Prefix(cache, len(flat), flat)
+def shift_without_sink(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> Prefix:
+    """Move prefixes to their positions, without the first entry of each later one."""
+    cache, input_ids = prefixes[0].cache, list(prefixes[0].input_ids)
+    for prefix in prefixes[1:]:
+        moved = shift(prefix.cache, len(input_ids), rotary_of(model))
+        cache = join(cache, select(moved, torch.arange(1, len(prefix.input_ids))))
+        input_ids += prefix.input_ids
+    return Prefix(cache, len(input_ids), input_ids)
 
 
 def compare(
@@ -287,9 +287,9 @@ def compare(
     for pieces, question, answer in tqdm(asked, desc=label, delay=2, leave=False):
         rest, count = [*question, *answer[:-1]], len(question) + len(answer) - 1
         true = after(model, None, [*chain(*pieces), *rest], count)
-        known = [read(model, ids) for ids in pieces]
+        prefixes = [prefill(model, torch.tensor([ids])) for ids in pieces]
         for name, arm in arms.items():
-            mine = after(model, arm(model, known), rest, count)
+            mine = after(model, arm(model, prefixes), rest, count)
             divergence, last = (true.exp() * (true - mine)).sum(-1), slice(-len(answer), None)
             right, error = (
                 mine[last].argmax(-1).tolist() == answer,
@@ -304,7 +304,7 @@ def compare(
 def splice_figures(s: Setup) -> list[dict]:
     """Every way to put four pieces together, against reading them in one go."""
     arms = {name: arm_of(name) for name in ARMS if name != "recompute"}
-    arms |= {f"recompute_{share}": arm_of("recompute", share=share / 100) for share in SHARES}
+    arms |= {f"recompute_{share}": arm_of("recompute", fraction=share / 100) for share in SHARES}
     arms |= {"recompute_random": recompute_at_random, "shift_without_sink": shift_without_sink}
     done = compare(
         s.target, cases(s, 4 if s.quick else 200, (16, 16), 4), arms, "splicing 4 pieces"
@@ -608,9 +608,9 @@ def is_sound(folder: Path, whole: KnowledgeCache, old: int) -> tuple[bool, bool]
             store = open_store(folder)
             count, new = len(store), len(store) - old
             sound = new % 2 == 0 and same_items(store.items, whole.items[:count])
-            pieces = [store.read(item) for item in store.items]
+            prefixes = [store.read(item) for item in store.items]
             store.add(numbered(old, len(whole)))
-        sound &= same_items(store.items, whole.items) and len(pieces) == count
+        sound &= same_items(store.items, whole.items) and len(prefixes) == count
         sound &= all(
             same_entries(store.read(a), whole.read(b))
             for a, b in zip(store.items, whole.items, strict=True)
@@ -628,7 +628,7 @@ def same_items(some: Sequence[Item], others: Sequence[Item]) -> bool:
     return content[0] == content[1]
 
 
-def same_entries(one: Piece, other: Piece) -> bool:
+def same_entries(one: Prefix, other: Prefix) -> bool:
     layers = zip(one.cache.layers, other.cache.layers, strict=True)
     pairs = [pair for a, b in layers for pair in ((a.keys, b.keys), (a.values, b.values))]
     return all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
