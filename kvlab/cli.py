@@ -1,9 +1,10 @@
 """`kvlab COMMAND`: a command is a function in kvlab/commands/, and its signature is its options.
 
-The help comes from the Args of its docstring (Google style). Options that belong to the library are not repeated:
-`def distill(output_dir: Path = ..., **options)` calls `train_distiller(..., **options)`, and jsonargparse finds their
-names, types, defaults and help there. Defaults that differ by scale are in kvlab/commands/SCALE.yaml, a section per
-command. What a results file keeps as "settings" is `command_settings(...)`, the options that were parsed here.
+The help comes from the Args of its docstring (Google style). Options that belong to the library are
+not repeated: `def distill(output_dir: Path = ..., **options)` calls `train_distiller(...,
+**options)`, and jsonargparse finds their names, types, defaults and help there. Defaults that
+differ by scale are in kvlab/commands/SCALE.yaml, a section per command. What a results file keeps
+as "settings" is `command_settings(...)`, the options that were parsed here.
 """
 
 import re
@@ -41,7 +42,7 @@ _OPTION = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # --per-domain is --per_domain
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse's parser, where `--flag` alone means true and the items of a list follow each other: --names a b."""
+    """The parser, where `--flag` alone means true and items follow each other: --names a b."""
 
     def add_argument(self, *names, **options):
         if options.get("type") is bool:
@@ -56,7 +57,7 @@ class _Parser(ArgumentParser):
 
 
 def _list_item(hint: object) -> type | None:
-    """The type of the items, where the hint is a list, a sequence or a tuple of fixed length, or one of these or None."""
+    """The type of the items of a list, a sequence or a tuple of fixed length (or None)."""
     choices = get_args(hint)
     if len(choices) == 2 and choices[1] is type(None):
         hint = choices[0]

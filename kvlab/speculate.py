@@ -1,19 +1,20 @@
-"""Speculative decoding: a proposer drafts, the target verifies, and the text is exactly the target's.
+"""Speculative decoding: a proposer drafts, the target verifies, and the text is the target's own.
 
-`decode` is the loop. It knows a proposer only by three methods and yields one `Round` a target
-call; texts, statistics and pictures are made from the rounds. Without a proposer it is plain
-autoregressive decoding. Rows of a batch advance each at its own pace, because every row has its own
-columns in memory (`kvlab.cache.Slots`).
+`decode` is the loop: prefill, then rounds of draft, verify and commit. It knows a proposer only by
+three methods and yields one `Round` per target call; texts, statistics and figures are made from
+rounds. Without a proposer it is plain autoregressive decoding. Rows of a batch advance
+independently, because every row has its own columns in memory (`kvlab.slots.Slots`).
 
 Sources: Leviathan, Kalman and Matias (2023), arXiv 2211.17192, Algorithm 1 and section 3; Chen et
 al. (2023), arXiv 2302.01318, Algorithm 2. Names: gamma drafted tokens, draft distribution q, target
 distribution p.
 """
 
+import itertools
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -21,31 +22,26 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
-from transformers.generation.logits_process import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import logits_process
 
 from kvlab.cache import Prefix, length, prefill
 from kvlab.models import first_layers, require_supported, rotary_of
 from kvlab.slots import Slots, step
 
-Texts = list[list[int]]  # token ids of each row
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
+Acceptance = float | Sequence[float]  # of all positions, or by position
+VerifyCost = float | Callable[[int], float]  # v of the cost model, or a function of gamma
+Texts = list[list[int]]  # token ids per row
+Prompts = Tensor | Sequence[Tensor]  # (B, T), or rows (T,) of any lengths
+Lists = tuple[Texts, list[int], Texts]  # of a round: drafted, accepted, tokens
+Prefixes = Prefix | Sequence[Prefix | None] | None  # one for all rows, or one per row
+NO_GUESS = -1  # a drafted token, in rows that have fewer guesses than others
+FINISHED = -1  # instead of the number of accepted tokens, for a row whose text has ended
+MAXIMUM_GAMMA = 16
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens (B, g), and the distributions (B, g, V) they were drawn from; None: each was certain.
-
-    A token of -1 stands for "no guess", in rows that have fewer than others.
-    """
+    """Drafted tokens (B, g) and the distributions (B, g, V) of the sampling (None: certain)."""
 
     tokens: Tensor
     probabilities: Tensor | None = None
@@ -53,13 +49,18 @@ class Proposal(NamedTuple):
 
 @dataclass(frozen=True)
 class Round:
-    """What one target call did. Lists have one entry a row; those of rows that had ended before are empty, or 0.
+    """One target call. Lists have one entry per row; of a row that had ended it is empty, or 0.
 
-    `drafted` are the guesses, `accepted` how many of them the target agreed with, and `tokens` what
-    the row gained: those and one of the target's own, but never past the end of the text (so
-    `accepted` can be more than that). `reading` marks the reading of the prompt, by the target (it
-    gives the first token) and then by the proposer. `seconds` is the whole round, so it includes
-    both others. All three are wall clock.
+    Args:
+        drafted: The drafted tokens.
+        accepted: The number of drafted tokens that the target accepted.
+        tokens: The new tokens: those accepted and one of the target's own, up to the end of the
+            text. So `accepted` can be larger than their number.
+        draft_seconds: Of the proposer.
+        target_seconds: Of the target's call and the verification.
+        seconds: Of the whole round, both others included, by the wall clock.
+        is_prefill: The prompt was read, by the target (it gives the first token) or after it by the
+            proposer.
     """
 
     drafted: Texts
@@ -68,20 +69,20 @@ class Round:
     draft_seconds: float
     target_seconds: float
     seconds: float
-    reading: bool = False
+    is_prefill: bool = False
 
 
 class Proposer(Protocol):
-    """What drafts. `target_cache` is the target's own memory: may be read, must not be changed."""
+    """A source of drafts. It may read `target_cache`, the target's memory, but not change it."""
 
     def start(self, texts: Texts, target_cache: Slots, sampling: "Sampling", room: int) -> None:
-        """Begin with texts (prefix, prompt, the target's first token) that will gain fewer than `room` tokens."""
+        """Begin with texts (prefix, prompt, first token), which gain less than `room` tokens."""
 
     def propose(self, gamma: int) -> Proposal:
-        """Draft up to `gamma` tokens a row (0: none)."""
+        """Draft up to `gamma` tokens per row (0: none)."""
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
-        """Take note that each row gained so many drafted tokens and the next one; -1: the row has ended."""
+        """Each row has gained this number of drafted tokens and the next, or is FINISHED."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ class Sampling:
     Args:
         temperature: 0 takes the most probable token (greedy), else tokens are sampled.
         top_k: Sample among the k most probable tokens; 0 keeps all.
-        top_p: Sample among the most probable tokens that together reach this probability; 1.0 keeps all.
+        top_p: Sample among the most probable tokens that together reach this probability; 1.0 keeps
+            all.
         repetition_penalty: Above 1.0 makes tokens of the context less probable.
-        generator: One for all rows, or a list with one per row: then a row's text does not depend on the other rows.
+        generator: One for all rows, or a list with one per row: then a row's text does not depend
+            on the other rows.
 
     Example:
         >>> Sampling(0.7, top_p=0.9).greedy, Sampling().greedy
@@ -107,215 +110,224 @@ class Sampling:
     generator: torch.Generator | Sequence[torch.Generator] | None = None
 
     def __post_init__(self):
-        right = self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
-        _require(
-            right, f"The temperature is {self.temperature}, expected 0 (greedy) or at least 1e-6."
-        )
-        _require(self.top_k >= 0, f"top_k is {self.top_k}, expected 0 (keep all) or more.")
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, expected more than 0 and at most 1.")
-        _require(
-            self.repetition_penalty > 0,
-            f"repetition_penalty is {self.repetition_penalty}, expected above 0.",
-        )
+        temperature_fits = self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
+        others_fit = self.top_k >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0
+        if not (temperature_fits and others_fit):
+            limits = "temperature 0 or >= 1e-6, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0"
+            raise ValueError(f"{self}, expected {limits}.")
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether the most probable token is taken."""
         return self.temperature == 0
 
     @cached_property
-    def _warpers(self) -> LogitsProcessorList:
-        warpers = LogitsProcessorList()
+    def _warpers(self) -> logits_process.LogitsProcessorList:
+        warpers = logits_process.LogitsProcessorList()
         if self.temperature not in (0, 1):
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+            warpers.append(logits_process.TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k and not self.greedy:
-            warpers.append(TopKLogitsWarper(self.top_k))
+            warpers.append(logits_process.TopKLogitsWarper(self.top_k))
         if self.top_p != 1 and not self.greedy:
-            warpers.append(TopPLogitsWarper(self.top_p))
+            warpers.append(logits_process.TopPLogitsWarper(self.top_p))
         return warpers
 
     def contexts(self, texts: Texts, drafted: Sequence[Tensor]) -> Texts:
-        """Texts with drafted tokens behind them, (B,) a place; only the penalty asks for it, and makes a GPU wait."""
+        """Texts with drafted tokens, (B,) per position; only for the penalty: a GPU must wait."""
         if self.repetition_penalty == 1 or not len(drafted):
             return texts
-        new = torch.stack(tuple(drafted), 1).clamp(min=0).tolist()
-        return [text + more for text, more in zip(texts, new, strict=True)]
+        tokens = torch.stack(tuple(drafted), 1).clamp(min=0).tolist()
+        return [text + new for text, new in zip(texts, tokens, strict=True)]
 
     def scores(self, logits: Tensor, texts: Texts) -> Tensor:
-        """Processed logits (B, k, V), in float32 or wider; the last of the k follows texts[b], the others its start."""
+        """Processed logits, in float32 or wider.
+
+        Args:
+            logits: (B, k, V). The last of the k follows texts[b], the others its beginning.
+            texts: Token ids per row, which the repetition penalty looks at.
+        """
         rows, count, size = logits.shape
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.repetition_penalty != 1:
-            scores, penalty = (
-                scores.clone(),
-                RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)),
-            )
+        penalty = float(self.repetition_penalty)
+        if penalty != 1:
+            scores = scores.clone()
+            penalize = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
             for row, text in enumerate(texts):
                 ids = torch.tensor([text], device=logits.device)
                 for i in range(count):
-                    seen = ids[:, : len(text) - count + 1 + i]
-                    scores[row, i] = penalty(seen, scores[row, i][None])[0]
+                    context = ids[:, : len(text) - count + 1 + i]
+                    scores[row, i] = penalize(context, scores[row, i][None])[0]
         return self._warpers(None, scores.reshape(-1, size)).reshape(rows, count, size)
 
     def uniform(self, rows: int, count: int, device: torch.device) -> Tensor:
-        """Numbers in [0, 1), (rows, count)."""
-        one = self.generator is None or isinstance(self.generator, torch.Generator)
-        if not one:
-            seen = f"There are {len(self.generator)} generators for {rows} rows"
-            _require(len(self.generator) == rows, f"{seen}: give one for all, or one for each.")
-        sources = (
-            [(self.generator, rows)] if one else [(generator, 1) for generator in self.generator]
-        )
-        drawn = [
-            torch.rand(n, count, generator=g, device=g.device if g else None) for g, n in sources
-        ]
-        return torch.cat(drawn).to(device)
+        """Independent numbers in [0, 1), (rows, count)."""
+        if not isinstance(self.generator, list | tuple):
+            return _uniform(rows, count, self.generator).to(device)
+        if len(self.generator) != rows:
+            counts = f"{len(self.generator)} generators for {rows} rows"
+            raise ValueError(f"There are {counts}: give one for all, or one per row.")
+        return torch.cat([_uniform(1, count, one) for one in self.generator]).to(device)
 
     def choose(self, logits: Tensor, texts: Texts) -> tuple[Tensor, Tensor | None]:
-        """One token a row, (B,), from logits (B, 1, V), and what it was drawn from, (B, V) (greedy: None)."""
+        """Choose tokens (B,) by logits (B, 1, V); with their distributions (B, V), if sampled."""
         scores = self.scores(logits, texts)[:, 0]
         if self.greedy:
             return scores.argmax(-1), None
         probabilities = scores.softmax(-1)
-        return draw(probabilities, self.uniform(len(logits), 1, logits.device)[:, 0]), probabilities
+        uniform = self.uniform(len(logits), 1, logits.device)[:, 0]
+        return sample_categorical(probabilities, uniform), probabilities
 
 
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The index (B,) at which the running sum of weights (B, V) passes the uniform number's share of the total.
+def _uniform(rows: int, count: int, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator else None
+    return torch.rand(rows, count, generator=generator, device=device)
 
-    >>> draw(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([0.5]))
-    tensor([2])
+
+def sample_categorical(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Sample indices (B,) in proportion to weights (B, V): invert the running sum at uniform.
+
+    Example:
+        >>> sample_categorical(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([0.5]))
+        tensor([2])
     """
     exact = torch.float32 if weights.device.type == "mps" else torch.float64  # mps has no float64
-    total = weights.to(exact).cumsum(-1)
-    return torch.searchsorted(total, uniform.to(exact)[:, None] * total[:, -1:], right=True)[:, 0]
+    running_sum = weights.to(exact).cumsum(-1)
+    threshold = uniform.to(exact)[:, None] * running_sum[:, -1:]
+    return torch.searchsorted(running_sum, threshold, right=True)[:, 0]
 
 
-def match(choices: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
-    """Count the drafted tokens (B, g) that equal the target's choices (B, g + 1), and give its next token, both (B,).
+def verify_greedy(choices: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
+    """Accept drafted tokens (B, g) while they equal the target's choices (B, g + 1).
 
-    >>> match(torch.tensor([[4, 7, 9]]), Proposal(torch.tensor([[4, 5]])))
-    (tensor([1]), tensor([7]))
+    Returns:
+        The number accepted and the target's next token, both (B,).
+
+    Example:
+        >>> verify_greedy(torch.tensor([[4, 7, 9]]), Proposal(torch.tensor([[4, 5]])))
+        (tensor([1]), tensor([7]))
     """
-    width = proposal.tokens.shape[1]
-    accepted = (choices[:, :width] == proposal.tokens).long().cumprod(1).sum(1)
+    gamma = proposal.tokens.shape[1]
+    accepted = (choices[:, :gamma] == proposal.tokens).long().cumprod(1).sum(1)
     return accepted, choices.gather(1, accepted[:, None])[:, 0]
 
 
 def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Accept or resample (Leviathan et al. 2023, Algorithm 1): tokens accepted and the next token, both (B,).
+    """Accept or resample (Leviathan et al. 2023, Algorithm 1).
 
-    Token i is accepted if u_i < p_i(x_i) / q_i(x_i). At the first that is not, the next token is
-    drawn from norm(max(0, p_i - q_i)); after all g, from p_(g+1). What results is distributed as p,
+    Token i is accepted if u_i < p_i(x_i) / q_i(x_i). At the first rejection, the next token is
+    sampled from norm(max(0, p_i - q_i)); after all g, from p_(g+1). The result is distributed as p,
     whatever q is.
 
     Args:
         p: (B, g + 1, V), the target's distributions, processed as q was.
-        proposal: g tokens a row, with the distributions they were really drawn from.
+        proposal: g tokens per row, with the distributions they were really sampled from.
         uniform: (B, at least g + 1) independent numbers in [0, 1).
+
+    Returns:
+        The number accepted and the next token, both (B,).
 
     Example:
         >>> p = torch.tensor([[[0.2, 0.8], [0.5, 0.5]]])
         >>> proposal = Proposal(torch.tensor([[0]]), torch.tensor([[[0.9, 0.1]]]))
-        >>> verify(p, proposal, torch.tensor([[0.1, 0.7]])), verify(p, proposal, torch.tensor([[0.5, 0.7]]))
-        ((tensor([1]), tensor([1])), (tensor([0]), tensor([1])))
+        >>> verify(p, proposal, torch.tensor([[0.1, 0.7]]))
+        (tensor([1]), tensor([1]))
     """
-    (tokens, q), width = proposal, proposal.tokens.shape[1]
-    guess = tokens.clamp(min=0)[..., None]
+    tokens, q = proposal
+    gamma = tokens.shape[1]
+    x = tokens.clamp(min=0)[..., None]  # (B, g, 1)
     if q is None:
-        q = torch.zeros_like(p[:, :width]).scatter(-1, guess, 1.0)
-    if (
-        wider := q.shape[-1] - p.shape[-1]
-    ) > 0:  # vocabularies of one family can be padded to different sizes
-        p = pad(p, (0, wider))
-    elif wider < 0:
-        q = pad(q, (0, -wider))
-    q = torch.where((tokens < 0)[..., None], 0.0, q)
-    passed = (
-        uniform[:, :width] * q.gather(-1, guess)[..., 0] < p[:, :width].gather(-1, guess)[..., 0]
-    )
-    accepted = (passed & (tokens >= 0)).long().cumprod(1).sum(1)
-    at = accepted[:, None, None].expand(-1, 1, p.shape[-1])
-    p_next, q_next = (
-        x.gather(1, at)[:, 0] for x in (p, torch.cat((q, torch.zeros_like(p[:, :1])), 1))
-    )
-    rest = (p_next - q_next).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_next)  # p = q up to rounding
-    return accepted, draw(rest, uniform[:, -1])
+        q = torch.zeros_like(p[:, :gamma]).scatter(-1, x, 1.0)
+    # Vocabularies of one family can be padded to different sizes.
+    size = max(p.shape[-1], q.shape[-1])
+    p = pad(p, (0, size - p.shape[-1]))
+    q = pad(q, (0, size - q.shape[-1]))
+    q = q.masked_fill((tokens == NO_GUESS)[..., None], 0.0)
+
+    p_x = p[:, :gamma].gather(-1, x)[..., 0]
+    q_x = q.gather(-1, x)[..., 0]
+    passed = (uniform[:, :gamma] * q_x < p_x) & (tokens != NO_GUESS)
+    accepted = passed.long().cumprod(1).sum(1)
+
+    at = accepted[:, None, None].expand(-1, 1, size)
+    p_next = p.gather(1, at)[:, 0]
+    q_next = pad(q, (0, 0, 0, 1)).gather(1, at)[:, 0]  # 0 after all g
+    residual = (p_next - q_next).clamp(min=0)
+    rejected_by_rounding = residual.sum(-1, keepdim=True) == 0  # p = q
+    residual = torch.where(rejected_by_rounding, p_next, residual)
+    return accepted, sample_categorical(residual, uniform[:, -1])
 
 
 class Runner:
-    """A causal LM and the memory it writes to. Called with tokens (B, k) and their columns, it gives logits (B, k, V).
+    """A causal LM and the memory it writes to.
 
-    With `compiled_room`, memory has that many columns and stays where it is, and each shape of call
-    is compiled once (on a GPU into a CUDA graph): the same tokens sooner, after a minute of
-    compiling. Worth it for many texts. The values of the model's weights may change afterwards, its
-    modules and dtype may not. A Runner serves one stream of rounds at a time.
+    Called with tokens (B, k) and the first column of each row, it gives logits (B, k, V). With
+    `compiled_room`, memory has that many columns and stays where it is, and each shape of call is
+    compiled once (on a GPU into a CUDA graph): the same tokens sooner, after a minute of compiling.
+    Worth it for many texts. The values of the model's weights may change afterwards, its modules
+    and dtype may not. A Runner serves one stream of rounds at a time.
 
     Args:
-        compiled_room: columns a row, at least prompt + max_new_tokens + gamma + 1. Default: nothing
-            is compiled, and memory is made for each text.
+        model: The causal LM.
+        compiled_room: Columns per row, at least prompt + max_new_tokens + gamma + 1. Default:
+            nothing is compiled, and memory is made for each text.
 
     Example:
         >>> from kvlab import lab
         >>> runner = Runner(lab.load("lab-draft"))
         >>> with torch.inference_mode():
-        ...     runner.start([[5, 6, 7]], [None], room=2).shape, runner(torch.tensor([[8, 9]]), [3]).shape
-        (torch.Size([1, 1536]), torch.Size([1, 2, 1536]))
+        ...     logits = runner.start([[5, 6, 7]], [None], room=2)  # (1, 1536)
+        ...     runner(torch.tensor([[8, 9]]), [3]).shape
+        torch.Size([1, 2, 1536])
     """
 
     def __init__(self, model: PreTrainedModel, compiled_room: int | None = None):
-        seen = f"The model is a {type(model).__name__}, expected a causal LM of transformers"
-        _require(
-            isinstance(model, torch.nn.Module) and hasattr(model, "config"),
-            f"{seen}: load it first.",
-        )
         require_supported(model)
-        kind = model.config._attn_implementation
-        seen = f"The attention implementation is {kind!r}, expected 'sdpa' or 'eager', which take a mask"
-        _require(
-            kind in ("eager", "sdpa"), f"{seen}: load the model with attn_implementation='sdpa'."
-        )
-        able = compiled_room is None or getattr(model, "compilable", True)
-        _require(
-            able,
-            "A draft with cross-attention or transitions cannot be compiled: leave compiled_room out.",
-        )
-        self.text = None  # an object of its own for each start, by which a stream knows whether memory is still its own
-        self.model, self.compiled_room, self.slots, self._programs = model, compiled_room, None, {}
+        attention = model.config._attn_implementation
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(f"attn_implementation is {attention!r}, expected 'sdpa' or 'eager'.")
+        if compiled_room is not None and not getattr(model, "compilable", True):
+            kind = "A draft with cross-attention or transitions"
+            raise ValueError(f"{kind} cannot be compiled: leave compiled_room out.")
+        self.model = model
+        self.compiled_room = compiled_room
+        self.slots: Slots | None = None
+        self.streams = 0  # started so far, by which a stream knows whether memory is still its own
+        self._programs = {}
 
     def start(self, texts: Texts, prefixes: Sequence[Prefix | None], room: int) -> Tensor:
-        """Read texts, each after its prefix, and return the logits (B, V) that follow; leave room for more columns."""
-        device, states, keys, self.text = self.model.device, {}, [], object()
-        of_row = getattr(
-            self.model, "for_row", lambda row: self.model
-        )  # a draft may know something else in each row
-        models = [of_row(row) for row in range(len(texts))]
-        for model, text, prefix in zip(models, texts, prefixes, strict=True):
-            keys.append((tuple(text), id(prefix), id(model)))
-            if keys[-1] not in states:  # many samples of one prompt read it once
-                states[keys[-1]] = prefill(model, torch.tensor([text], device=device), prefix)
-        self.prepare(len(texts), max(length(state.cache) for state in states.values()) + room)
-        for row, key in enumerate(keys):
-            self.slots.put(row, states[key].cache, states[key].next_position)
-        return torch.cat([states[key].logits for key in keys])
+        """Read texts, each after its prefix, with room for more; return the logits (B, V)."""
+        self.streams += 1
+        states, prefixed = [], {}
+        for row, (text, prefix) in enumerate(zip(texts, prefixes, strict=True)):
+            # A draft may have other knowledge in each row.
+            model = self.model.for_row(row) if hasattr(self.model, "for_row") else self.model
+            key = (tuple(text), prefix, model)
+            if key not in prefixed:  # many samples of one prompt read it once
+                ids = torch.tensor([text], device=self.model.device)
+                prefixed[key] = prefill(model, ids, prefix)
+            states.append(prefixed[key])
+        self.prepare(len(texts), max(length(state.cache) for state in states) + room)
+        for row, state in enumerate(states):
+            self.slots.put(row, state.cache, state.next_position)
+        return torch.cat([state.logits for state in states])
 
-    def prepare(self, rows: int, needed: int) -> None:
-        """Make memory for so many rows and columns, or, compiled, use what there is."""
-        seen = f"The texts need {needed} columns, compiled_room is {self.compiled_room}"
-        _require(needed <= (self.compiled_room or needed), f"{seen}: make it larger.")
-        if self.compiled_room is None or self.slots is None or len(self.slots.lengths) != rows:
-            self.slots = Slots(self.model, rows, self.compiled_room or needed)
-            if self.compiled_room:
-                for layer in self.slots.layers:
-                    torch._dynamo.mark_static_address(layer.keys)
-                    torch._dynamo.mark_static_address(layer.values)
+    def prepare(self, rows: int, columns: int) -> None:
+        """Make memory of this size, or, compiled, use the memory there is."""
+        if self.compiled_room is None:
+            self.slots = Slots(self.model, rows, columns)
+            return
+        if columns > self.compiled_room:
+            raise ValueError(f"compiled_room is {self.compiled_room}, but texts need {columns}.")
+        if self.slots is None or len(self.slots.lengths) != rows:
+            self.slots = Slots(self.model, rows, self.compiled_room)
+            for layer in self.slots.layers:
+                torch._dynamo.mark_static_address(layer.keys)
+                torch._dynamo.mark_static_address(layer.values)
 
     def __call__(self, tokens: Tensor, starts: list[int]) -> Tensor:
-        columns = self.slots.set_write_positions(
-            starts, tokens.shape[1], fixed=self.compiled_room is not None
-        )
-        if self.compiled_room is None:
+        compiled = self.compiled_room is not None
+        columns = self.slots.set_write_positions(starts, tokens.shape[1], fixed=compiled)
+        if not compiled:
             return step(self.model, self.slots, tokens, columns)
         if tokens.shape not in self._programs:
             self._programs[tokens.shape] = _compiled_step(self.model.device)
@@ -323,199 +335,208 @@ class Runner:
 
 
 def _compiled_step(device: torch.device) -> Callable[..., Tensor]:
-    """Compile `step` for one model and one shape, without the checks before each call that nothing else has changed.
-
-    For a small model these checks take as long as its layers. The compiler tells programs apart by
-    their code, and without checks would take one for another: so each gets its own copy of the
-    code.
-    """
-    own = types.FunctionType(step.__code__.replace(), step.__globals__, argdefs=step.__defaults__)
+    """Compile `step` for one model and one shape, without checks before each call."""
+    # For a small model these checks take as long as its layers. The compiler distinguishes programs
+    # by their code, and without checks would take one for another: so each gets its own copy.
+    code, defaults = step.__code__.replace(), step.__defaults__
+    copied = types.FunctionType(code, step.__globals__, argdefs=defaults)
     options = {
         "guard_filter_fn": lambda guards: [False] * len(guards),
         "triton.cudagraphs": device.type == "cuda",
     }
-    return torch.compile(own, dynamic=False, options=options)
+    return torch.compile(copied, dynamic=False, options=options)
 
 
 class ModelProposer:
-    """A smaller causal LM with the target's tokenizer (which nothing here can check: another only guesses badly).
+    """A smaller causal LM with the target's tokenizer (not checked: another only guesses badly).
 
-    It reads texts itself, prefixes of the target included, but for a `prefix` of its own (one for
-    all rows, or a list), whose ids must begin the text and leave at least one token to read. It
-    serves one stream of rounds at a time.
+    It serves one stream of rounds at a time.
+
+    Args:
+        model: The draft model, or its Runner.
+        prefix: Of its own (one for all rows, or a list), whose ids must begin the text and leave at
+            least one token to read. Default: it reads the whole text itself, prefixes of the target
+            included.
     """
 
     leaves = 1  # tokens that `start` leaves unread
 
-    def __init__(
-        self, model: PreTrainedModel | Runner, prefix: Prefix | Sequence[Prefix] | None = None
-    ):
-        self.runner, self.prefix = model if isinstance(model, Runner) else Runner(model), prefix
+    def __init__(self, model: PreTrainedModel | Runner, prefix: Prefixes = None):
+        self.runner = model if isinstance(model, Runner) else Runner(model)
+        self.prefix = prefix
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
-        """Read the texts, but for their last token."""
-        own = "The draft's Runner is the target's own: give the proposer a Runner of its own."
-        _require(self.runner.slots is not target_cache, own)
+        """Read the texts, except for their last token."""
+        if self.runner.slots is target_cache:
+            raise ValueError("The draft's Runner is the target's: give it a Runner of its own.")
         self._begin(texts, sampling)
-        parts, prefixes = [], _per_row(self.prefix, len(texts))
-        for text, prefix in zip(self.texts, prefixes, strict=True):
-            known = list(prefix.input_ids) if prefix else []
-            fits = text[: len(known)] == known and len(known) < len(text) - 1
-            _require(
-                fits,
-                "The draft's prefix must stand for the first ids of the text, and leave one to read.",
-            )
-            self.unread[len(parts)] = min(self.leaves, len(text) - len(known) - 1)
-            parts.append(text[len(known) : -self.unread[len(parts)]])
+        prefixes = _prefix_per_row(self.prefix, len(texts))
+        parts = []
+        for row, (text, prefix) in enumerate(zip(self.texts, prefixes, strict=True)):
+            ids = list(prefix.input_ids) if prefix else []
+            if text[: len(ids)] != ids or len(ids) >= len(text) - 1:
+                raise ValueError("The draft's prefix must begin the text, and leave one to read.")
+            self.unread[row] = min(self.leaves, len(text) - len(ids) - 1)
+            parts.append(text[len(ids) : len(text) - self.unread[row]])
         self.runner.start(parts, prefixes, room)
 
     def _begin(self, texts: Texts, sampling: Sampling) -> None:
-        self.top = (
-            self.runner.model.get_input_embeddings().num_embeddings - 1
-        )  # beyond it, the last stands for all
-        self.texts = [[min(token, self.top) for token in text] for text in texts]
-        self.sampling, self.unread = sampling, [1] * len(texts)
+        # Tokens beyond the draft's vocabulary are all read as its last one.
+        self.last_id = self.runner.model.get_input_embeddings().num_embeddings - 1
+        self.texts = [[min(token, self.last_id) for token in text] for text in texts]
+        self.sampling = sampling
+        self.unread = [1] * len(texts)
 
     def propose(self, gamma: int) -> Proposal:
-        """Draw x_1 from q_1(text), x_2 from q_2(text, x_1), ... (Algorithm 1, lines 1 to 4)."""
-        lengths, device = self.runner.slots.lengths, self.runner.model.device
-        self.drafted = torch.empty(len(self.texts), 0, dtype=torch.long)
+        """Sample x_1 from q_1(text), x_2 from q_2(text, x_1), ... (Algorithm 1, lines 1 to 4)."""
+        device = self.runner.model.device
+        self.drafted = torch.empty(len(self.texts), 0, dtype=torch.long, device=device)
         if gamma == 0:
-            return Proposal(self.drafted.to(device))
-        # Rows that lack less read zeros behind, in columns that are written again (rows that have ended: any will do).
-        width = max(2 if self.runner.compiled_room else 1, *self.unread)
-        unread = [
-            text[len(text) - n :] + [0] * (width - n)
-            for text, n in zip(self.texts, self.unread, strict=True)
-        ]
-        tokens, starts = (
-            torch.tensor(unread, device=device),
-            [min(n, self.runner.slots.room - width) for n in lengths],
-        )
-        last = torch.tensor(self.unread, device=device).clamp(min=1)[:, None, None] - 1
-        drafted, q = [], []
+            return Proposal(self.drafted)
+        tokens, starts, last = self._unread_tokens()
+        lengths = self.runner.slots.lengths
+        after_text = [n + unread for n, unread in zip(lengths, self.unread, strict=True)]
+        drafted, distributions = [], []
         for i in range(gamma):
             logits = self.runner(tokens, starts)
             logits = logits[:, -1:] if i else logits.take_along_dim(last, 1)
-            token, probabilities = self.sampling.choose(
-                logits, self.sampling.contexts(self.texts, drafted)
-            )
+            contexts = self.sampling.contexts(self.texts, drafted)
+            token, q = self.sampling.choose(logits, contexts)
             drafted.append(token)
-            q.append(probabilities)
-            tokens, starts = (
-                token[:, None],
-                [have + new + i for have, new in zip(lengths, self.unread, strict=True)],
-            )
+            distributions.append(q)
+            tokens = token[:, None]
+            starts = [n + i for n in after_text]
         self.drafted = torch.stack(drafted, 1)
-        return Proposal(self.drafted, None if self.sampling.greedy else torch.stack(q, 1))
+        if self.sampling.greedy:
+            return Proposal(self.drafted)
+        return Proposal(self.drafted, torch.stack(distributions, 1))
+
+    def _unread_tokens(self) -> tuple[Tensor, list[int], Tensor]:
+        """Tokens to read before a guess (B, k), their first columns, and the last of each row."""
+        slots, device = self.runner.slots, self.runner.model.device
+        width = max(2 if self.runner.compiled_room else 1, *self.unread)
+        rows = []
+        for text, unread in zip(self.texts, self.unread, strict=True):
+            # Rows with fewer read zeros after them, in columns that are written again.
+            rows.append(text[len(text) - unread :] + [0] * (width - unread))
+        starts = [min(n, slots.room - width) for n in slots.lengths]  # of finished rows, any
+        last = torch.tensor(self.unread, device=device).clamp(min=1) - 1
+        return torch.tensor(rows, device=device), starts, last[:, None, None]
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
-        """Keep what was accepted. The last drafted token was never read: after full acceptance two are missing."""
-        for row, (n, drafted) in enumerate(zip(accepted, self.drafted.tolist(), strict=True)):
-            read = min(max(n, 0), max(len(drafted) - 1, 0))  # of what was accepted
+        """Keep accepted tokens. The last drafted is unread: after full acceptance two are left."""
+        for row, drafted in enumerate(self.drafted.tolist()):
+            n = accepted[row]
+            read = min(max(n, 0), max(len(drafted) - 1, 0))  # of the accepted ones
             if drafted:
                 self.runner.slots.lengths[row] += self.unread[row] + read
                 self.unread[row] = 0
-            if n >= 0:
-                self.texts[row] += [*drafted[:n], min(next_tokens[row], self.top)]
+            if n != FINISHED:
+                self.texts[row] += [*drafted[:n], min(next_tokens[row], self.last_id)]
                 self.unread[row] += n + 1 - read
 
 
 class EarlyExitProposer(ModelProposer):
-    """The first layers of the target itself, then its last norm and its head, in the target's own memory.
+    """The first layers of the target, then its last norm and its head, in the target's memory.
 
-    Nothing is copied and nothing read twice: what the target's first layers kept of a text is what
-    the draft needs. `layers` is how many. It serves one stream of rounds at a time.
+    Nothing is copied and nothing is read twice: the draft needs the entries that the target's first
+    layers have written. It serves one stream of rounds at a time.
+
+    Args:
+        target: The model that verifies, or its Runner.
+        layers: The number of layers that draft.
     """
 
     def __init__(self, target: PreTrainedModel | Runner, layers: int):
-        model, room = (
-            (target.model, target.compiled_room) if isinstance(target, Runner) else (target, None)
-        )
-        have = model.config.num_hidden_layers
-        _require(
-            0 < layers < have,
-            f"layers is {layers}, expected 1 to {have - 1}: the target has {have}.",
-        )
-        super().__init__(Runner(first_layers(model, layers), room))
+        runner = target if isinstance(target, Runner) else Runner(target)
+        super().__init__(Runner(first_layers(runner.model, layers), runner.compiled_room))
         self.layers = layers
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
-        """Take over the target's memory of the texts."""
+        """Use the target's memory of the texts."""
         self._begin(texts, sampling)
         self.runner.slots = target_cache.first(self.layers)
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
         """Keep what was accepted; the target has read it."""
         super().accept(accepted, next_tokens, target_cache)
-        self.runner.slots.lengths, self.unread = list(target_cache.lengths), [1] * len(accepted)
+        self.runner.slots.lengths = list(target_cache.lengths)
+        self.unread = [1] * len(self.texts)
 
 
 class FusedProposer(ModelProposer):
-    """A draft whose cache is fused from the target's: what the target made of the text helps to guess what follows.
+    """A draft whose cache is fused from the target's, which helps it to guess.
 
-    As it starts, and after each verification, the entries of the tokens that both have read are
-    fused, in the draft's own memory; only the newest tokens are the draft's alone (Fu et al. 2025,
-    arXiv 2510.03215, used in speculation). A text that the target did not read token by token (a
-    compressed prefix) is fused from the first guess on.
+    At the start and after each verification, the entries of the tokens that both models have read
+    are fused, in the draft's own memory; only the newest tokens are the draft's alone (Fu et al.
+    2025, arXiv 2510.03215, used in speculation). A text that the target did not read token by token
+    (a compressed prefix) is fused from the first guess on.
 
     Args:
-        model, prefix: as for `ModelProposer`. The draft's own prefix is not fused.
-        target: the model that verifies, or its Runner.
-        fuser: from the target to the draft, as `fuse.Fuser`: called with a `Prefix` of each, it
+        model: The draft model, or its Runner.
+        target: The model that verifies, or its Runner.
+        fuser: From the target to the draft, as `fuse.Fuser`: called with a `Prefix` of each, it
             returns the draft's cache.
-        prefill, decode: whether to fuse what stands before the first guess, and what is accepted
-            later.
+        prefix: As for `ModelProposer`; it is not fused.
+        prefill: Fuse the tokens before the first guess.
+        decode: Fuse accepted tokens.
     """
+
+    leaves = 2
 
     def __init__(
         self,
         model: PreTrainedModel | Runner,
         target: PreTrainedModel | Runner,
         fuser: Callable[[Prefix, Prefix], DynamicCache],
-        prefix: Prefix | Sequence[Prefix] | None = None,
+        prefix: Prefixes = None,
         prefill: bool = True,
         decode: bool = True,
     ):
         super().__init__(model, prefix)
-        models = (self.runner.model, target.model if isinstance(target, Runner) else target)
-        self.fuser, self.prefill, self.decode, self.leaves = fuser, prefill, decode, 2
-        self.rotary, self.sharer_rotary = map(rotary_of, models)
+        self.fuser = fuser
+        self.prefill = prefill
+        self.decode = decode
+        self.rotary = rotary_of(self.runner.model)
+        self.target_rotary = rotary_of(target.model if isinstance(target, Runner) else target)
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
-        """Read the texts, but for their last two tokens, and fuse them; the next to last is read on what is fused."""
+        """Read and fuse the texts, except for their last two tokens, which are read later."""
         super().start(texts, target_cache, sampling, room)
-        self.settled = [
-            len(text) - n for text, n in zip(texts, self.unread, strict=True)
-        ]  # fused, or not to be
-        for row, prefix in enumerate(_per_row(self.prefix, len(texts)) if self.prefill else []):
-            if target_cache.lengths[row] == len(texts[row]) - 1:
+        self.settled = []  # the tokens of each row that are fused, or will not be
+        for row, prefix in enumerate(_prefix_per_row(self.prefix, len(texts))):
+            self.settled.append(len(texts[row]) - self.unread[row])
+            if self.prefill and target_cache.lengths[row] == len(texts[row]) - 1:
                 self.settled[row] = len(prefix.input_ids) if prefix else 0
                 self._fuse(row, target_cache)
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
         """Keep what was accepted, and fuse it."""
         super().accept(accepted, next_tokens, target_cache)
-        for row, n in enumerate(accepted if self.decode else []):
-            if n >= 0:
+        for row, n in enumerate(accepted):
+            if self.decode and n != FINISHED:
                 self._fuse(row, target_cache)
 
     def _fuse(self, row: int, target_cache: Slots) -> None:
-        """Fuse the entries of a row's tokens that both have read and that are not settled."""
-        own, text = self.runner.slots, self.texts[row]
-        read = len(text) - self.unread[row]  # by the draft; the target has read all but the last
-        count, self.settled[row] = read - self.settled[row], read
+        """Fuse the entries of a row that both models have read and that are not settled."""
+        slots, size = self.runner.slots, len(self.texts[row])
+        read = size - self.unread[row]
+        count = read - self.settled[row]
+        self.settled[row] = read
         if count > 0:
-            ends = own.lengths[row], target_cache.lengths[row] - (len(text) - 1 - read)
-            reads = [slots.prefix(row, end - count, end, rotary) for slots, end, rotary in zip(
-                (own, target_cache), ends, (self.rotary, self.sharer_rotary), strict=True)]  # fmt: skip
-            own.replace(row, ends[0] - count, self.fuser(*reads))
+            stop = slots.lengths[row]
+            # The target has read all tokens but the last.
+            target_stop = target_cache.lengths[row] - (size - 1 - read)
+            receiver = slots.prefix(row, stop - count, stop, self.rotary)
+            sharer = target_cache.prefix(row, target_stop - count, target_stop, self.target_rotary)
+            slots.replace(row, stop - count, self.fuser(receiver, sharer))
 
 
 class LookupProposer:
-    """Prompt lookup: what followed the last tokens where they stood before (Saxena 2023). No model, no distribution.
+    """Prompt lookup (Saxena 2023): guess what followed the last tokens where they occurred before.
 
-    The last `longest` tokens are looked for first, then fewer.
+    Args:
+        longest: The number of last tokens to search for first; then fewer.
     """
 
     def __init__(self, longest: int = 3):
@@ -523,252 +544,244 @@ class LookupProposer:
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
         """Take the texts."""
-        self.texts, self.device = [list(text) for text in texts], target_cache.offsets.device
+        self.texts = [list(text) for text in texts]
+        self.device = target_cache.offsets.device
 
     def propose(self, gamma: int) -> Proposal:
-        """Guess what followed; -1 where there is nothing to go by."""
+        """Guess what followed; NO_GUESS where nothing was found."""
         guesses = [self.find(text, gamma) for text in self.texts]
         width = gamma if any(guesses) else 0
-        self.drafted = [guess + [-1] * (width - len(guess)) for guess in guesses]
-        return Proposal(
-            torch.tensor(self.drafted, dtype=torch.long, device=self.device).reshape(
-                len(guesses), width
-            )
-        )
+        self.drafted = [guess + [NO_GUESS] * (width - len(guess)) for guess in guesses]
+        tokens = torch.tensor(self.drafted, dtype=torch.long, device=self.device)
+        return Proposal(tokens.reshape(len(guesses), width))
 
     def find(self, text: list[int], gamma: int) -> list[int]:
-        """What followed the longest ending of a text that stood earlier: latest with gamma tokens after it, or first.
+        """The tokens after an earlier occurrence of the longest possible ending of a text.
 
-        >>> LookupProposer().find([5, 6, 7, 8, 5, 6], gamma=2)
-        [7, 8]
+        It is the latest occurrence with gamma tokens after it, or else the first.
+
+        Example:
+            >>> LookupProposer().find([5, 6, 7, 8, 5, 6], gamma=2)
+            [7, 8]
         """
         ids = np.asarray(text)
         for n in range(min(self.longest, len(text) - 1), 0, -1):
             windows = np.lib.stride_tricks.sliding_window_view(ids[:-1], n)
             ends = (windows == ids[-n:]).all(1).nonzero()[0] + n
             if len(ends):
-                whole = ends[ends + gamma <= len(text)]
-                start = whole[-1] if len(whole) else ends[0]
+                full = ends[ends + gamma <= len(text)]
+                start = full[-1] if len(full) else ends[0]
                 return text[start : start + gamma]
         return []
 
     def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
         """Keep what was accepted."""
         for row, n in enumerate(accepted):
-            self.texts[row] += [*self.drafted[row][:n], next_tokens[row]] if n >= 0 else []
+            if n != FINISHED:
+                self.texts[row] += [*self.drafted[row][:n], next_tokens[row]]
 
 
-class _Clock:
-    """Seconds between marks: on a GPU by events in its stream, so that the host need not wait."""
+class _Timer:
+    """Times the parts of a round, on a GPU by events in its stream: the host need not wait."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
+        self.began = time.perf_counter()
+        self.marks = []
+        self.mark()
 
-    def mark(self) -> float | torch.cuda.Event:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def mark(self) -> None:
+        """End a part."""
+        mark = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            mark.record()
+        self.marks.append(mark)
 
-    def between(self, a: float | torch.cuda.Event, b: float | torch.cuda.Event) -> float:
-        if not self.cuda:
-            return b - a
-        b.synchronize()
-        return a.elapsed_time(b) / 1000
-
-
-def _per_row(given, rows: int) -> list[Prefix | None]:
-    """One prefix for all rows, or one for each, also from what `prefill` and `load` return."""
-    alone = given is None or hasattr(given, "next_position")
-    _require(
-        alone or isinstance(given, list | tuple), "prefix is neither a Prefix nor a list of them."
-    )
-    _require(alone or len(given) == rows, f"There are {0 if alone else len(given)} prefixes for {rows} rows: give "
-             "one for all, or one for each, as Prefix(cache, next_position, ids).")  # fmt: skip
-    if not alone:
-        return [_per_row(one, 1)[0] for one in given]
-    if given is not None and not isinstance(given, Prefix):
-        given = Prefix(given.cache, given.next_position)
-    return [
-        given and replace(given, input_ids=torch.as_tensor(given.input_ids).flatten().tolist())
-    ] * rows
+    def round(self, lists: Lists, is_prefill: bool = False) -> Round:
+        """A round of two parts, draft and target."""
+        if self.cuda:
+            self.marks[-1].synchronize()
+            parts = [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(self.marks)]
+        else:
+            parts = [b - a for a, b in itertools.pairwise(self.marks)]
+        return Round(*lists, *parts, time.perf_counter() - self.began, is_prefill)
 
 
-def _prompts(input_ids: Tensor | Sequence[Tensor], size: int) -> Texts:
+def _prefix_per_row(prefix: Prefixes, rows: int) -> list[Prefix | None]:
+    if prefix is None or isinstance(prefix, Prefix):
+        return [prefix] * rows
+    if len(prefix) != rows:
+        counts = f"{len(prefix)} prefixes for {rows} rows"
+        raise ValueError(f"There are {counts}: give one for all, or one per row.")
+    return list(prefix)
+
+
+def _prompts(input_ids: Prompts) -> Texts:
     """Rows of token ids, from (B, T) or a list of (T,) of any lengths."""
-    wanted = "give input_ids as a tensor (B, T), or as a list of (T,) of any lengths, one a prompt"
-    try:
-        rows = [torch.as_tensor(row) for row in input_ids]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"input_ids is {type(input_ids).__name__}: {wanted}.") from error
-    _require(len(rows) > 0, f"There is no prompt: {wanted}.")
-    for row in rows:
-        _require(row.ndim == 1, f"A prompt has shape {tuple(row.shape)}, expected (T,): {wanted}.")
-        _require(row.numel() > 0, f"A prompt is empty, expected at least one token: {wanted}.")
-        whole = not row.is_floating_point() and row.dtype != torch.bool
-        seen = f"Token ids are {row.dtype} from {row.min().item()} to {row.max().item()}"
-        _require(
-            whole and row.min() >= 0 and row.max() < size,
-            f"{seen}, expected whole numbers below {size}.",
-        )
+    rows = [torch.as_tensor(row) for row in input_ids]
+    if not rows or any(row.ndim != 1 or len(row) == 0 for row in rows):
+        shapes = [tuple(row.shape) for row in rows]
+        raise ValueError(f"input_ids has rows of shapes {shapes}: give (B, T), or a list of (T,).")
     return [row.tolist() for row in rows]
 
 
-def _ends(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> set[int]:
-    given = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-    _require(
-        not isinstance(given, str),
-        f"eos_token_id is the text {given!r}, expected the id of a token, or several.",
-    )
-    return set() if given is None else set(np.asarray(given, dtype=int).flatten().tolist())
+def _end_ids(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> set[int]:
+    ids = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
+    return set() if ids is None else set(np.asarray(ids, dtype=int).flatten().tolist())
 
 
-class _Rows:
-    """The texts so far, and how many tokens each may still gain (0: it has ended)."""
+@dataclass
+class _Stream:
+    """A batch that is decoded; `token` (B,) is the last of each text, which is not yet read."""
 
-    def __init__(self, texts: Texts, max_new_tokens: int, ends: set[int]):
-        self.texts, self.left, self.ends = texts, [max_new_tokens] * len(texts), ends
+    runner: Runner
+    proposer: Proposer | None
+    sampling: Sampling
+    texts: Texts
+    left: list[int]  # tokens that each row may still gain; 0: it has ended
+    end_ids: set[int]
+    token: Tensor | None = None
 
-    def extend(self, row: int, tokens: list[int]) -> list[int]:
+    def prefill(self, prompts: Texts, prefixes: list[Prefix | None], room: int) -> Texts:
+        """Let the target read the prompts and give the first token of each row."""
+        logits = self.runner.start(prompts, prefixes, room)
+        self.token, _ = self.sampling.choose(logits[:, None], self.texts)
+        return [self._extend(row, [token]) for row, token in enumerate(self.token.tolist())]
+
+    def draft(self, gamma: int) -> Proposal:
+        """Lines 1 to 4 of Algorithm 1."""
+        if self.proposer is None:
+            return Proposal(self.token.new_empty(len(self.texts), 0))
+        return self.proposer.propose(gamma)
+
+    def verify(self, proposal: Proposal, gamma: int) -> tuple[Tensor, Tensor]:
+        """Lines 5 to 14, for all guesses at once. Returns numbers accepted and next tokens (B,)."""
+        runner, sampling = self.runner, self.sampling
+        size = runner.model.get_input_embeddings().num_embeddings
+        # Guesses that cannot be accepted must be read as something.
+        tokens = torch.cat((self.token[:, None], proposal.tokens.clamp(0, size - 1)), 1)
+        logits = runner(tokens, runner.slots.lengths)  # (B, g + 1, V)
+        scores = sampling.scores(logits, sampling.contexts(self.texts, proposal.tokens.T))
+        if sampling.greedy:
+            return verify_greedy(scores.argmax(-1), proposal)
+        uniform = sampling.uniform(len(logits), gamma + 1, logits.device)
+        return verify(scores.softmax(-1), proposal, uniform)
+
+    def commit(self, proposal: Proposal, accepted: Tensor, token: Tensor) -> Lists:
+        """Extend the texts and both caches by the accepted tokens and the next."""
+        drafted, counts, next_tokens = _to_host(proposal.tokens, accepted, token)
+        tokens, accepted_or_finished = [], []
+        for row, n in enumerate(counts):
+            if self.left[row] == 0:  # it ended in an earlier round
+                drafted[row], counts[row] = [], 0
+            tokens.append(self._extend(row, [*drafted[row][:n], next_tokens[row]]))
+            going = self.left[row] > 0
+            self.runner.slots.lengths[row] += n + 1 if going else 0
+            accepted_or_finished.append(n if going else FINISHED)
+        if self.proposer:
+            self.proposer.accept(accepted_or_finished, next_tokens, self.runner.slots)
+        self.token = token
+        return drafted, counts, tokens
+
+    def _extend(self, row: int, tokens: list[int]) -> list[int]:
         """Add tokens up to the end of the text, and return those."""
-        stop = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), None)
-        kept = tokens[: self.left[row]][:stop]
-        self.texts[row] += kept
-        self.left[row] = 0 if kept and kept[-1] in self.ends else self.left[row] - len(kept)
-        return kept
+        tokens = tokens[: self.left[row]]
+        self.left[row] -= len(tokens)
+        for i, token in enumerate(tokens):
+            if token in self.end_ids:
+                tokens = tokens[: i + 1]
+                self.left[row] = 0
+                break
+        self.texts[row] += tokens
+        return tokens
+
+
+def _to_host(
+    drafted: Tensor, accepted: Tensor, token: Tensor
+) -> tuple[Texts, list[int], list[int]]:
+    """Tensors (B, g), (B,) and (B,) as lists, in one transfer: here the host waits for a GPU."""
+    rows = torch.cat((drafted, accepted[:, None], token[:, None]), 1).tolist()
+    return [row[:-2] for row in rows], [row[-2] for row in rows], [row[-1] for row in rows]
 
 
 @torch.inference_mode()
 def decode(
     target: PreTrainedModel | Runner,
-    input_ids: Tensor | Sequence[Tensor],
+    input_ids: Prompts,
     proposer: Proposer | None = None,
     *,
-    gamma: "int | AdaptiveGamma" = 4,
+    gamma: int | Callable[[Round], int] = 4,
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
-    prefix: Prefix | Sequence[Prefix] | None = None,
+    prefix: Prefixes = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Iterator[Round]:
-    """Decode, and yield a `Round` after each target call: print its tokens as they come, or keep all for `summarize`.
+    """Decode, and yield a `Round` after each target call.
 
     The text is the target's own: with greedy choice token for token, with sampling in distribution
-    (for any proposer that tells the truth about q). Without a proposer this is plain decoding, one
-    token a round.
+    (for any proposer that returns the true q). Without a proposer this is plain decoding, one token
+    per round.
 
     Args:
-        target: a causal LM, or a Runner around one.
-        input_ids: (B, T), or a list of prompts (T,) of any lengths; what follows the prefix, if
-            there is one. There is no attention mask, so no padding: prompts of different lengths go
-            into a list.
-        proposer: what drafts; default: nothing does.
-        gamma: tokens to draft a round.
-        max_new_tokens: of each row; the end is exact, also inside a round.
-        sampling: default: greedy.
-        prefix: what was read before: one for all rows, or one for each.
-        eos_token_id: where a row ends; default: the target's own; [] for nowhere.
+        target: A causal LM, or a Runner around one.
+        input_ids: (B, T), or a list of prompts (T,) of any lengths, which follow the prefix. There
+            is no attention mask, so no padding: prompts of different lengths go into a list.
+        proposer: The source of drafts; default: none.
+        gamma: Tokens to draft per round: a number, or a function of the last round, such as
+            `AdaptiveGamma`, that returns at most its attribute `maximum` (default 16).
+        max_new_tokens: Per row; the end is exact, also inside a round.
+        sampling: Default: greedy.
+        prefix: Read before: one for all rows, or one per row.
+        eos_token_id: Where a row ends; default: the target's own; [] for nowhere.
 
     Example:
         >>> from kvlab import lab
-        >>> prompt = lab.load_tokenizer("lab-target")("Anna lives in", return_tensors="pt").input_ids
         >>> draft = ModelProposer(lab.load("lab-draft"))
-        >>> rounds = list(decode(lab.load("lab-target"), prompt, draft, max_new_tokens=8))
+        >>> rounds = decode(lab.load("lab-target"), torch.tensor([[5, 6]]), draft, max_new_tokens=8)
         >>> sum(len(r.tokens[0]) for r in rounds) <= 8
         True
     """
-    runner, sampling = (
-        target if isinstance(target, Runner) else Runner(target),
-        sampling or Sampling(),
-    )
-    widest = gamma.maximum if isinstance(gamma, AdaptiveGamma) else gamma
-    for name, value in (("gamma", widest), ("max_new_tokens", max_new_tokens)):
-        _require(
-            isinstance(value, int) and value > 0,
-            f"{name} is {value!r}, expected a whole number from 1.",
-        )
-    _require(
-        isinstance(sampling, Sampling),
-        f"sampling is {sampling!r}: give a Sampling(temperature, ...).",
-    )
-    seen = f"The proposer is a {type(proposer).__name__}, expected an object with start, propose and accept"
-    _require(
-        proposer is None or callable(getattr(proposer, "propose", None)),
-        f"{seen}: ModelProposer(draft), say.",
-    )
-    size = runner.model.get_input_embeddings().num_embeddings
-    prompts = _prompts(input_ids, size)
-    prefixes, room, clock = (
-        _per_row(prefix, len(prompts)),
-        max_new_tokens + widest + 1,
-        _Clock(runner.model.device),
-    )
-    texts = [
-        [*(p.input_ids if p else ()), *prompt] for p, prompt in zip(prefixes, prompts, strict=True)
-    ]
-    rows, nothing = (
-        _Rows(texts, max_new_tokens, _ends(runner.model, eos_token_id)),
-        [[] for _ in texts],
-    )
+    runner = target if isinstance(target, Runner) else Runner(target)
+    maximum = getattr(gamma, "maximum", MAXIMUM_GAMMA) if callable(gamma) else gamma
+    if maximum < 1 or max_new_tokens < 1:
+        numbers = f"gamma is {maximum}, max_new_tokens is {max_new_tokens}"
+        raise ValueError(f"{numbers}: expected positive integers.")
+    prompts = _prompts(input_ids)
+    prefixes = _prefix_per_row(prefix, len(prompts))
+    texts = []
+    for row, ids in enumerate(prompts):
+        texts.append([*prefixes[row].input_ids, *ids] if prefixes[row] else list(ids))
+    room = max_new_tokens + maximum + 1
+    left = [max_new_tokens] * len(texts)
+    end_ids = _end_ids(runner.model, eos_token_id)
+    stream = _Stream(runner, proposer, sampling or Sampling(), texts, left, end_ids)
+    nothing, device = [[]] * len(texts), runner.model.device
 
-    began, start = time.perf_counter(), clock.mark()
-    token = sampling.choose(runner.start(prompts, prefixes, room)[:, None], texts)[0]  # (B,)
-    read, text = clock.mark(), runner.text
-    gained = [rows.extend(row, [one]) for row, one in enumerate(token.tolist())]
-    seconds = (0.0, clock.between(start, read), time.perf_counter() - began)
-    yield (last := Round(nothing, [0] * len(texts), gained, *seconds, reading=True))
-    if proposer and any(rows.left):
-        began, start = time.perf_counter(), clock.mark()
-        proposer.start(texts, runner.slots, sampling, room)
-        seconds = (clock.between(start, clock.mark()), 0.0, time.perf_counter() - began)
-        yield Round(nothing, [0] * len(texts), nothing, *seconds, reading=True)
+    timer = _Timer(device)
+    timer.mark()
+    tokens = stream.prefill(prompts, prefixes, room)
+    timer.mark()
+    number = runner.streams
+    last = timer.round((nothing, [0] * len(texts), tokens), is_prefill=True)
+    yield last
+    if proposer and any(left):
+        timer = _Timer(device)
+        proposer.start(texts, runner.slots, stream.sampling, room)
+        timer.mark()
+        timer.mark()
+        yield timer.round((nothing, [0] * len(texts), nothing), is_prefill=True)
 
-    while any(rows.left):
-        _require(
-            runner.text is text,
-            "The Runner began another text before this one ended: give each its own Runner.",
-        )
-        began, start = time.perf_counter(), clock.mark()
-        g = gamma(last) if isinstance(gamma, AdaptiveGamma) else gamma
-        proposal = proposer.propose(g) if proposer else Proposal(token.new_empty(len(texts), 0))
-        drafted = clock.mark()
-        given = proposal.tokens.clamp(
-            0, size - 1
-        )  # what cannot be accepted still has to be read as something
-        logits = runner(torch.cat((token[:, None], given), 1), runner.slots.lengths)
-        accepted, token = _judge(logits, proposal, sampling, texts, g)
-        judged = clock.mark()
-        drafts, counts, gained = [], [], []
-        result = torch.cat(
-            (proposal.tokens, accepted[:, None], token[:, None]), 1
-        ).tolist()  # a GPU is waited for here
-        for row, (*guess, n, one) in enumerate(result):
-            going = rows.left[row] > 0
-            drafts.append(guess if going else [])
-            counts.append(n if going else 0)
-            gained.append(rows.extend(row, [*guess[:n], one]) if going else [])
-            runner.slots.lengths[row] += n + 1 if rows.left[row] else 0
-        if proposer:
-            heard = [n if left else -1 for n, left in zip(counts, rows.left, strict=True)]
-            proposer.accept(heard, [row[-1] for row in result], runner.slots)
-        seconds = (
-            clock.between(start, drafted),
-            clock.between(drafted, judged),
-            time.perf_counter() - began,
-        )
-        yield (last := Round(drafts, counts, gained, *seconds))
-
-
-def _judge(
-    logits: Tensor, proposal: Proposal, sampling: Sampling, texts: Texts, gamma: int
-) -> tuple[Tensor, Tensor]:
-    """Verify a proposal by the target's logits (B, g + 1, V) after the last token of each text and after each guess."""
-    scores = sampling.scores(logits, sampling.contexts(texts, proposal.tokens.T))
-    if sampling.greedy:
-        return match(scores.argmax(-1), proposal)
-    return verify(
-        scores.softmax(-1), proposal, sampling.uniform(len(logits), gamma + 1, logits.device)
-    )
+    while any(left):
+        if runner.streams != number:
+            raise ValueError("The Runner began another text before this one ended.")
+        timer = _Timer(device)
+        g = min(gamma(last), maximum) if callable(gamma) else gamma
+        proposal = stream.draft(g)
+        timer.mark()
+        accepted, token = stream.verify(proposal, g)
+        timer.mark()
+        last = timer.round(stream.commit(proposal, accepted, token))
+        yield last
 
 
 class Generated(NamedTuple):
@@ -778,34 +791,40 @@ class Generated(NamedTuple):
     rounds: list[Round]
 
 
-def generate(
-    target: PreTrainedModel | Runner, input_ids: Tensor | Sequence[Tensor], *args, **options
-) -> Generated:
+def generate(target: PreTrainedModel | Runner, input_ids: Prompts, *args, **options) -> Generated:
     """Run `decode`, with the same arguments, to the end.
 
     Example:
         >>> from kvlab import lab
-        >>> prompt = lab.load_tokenizer("lab-target")("Anna lives in", return_tensors="pt").input_ids
-        >>> len(generate(lab.load("lab-target"), prompt, LookupProposer(), max_new_tokens=8).tokens[0]) <= 8
+        >>> generated = generate(lab.load("lab-target"), torch.tensor([[5, 6]]), max_new_tokens=8)
+        >>> len(generated.tokens[0]) <= 8
         True
     """
     rounds = list(decode(target, input_ids, *args, **options))
-    rows = zip(*(r.tokens for r in rounds), strict=True)
-    return Generated(
-        [torch.tensor([i for ids in row for i in ids], dtype=torch.long) for row in rows], rounds
-    )
+    tokens = []
+    for row in zip(*(r.tokens for r in rounds), strict=True):
+        tokens.append(torch.tensor([*itertools.chain(*row)], dtype=torch.long))
+    return Generated(tokens, rounds)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What rounds add up to. Lists have an entry for each drafted position, fractions are of 1, times in seconds.
+    """Statistics of rounds. Lists have one entry per drafted position; times are in seconds.
 
-    `conditional[k]` : of the guesses at position k + 1 that were reached (all before accepted), the
-    share accepted. `unconditional[k]` : of all guesses at position k + 1, the share accepted.
-    `acceptance` : of all guesses that were reached, the share accepted. `tokens_per_call` : gained
-    by a row in a round, the target's own included. `draft_calls` : drafted positions of all rounds;
-    one call of a draft model each. Rounds that read a prompt count in `reading_seconds` and
-    `first_token_seconds` (mean over texts) only.
+    Args:
+        tokens: Gained after the first of each text.
+        target_calls: Rounds that are not prefill.
+        draft_calls: Drafted positions of all rounds; one call of a draft model each.
+        acceptance: Fraction of the guesses that were reached (all before accepted) that were
+            accepted.
+        conditional: The same, by position.
+        unconditional: Fraction of all guesses at a position that were accepted.
+        tokens_per_call: Gained by a row per round, the target's own token included.
+        seconds: Of decoding.
+        draft_seconds: Of the proposer.
+        target_seconds: Of the target.
+        prefill_seconds: Of reading prompts, which no other time includes.
+        ttft: Time to first token, mean over texts.
     """
 
     tokens: int
@@ -818,168 +837,189 @@ class Summary:
     seconds: float
     draft_seconds: float
     target_seconds: float
-    reading_seconds: float
-    first_token_seconds: float
+    prefill_seconds: float
+    ttft: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding, prompts apart."""
-        return self.tokens / self.seconds if self.seconds else float("nan")
+        """Of decoding, without prefill."""
+        return _ratio(self.tokens, self.seconds)
 
 
-def _tested(r: Round, row: int) -> tuple[int, int]:
-    """How many guesses of a row were reached, and how many of them accepted, as far as the text went."""
-    guesses, gained, n = (
-        sum(token >= 0 for token in r.drafted[row]),
-        len(r.tokens[row]),
-        r.accepted[row],
-    )
-    return (min(n + 1, guesses), n) if gained == n + 1 else (gained, gained)
+def _ratio(part: float, total: float) -> float:
+    return float(part / total) if total else float("nan")
+
+
+def _reached_and_accepted(r: Round, row: int) -> tuple[int, int]:
+    """Numbers of guesses of a row that were reached and accepted, up to the end of the text."""
+    gained, n = len(r.tokens[row]), r.accepted[row]
+    if gained != n + 1:  # the end was inside the accepted tokens
+        return gained, gained
+    guesses = sum(token != NO_GUESS for token in r.drafted[row])
+    return min(n + 1, guesses), n
 
 
 def summarize(rounds: Sequence[Round]) -> Summary:
     """Add up the rounds of one text or of many.
 
     Example:
-        >>> rounds = [Round([[5, 6]], [1], [[5, 9]], 0.1, 0.2, 0.3), Round([[7, 8]], [2], [[7, 8, 4]], 0.1, 0.2, 0.3)]
-        >>> summary = summarize(rounds)
+        >>> some, all = ([[5, 6]], [1], [[5, 9]]), ([[7, 8]], [2], [[7, 8, 4]])
+        >>> summary = summarize([Round(*some, 0.1, 0.2, 0.3), Round(*all, 0.1, 0.2, 0.3)])
         >>> summary.conditional, summary.tokens_per_call, round(summary.tokens_per_second, 2)
         ([1.0, 0.5], 2.5, 8.33)
     """
-    reading, rounds = [r for r in rounds if r.reading], [r for r in rounds if not r.reading]
+    prefills = [r for r in rounds if r.is_prefill]
+    rounds = [r for r in rounds if not r.is_prefill]
     steps = [(r, row) for r in rounds for row in range(len(r.tokens)) if r.tokens[row]]
     widest = max((len(r.drafted[row]) for r, row in steps), default=0)
-    made, reached, passed = np.zeros(widest), np.zeros(widest), np.zeros(widest)
+    drafted, reached, passed = np.zeros((3, widest))
     for r, row in steps:
-        tested, accepted = _tested(r, row)
-        made[: sum(token >= 0 for token in r.drafted[row])] += 1
-        reached[:tested] += 1
-        passed[:accepted] += 1
-    tokens, firsts = (
-        sum(len(r.tokens[row]) for r, row in steps),
-        [r for r in reading if any(r.tokens)],
-    )
+        row_reached, row_accepted = _reached_and_accepted(r, row)
+        drafted[: sum(token != NO_GUESS for token in r.drafted[row])] += 1
+        reached[:row_reached] += 1
+        passed[:row_accepted] += 1
+    tokens = sum(len(r.tokens[row]) for r, row in steps)
+    first = [r.seconds for r in prefills if any(r.tokens)]
     return Summary(
         tokens=tokens,
         target_calls=len(rounds),
         draft_calls=sum(max(map(len, r.drafted)) for r in rounds),
-        acceptance=_share(passed.sum(), reached.sum()),
-        conditional=[_share(*pair) for pair in zip(passed, reached, strict=True)],
-        unconditional=[_share(*pair) for pair in zip(passed, made, strict=True)],
-        tokens_per_call=_share(tokens, len(steps)),
+        acceptance=_ratio(passed.sum(), reached.sum()),
+        conditional=list(map(_ratio, passed, reached)),
+        unconditional=list(map(_ratio, passed, drafted)),
+        tokens_per_call=_ratio(tokens, len(steps)),
         seconds=sum(r.seconds for r in rounds),
         draft_seconds=sum(r.draft_seconds for r in rounds),
         target_seconds=sum(r.target_seconds for r in rounds),
-        reading_seconds=sum(r.seconds for r in reading),
-        first_token_seconds=_share(sum(r.seconds for r in firsts), len(firsts)),
+        prefill_seconds=sum(r.seconds for r in prefills),
+        ttft=_ratio(sum(first), len(first)),
     )
 
 
-def _share(part: float, whole: float) -> float:
-    return float(part / whole) if whole else float("nan")
-
-
 class Expected(NamedTuple):
-    """Tokens gained a target call, and how many times faster than plain decoding."""
+    """Tokens gained per target call, and the speed-up over plain decoding."""
 
     tokens_per_call: float
     speedup: float
 
 
-def cost_model(
-    acceptance: float | Sequence[float],
-    c: float,
-    gamma: int,
-    v: float | Callable[[int], float] = 1.0,
-) -> Expected:
-    """Tokens a call and speed-up of speculative decoding (Leviathan et al. 2023, equation 1 and theorem 3.8).
+def cost_model(acceptance: Acceptance, c: float, gamma: int, v: VerifyCost = 1.0) -> Expected:
+    """Tokens per call and speed-up (Leviathan et al. 2023, equation 1 and theorem 3.8).
 
-    E = 1 + sum over k of a_1 ... a_k, which is (1 - a^(gamma + 1)) / (1 - a) if all a_k are alike,
+    E = 1 + sum over k of a_1 ... a_k, which is (1 - a^(gamma + 1)) / (1 - a) if all a_k are equal,
     and the speed-up is E / (gamma c + v): the paper has v = 1, a target call that costs the same
     for any number of tokens.
 
     Args:
         acceptance: a, or the conditional a_k by position (at least gamma of them).
-        c: seconds of one draft step over seconds of one target step.
-        gamma: drafted tokens a round.
-        v: seconds of a target call on gamma + 1 tokens over that on one; a number, or a function of
+        c: Seconds of one draft step over seconds of one target step.
+        gamma: Drafted tokens per round.
+        v: Seconds of a target call on gamma + 1 tokens over that on one; a number, or a function of
             gamma.
 
     Example:
         >>> [round(value, 4) for value in cost_model(0.8, c=0.1, gamma=6)]
         [3.9514, 2.4696]
     """
-    chain = [float(acceptance)] * gamma if np.ndim(acceptance) == 0 else list(acceptance[:gamma])
-    _require(
-        gamma >= 0 and len(chain) == gamma,
-        f"acceptance has {len(chain)} positions, expected gamma = {gamma} or more.",
-    )
-    _require(
-        all(0 <= a <= 1 for a in chain),
-        f"acceptance is {acceptance}, expected fractions between 0 and 1.",
-    )
+    chain = [acceptance] * gamma if np.ndim(acceptance) == 0 else acceptance[:gamma]
+    if len(chain) != gamma or not all(0 <= a <= 1 for a in chain):
+        raise ValueError(f"acceptance is {acceptance}, expected {gamma} (gamma) fractions, or one.")
     tokens = 1.0 + float(np.cumprod(chain).sum())
     return Expected(tokens, tokens / (gamma * c + (v(gamma) if callable(v) else v)))
 
 
 def best_gamma(
-    acceptance: float | Sequence[float],
-    c: float,
-    v: float | Callable[[int], float] = 1.0,
-    maximum: int = 16,
+    acceptance: Acceptance, c: float, v: VerifyCost = 1.0, maximum: int = MAXIMUM_GAMMA
 ) -> int:
-    """The gamma up to `maximum` with the largest predicted speed-up; 0 if none is faster than plain decoding.
+    """The gamma with the largest predicted speed-up; 0 if plain decoding is the fastest.
 
     Example:
         >>> best_gamma(0.8, c=0.1), best_gamma(0.3, c=0.5)
         (6, 0)
     """
-    top = maximum if np.ndim(acceptance) == 0 else min(maximum, len(acceptance))
-    speedups = [1.0, *(cost_model(acceptance, c, gamma, v).speedup for gamma in range(1, top + 1))]
+    if np.ndim(acceptance):
+        maximum = min(maximum, len(acceptance))
+    speedups = [1.0]
+    for gamma in range(1, maximum + 1):
+        speedups.append(cost_model(acceptance, c, gamma, v).speedup)
     return int(np.argmax(speedups))
 
 
 def costs(speculative: Summary, plain: Summary) -> tuple[float, float]:
-    """Measured c and v: seconds of a draft step and of a verification, over those of a plain target step.
+    """Measured c and v: seconds of a draft step and of a verification over a plain target step.
 
-    >>> plain = summarize([Round([[]], [0], [[5]], 0.0, 2.0, 2.0)])
-    >>> costs(summarize([Round([[5]], [1], [[5, 6]], 1.0, 2.5, 3.5)]), plain)
-    (0.5, 1.25)
+    Example:
+        >>> plain = summarize([Round([[]], [0], [[5]], 0.0, 2.0, 2.0)])
+        >>> costs(summarize([Round([[5]], [1], [[5, 6]], 1.0, 2.5, 3.5)]), plain)
+        (0.5, 1.25)
     """
-    enough = plain.target_calls and speculative.draft_calls and speculative.target_calls
-    _require(
-        enough,
-        "Costs need rounds with a draft, and plain ones to compare: costs(speculative, plain).",
-    )
-    step = plain.target_seconds / plain.target_calls
-    c = speculative.draft_seconds / speculative.draft_calls
-    return c / step, speculative.target_seconds / speculative.target_calls / step
+    plain_step = plain.target_seconds / plain.target_calls
+    c = speculative.draft_seconds / speculative.draft_calls / plain_step
+    return c, speculative.target_seconds / speculative.target_calls / plain_step
+
+
+def compare(arms: dict[str, Summary], prompts: int, gamma: int) -> dict:
+    """Means per prompt of each arm and, with a plain arm, the predicted and the measured speed-up.
+
+    The cost of a verification between one token and gamma + 1 is taken to grow linearly.
+
+    Example:
+        >>> plain = summarize([Round([[]], [0], [[5]], 0.0, 2.0, 2.0)])
+        >>> speculative = summarize([Round([[5]], [1], [[5, 6]], 1.0, 2.0, 3.0)])
+        >>> figures = compare({"plain": plain, "speculative": speculative}, prompts=1, gamma=1)
+        >>> round(figures["predicted_speedup"], 3), round(figures["measured_speedup"], 3)
+        (1.333, 1.333)
+    """
+    names = "ttft tokens_per_second acceptance tokens_per_call draft_calls target_calls"
+    figures = {}
+    for arm, summary in arms.items():
+        figures[arm] = {"latency": (summary.prefill_seconds + summary.seconds) / prompts}
+        for name in names.split():
+            figures[arm][name] = getattr(summary, name)
+    fast, plain = arms["speculative"], arms.get("plain")
+    if plain and plain.target_calls and fast.draft_calls:
+        c, v = costs(fast, plain)
+        chain = np.nan_to_num(fast.conditional).tolist()
+        figures["c"] = c
+        figures["v"] = v
+        figures["predicted_speedup"] = cost_model(chain, c, len(chain), v).speedup
+        figures["measured_speedup"] = fast.tokens_per_second / plain.tokens_per_second
+        figures["best_gamma"] = best_gamma(fast.acceptance, c, lambda g: 1 + (v - 1) * g / gamma)
+    return figures
 
 
 @dataclass
 class AdaptiveGamma:
-    """A gamma that follows the text: the best for the acceptance seen lately, given c and v (measure them: `costs`).
+    """A gamma that follows the text: the best for the recent acceptance, given c and v (`costs`).
 
-    Where drafting does not pay it is 0, and the target decodes alone; then what was seen fades, and
-    `prior`, the acceptance assumed before anything is seen, has another try. `memory` is the weight
-    that a round keeps in the next.
+    Where drafting does not pay it is 0, and the target decodes alone; then the memory of past
+    rounds fades, so that drafting is tried again.
 
-    >>> gamma, reading = AdaptiveGamma(c=0.2), Round([[]], [0], [[4]], 0.0, 0.2, 0.2, reading=True)
-    >>> gamma(reading), gamma(Round([[5, 6, 7]], [3], [[5, 6, 7, 8]], 0.1, 0.2, 0.3))
-    (3, 8)
+    Args:
+        c: As for `cost_model`.
+        v: As for `cost_model`.
+        maximum: The largest gamma.
+        prior: The acceptance assumed before any guess was tested.
+        memory: The weight that a round keeps in the next.
+
+    Example:
+        >>> start = Round([[]], [0], [[4]], 0.0, 0.2, 0.2, is_prefill=True)
+        >>> gamma, accepted = AdaptiveGamma(c=0.2), Round([[5, 6]], [2], [[5, 6, 7]], 0.1, 0.2, 0.3)
+        >>> gamma(start), gamma(accepted)
+        (3, 8)
     """
 
     c: float
-    v: float | Callable[[int], float] = 1.0
+    v: VerifyCost = 1.0
     maximum: int = 8
     prior: float = 0.7
     memory: float = 0.8
 
     def __call__(self, last: Round) -> int:
-        if last.reading:
+        if last.is_prefill:
             self._accepted = self._reached = 0.0
-        pairs = [_tested(last, row) for row in range(len(last.tokens)) if last.tokens[row]]
-        reached, accepted = np.mean(pairs, 0)
+        rows = [row for row in range(len(last.tokens)) if last.tokens[row]]
+        reached, accepted = np.mean([_reached_and_accepted(last, row) for row in rows], 0)
         self._accepted = self.memory * self._accepted + accepted
         self._reached = self.memory * self._reached + reached
         weight = 0.25  # of the prior, against one guess that was tested in this round

@@ -604,7 +604,7 @@ def decode(example, proposer=None):
     prompt = example.input_ids[: example.start]
     options = {"gamma": 4, "max_new_tokens": 64}
     output = speculate.generate(target, [prompt], proposer, **options)
-    return output.tokens[0].tolist(), [r for r in output.rounds if not r.reading]
+    return output.tokens[0].tolist(), [r for r in output.rounds if not r.is_prefill]
 
 
 def reading_proposer(example, item):

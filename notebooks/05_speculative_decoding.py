@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 import kvlab
 from kvlab import Scale, plots, speculate
-from kvlab.cache import Prefix, prefill
+from kvlab.cache import prefill
 from kvlab.evaluate import bootstrap, chi_square
 from kvlab.lab import corpora
 from kvlab.lab.report import problems
@@ -55,27 +55,29 @@ exact = target.dtype == torch.float32  # in half precision near-ties can flip
 # %% [markdown]
 # ## The question
 #
-# A large model spends most of a {term}`decoding <decode>` step on going through its layers at all, and little on how many tokens it looks at: chapter
-# 00 measured that eight tokens cost far less than eight times one. But text comes one token at a time, because each depends on the
-# one before. So let a small model *guess* the next few tokens, and let the large one look at all the guesses at once. Where a guess
-# is what the large model would have said, a step is saved.
+# A large model spends most of a {term}`decoding <decode>` step on going through its layers at all, and little on how many tokens it looks at: chapter 00 measured that eight tokens cost far less than eight times one.
+# But text comes one token at a time, because each depends on the one before.
+# So let a small model *guess* the next few tokens, and let the large one look at all the guesses at once.
+# Where a guess equals the large model's own choice, a step is saved.
 #
-# That much is easy. The question is what to do about guesses that are *nearly* right. With sampling there is no one right token: the large
-# model says "bread" with probability 0.6 and "soup" with 0.3, the small one the other way round. When is "soup" to be accepted, so
-# that the text is not a compromise between two models, but one that the large model could have written alone, with exactly the
-# same probability?
+# That much is easy.
+# The question is what to do about guesses that are *nearly* right.
+# With sampling there is no one right token: the large model says "bread" with probability 0.6 and "soup" with 0.3, the small one the other way round.
+# When is "soup" to be accepted, so that the text is not a compromise between two models, but one that the large model could have written alone, with exactly the same probability?
 
 # %% [markdown]
 # ## One token
 #
-# Call the small model's distribution $q$ and the large one's $p$. Draw a guess $x$ from $q$. Accept it with probability
-# $\min(1, p(x)/q(x))$; otherwise draw again, from what $q$ has left uncovered {cite}`leviathan2023speculative,chen2023speculative`:
+# Call the small model's distribution $q$ and the large one's $p$.
+# Draw a guess $x$ from $q$.
+# Accept it with probability $\min(1, p(x)/q(x))$; otherwise draw again, from what $q$ has left uncovered {cite}`leviathan2023speculative,chen2023speculative`:
 #
 # $$ p_{\text{rest}}(x) = \frac{\max(0,\; p(x) - q(x))}{\sum_y \max(0,\; p(y) - q(y))} $$ (residual)
 #
-# Token $x$ then comes out in one of two ways. As an accepted guess: $q(x)\min(1, p(x)/q(x)) = \min(p(x), q(x))$. Or from the rest, after any
-# rejection, which happens with probability $1 - \sum_y \min(p(y), q(y)) = \sum_y \max(0, p(y) - q(y))$: just the denominator, so it gives
-# $\max(0, p(x) - q(x))$. The two add up to $p(x)$, whatever $q$ is.
+# Token $x$ then comes out in one of two ways.
+# As an accepted guess: $q(x)\min(1, p(x)/q(x)) = \min(p(x), q(x))$.
+# Or from the rest, after any rejection, which happens with probability $1 - \sum_y \min(p(y), q(y)) = \sum_y \max(0, p(y) - q(y))$: just the denominator, so it gives $\max(0, p(x) - q(x))$.
+# The two add up to $p(x)$, whatever $q$ is.
 
 # %%
 def accept_or_resample(p, q, rng):
@@ -90,27 +92,28 @@ def accept_or_resample(p, q, rng):
 target_p = np.array([0.60, 0.28, 0.08, 0.04])
 draft_q = np.array([0.35, 0.50, 0.10, 0.05])
 rng = np.random.default_rng(scale.seed)
-came = [accept_or_resample(target_p, draft_q, rng) for _ in range(20_000)]
-shares = np.bincount(came, minlength=4) / len(came)
-p_value = chi_square(np.bincount(came, minlength=4), target_p)
-print("came out:", shares.round(3), f" p-value {p_value:.2f}")
+samples = [accept_or_resample(target_p, draft_q, rng) for _ in range(20_000)]
+fractions = np.bincount(samples, minlength=4) / len(samples)
+p_value = chi_square(np.bincount(samples, minlength=4), target_p)
+print("came out:", fractions.round(3), f" p-value {p_value:.2f}")
 assert p_value > 0.001
 
 # %% mystnb={"image": {"alt": "Three panels: draft and target probabilities of four tokens; their overlap, which is accepted, and what the target has beyond it, which comes from the residual; together they are the target's distribution."}}
 plots.residual(target_p, draft_q);
 
 # %% [markdown]
-# The share of guesses that are accepted is the overlap of the two distributions, $\sum_x \min(p(x), q(x))$, the {term}`acceptance` of a guess. No rule
-# that leaves $p$ exact can accept more: token $x$ can be guessed *and* come out no more often than it is guessed, $q(x)$, or comes out, $p(x)$. (The two papers
-# use the letters the other way round: in Chen et al., $p$ is the draft.)
+# The fraction of guesses that are accepted is the overlap of the two distributions, $\sum_x \min(p(x), q(x))$, the {term}`acceptance` of a guess.
+# No rule that leaves $p$ exact can accept more: token $x$ can be guessed *and* come out no more often than it is guessed, $q(x)$, or comes out, $p(x)$.
+# (The two papers use the letters the other way round: in Chen et al., $p$ is the draft.)
 
 # %% [markdown]
 # ## Many tokens
 #
-# Now guess $\gamma$ tokens, one after another, and let the target give its distribution at all of the $\gamma + 1$ places in one call. Accept
-# from the left until the first rejection. The token that takes its place comes from {eq}`residual`, and what was guessed after it is thrown
-# away. If all are accepted, the target's last distribution gives one more token for free. So each target call gains between
-# $1$ and $\gamma + 1$ tokens, and never none.
+# Now guess $\gamma$ tokens, one after another, and let the target give its distribution at all of the $\gamma + 1$ places in one call.
+# Accept from the left until the first rejection.
+# The token that takes its place comes from {eq}`residual`, and what was guessed after it is thrown away.
+# If all are accepted, the target's last distribution gives one more token for free.
+# So each target call gains between $1$ and $\gamma + 1$ tokens, and never none.
 #
 # Here is the whole method without a cache, for greedy decoding, where the rule is simply: accept while the guess is the target's own choice.
 
@@ -131,17 +134,18 @@ def speculative(target, draft, ids, gamma, new_tokens):
         for _ in range(gamma):
             choice = choices(draft, guess)[-1]
             guess = torch.cat([guess, choice.view(1, 1)], 1)
-        own = choices(target, guess)[start - 1 :]  # gamma + 1 of them
-        agree = (own[:-1] == guess[0, start:]).long()
+        wanted = choices(target, guess)[start - 1 :]  # gamma + 1 of them
+        agree = (wanted[:-1] == guess[0, start:]).long()
         n = int(agree.cumprod(0).sum())
-        ids = torch.cat([guess[:, : start + n], own[n].view(1, 1)], 1)
+        ids = torch.cat([guess[:, : start + n], wanted[n].view(1, 1)], 1)
         calls += 1
     return ids[:, :end], calls
 
 
 # %% [markdown]
-# `kvlab.speculate.generate` does the same with caches, sampling and batches. The two must give the same tokens, and both what the
-# target gives alone. The text is a word problem of four steps, one that no model of the lab was trained on; `eos_token_id=[]` lets no token end it.
+# `kvlab.speculate.generate` does the same with caches, sampling and batches.
+# The two must give the same tokens, and both what the target gives alone.
+# The text is a word problem of four steps, one that no model of the lab was trained on; `eos_token_id=[]` lets no token end it.
 
 # %%
 def encode(messages):
@@ -165,10 +169,12 @@ if exact:
     assert by_hand.tolist() == by_kvlab.tolist() == alone.tolist()
 
 # %% [markdown]
-# With a cache there is one thing to take care of. The draft never *reads* the last token it guesses. If all guesses are accepted, the next round must
-# begin with two tokens that are not in the draft's cache. Forget one, and the text is still right (the target decides), but the
-# draft continues a text with a hole in it and is accepted less. It is the classic mistake, because it cannot be seen in the output. A draft that *is*
-# the target shows it at once: everything must be accepted.
+# With a cache there is one thing to take care of.
+# The draft never *reads* the last token it guesses.
+# If all guesses are accepted, the next round must begin with two tokens that are not in the draft's cache.
+# Forget one, and the text is still right (the target decides), but the draft continues a text with a hole in it and is accepted less.
+# It is the classic mistake, because it cannot be seen in the output.
+# A draft that *is* the target shows it at once: everything must be accepted.
 
 # %%
 same = speculate.generate(target, prompt, ModelProposer(target), **short)
@@ -178,8 +184,8 @@ if exact:
     assert summary.acceptance == 1.0
 
 # %% [markdown]
-# Here is a whole solution, with one line a target call. Underlined tokens were drafted and accepted, those struck through were rejected, and the one in a
-# box is the target's own.
+# Here is a whole solution, with one line per target call.
+# Underlined tokens were drafted and accepted, those struck through were rejected, and the one in a box is the target's own.
 
 # %%
 solution = speculate.generate(target, prompt, proposer, gamma=4)
@@ -188,9 +194,10 @@ plots.token_view(solution.rounds, tokenizer)
 # %% [markdown]
 # ## Is it exact?
 #
-# For greedy decoding, equal tokens settle it (in half precision, rounding can flip a near-tie, so there the comparisons of this chapter are left out). For sampling, "the same distribution" is a claim about probabilities, and it can be tested
-# like one. Take two random models with a vocabulary of six tokens, so that all 36 continuations of two tokens can be enumerated with their exact
-# probabilities. Draw many pairs by speculative decoding, and compare by a chi-square test.
+# For greedy decoding, equal tokens settle it (in half precision, rounding can flip a near-tie, so there the comparisons of this chapter are left out).
+# For sampling, "the same distribution" is a claim about probabilities, and it can be tested like one.
+# Take two random models with a vocabulary of six tokens, so that all 36 continuations of two tokens can be enumerated with their exact probabilities.
+# Draw many pairs by speculative decoding, and compare by a chi-square test.
 
 # %%
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -223,7 +230,7 @@ def exact_pairs(model, temperature):
 
 
 # %%
-def drawn(n=8000, temperature=1.0):
+def sample_pairs(n=8000, temperature=1.0):
     """Two tokens in each of n rows, in one call."""
     sampling = Sampling(temperature, generator=torch.Generator().manual_seed(0))
     options = {"gamma": 3, "max_new_tokens": 2, "sampling": sampling}
@@ -231,42 +238,43 @@ def drawn(n=8000, temperature=1.0):
     return speculate.generate(small_target, same_rows, guess, **options)
 
 
-def count_pairs(made):
-    pairs = torch.stack(made.tokens)
+def count_pairs(generated):
+    pairs = torch.stack(generated.tokens)
     return np.bincount(6 * pairs[:, 0] + pairs[:, 1], minlength=36)
 
 
 # %% [markdown]
-# A test that has never failed says little. So the same test gets a broken variant as well: on rejection, draw from $p$ itself instead of
-# the rest. It looks harmless. `speculate.verify` is the rule; of the numbers it is given, `uniform` (rows, $\gamma + 1$), the first $\gamma$ accept or
-# reject and the last draws.
+# A test that has never failed shows little.
+# So the same test gets a broken variant as well: on rejection, draw from $p$ itself instead of the rest.
+# It looks harmless.
+# `speculate.verify` is the rule; of the numbers it is given, `uniform` (rows, $\gamma + 1$), the first $\gamma$ accept or reject and the last draws.
 
 # %%
-right = speculate.verify
+exact_rule = speculate.verify
 
 
 def no_residual(p, proposal, uniform):
-    accepted, _ = right(p, proposal, uniform)
+    accepted, _ = exact_rule(p, proposal, uniform)
     p_there = p[torch.arange(len(p)), accepted]
-    return accepted, speculate.draw(p_there, uniform[:, -1])
+    return accepted, speculate.sample_categorical(p_there, uniform[:, -1])
 
 
 def with_rule(rule):
     """Two tokens in each of many rows, verified by a rule of one's own."""
     speculate.verify = rule
     try:
-        return drawn()
+        return sample_pairs()
     finally:
-        speculate.verify = right
+        speculate.verify = exact_rule
 
 
 # %%
 expected = exact_pairs(small_target, 1.0)
 by_rule = {
-    "speculative": with_rule(right),
+    "speculative": with_rule(exact_rule),
     "without the residual": with_rule(no_residual),
 }
-counts = {name: count_pairs(made) for name, made in by_rule.items()}
+counts = {name: count_pairs(generated) for name, generated in by_rule.items()}
 p_values = {name: chi_square(c, expected) for name, c in counts.items()}
 print({name: f"{value:.2g}" for name, value in p_values.items()})
 assert p_values["speculative"] > 0.001
@@ -276,22 +284,22 @@ assert p_values["without the residual"] < 1e-6
 plots.joint_histogram(expected, counts);
 
 # %% [markdown]
-# Break it yourself: let the draft lie about its $q$ (square `proposal.probabilities` before calling `right`), or accept everything. The same test runs in kvlab's test suite over many settings:
-# temperatures, top-k, top-p, repetition penalty, prefixes, proposers.
+# Break it yourself: let the draft lie about its $q$ (square `proposal.probabilities` before calling `exact_rule`), or accept everything.
+# The same test runs in kvlab's test suite over many settings: temperatures, top-k, top-p, repetition penalty, prefixes, proposers.
 
 # %% [markdown]
 # ## How many guesses are accepted
 #
-# Now to models that have learned something. We let the draft guess for the target on three kinds of text: word problems decoded greedily, the same
-# with sampling at temperature 1, and the FAQ, which the target knows by heart and the draft has never seen.
+# Now to models that have learned something.
+# We let the draft guess for the target on three kinds of text: word problems decoded greedily, the same with sampling at temperature 1, and the FAQ, which the target knows by heart and the draft has never seen.
 
 # %%
 few = scale.questions // 32  # more prompts at the larger scales
 solved = [p for n in (3, 4, 5) for p in problems(n, "long", few, seed=1)]
-asked = [{"role": "user", "content": i["question"]} for i in corpora.faq()]
+questions = [{"role": "user", "content": i["question"]} for i in corpora.faq()]
 prompts = {
     "word problems": [encode(p[:-1]) for p in solved],
-    "FAQ": [encode([question]) for question in asked[: 2 * few]],
+    "FAQ": [encode([question]) for question in questions[: 2 * few]],
 }
 longest = 128 if scale.name == "tiny" else 64
 
@@ -324,25 +332,31 @@ accepted = {
 plots.acceptance_by_position(accepted);
 
 # %% [markdown]
-# "Acceptance" has two meanings, and papers do not always say which. Left: of the guesses at a position *that was reached*, how many were accepted. Right: of *all*
-# guesses at that position. The second can only fall; the first tells whether the draft loses its way as it guesses further on. In this chapter
-# $\alpha_k$ is the first. (On the FAQ the draft often gets only the end of the text right, which gains nothing: after it there is no further token to have.)
+# "Acceptance" has two meanings, and papers do not always say which.
+# Left: of the guesses at a position *that was reached*, how many were accepted.
+# Right: of *all* guesses at that position.
+# The second can only fall; the first shows whether the draft loses its way as it guesses further on.
+# In this chapter $\alpha_k$ is the first.
+# (On the FAQ the draft often gets only the end of the text right, which gains nothing: after it there is no further token to have.)
 
 # %%
 rows = {}
 for kind, s in accepted.items():
-    rows[kind] = {"acceptance": s.acceptance, "tokens a target call": s.tokens_per_call}
+    rows[kind] = {"acceptance": s.acceptance, "tokens per target call": s.tokens_per_call}
 pd.DataFrame(rows).T.round(2)
 
 # %% [markdown]
 # ## What it costs and what it gains
 #
-# A round gains one token for sure, a second if the first guess holds, a third if the second holds too. So with conditional acceptance $\alpha_k$,
+# A round gains one token for sure, a second if the first guess holds, a third if the second holds too.
+# So with conditional acceptance $\alpha_k$,
 #
 # $$ E(\gamma) = 1 + \sum_{k=1}^{\gamma} \prod_{i=1}^{k} \alpha_i, $$ (expected)
 #
-# which is $(1 - \alpha^{\gamma+1}) / (1 - \alpha)$ if all $\alpha_k$ are one $\alpha < 1$. It costs $\gamma$ steps of the draft and one call of the target. In units of a plain target step, let $c$ be a draft step and $v(\gamma)$ a target
-# call on $\gamma + 1$ tokens. Then
+# which is $(1 - \alpha^{\gamma+1}) / (1 - \alpha)$ if all $\alpha_k$ are one $\alpha < 1$.
+# It costs $\gamma$ steps of the draft and one call of the target.
+# In units of a plain target step, let $c$ be a draft step and $v(\gamma)$ a target call on $\gamma + 1$ tokens.
+# Then
 #
 # $$ \text{speed-up}(\gamma) = \frac{E(\gamma)}{\gamma\, c + v(\gamma)}. $$ (speedup)
 
@@ -362,8 +376,9 @@ best = speculate.best_gamma(0.8, c=0.1)
 print(f"acceptance 0.8, c 0.1: best gamma {best}, {by_kvlab:.2f} times plain")
 
 # %% [markdown]
-# The model predicts; does it hold? We decode the same prompts plainly and with several $\gamma$, in one run, interleaved prompt by prompt. The speed-up of a
-# prompt is the ratio of its two times, prefill apart, and the interval is a bootstrap over prompts.
+# The model predicts; does it hold?
+# We decode the same prompts plainly and with several $\gamma$, in one run, interleaved prompt by prompt.
+# The speed-up of a prompt is the ratio of its two times, prefill apart, and the interval is a bootstrap over prompts.
 
 # %%
 gammas = [1, 2, 4, 8, 12]
@@ -406,20 +421,22 @@ predicted = {"costs of each gamma": each, "costs of 1 and 8 alone": two}
 plots.speedup_over_gamma(gammas, measured, predicted);
 
 # %% [markdown]
-# One curve takes $c$ and $v$ from the very runs it predicts, so it tests only {eq}`expected`, with one set of $\alpha_k$ for all $\gamma$. The other knows the costs at $\gamma = 1$ and $8$ alone, and has
-# to guess those of the rest. The dots are the measurements.
+# One curve takes $c$ and $v$ from the very runs it predicts, so it tests only {eq}`expected`, with one set of $\alpha_k$ for all $\gamma$.
+# The other knows the costs at $\gamma = 1$ and $8$ alone, and has to guess those of the rest.
+# The dots are the measurements.
 
 # %%
-share = draft.config.num_hidden_layers / target.config.num_hidden_layers
+layer_ratio = draft.config.num_hidden_layers / target.config.num_hidden_layers
 best = speculate.best_gamma(alphas, c, v, maximum=widest)
-print(f"the draft has {share:.2f} of the target's layers, and costs c = {c:.2f} of it")
+print(f"the draft has {layer_ratio:.2f} of the target's layers, and costs c = {c:.2f} of it")
 print(f"best gamma up to {widest}:", best)
 
 # %% [markdown]
-# $c$ is more than the share of the layers: embedding, head and choosing a token cost the same for both models. And $v$ is not 1, as the
-# textbook formula has it: already two tokens need a mask that one does not, and more tokens are more arithmetic. Where does the time go?
+# $c$ is more than the ratio of the layers: embedding, head and choosing a token cost the same for both models.
+# And $v$ is not 1, as the textbook formula has it: already two tokens need a mask that one does not, and more tokens are more arithmetic.
+# Where does the time go?
 
-# %% mystnb={"image": {"alt": "Milliseconds a token spent in the draft, in the target and in the rest of the loop, for plain decoding and several gammas."}}
+# %% mystnb={"image": {"alt": "Milliseconds per token spent in the draft, in the target and in the rest of the loop, for plain decoding and several gammas."}}
 def per_token(s):
     parts = {"draft": s.draft_seconds, "target": s.target_seconds}
     parts["rest"] = s.seconds - sum(parts.values())
@@ -432,8 +449,9 @@ plots.time_spent({name: per_token(s) for name, s in chosen.items()});
 # %% [markdown]
 # ## When it does not pay
 #
-# On the FAQ nearly nothing is accepted. Each round then costs $\gamma c + v$ and gains one token: slower than plain decoding, and the more it
-# drafts, the slower. `best_gamma` returns 0 when no draft length is predicted to pay.
+# On the FAQ nearly nothing is accepted.
+# Each round then costs $\gamma c + v$ and gains one token: slower than plain decoding, and the more it drafts, the slower.
+# `best_gamma` returns 0 when no draft length is predicted to pay.
 
 # %%
 some = {"word problems": prompts["word problems"][::2], "FAQ": prompts["FAQ"][1:]}
@@ -444,10 +462,13 @@ print(f"acceptance {faq.acceptance:.2f}: {ratio:.2f} times the plain speed")
 print("best gamma:", speculate.best_gamma(faq.acceptance, c, v))
 
 # %% [markdown]
-# What could be done? A better draft: one that can read the answers in a knowledge cache is the subject of chapter 02. A shorter $\gamma$ while guesses fail:
-# `AdaptiveGamma` keeps a fading average of acceptance and takes the best $\gamma$ for it, 0 included. Or another proposer. Two need no second model at all:
+# What could be done?
+# A better draft: one that can read the answers in a knowledge cache is the subject of chapter 02.
+# A shorter $\gamma$ while guesses fail: `AdaptiveGamma` keeps a decaying average of acceptance and takes the best $\gamma$ for it, 0 included.
+# Or another proposer.
+# Two need no second model at all:
 #
-# - *prompt lookup* guesses what followed the last few tokens when they stood earlier in the text {cite}`saxena2023lookup`;
+# - *prompt lookup* guesses what followed the last few tokens when they occurred earlier in the text {cite}`saxena2023lookup`;
 # - *early exit* lets the target's own first layers guess, through its own head, from its own cache {cite}`elhoushi2024layerskip`.
 
 # %%
@@ -477,15 +498,16 @@ for kind, these in some.items():
 pd.DataFrame(rows).T.round(2)
 
 # %% [markdown]
-# The arms differ in speed only. Lookup costs almost nothing to ask, but a round that checks its guesses costs $v(\gamma)$, so it pays where a text copies much from
-# its prompt (summaries, edited code), which these do not. Early exit at half the layers costs half a target a guess: it would have to be right nearly always,
-# and the lab target was never trained to answer from its middle.
+# The arms differ in speed only.
+# Lookup costs almost nothing to ask, but a round that checks its guesses costs $v(\gamma)$, so it pays where a text copies much from its prompt (summaries, edited code), which these do not.
+# Early exit at half the layers costs half a target step per guess: it would have to be right nearly always, and the lab target was never trained to answer from its middle.
 
 # %% [markdown]
 # ## Sampling against greedy
 #
-# Sampled text is harder to guess. For greedy text the draft must have the same *favorite* as the target; for sampled text its whole distribution counts,
-# by the overlap $\sum_x \min(p(x), q(x))$. A lower temperature moves both distributions towards their favorites, which helps where those agree.
+# Sampled text is harder to guess.
+# For greedy text the draft must have the same *favorite* as the target; for sampled text its whole distribution counts, by the overlap $\sum_x \min(p(x), q(x))$.
+# A lower temperature moves both distributions towards their favorites, which helps where those agree.
 
 # %%
 by_temperature = {0.0: together(sweep[4])}  # the same prompts, greedily
@@ -494,26 +516,27 @@ for temperature in (0.5, 1.0):
     by_temperature[temperature] = together(run(prompts["word problems"], proposer, gamma=4,
                                                sampling=Sampling(temperature, generator=seeds)))  # fmt: skip
 rows = {
-    temperature: {"acceptance": s.acceptance, "tokens a call": s.tokens_per_call}
+    temperature: {"acceptance": s.acceptance, "tokens per call": s.tokens_per_call}
     for temperature, s in by_temperature.items()
 }
 pd.DataFrame(rows).T.rename_axis("temperature").round(3)
 
 # %% [markdown]
-# Temperature, top-k and top-p are applied to the draft as to the target, which gives the most overlap. A draft may be sampled otherwise and the text stays exact, *if* the $q$ it
-# reports is the one it sampled from. Reporting another $q$ breaks the text: that is one of the broken variants in the test suite.
+# Temperature, top-k and top-p are applied to the draft as to the target, which gives the most overlap.
+# A draft may be sampled otherwise and the text stays exact, *if* the $q$ it reports is the one it sampled from.
+# Reporting another $q$ breaks the text: that is one of the broken variants in the test suite.
 
 # %% [markdown]
 # ## After a prefix
 #
-# A {term}`KV cache` is a value: the target may have read a passage long ago, or loaded it from a file. Speculation has to go on from there as plain decoding
-# does. `Prefix` holds the cache, the position at which to go on, and the tokens it stands for, which the draft reads itself.
+# A {term}`KV cache` is a value: the target may have read a passage long ago, or its cache may come from a file.
+# Speculation has to go on from there as plain decoding does.
+# A `Prefix` holds the cache, the position of the next token, and the ids of its tokens, which the draft reads itself.
 
 # %%
 passage = "Anna lives in Oslo. Bruno works as a baker. Rosa plays the cello."
 document = tokenizer(passage, add_special_tokens=False, return_tensors="pt").input_ids
-read = prefill(target, document.to(target.device))
-prefix = Prefix(read.cache, read.next_position, document[0].tolist())
+prefix = prefill(target, document.to(target.device))
 
 begin = tokenizer(" Bruno", add_special_tokens=False, return_tensors="pt").input_ids
 after = speculate.generate(target, begin, proposer, prefix=prefix, **short)
@@ -523,10 +546,10 @@ if exact:
     assert after.tokens[0].tolist() == whole.tokens[0].tolist()
 
 # %% [markdown]
-# `transformers` can speculate too, with `model.generate(..., assistant_model=draft)`, but not after a cache: it feeds the whole prompt again, on top of
-# the cache that holds it already. On twenty pairs of small random models, with the first part of the prompt in a cache, how often is the text
-# what plain decoding gives? And how do the speeds compare? Those figures take minutes, so a benchmark has measured them
-# (`tests/benchmarks/speculate.py`), with 95 % bootstrap intervals over prompts.
+# `transformers` can speculate too, with `model.generate(..., assistant_model=draft)`, but not after a cache: it feeds the whole prompt again, on top of the cache that holds it already.
+# On twenty pairs of small random models, with the first part of the prompt in a cache, how often is the text what plain decoding gives?
+# And how do the speeds compare?
+# Those figures take minutes, so a benchmark has measured them (`tests/benchmarks/speculate.py`), with 95 % bootstrap intervals over prompts.
 
 # %%
 results = kvlab.results("speculate")
@@ -551,14 +574,16 @@ names = {
 plots.speed_ratios(results.intervals(names));
 
 # %% [markdown]
-# In eager mode a small model's step is mostly the cost of starting each operation, and all programs start much the same ones. Part of the difference is `torch.inference_mode()`, which our loop enters and `generate` does
-# not: the rows "in inference mode" give it to both. With `Runner(model, compiled_room=...)` the three shapes of call, draft one, verify $\gamma + 1$, plain one, are compiled on memory
-# that stays where it is, into CUDA graphs on a GPU. That takes a minute, so it pays for many texts, not for one.
+# In eager mode a small model's step is mostly the cost of starting each operation, and all programs start much the same ones.
+# Part of the difference is `torch.inference_mode()`, which our loop enters and `generate` does not: the rows "in inference mode" give it to both.
+# With `Runner(model, compiled_room=...)` the three shapes of call, draft one, verify $\gamma + 1$, plain one, are compiled on memory that stays where it is, into CUDA graphs on a GPU.
+# That takes a minute, so it pays for many texts, not for one.
 #
 # ## Many texts at once
 #
-# Rows of a batch accept different numbers of guesses, so they drift apart. A cache that is one tensor with one length cannot follow; the one that the loop uses
-# gives every row a length of its own. Each row then gets exactly the text it would get alone:
+# Rows of a batch accept different numbers of guesses, so they drift apart.
+# A cache that is one tensor with one length cannot follow; the one that the loop uses gives every row a length of its own.
+# Each row then gets exactly the text it would get alone:
 
 # %%
 several = [prompts[kind][i][0] for i in (0, 1) for kind in prompts]
@@ -567,7 +592,7 @@ for ids, tokens in zip(several, batch.tokens, strict=True):
     one = speculate.generate(target, ids[None], gamma=4, max_new_tokens=longest)
     if exact:
         assert tokens.tolist() == one.tokens[0].tolist()
-rounds = [r for r in batch.rounds if not r.reading]  # not those that read the prompts
+rounds = [r for r in batch.rounds if not r.is_prefill]  # not those that read the prompts
 print("accepted by row:", [r.accepted for r in rounds[:4]])
 gained = np.array([[len(tokens) for tokens in r.tokens] for r in rounds[:4]])
 print("tokens of each row after these:", gained.sum(0))
@@ -578,9 +603,10 @@ print("tokens of each row after these:", gained.sum(0))
 # ```{exercise-start} The same number of layers
 # :label: ex-layers
 # ```
-# *Easy, 5 minutes.* Qwen3-14B has 40 layers, Qwen3-0.6B has 28. In eager mode on a fast GPU a step can cost about as many starts of operations as there are layers, so $c$ is near
-# 28/40. With $\alpha = 0.8$ and $v = 1$, which $\gamma$ is best and what does it gain? What if compiling brings $c$ down to the ratio of the bytes
-# of their weights?
+# *Easy, 5 minutes.* Qwen3-14B has 40 layers, Qwen3-0.6B has 28.
+# In eager mode on a fast GPU a step can cost about as many starts of operations as there are layers, so $c$ is near 28/40.
+# With $\alpha = 0.8$ and $v = 1$, which $\gamma$ is best and what does it gain?
+# What if compiling brings $c$ down to the ratio of the bytes of their weights?
 # ```{exercise-end}
 # ```
 
@@ -609,7 +635,9 @@ for c in (by_layers, by_bytes):
 # ```{exercise-start} A lenient rule
 # :label: ex-lenient
 # ```
-# *Medium, 10 minutes.* Accept a guess if $u < 2\,p(x)/q(x)$. How much does acceptance rise for the tiny models, and does the chi-square test notice? (Give `with_rule` a rule that changes `uniform` and then calls `right`.)
+# *Medium, 10 minutes.* Accept a guess if $u < 2\,p(x)/q(x)$.
+# How much does acceptance rise for the tiny models, and does the chi-square test notice?
+# (Give `with_rule` a rule that changes `uniform` and then calls `exact_rule`.)
 # ```{exercise-end}
 # ```
 
@@ -622,17 +650,18 @@ for c in (by_layers, by_bytes):
 def lenient(p, proposal, uniform):
     halved = uniform.clone()
     halved[:, :-1] /= 2
-    return right(p, proposal, halved)
+    return exact_rule(p, proposal, halved)
 
 
 both = {"exact": by_rule["speculative"], "lenient": with_rule(lenient)}
-for name, made in both.items():
-    acceptance = summarize(made.rounds).acceptance
-    p_value = chi_square(count_pairs(made), expected)
+for name, generated in both.items():
+    acceptance = summarize(generated.rounds).acceptance
+    p_value = chi_square(count_pairs(generated), expected)
     print(f"{name:8} acceptance {acceptance:.2f}, p-value {p_value:.2g}")
 
 # %% [markdown]
-# More is accepted, and the text is no longer the target's: it leans towards what the draft likes. Some systems make that trade on purpose; it should then not be called lossless.
+# More is accepted, and the text is no longer the target's: it leans towards what the draft likes.
+# Some systems make that trade on purpose; it should then not be called lossless.
 # ````{solution-end}
 # ````
 
@@ -640,9 +669,10 @@ for name, made in both.items():
 # ```{exercise-start} The classic mistake
 # :label: ex-missing
 # ```
-# *Medium, 15 minutes.* After each round the loop calls `proposer.accept(accepted, next_tokens, target_cache)`. `ModelProposer` then knows for every row how many tokens of the text are
-# not yet in its cache, `self.unread[row]` (1, or 2 after full acceptance), and how many entries its cache holds, `self.runner.slots.lengths[row]`. Subclass it so that it forgets the second of two:
-# it counts an entry that was never written, and one unread token fewer. Which figures tell that something is wrong, and does the text?
+# *Medium, 15 minutes.* After each round the loop calls `proposer.accept(accepted, next_tokens, target_cache)`.
+# `ModelProposer` then holds for every row how many tokens of the text are not yet in its cache, `self.unread[row]` (1, or 2 after full acceptance), and how many entries its cache holds, `self.runner.slots.lengths[row]`.
+# Subclass it so that it forgets the second of two: it counts an entry that was never written, and one unread token fewer.
+# Which figures show that something is wrong, and does the text?
 # ```{exercise-end}
 # ```
 
@@ -661,18 +691,18 @@ class Forgetful(ModelProposer):
                 self.runner.slots.lengths[row] += 1
 
 
-found = {}
+texts = {}
 for arm in (ModelProposer(target), Forgetful(target)):
-    made = speculate.generate(target, prompt, arm, gamma=2, max_new_tokens=longest)
-    s = summarize(made.rounds)
+    generated = speculate.generate(target, prompt, arm, gamma=2, max_new_tokens=longest)
+    s = summarize(generated.rounds)
     print(f"{type(arm).__name__}: acceptance {s.acceptance:.2f},", end=" ")
-    print(f"{s.tokens_per_call:.2f} tokens a call")
-    found[type(arm).__name__] = made.tokens[0].tolist()
+    print(f"{s.tokens_per_call:.2f} tokens per call")
+    texts[type(arm).__name__] = generated.tokens[0].tolist()
 if exact:
-    assert found["ModelProposer"] == found["Forgetful"]
+    assert texts["ModelProposer"] == texts["Forgetful"]
 
 # %% [markdown]
-# Acceptance and tokens a call fall; the text does not change.
+# Acceptance and tokens per call fall; the text does not change.
 # ````{solution-end}
 # ````
 
@@ -683,7 +713,7 @@ if exact:
 # - Exactness is a claim about a distribution. Test it as one, with variants that must fail.
 # - Speed-up is $E/(\gamma c + v)$: acceptance, the price of a guess, the price of checking. Measure all three before choosing $\gamma$.
 # - Where starting operations is the cost, $c$ follows the number of layers, not of parameters.
-# - A draft that does not know the text costs more than it gains.
+# - A draft whose guesses are rarely accepted costs more than it gains.
 #
 # The cell below runs alone, after the imports.
 

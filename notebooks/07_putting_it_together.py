@@ -184,7 +184,7 @@ for _ in range(2):  # the first round warms up
         seconds, summary = time.perf_counter() - started, summarize(last.rounds)
         rows[name] = {
             "answer (ms)": 1000 * seconds,
-            "first token (ms)": 1000 * summary.first_token_seconds,
+            "first token (ms)": 1000 * summary.ttft,
             "accepted": summary.acceptance,
             "tokens per call": summary.tokens_per_call,
         }

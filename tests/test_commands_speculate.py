@@ -55,7 +55,7 @@ def test_speculate_writes_all_it_found(tmp_path, capsys):
     assert summary["equal_texts"] is True
     assert summary["predicted_speedup"] > 0
     assert summary["speculative"]["draft_calls"] == 2 * summary["speculative"]["target_calls"]
-    shown = "latency first_token_seconds tokens_per_second acceptance tokens_per_call draft_calls target_calls"
+    shown = "latency ttft tokens_per_second acceptance tokens_per_call draft_calls target_calls"
     assert all(
         name in printed
         for name in f"{shown} c v predicted_speedup measured_speedup best_gamma".split()
@@ -117,5 +117,5 @@ def test_models_with_other_tokenizers_are_refused(monkeypatch):
 
 def test_an_empty_prompt_file_is_a_sentence(tmp_path):
     (tmp_path / "prompts").write_text("\n")
-    with pytest.raises(SystemExit, match=r"is empty, expected one prompt a line"):
+    with pytest.raises(SystemExit, match=r"is empty, expected one prompt per line"):
         main(["speculate", "--prompt_file", str(tmp_path / "prompts")])

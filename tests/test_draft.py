@@ -718,7 +718,7 @@ def plain(model, ids, count):
 
 def what_happened(rounds, row=0):
     """Guesses, acceptances and tokens of a row, as long as it went on."""
-    kept = [(r.drafted[row], r.accepted[row], r.tokens[row]) for r in rounds if not r.reading]
+    kept = [(r.drafted[row], r.accepted[row], r.tokens[row]) for r in rounds if not r.is_prefill]
     return [entry for entry in kept if entry[2]]
 
 

@@ -22,7 +22,7 @@ from kvlab.losses import (
     reverse_kl,
     tv,
 )
-from kvlab.speculate import Proposal, draw, verify
+from kvlab.speculate import Proposal, sample_categorical, verify
 
 B, T, V = 3, 7, 11
 
@@ -235,7 +235,7 @@ def test_total_variation_is_what_is_rejected_when_tokens_are_drawn():
     torch.testing.assert_close(log_alpha(log_q, log_p), -acceptance(log_q, log_p).log())
     uniform, rows = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(3)), 20_000
     p, q = (x[0].exp().expand(rows, 1, -1) for x in (log_p, log_q))
-    tokens = draw(q[:, 0], uniform[:, 0])[:, None]
+    tokens = sample_categorical(q[:, 0], uniform[:, 0])[:, None]
     accepted, _ = verify(p.repeat(1, 2, 1), Proposal(tokens, q), uniform[:, 1:].repeat(1, 2))
     assert (
         abs(accepted.double().mean() - acceptance(log_q, log_p)[0]) < 4 * 0.5 / rows**0.5

@@ -285,8 +285,8 @@ class Letters:
 
 SECONDS = (0.1, 0.2, 0.3)
 ROUNDS = [
-    Round([[], []], [0, 0], [[0], [0]], *SECONDS, reading=True),
-    Round([[], []], [0, 0], [[], []], *SECONDS, reading=True),
+    Round([[], []], [0, 0], [[0], [0]], *SECONDS, is_prefill=True),
+    Round([[], []], [0, 0], [[], []], *SECONDS, is_prefill=True),
     Round([[1, 2, 3], [1, 1, -1]], [1, 0], [[1, 4], [0]], *SECONDS),
     Round(
         [[2, 5], [1, 0]], [2, 1], [[2, 5, 3], [1]], *SECONDS

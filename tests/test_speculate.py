@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -32,6 +33,7 @@ from kvlab.lab.report import heldout
 from kvlab.models import CacheError, rotary_of
 from kvlab.slots import Slots
 from kvlab.speculate import (
+    FINISHED,
     AdaptiveGamma,
     EarlyExitProposer,
     FusedProposer,
@@ -46,11 +48,11 @@ from kvlab.speculate import (
     cost_model,
     costs,
     decode,
-    draw,
     generate,
-    match,
+    sample_categorical,
     summarize,
     verify,
+    verify_greedy,
 )
 
 DOUBLE = torch.float64
@@ -62,21 +64,27 @@ def random_prompts(*lengths, seed=0, vocab=97):
     return [torch.randint(0, vocab, (n,), generator=generator) for n in lengths]
 
 
+def cut(text, ends):
+    return text[: next((i + 1 for i, token in enumerate(text) if token in ends), None)]
+
+
+TEXTS = {}  # greedy continuations by model and prompt, as long as they were asked for so far
+
+
 def plain(model, ids, count, ends=()):
     """Greedy decoding of one row with no cache at all."""
-    ids, new = torch.as_tensor(ids), []
-    while len(new) < count and not (new and new[-1] in ends):
-        new.append(
-            model(
-                torch.cat((ids, torch.tensor(new, dtype=torch.long)))[None], use_cache=False
-            ).logits[0, -1]
-        )
-        new[-1] = new[-1].argmax().item()
-    return new
+    ids = torch.as_tensor(ids)
+    new = TEXTS.setdefault((model, tuple(ids.tolist())), [])
+    while len(new) < count:
+        text = torch.cat((ids, torch.tensor(new, dtype=torch.long)))
+        new.append(model(text[None], use_cache=False).logits[0, -1].argmax().item())
+    return cut(new[:count], ends)
 
 
 def plain_after(model, prefix, ids, count):
     """Greedy decoding of one row after a prefix, one token at a time, by `kvlab.cache.prefill`."""
+    if prefix is None:
+        return plain(model, ids, count)
     new, ids = [], torch.as_tensor(ids)[None]
     for _ in range(count):
         prefix = kv.prefill(model, ids, prefix)
@@ -100,6 +108,7 @@ def theirs(model, ids, count, **options):
     ].tolist()
 
 
+@functools.cache
 def noisy(model, scale=0.02, seed=3):
     """A copy of a model with other weights close by: it guesses right often, not always."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
@@ -116,7 +125,7 @@ def read(model, ids, **options):
 def compressed(model, ids, kept):
     """The same with some of its entries only, and its position."""
     whole = read(model, ids)
-    return replace(whole, cache=kv.select(whole.cache, torch.tensor(kept)))
+    return Prefix(kv.select(whole.cache, torch.tensor(kept)), whole.next_position, whole.input_ids)
 
 
 def new_tokens(target, prompts, *args, **options):
@@ -128,15 +137,14 @@ def seeded(*seeds):
 
 
 def verifications(rounds):
-    return [r for r in rounds if not r.reading]
+    return [r for r in rounds if not r.is_prefill]
 
 
 # Greedy decoding gives the target's text, token for token.
 
 
 @every_family
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
-@pytest.mark.parametrize("draft", ["small", "noisy"])
+@pytest.mark.parametrize(("dtype", "draft"), [(torch.float32, "noisy"), (DOUBLE, "small")], ids=str)
 def test_greedy_text_is_the_targets(tiny_model, family, dtype, draft):
     target, prompts = tiny_model(family, dtype=dtype), random_prompts(7, 1)
     small = {
@@ -152,21 +160,21 @@ def test_greedy_text_is_the_targets(tiny_model, family, dtype, draft):
         == [theirs(target, ids, 10) for ids in prompts]
         == new_tokens(target, prompts, max_new_tokens=10)
     )
-    for gamma in (1, 3, 8):
+    for gamma in (1, 8):
         assert (
             new_tokens(
                 target, prompts[0][None], ModelProposer(draft), gamma=gamma, max_new_tokens=10
             )
             == want[:1]
         )
-    for gamma in (2, 5):
+    for gamma in (4,):
         assert (
             new_tokens(target, prompts, ModelProposer(draft), gamma=gamma, max_new_tokens=10)
             == want
         )
 
 
-@pytest.mark.parametrize("gamma", [1, 2, 4, 7])
+@pytest.mark.parametrize("gamma", [1, 5])
 def test_ragged_rows_are_the_rows_alone(tiny_model, gamma):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(3, 11, 1, 6, 6, 20, 2, 9)
     rounds = generate(target, prompts, ModelProposer(noisy(target)), gamma=gamma, max_new_tokens=14)
@@ -186,12 +194,9 @@ def make_prefix(model, kind, seed):
     return read(model, ids, position=30 + seed) if kind == "moved" else None
 
 
-def after(model, prefix, ids, count):
-    return plain_after(model, prefix, ids, count) if prefix else plain(model, ids, count)
-
-
-@pytest.mark.parametrize("kind", PREFIX_KINDS[1:])
-@every_family
+@pytest.mark.parametrize(
+    ("family", "kind"), [*zip(FAMILIES, [*PREFIX_KINDS[1:], "compressed"], strict=True)]
+)
 def test_a_prefix_shared_by_rows(tiny_model, family, kind):
     target, prompts = tiny_model(family, dtype=DOUBLE), random_prompts(5, 1, 8)
     prefix = make_prefix(target, kind, 0)
@@ -216,7 +221,7 @@ def test_a_prefix_shared_by_rows(tiny_model, family, kind):
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     st.sampled_from(FAMILIES),
     st.integers(1, 8),
@@ -236,7 +241,7 @@ def test_each_row_with_its_own_prefix(tiny_model, family, gamma, rows, drafter, 
     }[drafter]()
     prompts = random_prompts(*[n for n, _ in rows])
     prefixes = [make_prefix(target, kind, seed) for seed, (_, kind) in enumerate(rows)]
-    want = [after(target, *pair, count) for pair in zip(prefixes, prompts, strict=True)]
+    want = [plain_after(target, *pair, count) for pair in zip(prefixes, prompts, strict=True)]
     assert (
         new_tokens(target, prompts, proposer, gamma=gamma, max_new_tokens=count, prefix=prefixes)
         == want
@@ -246,7 +251,7 @@ def test_each_row_with_its_own_prefix(tiny_model, family, gamma, rows, drafter, 
 def test_one_prompt_after_different_prefixes(tiny_model):
     target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(5)
     prefixes = [make_prefix(target, "prefilled", 0), None, make_prefix(target, "prefilled", 1)]
-    want = [after(target, prefix, ids, 9) for prefix in prefixes]
+    want = [plain_after(target, prefix, ids, 9) for prefix in prefixes]
     assert (
         new_tokens(
             target, [ids] * 3, ModelProposer(noisy(target)), max_new_tokens=9, prefix=prefixes
@@ -316,7 +321,7 @@ def test_the_lab_pair():
 # A cache that was prefilled gives the same text as none.
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_a_prefilled_cache_gives_the_text_of_the_whole_prompt(tiny_model, seed):
     target, draft = (
         tiny_model(seed=s, num_hidden_layers=2, dtype=DOUBLE) for s in (seed, 50 + seed)
@@ -332,8 +337,7 @@ def test_a_prefilled_cache_gives_the_text_of_the_whole_prompt(tiny_model, seed):
 # A draft equal to the target is accepted whole.
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize(("temperature", "gamma"), [(0.0, 1), (0.0, 4), (0.8, 1), (0.8, 4)])
 def test_a_draft_equal_to_the_target_is_always_right(tiny_model, temperature, gamma):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 1)
     sampling = Sampling(temperature, generator=seeded(1, 2, 3))
@@ -436,8 +440,7 @@ def test_no_guess_is_never_accepted(tiny_model, temperature):
     assert summarize(got.rounds).acceptance == 1
 
 
-@every_family
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("family", "layers"), [*zip(FAMILIES, (1, 2, 2, 1), strict=True)])
 def test_early_exit(tiny_model, family, layers):
     target, prompts = (
         tiny_model(family, dtype=DOUBLE, initializer_range=0.05),
@@ -550,10 +553,7 @@ PROMPT = torch.tensor([1, 2, 3, 1, 2, 4, 1, 2])
 KNOWN = [0, 3, 3, 1, 4, 2]
 SETTINGS = {
     "model, gamma 1": ("model", 1, {}, None),
-    "model, gamma 2, cool": ("model", 2, {"temperature": 0.6}, None),
-    "model, gamma 3, top-k": ("model", 3, {"top_k": 3}, None),
     "model, gamma 5, hot, top-p": ("model", 5, {"temperature": 1.6, "top_p": 0.8}, None),
-    "model, gamma 2, penalty": ("model", 2, {"repetition_penalty": 1.4}, None),
     "model, gamma 3, all": (
         "model",
         3,
@@ -562,16 +562,13 @@ SETTINGS = {
     ),
     "noisy copy, gamma 4": ("noisy", 4, {}, None),
     "lookup, gamma 3": ("lookup", 3, {}, None),
-    "lookup, gamma 2, cool, top-p": ("lookup", 2, {"temperature": 0.8, "top_p": 0.9}, None),
     "early exit, gamma 2": ("early", 2, {}, None),
     "early exit, gamma 4, cool, top-k": ("early", 4, {"temperature": 0.7, "top_k": 4}, None),
-    "model, gamma 3, prefix": ("model", 3, {}, "whole"),
     "early exit, gamma 2, compressed prefix": ("early", 2, {}, "compressed"),
     "model, gamma 2, penalty, prefix": ("model", 2, {"repetition_penalty": 1.4}, "whole"),
     "model, gamma 0 to 3": ("model", (2, 0, 0, 3), {}, None),
     "fused, gamma 2": ("fused", 2, {}, None),
     "fused, gamma 3, cool, top-k, prefix": ("fused", 3, {"temperature": 0.7, "top_k": 4}, "whole"),
-    "fused, gamma 4, compressed prefix": ("fused", 4, {}, "compressed"),
     "plain": ("none", 1, {"top_p": 0.9}, None),
 }
 
@@ -597,7 +594,7 @@ def test_sampling_is_exact(tiny_model, setting):
         PROMPT,
         Sampling(**{"temperature": 1.0} | options),
         drafter(tiny_model, kind, target),
-        gamma if isinstance(gamma, int) else Cycle(*gamma),
+        gamma if isinstance(gamma, int) else cycle(*gamma),
         rows,
         prefix=make(target, KNOWN) if make else None,
     )
@@ -606,12 +603,12 @@ def test_sampling_is_exact(tiny_model, setting):
 
 def draw_again_from_p(p, proposal, uniform):
     accepted, _ = verify(p, proposal, uniform)
-    return accepted, draw(p[torch.arange(len(p)), accepted], uniform[:, -1])
+    return accepted, sample_categorical(p[torch.arange(len(p)), accepted], uniform[:, -1])
 
 
 def accept_all(p, proposal, uniform):
     width = proposal.tokens.shape[1]
-    return torch.full((len(p),), width), draw(p[:, width], uniform[:, -1])
+    return torch.full((len(p),), width), sample_categorical(p[:, width], uniform[:, -1])
 
 
 class WrongQ(ModelProposer):
@@ -741,11 +738,6 @@ def test_another_number_of_generators_than_rows_is_refused(tiny_model, count):
 # Where a text ends.
 
 
-def cut(text, ends, count=None):
-    text = text[:count]
-    return text[: next((i + 1 for i, token in enumerate(text) if token in ends), None)]
-
-
 class Spy(ModelProposer):
     """Counts what it is asked."""
 
@@ -761,11 +753,11 @@ class Spy(ModelProposer):
 
     def accept(self, accepted, next_tokens, target_cache):
         self.calls = (*self.calls[:2], self.calls[2] + 1)
-        self.ended = [n == -1 for n in accepted]
+        self.ended = [n == FINISHED for n in accepted]
         super().accept(accepted, next_tokens, target_cache)
 
 
-@pytest.mark.parametrize("gamma", range(1, 6))
+@pytest.mark.parametrize("gamma", [1, 2, 4])
 @pytest.mark.parametrize("draft", ["same", "noisy"])
 def test_an_end_at_every_place_of_a_round(tiny_model, gamma, draft):
     target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(9)
@@ -802,11 +794,11 @@ def test_a_list_of_ends_and_the_models_own(tiny_model):
     ]
 
 
-@pytest.mark.parametrize("count", range(1, 10))
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
 def test_the_number_of_new_tokens_is_exact(tiny_model, count):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(9, 2)
     for draft in (target, noisy(target)):
-        for gamma in (1, 4, 8):
+        for gamma in (1, 4):
             got = generate(target, prompts, ModelProposer(draft), gamma=gamma, max_new_tokens=count)
             assert [row.tolist() for row in got.tokens] == [
                 plain(target, ids, count) for ids in prompts
@@ -828,7 +820,7 @@ def test_a_row_that_ended_stays_while_others_go_on(tiny_model, kind):
             target, prompts, proposer, gamma=gamma, max_new_tokens=24, eos_token_id=ends
         ).rounds
         for row, text in enumerate(want):
-            parts = [r.tokens[row] for r in rounds if not r.reading or r.tokens[row]]
+            parts = [r.tokens[row] for r in rounds if not r.is_prefill or r.tokens[row]]
             assert [token for part in parts for token in part] == text
             live = [bool(part) for part in parts]
             assert live == sorted(live, reverse=True)
@@ -840,7 +832,7 @@ def test_a_proposer_hears_of_rows_that_ended(tiny_model):
     text = plain(target, prompts[0], 24)
     spy, ended = Spy(noisy(target)), []
     for r in decode(target, prompts, spy, gamma=2, max_new_tokens=24, eos_token_id=text[3]):
-        if not r.reading:
+        if not r.is_prefill:
             ended.append(spy.ended)
             assert spy.runner.slots.lengths[0] + spy.unread[0] <= len(prompts[0]) + 4
     assert ended[-1] == [True, True]
@@ -854,9 +846,8 @@ def test_a_proposer_hears_of_rows_that_ended(tiny_model):
 # Repetition penalty.
 
 
-@every_family
-def test_repetition_penalty_is_that_of_transformers(tiny_model, family):
-    target, prompts = tiny_model(family, dtype=DOUBLE), random_prompts(6, 15, 2)
+def test_repetition_penalty_is_that_of_transformers(tiny_model):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(6, 15, 2)
     want = [theirs(target, ids, 16, repetition_penalty=1.3) for ids in prompts]
     assert want != [plain(target, ids, 16) for ids in prompts]
     greedy = {"sampling": Sampling(repetition_penalty=1.3), "max_new_tokens": 16}
@@ -1018,7 +1009,7 @@ def test_weights_of_a_compiled_model_may_change(tiny_model, compiled):
 def test_too_small_a_room_is_refused_before_any_step(tiny_model, compiled):
     target, (ids,) = tiny_model(num_hidden_layers=1), random_prompts(9)
     runner = Runner(target, 20)
-    with pytest.raises(ValueError, match=r"need 24 columns, compiled_room is 20: make it larger"):
+    with pytest.raises(ValueError, match="compiled_room is 20, but texts need 24"):
         generate(runner, ids[None], gamma=4, max_new_tokens=10)
     assert compiled["programs"] == 0
     with pytest.raises(ValueError, match="compiled_room is 12"):
@@ -1111,9 +1102,9 @@ def handed_over(own, theirs):
 def test_greedy_text_of_a_fused_draft_is_the_targets(tiny_model, family, kind):
     (target, draft), prompts = unequal(tiny_model, family), random_prompts(5, 1, 8)
     prefix, fuser = make_prefix(target, kind, 0), open_fuser(draft, target)
-    want = [after(target, prefix, ids, 10) for ids in prompts]
+    want = [plain_after(target, prefix, ids, 10) for ids in prompts]
     ends = [want[0][4], want[2][7]]
-    for gamma in range(1, 6):
+    for gamma in (1, 3):
         proposer = FusedProposer(draft, target, fuser)
         assert (
             new_tokens(target, prompts, proposer, gamma=gamma, max_new_tokens=10, prefix=prefix)
@@ -1131,7 +1122,7 @@ def test_greedy_text_of_a_fused_draft_is_the_targets(tiny_model, family, kind):
         assert short == [cut(text, ends) for text in want]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     st.sampled_from(FAMILIES),
     st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any),
@@ -1161,10 +1152,10 @@ def test_whatever_is_fused_the_text_is_the_targets(
         )
         own = [make(draft, ids) if len(ids) > 1 else None for ids in begins]
     proposer = FusedProposer(draft, target, open_fuser(draft, target), own, prefill, decode)
-    want = [after(target, *pair, count) for pair in zip(prefixes, prompts, strict=True)]
+    want = [plain_after(target, *pair, count) for pair in zip(prefixes, prompts, strict=True)]
     assert (
         new_tokens(
-            target, prompts, proposer, gamma=Cycle(*gammas), max_new_tokens=count, prefix=prefixes
+            target, prompts, proposer, gamma=cycle(*gammas), max_new_tokens=count, prefix=prefixes
         )
         == want
     )
@@ -1211,9 +1202,9 @@ def test_what_both_have_read_is_fused_once_and_in_order(tiny_model, kind, known)
            "compressed": lambda: compressed(draft, text[:5], [0, 3]),
            "hint": lambda: replace(read(draft, random_prompts(6, seed=9)[0]), input_ids=())}[known]()  # fmt: skip
     begin, column = (len(own.input_ids), kv.length(own.cache)) if own else (0, 0)
-    want = [*text, *after(target, prefix, ids, 15)]
-    for gammas, early, later in (((1,), True, True), ((3,), True, True), ((5,), True, True), ((2, 0, 0, 4), True, True),
-                                 ((3,), True, False), ((3,), False, True), ((3,), False, False)):  # fmt: skip
+    want = [*text, *plain_after(target, prefix, ids, 15)]
+    for gammas, early, later in (((1,), True, True), ((2, 0, 0, 4), True, True),
+                                 ((3,), True, False), ((3,), False, True)):  # fmt: skip
         spy, stop = (
             Fusions(),
             len(text) - 1,
@@ -1221,7 +1212,7 @@ def test_what_both_have_read_is_fused_once_and_in_order(tiny_model, kind, known)
         fused = begin if early and kind != "compressed" else stop
         proposer = FusedProposer(draft, target, spy, own, early, later)
         rounds = decode(
-            target, ids[None], proposer, gamma=Cycle(*gammas), max_new_tokens=15, prefix=prefix
+            target, ids[None], proposer, gamma=cycle(*gammas), max_new_tokens=15, prefix=prefix
         )
         have = len(text) + len(next(rounds).tokens[0])
         assert not spy.calls
@@ -1229,7 +1220,7 @@ def test_what_both_have_read_is_fused_once_and_in_order(tiny_model, kind, known)
             if drafted := len(r.drafted[0]):  # the last one drafted was never read
                 stop = have + min(r.accepted[0], drafted - 1)
             have += len(r.tokens[0])
-            going = have < len(want) and (early if r.reading else later)
+            going = have < len(want) and (early if r.is_prefill else later)
             assert len(spy.calls) == int(going and stop > fused)
             for row, start, mine, other, _ in spy.calls:
                 assert (row, start) == (0, column + fused - begin)
@@ -1243,8 +1234,7 @@ def test_what_both_have_read_is_fused_once_and_in_order(tiny_model, kind, known)
 def check_read(model, prefix, text, got, start):
     """What was read is what the model makes of the tokens from `start` on of a text that its prefix stands before."""
     known = len(prefix.input_ids) if prefix else 0
-    past = (prefix.cache, prefix.next_position) if prefix else ()
-    after = kv.prefill(model, torch.tensor([text[known:]]), *past)
+    after = kv.prefill(model, torch.tensor([text[known:]]), prefix)
     whole, behind = after.cache, after.next_position
     count, have = len(text) - start, kv.length(whole)
     assert got.positions.tolist() == [[*range(behind - count, behind)]]
@@ -1335,12 +1325,12 @@ def check_marks(proposer, spy):
             assert (later != later.float().double()).all()
 
 
-@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("gamma", [1, 4])
 def test_what_is_fused_is_in_the_drafts_memory_and_the_targets_is_unchanged(tiny_model, gamma):
     target, (ids,), spy = tiny_model(dtype=DOUBLE), random_prompts(7), Fusions(rounded)
     proposer, rounds = Watched(noisy(target), target, spy), 0
     for r in decode(target, ids[None], proposer, gamma=gamma, max_new_tokens=24):
-        rounds += not r.reading
+        rounds += not r.is_prefill
         if spy.calls:
             check_marks(proposer, spy)
     assert len(spy.calls) == rounds  # at the start and after all but the last
@@ -1396,8 +1386,7 @@ class Wiped(Runner):
         return logits
 
 
-@pytest.mark.parametrize("kind", ["none", "prefilled", "moved"])
-@pytest.mark.parametrize("gamma", [1, 4])
+@pytest.mark.parametrize(("kind", "gamma"), [("none", 4), ("prefilled", 1), ("moved", 4)])
 def test_the_targets_own_memory_makes_up_for_a_draft_that_forgot(tiny_model, kind, gamma):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 2)
     prefix, proposers = (
@@ -1414,7 +1403,7 @@ def test_the_targets_own_memory_makes_up_for_a_draft_that_forgot(tiny_model, kin
     ]
     for one in got:
         assert [row.tolist() for row in one.tokens] == [
-            after(target, prefix, ids, 21) for ids in prompts
+            plain_after(target, prefix, ids, 21) for ids in prompts
         ]
     assert [summarize(one.rounds).acceptance for one in got[:2]] == [1, 1]
     assert summarize(got[2].rounds).acceptance < 1
@@ -1441,7 +1430,7 @@ def test_a_row_that_ended_is_fused_no_more(tiny_model):
     for r in decode(target, prompts, proposer, gamma=2, max_new_tokens=24, eos_token_id=ends):
         seen = [a + b for a, b in zip(seen or [[]] * 3, r.tokens, strict=True)]
         live = [len(tokens) < n for tokens, n in zip(seen, lengths, strict=True)]
-        if not r.reading:
+        if not r.is_prefill:
             assert [row for row, *_ in spy.calls] == [row for row in range(3) if live[row]]
         spy.calls.clear()
     assert not any(live)
@@ -1578,7 +1567,7 @@ def test_an_impossible_guess_is_refused():
 def test_draw_follows_the_running_sum_and_never_takes_a_weight_of_zero(weights, data):
     u = [data.draw(uniforms) for _ in weights]
     for dtype in (torch.float32, DOUBLE):
-        got = draw(
+        got = sample_categorical(
             torch.tensor(weights, dtype=dtype), torch.tensor([float(x) for x in u], dtype=dtype)
         ).tolist()
         assert got == [running(w, x) for w, x in zip(weights, u, strict=True)]
@@ -1589,20 +1578,20 @@ def test_draw_at_the_edges():
     weights = torch.tensor(
         [[0.0, 0.2, 0.0, 0.8, 0.0, 0.0], [0.0, 0.2, 0.0, 0.8, 0.0, 0.0], [1e-30, 0, 0, 0, 0, 0]]
     )
-    assert draw(weights, almost).tolist() == [3, 1, 0]
+    assert sample_categorical(weights, almost).tolist() == [3, 1, 0]
     wide = torch.rand(1, 50_000, generator=torch.Generator().manual_seed(0))
     wide[0, -1000:] = 0
-    assert draw(wide, torch.tensor([1 - 2**-24])).item() < 49_000
+    assert sample_categorical(wide, torch.tensor([1 - 2**-24])).item() < 49_000
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.data(), st.integers(0, 5), st.integers(1, 4))
-def test_match_counts_the_guesses_before_the_first_wrong_one(data, gamma, rows):
+def test_verify_greedy_counts_the_guesses_before_the_first_wrong_one(data, gamma, rows):
     guess = st.lists(st.integers(-1, 1), min_size=gamma, max_size=gamma)
     choice = st.lists(st.integers(0, 1), min_size=gamma + 1, max_size=gamma + 1)
     guesses, choices = ([data.draw(kind) for _ in range(rows)] for kind in (guess, choice))
     tokens = torch.tensor(guesses, dtype=torch.long).reshape(rows, gamma)
-    accepted, following = match(torch.tensor(choices), Proposal(tokens))
+    accepted, following = verify_greedy(torch.tensor(choices), Proposal(tokens))
     for row, (mine, right) in enumerate(zip(guesses, choices, strict=True)):
         n = next((i for i in range(gamma) if mine[i] != right[i]), gamma)
         assert (accepted[row].item(), following[row].item()) == (n, right[n])
@@ -1612,8 +1601,8 @@ def test_match_counts_the_guesses_before_the_first_wrong_one(data, gamma, rows):
 
 
 ROUNDS = [
-    Round([[], []], [0, 0], [[3], [4]], 0.0, 0.5, 0.6, reading=True),
-    Round([[], []], [0, 0], [[], []], 0.25, 0.0, 0.3, reading=True),
+    Round([[], []], [0, 0], [[3], [4]], 0.0, 0.5, 0.6, is_prefill=True),
+    Round([[], []], [0, 0], [[], []], 0.25, 0.0, 0.3, is_prefill=True),
     Round([[1, 2, 3], [1, -1, -1]], [3, 1], [[1, 2, 3, 9], [1, 7]], 0.1, 0.2, 0.4),
     Round(
         [[5, 6, 7], [5, 6, 7]], [2, 0], [[5, 6], [8]], 0.1, 0.3, 0.5
@@ -1633,8 +1622,8 @@ def test_summary_by_hand():
     assert summary.conditional == [3 / 4, 2 / 2, 1 / 1]
     assert summary.unconditional == [3 / 4, 2 / 3, 1 / 3]
     assert summary.acceptance == 6 / 7
-    assert summary.reading_seconds == pytest.approx(0.9)
-    assert summary.first_token_seconds == pytest.approx(0.6)
+    assert summary.prefill_seconds == pytest.approx(0.9)
+    assert summary.ttft == pytest.approx(0.6)
     assert (summary.seconds, summary.draft_seconds, summary.target_seconds) == pytest.approx(
         (1.2, 0.3, 0.6)
     )
@@ -1646,7 +1635,7 @@ def test_summary_of_several_texts_and_of_none():
     once = summarize(ROUNDS)
     assert (twice.tokens, twice.target_calls, twice.draft_calls) == (20, 6, 18)
     assert (twice.conditional, twice.unconditional) == (once.conditional, once.unconditional)
-    assert twice.first_token_seconds == pytest.approx(once.first_token_seconds)
+    assert twice.ttft == pytest.approx(once.ttft)
     empty = summarize(ROUNDS[:1])
     assert empty.tokens == empty.target_calls == empty.draft_calls == 0
     assert empty.conditional == empty.unconditional == []
@@ -1685,7 +1674,7 @@ def test_seconds_of_a_round_hold_those_of_its_parts(tiny_model):
 
 def test_plain_rounds_have_one_token_and_no_draft(tiny_model):
     rounds = generate(tiny_model(), random_prompts(4, 2), max_new_tokens=6).rounds
-    assert [r.reading for r in rounds] == [True] + [False] * 5
+    assert [r.is_prefill for r in rounds] == [True] + [False] * 5
     assert all(
         r.drafted == [[], []] and r.accepted == [0, 0] and list(map(len, r.tokens)) == [1, 1]
         for r in rounds
@@ -1717,7 +1706,7 @@ def test_cost_model_by_position_and_with_a_measured_v():
     assert cost_model(0.8, 0.1, 0) == (1.0, 1.0)
     assert best_gamma([0.9, 0.9, 0.0, 1.0], c=0.1) == 2
     assert best_gamma(0.8, 0.1, v=lambda g: 1.0 if g < 4 else 5.0) == 3
-    with pytest.raises(ValueError, match="acceptance has 2 positions, expected gamma = 3 or more"):
+    with pytest.raises(ValueError, match=r"expected 3 \(gamma\) fractions"):
         cost_model([0.5, 0.5], 0.1, 3)
 
 
@@ -1743,7 +1732,7 @@ def failed(gamma):
 
 
 PLAIN = Round([[]], [0], [[1]], 0.0, 0.0, 0.0)
-START = Round([[]], [0], [[1]], 0.0, 0.0, 0.0, reading=True)
+START = Round([[]], [0], [[1]], 0.0, 0.0, 0.0, is_prefill=True)
 
 
 def test_adaptive_gamma_follows_the_acceptance():
@@ -1767,7 +1756,9 @@ def test_adaptive_gamma_follows_the_acceptance():
 def test_adaptive_gamma_does_not_depend_on_how_many_rows_agree():
     one, many = AdaptiveGamma(c=0.1), AdaptiveGamma(c=0.1)
     for r in (START, full(4), failed(4), full(2), full(5)):
-        rows = Round(r.drafted * 3, r.accepted * 3, [*(r.tokens * 2), []], 0.0, 0.0, 0.0, r.reading)
+        rows = Round(
+            r.drafted * 3, r.accepted * 3, [*(r.tokens * 2), []], 0.0, 0.0, 0.0, r.is_prefill
+        )
         assert one(r) == many(rows)
 
 
@@ -1794,15 +1785,22 @@ def test_adaptive_gamma_bears_rounds_without_a_guess(memory):
     assert [gamma(full(4)) for _ in range(8)][-1] == 8
 
 
-class Cycle(AdaptiveGamma):
-    """Takes its numbers one after the other, whatever happens."""
+def cycle(*numbers):
+    """A gamma that takes its numbers one after the other, whatever happens."""
+    endless = itertools.cycle(numbers)
+    return lambda last: next(endless)
 
-    def __init__(self, *numbers):
-        super().__init__(c=0.1, maximum=max(1, *numbers))
-        self.numbers = itertools.cycle(numbers)
 
-    def __call__(self, last):
-        return next(self.numbers)
+def test_a_gamma_is_bounded_by_the_room_that_is_reserved(tiny_model):
+    target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(4)
+    for maximum in (16, 3):
+        greedy_gamma = lambda last: 99
+        if maximum == 3:
+            greedy_gamma = AdaptiveGamma(c=0.0, maximum=3)
+        rounds = generate(
+            target, ids[None], ModelProposer(target), gamma=greedy_gamma, max_new_tokens=40
+        ).rounds
+        assert {len(r.drafted[0]) for r in verifications(rounds)} == {maximum}
 
 
 @pytest.mark.parametrize("numbers", [(2, 0), (0, 0, 0, 3, 1), (1, 4, 2), (0,)], ids=str)
@@ -1816,10 +1814,10 @@ def test_a_gamma_that_changes_and_may_be_zero(tiny_model, numbers):
         EarlyExitProposer(target, 1),
         ModelProposer(target),
     ):
-        got = generate(target, prompts, proposer, gamma=Cycle(*numbers), max_new_tokens=20)
+        got = generate(target, prompts, proposer, gamma=cycle(*numbers), max_new_tokens=20)
         assert [row.tolist() for row in got.tokens] == want
         short = new_tokens(
-            target, prompts, proposer, gamma=Cycle(*numbers), max_new_tokens=20, eos_token_id=ends
+            target, prompts, proposer, gamma=cycle(*numbers), max_new_tokens=20, eos_token_id=ends
         )
         assert short == [cut(text, ends) for text in want]
     assert not any(numbers) or summarize(got.rounds).acceptance == 1
@@ -1842,9 +1840,13 @@ def test_the_first_token_comes_before_the_proposer_starts(tiny_model):
     rounds = decode(target, ids[None], proposer, max_new_tokens=6)
     assert not proposer.started
     first = next(rounds)
-    assert (first.tokens, first.reading, proposer.started) == ([plain(target, ids, 1)], True, False)
+    assert (first.tokens, first.is_prefill, proposer.started) == (
+        [plain(target, ids, 1)],
+        True,
+        False,
+    )
     second = next(rounds)
-    assert (second.tokens, second.reading, proposer.started) == ([[]], True, True)
+    assert (second.tokens, second.is_prefill, proposer.started) == ([[]], True, True)
     assert [token for r in (first, second, *rounds) for token in r.tokens[0]] == plain(
         target, ids, 6
     )
@@ -1945,65 +1947,40 @@ def flash(model):
 def test_arguments_that_do_not_fit_are_refused(tiny_model):
     target, prompts = tiny_model(), random_prompts(4, 4, 4)
     prefix, empty = read(target, prompts[0]), torch.zeros(1, 0, dtype=torch.long)
+
+    def begin(prefix):
+        generate(target, prompts[:1], ModelProposer(target, prefix), max_new_tokens=3)
+
     for sentence, call in {
-        "gamma is 0, expected a whole number from 1": lambda: generate(
-            target, prompts, gamma=0, max_new_tokens=5
-        ),
+        "gamma is 0, .*expected positive": lambda: generate(target, prompts, gamma=0),
         "gamma is -2": lambda: generate(target, prompts, LookupProposer(), gamma=-2),
-        "gamma is 2.5": lambda: generate(target, prompts, LookupProposer(), gamma=2.5),
         "gamma is 0,": lambda: generate(target, prompts, gamma=AdaptiveGamma(0.1, maximum=0)),
-        "max_new_tokens is 0, expected a whole number": lambda: generate(
-            target, prompts, max_new_tokens=0
-        ),
-        "A prompt is empty, expected at least one token": lambda: generate(target, empty),
-        "at least one token: give input_ids": lambda: generate(target, [prompts[0], empty[0]]),
-        r"There is no prompt: .* as a list of \(T,\)": lambda: generate(target, []),
-        r"shape \(\), expected \(T,\): give input_ids as a tensor \(B, T\)": lambda: generate(
-            target, prompts[0]
-        ),
-        r"shape \(1, 4\), expected": lambda: generate(target, [prompts[0][None]]),
-        "input_ids is str": lambda: generate(target, "Anna"),
-        "from 3 to 97, expected whole numbers below 97": lambda: generate(target, [[3, 97]]),
-        "from -1 to 3": lambda: generate(target, [[3, -1]]),
-        "torch.float32 from 1.0": lambda: generate(target, [[1.0, 2.0]]),
-        "The model is a str, expected a causal LM": lambda: generate("lab-target", prompts),
-        "The proposer is a Qwen3ForCausalLM, expected an object": lambda: generate(
-            target, prompts, target
-        ),
-        r"sampling is 1.0: give a Sampling": lambda: generate(target, prompts, sampling=1.0),
-        "eos_token_id is the text '<|end|>'": lambda: generate(
-            target, prompts, eos_token_id="<|end|>"
-        ),
-        "neither a Prefix nor a list": lambda: generate(target, prompts, prefix=prefix.cache),
-        "must stand for the first ids of the text": lambda: generate(
-            target, prompts, ModelProposer(target, replace(prefix, input_ids=[96, 1]))
-        ),
-        "must stand for .* and leave one to read": lambda: generate(
-            target, prompts[:1], ModelProposer(target, prefix)
-        ),
-        "2 prefixes for 3 rows: give one for all, or one for each": lambda: generate(
+        "max_new_tokens is 0": lambda: generate(target, prompts, max_new_tokens=0),
+        r"shapes \[\(0,\)\]: give \(B, T\), or a list": lambda: generate(target, empty),
+        r"shapes \[\(4,\), \(0,\)\]": lambda: generate(target, [prompts[0], empty[0]]),
+        r"shapes \[\]": lambda: generate(target, []),
+        r"shapes \[\(\), \(\), \(\), \(\)\]": lambda: generate(target, prompts[0]),
+        r"shapes \[\(1, 4\)\]": lambda: generate(target, [prompts[0][None]]),
+        "must begin the text": lambda: begin(replace(prefix, input_ids=[96, 1])),
+        "leave one to read": lambda: begin(prefix),
+        "2 prefixes for 3 rows: give one for all": lambda: generate(
             target, prompts, prefix=[prefix] * 2
         ),
-        "4 prefixes for 3 rows": lambda: generate(target, prompts, prefix=[None] * 4),
-        "1 prefixes for 3 rows": lambda: generate(
-            target, prompts, ModelProposer(target, [prefix]), max_new_tokens=3
-        ),
+        "2 prefixes for 1 rows": lambda: begin([prefix] * 2),
         "'flash_attention_2', expected 'sdpa' or 'eager'": lambda: generate(flash(target), prompts),
         "is 'flash_attention_2'": lambda: ModelProposer(flash(target)),
-        "layers is 3, expected 1 to 2: the target has 3": lambda: EarlyExitProposer(target, 3),
         "layers is 0": lambda: EarlyExitProposer(target, 0),
-        "temperature is -1": lambda: Sampling(-1),
-        "temperature is nan": lambda: Sampling(float("nan")),
-        "repetition_penalty is 0.0, expected above 0": lambda: Sampling(repetition_penalty=0.0),
-        "top_k is -1": lambda: Sampling(1.0, top_k=-1),
-        "top_p is 1.5": lambda: Sampling(1.0, top_p=1.5),
-        "acceptance is 98, expected fractions": lambda: cost_model(98, 0.1, 4),
-        "gamma is|expected gamma = -2": lambda: cost_model(0.5, 0.1, -2),
-        "Costs need rounds with a draft": lambda: costs(summarize([]), summarize([])),
+        "temperature=-1.*expected temperature 0": lambda: Sampling(-1),
+        "temperature=nan": lambda: Sampling(float("nan")),
+        "expected .*repetition_penalty > 0": lambda: Sampling(repetition_penalty=0.0),
+        "top_k=-1": lambda: Sampling(1.0, top_k=-1),
+        "top_p=1.5": lambda: Sampling(1.0, top_p=1.5),
+        "acceptance is 98, expected 4": lambda: cost_model(98, 0.1, 4),
+        "expected -2": lambda: cost_model(0.5, 0.1, -2),
     }.items():
         with pytest.raises(ValueError, match=sentence):
             call()
-    with pytest.raises(CacheError, match=r"expected \(2, 1, 2, 4, 16\)"):
+    with pytest.raises(CacheError, match=r"layers=3.* layers=2"):
         generate(tiny_model(num_hidden_layers=2), prompts, prefix=prefix)
     with pytest.raises(CacheError, match="full attention in every layer"):
         Runner(tiny_model("Mistral", sliding_window=16))
@@ -2063,7 +2040,7 @@ def test_two_streams_of_one_runner_are_refused(tiny_model):
     first = decode(runner, prompts[:1], max_new_tokens=9)
     next(first), next(first)
     generate(runner, prompts[1:], max_new_tokens=2)
-    with pytest.raises(ValueError, match="began another text before this one ended"):
+    with pytest.raises(ValueError, match="began another text"):
         list(first)
 
 
@@ -2071,11 +2048,7 @@ def test_what_prefill_and_load_return_is_a_prefix(tiny_model, tmp_path):
     target, (ids,) = tiny_model(dtype=DOUBLE), random_prompts(8)
     state, want = kv.prefill(target, ids[None, :5]), plain(target, ids, 6)
     kv.save(state.cache, tmp_path / "saved", target, state.next_position)
-    for prefix in (
-        state,
-        kv.load(tmp_path / "saved", target),
-        Prefix(state.cache, state.next_position, ids[None, :5]),
-    ):
+    for prefix in (state, kv.load(tmp_path / "saved", target)):
         assert new_tokens(
             target, [ids[5:]], ModelProposer(target), prefix=prefix, max_new_tokens=6
         ) == [want]

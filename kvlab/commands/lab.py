@@ -6,10 +6,9 @@ from kvlab.scale import Scale
 
 
 def scale() -> None:
-    """Print which models and device notebooks will use here, and the memory each chapter is predicted to need."""
+    """Print the models and the device of notebooks, and the predicted memory of each chapter."""
     current = Scale.current()
     chapters = pd.DataFrame({name: current.memory(name) for name in sorted(current.needs)}).T
-    print(
-        f"Scale {current.name} on {current.device}, {current.dtype}. Change it with KVLAB_SCALE=tiny, t4 or full."
-    )
+    choice = "Change it with KVLAB_SCALE=tiny, t4 or full."
+    print(f"Scale {current.name} on {current.device}, {current.dtype}. {choice}")
     print(chapters.add_suffix(" (GB)").round(3).to_string())

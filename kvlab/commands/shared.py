@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,7 @@ parsed_options: dict = {}  # of the command that `kvlab.cli.main` runs; empty if
 
 
 def command_settings(**resolved) -> dict:
-    """Options of the command line as JSON, with those that the command has resolved (None was the default)."""
+    """Options of the command line as JSON, with those that the command has resolved."""
     options = parsed_options | resolved
     for name, value in options.items():
         if isinstance(value, Path):
@@ -41,12 +42,11 @@ def scale_defaults(command: str) -> dict:
 
 
 def load_shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
-    target, draft = (scale.load_tokenizer(role) for role in ("target", "draft"))
+    target = scale.load_tokenizer("target")
+    draft = scale.load_tokenizer("draft")
     if target.get_vocab() != draft.get_vocab():
         sizes = f"{scale.target} has {len(target)} tokens, {scale.draft} {len(draft)}"
-        raise ValueError(
-            f"The two models' tokenizers differ ({sizes}): choose a base_model of the same family."
-        )
+        raise ValueError(f"The two models' tokenizers differ ({sizes}): choose one family.")
     return target
 
 
@@ -57,9 +57,8 @@ def scale_with_target(base_model: str | None) -> Scale:
 
 def require_store(store: Path, options: str = "") -> None:
     if not (store / "manifest.json").is_file():
-        raise ValueError(
-            f"There is no store in {store}: build one with `kvlab build-cache --store {store}{options}`."
-        )
+        command = f"kvlab build-cache --store {store}{options}"
+        raise ValueError(f"There is no store in {store}: build one with `{command}`.")
 
 
 def open_store(
@@ -70,14 +69,14 @@ def open_store(
     reads: str | None,
     embed=True,
 ) -> KnowledgeCache:
-    """A store that keeps what is read: "vector", or "kv" and "prefix"; None reads nothing."""
-    known = KnowledgeCache.load(store, model, tokenizer, scale.load_embedder() if embed else None)
+    """Open a store that a draft reads as "vector", "kv" or "prefix"; None: it does not read."""
+    embedder = scale.load_embedder() if embed else None
+    knowledge = KnowledgeCache.load(store, model, tokenizer, embedder)
     part, name = ("hidden", "hidden states") if reads == "vector" else ("kv", "keys and values")
-    if reads and part not in known.keep:
-        raise ValueError(
-            f"The store in {store} keeps no {name}: build one with --keep {part}, in a new folder."
-        )
-    return known
+    if reads and part not in knowledge.keep:
+        option = f"build one with --keep {part}, in a new folder"
+        raise ValueError(f"The store in {store} keeps no {name}: {option}.")
+    return knowledge
 
 
 def find_item(store: KnowledgeCache, question: str, threshold: float) -> Item | None:
@@ -86,15 +85,15 @@ def find_item(store: KnowledgeCache, question: str, threshold: float) -> Item | 
 
 
 def sample_heldout(texts: Sequence[str], share: float, seed: int) -> list[str]:
-    """A share of texts, at least one if there are any."""
+    """Sample a fraction of texts, at least one if there are any."""
     if not 0 < share < 1:
         raise ValueError(f"heldout is {share}, expected a share between 0 and 1, such as 0.1.")
     return random.Random(seed).sample(texts, min(len(texts), max(1, round(share * len(texts)))))
 
 
-def run_name(target: PreTrainedModel, *told) -> str:
-    """A name for what is trained, how, and on what: a checkpoint serves no other run."""
-    return f"run-{short_digest(json.dumps([fingerprint(target)['weights'], *told]))}"
+def run_name(target: PreTrainedModel, *settings) -> str:
+    """A name for a run of training with these settings: a checkpoint serves no other run."""
+    return f"run-{short_digest(json.dumps([fingerprint(target)['weights'], *settings]))}"
 
 
 def short_digest(text: str) -> str:
@@ -114,9 +113,8 @@ def require_counts(**counts: int) -> None:
 def load_records(data: str, source: str | None, split: str) -> dict[str, list[Record]]:
     """Records by their context."""
     if source is None:
-        raise ValueError(
-            f"There is no source of {data} records: give --source, a file or a name on the hub."
-        )
+        advice = "give --source, a file or a name on the hub"
+        raise ValueError(f"There is no source of {data} records: {advice}.")
     records = {}
     for record in read_records(data, source, split):
         records.setdefault(record.context, []).append(record)
@@ -132,9 +130,8 @@ def lab_passages(n: int, questions: int, seed: int, source: str | None) -> Conte
 
 def require_no_source(source: str | None) -> None:
     if source is not None:
-        raise ValueError(
-            f"source is {source!r}, but the lab makes its texts up: leave it out, or name other data."
-        )
+        advice = "leave it out, or name other data"
+        raise ValueError(f"source is {source!r}, but the lab makes its texts up: {advice}.")
 
 
 Conversation = list[dict[str, str]]
@@ -143,6 +140,10 @@ Conversation = list[dict[str, str]]
 def figures_table(figures: Sequence[Mapping]) -> str:
     columns = ["value", "low", "high", "n"]
     return pd.DataFrame(figures).set_index("name")[columns].to_string(float_format="{:.3f}".format)
+
+
+def timed_name(folder: Path, command: str) -> Path:
+    return folder / f"{command}_{datetime.now():%Y%m%d_%H%M%S}.json"
 
 
 def write_json(path: Path, result: dict) -> Path:

@@ -1,10 +1,7 @@
 """`kvlab speculate`: plain and speculative decoding, prompt by prompt."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from datetime import datetime
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.commands.shared import (
-    command_settings,
-    find_item,
-    load_shared_tokenizer,
-    open_store,
-    require_store,
-    write_json,
-)
+from kvlab import speculate as decoding
+from kvlab.commands import shared
 from kvlab.draft import KnowledgeDraft
 from kvlab.evaluate import run_info
 from kvlab.fuse import Fuser, Size
@@ -29,19 +20,7 @@ from kvlab.knowledge import KnowledgeCache
 from kvlab.lab.report import problems
 from kvlab.records import read_prompts
 from kvlab.scale import Scale
-from kvlab.speculate import (
-    FusedProposer,
-    Generated,
-    ModelProposer,
-    Runner,
-    Sampling,
-    Summary,
-    best_gamma,
-    cost_model,
-    costs,
-    generate,
-    summarize,
-)
+from kvlab.speculate import generate
 
 
 def speculate(
@@ -66,193 +45,160 @@ def speculate(
     """Decode prompts plainly and speculatively, prompt by prompt in one run, and compare.
 
     Args:
-        prompts: A user's messages, e.g. --prompts "One?" "Two?", or, if the tokenizer has no chat template, texts to
-            continue. Default: three word problems.
+        prompts: A user's messages, e.g. --prompts "One?" "Two?", or, if the tokenizer has no chat
+            template, texts to continue. Default: three word problems.
         max_new_tokens: Tokens per prompt.
         gamma: Tokens drafted per round.
-        base_model: The small model, which drafts: a lab model, a hub name or a folder, such as `kvlab train-draft`
-            makes. Default: the scale's draft.
+        base_model: The small model, which drafts: a lab model, a hub name or a folder, such as
+            `kvlab train-draft` makes. Default: the scale's draft.
         teacher_model: The large model, whose text is generated. Default: the scale's target.
-        fuser_checkpoint: Folder that `kvlab train-fuser` made for these two models: the draft's cache is fused from
-            the target's. Default: the draft is alone.
+        fuser_checkpoint: Folder that `kvlab train-fuser` made for these two models: the draft's
+            cache is fused from the target's. Default: the draft is alone.
         skip_standard: Leave plain decoding out, and with it every comparison.
         no_prefill_fusion: Do not fuse the prompt.
         no_decode_fusion: Do not fuse accepted tokens.
         save_results: Write a JSON file with settings, texts and numbers.
         output_dir: Folder of that file.
-        prompt_file: More prompts, one per line, or JSON lines with "turns", of which the first is used.
+        prompt_file: More prompts, one per line, or JSON lines with "turns", of which the first is
+            used.
         seed: Random seed of sampling.
         compiled: Compile both models first; worth it for many prompts.
-        store: Folder that `kvlab build-cache` made; a draft that reads knowledge gets the item retrieved for each
-            prompt. Retrieval and loading are timed apart, as finding_seconds. Default: no knowledge.
+        store: Folder that `kvlab build-cache` made; a draft that reads knowledge gets the item
+            retrieved for each prompt. Retrieval and loading are timed apart, as finding_seconds.
+            Default: no knowledge.
         threshold: Minimum cosine similarity of a retrieved item.
         **options: Of `kvlab.speculate.Sampling`.
     """
-    generator = torch.Generator()
-    sampling = Sampling(generator=generator, **options)
-    if (no_prefill_fusion or no_decode_fusion) and not fuser_checkpoint:
-        raise ValueError(
-            "Without a fuser nothing is fused: give --fuser_checkpoint, or leave --no_..._fusion out."
-        )
+    fused = (not no_prefill_fusion, not no_decode_fusion)
+    _check_options(store, compiled, fuser_checkpoint, fused)
     fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
-    if store:
-        require_store(store)
-        if compiled:
-            raise ValueError(
-                "What a draft knows differs from prompt to prompt: leave --compiled out, or --store."
-            )
-    asked = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
-    asked = asked or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
+    sampling = decoding.Sampling(generator=torch.Generator(), **options)
+    texts = _texts(prompts, prompt_file)
     scale = Scale.current()
     scale = replace(scale, draft=base_model or scale.draft, target=teacher_model or scale.target)
-    tokenizer = load_shared_tokenizer(scale)
-    rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in asked]
+    tokenizer = shared.load_shared_tokenizer(scale)
+    rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None
-    draft = Runner(scale.load("draft"), room)
-    reads = _reads(draft.model, scale.draft) if store else None
-    target = Runner(scale.load("target"), room)
-    known = open_store(store, target.model, tokenizer, scale, reads) if store else None
-    drafter = ModelProposer
-    if fuser:
-        fuser = _fitting(fuser, draft.model, target.model)
-        switches = {"prefill": not no_prefill_fusion, "decode": not no_decode_fusion}
-        drafter = partial(FusedProposer, target=target, fuser=fuser, **switches)
-    arms = ["speculative"] if skip_standard else ["plain", "speculative"]
-
-    def run(
-        ids: list[int], arm: str, proposer: ModelProposer, tokens: int = max_new_tokens
-    ) -> Generated:
-        generator.manual_seed(seed)
-        proposer = None if arm == "plain" else proposer
-        return generate(
-            target, [ids], proposer, gamma=gamma, max_new_tokens=tokens, sampling=sampling
-        )
-
-    done, results = [], []
-    for text, ids in zip(tqdm(asked, desc="prompts"), rows, strict=True):
-        if not done:
-            proposer, _ = _proposer(drafter, draft, known, threshold, text, ids)
-            for arm in arms:
-                run(ids, arm, proposer, tokens=4)  # warms up, and compiles
-        proposer, found = _proposer(drafter, draft, known, threshold, text, ids)
-        done.append({arm: run(ids, arm, proposer) for arm in arms})
-        results.append(
-            {"prompt": text}
-            | found
-            | {arm: _result(made, tokenizer) for arm, made in done[-1].items()}
-        )
-    summary = compare(
-        {arm: summarize([r for pair in done for r in pair[arm].rounds]) for arm in arms},
-        len(rows),
-        gamma,
-    )
-    if sampling.greedy and not skip_standard:
-        summary["equal_texts"] = all(
-            r["plain"]["token_ids"] == r["speculative"]["token_ids"] for r in results
-        )
+    target = decoding.Runner(scale.load("target"), room)
+    draft = decoding.Runner(scale.load("draft"), room)
+    drafter = _Drafter(draft, target, threshold, fused)
     if store:
-        summary["found"] = sum(r["found"] is not None for r in results)
-        summary["finding_seconds"] = float(np.mean([r["finding_seconds"] for r in results]))
+        reads = _knowledge_of(draft.model, scale.draft)
+        drafter.store = shared.open_store(store, target.model, tokenizer, scale, reads)
+    if fuser:
+        drafter.fuser = _fit(fuser, draft.model, target.model)
+
+    def run(ids: list[int], proposer: decoding.ModelProposer | None, count: int):
+        sampling.generator.manual_seed(seed)
+        limits = {"gamma": gamma, "max_new_tokens": count}
+        return generate(target, [ids], proposer, sampling=sampling, **limits)
+
+    for proposer in (None, drafter.proposer(texts[0], rows[0])[0]):
+        run(rows[0], proposer, 4)  # warms up, and compiles
+    results, rounds = [], {} if skip_standard else {"plain": []}
+    rounds["speculative"] = []
+    for text, ids in zip(tqdm(texts, desc="prompts"), rows, strict=True):
+        proposer, retrieved = drafter.proposer(text, ids)
+        results.append({"prompt": text} | retrieved)
+        for arm in rounds:
+            generated = run(ids, proposer if arm == "speculative" else None, max_new_tokens)
+            rounds[arm] += generated.rounds
+            results[-1][arm] = _result(generated, tokenizer)
+    summary = _summarize(results, rounds, gamma, sampling.greedy)
     _print(results, summary)
     if save_results:
-        settings = command_settings(base_model=scale.draft, teacher_model=scale.target)
+        settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
         result = {"settings": settings, "prompts": results, "summary": summary, **run_info()}
-        print(write_json(output_dir / f"speculate_{datetime.now():%Y%m%d_%H%M%S}.json", result))
+        print(shared.write_json(shared.timed_name(output_dir, "speculate"), result))
 
 
-def _reads(draft: torch.nn.Module, name: str) -> str:
+def _check_options(store: Path | None, compiled: bool, fuser: Path | None, fused: tuple) -> None:
+    if not all(fused) and not fuser:
+        options = "give --fuser_checkpoint, or leave --no_..._fusion out"
+        raise ValueError(f"Without a fuser nothing is fused: {options}.")
+    if store:
+        shared.require_store(store)
+    if store and compiled:
+        options = "leave --compiled out, or --store"
+        raise ValueError(f"What a draft knows differs from prompt to prompt: {options}.")
+
+
+def _texts(prompts: list[str] | None, prompt_file: Path | None) -> list[str]:
+    texts = list(prompts or [])
+    if prompt_file:
+        texts += read_prompts(prompt_file)
+    return texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
+
+
+@dataclass
+class _Drafter:
+    """The draft model, and what helps it: a fuser and a store of knowledge."""
+
+    draft: decoding.Runner
+    target: decoding.Runner
+    threshold: float
+    fused: tuple[bool, bool]
+    fuser: Fuser | None = None
+    store: KnowledgeCache | None = None
+
+    def proposer(self, text: str, ids: list[int]) -> tuple[decoding.ModelProposer, dict]:
+        """The proposer for a prompt, with the item retrieved for it and the seconds it took."""
+        model, prefix, retrieved, started = self.draft, None, {}, time.perf_counter()
+        if self.store is not None:
+            item = shared.find_item(self.store, text, self.threshold)
+            model, prefix = model.model.with_knowledge(self.store, [item], [len(ids)])
+            retrieved = {"found": item and item.question}
+        if self.fuser:
+            arguments = (model, self.target, self.fuser, prefix, *self.fused)
+            proposer = decoding.FusedProposer(*arguments)
+        else:
+            proposer = decoding.ModelProposer(model, prefix)
+        if retrieved:
+            retrieved["finding_seconds"] = time.perf_counter() - started
+        return proposer, retrieved
+
+
+def _knowledge_of(draft: PreTrainedModel, name: str) -> str:
     """How a draft reads knowledge."""
-    reads = draft.config.knowledge if isinstance(draft, KnowledgeDraft) else None
-    if not reads:
-        raise ValueError(
-            f"{name} does not read knowledge: leave --store out, or give a draft that `kvlab train-draft` made with "
-            "--knowledge vector, kv or prefix."
-        )
-    return reads
+    if not isinstance(draft, KnowledgeDraft) or not draft.config.knowledge:
+        options = "a draft that `kvlab train-draft` made with --knowledge vector, kv or prefix"
+        raise ValueError(f"{name} does not read knowledge: leave --store out, or give {options}.")
+    return draft.config.knowledge
 
 
-def _fitting(fuser: Fuser, draft: PreTrainedModel, target: PreTrainedModel) -> Fuser:
-    """The fuser, beside the draft, if it is for these two."""
-    have, want = (fuser.receiver, fuser.sharer), (Size.of(draft.config), Size.of(target.config))
-    if have != want:
-        seen = f"The fuser is from {have[1]} to {have[0]}, the models are {want[1]} and {want[0]}"
-        raise ValueError(f"{seen}: train one for them (`kvlab train-fuser`).")
+def _fit(fuser: Fuser, draft: PreTrainedModel, target: PreTrainedModel) -> Fuser:
+    """The fuser beside the draft, if it was trained for these two models."""
+    receiver, sharer = Size.of(draft.config), Size.of(target.config)
+    if (fuser.receiver, fuser.sharer) != (receiver, sharer):
+        trained = f"The fuser is from {fuser.sharer} to {fuser.receiver}"
+        raise ValueError(f"{trained}, the models are {sharer} and {receiver}: train one.")
     fuser.warn_of_others(draft, target)
     return fuser.to(draft.device, draft.dtype)
 
 
-def _proposer(
-    drafter: Callable[..., ModelProposer],
-    draft: Runner,
-    store: KnowledgeCache | None,
-    threshold: float,
-    text: str,
-    ids: list[int],
-) -> tuple[ModelProposer, dict]:
-    """What drafts for a prompt, with what the store has on it, and what was found in how many seconds."""
-    if store is None:
-        return drafter(draft), {}
-    started = time.perf_counter()
-    item = find_item(store, text, threshold)
-    knowing, prefix = draft.model.with_knowledge(store, [item], [len(ids)])
-    proposer, seconds = drafter(knowing, prefix=prefix), time.perf_counter() - started
-    return proposer, {"found": item and item.question, "finding_seconds": seconds}
+def _result(generated: decoding.Generated, tokenizer: PreTrainedTokenizerBase) -> dict:
+    ids, summary = generated.tokens[0].tolist(), decoding.summarize(generated.rounds)
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    speed = {"tokens_per_second": summary.tokens_per_second}
+    return {"text": text, "token_ids": ids} | asdict(summary) | speed
 
 
-def _result(made: Generated, tokenizer: PreTrainedTokenizerBase) -> dict:
-    tokens, summary = made.tokens[0].tolist(), summarize(made.rounds)
-    text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    return {
-        "text": text,
-        "token_ids": tokens,
-        **asdict(summary),
-        "tokens_per_second": summary.tokens_per_second,
-    }
-
-
-def compare(arms: dict[str, Summary], prompts: int, gamma: int) -> dict:
-    """Means a prompt of each arm and, with a plain arm, what theory says of the other and what was measured.
-
-    The cost of a verification between one token and gamma + 1 is taken to grow evenly.
-
-    Example:
-        >>> from kvlab.speculate import Round
-        >>> plain = summarize([Round([[]], [0], [[5]], 0.0, 2.0, 2.0)])
-        >>> speculative = summarize([Round([[5]], [1], [[5, 6]], 1.0, 2.0, 3.0)])
-        >>> figures = compare({"plain": plain, "speculative": speculative}, prompts=1, gamma=1)
-        >>> figures["c"], figures["v"], round(figures["predicted_speedup"], 3), round(figures["measured_speedup"], 3)
-        (0.5, 1.0, 1.333, 1.333)
-    """
-    figures = {
-        arm: {
-            "latency": (s.reading_seconds + s.seconds) / prompts,
-            "first_token_seconds": s.first_token_seconds,
-            "tokens_per_second": s.tokens_per_second,
-            "acceptance": s.acceptance,
-            "tokens_per_call": s.tokens_per_call,
-            "draft_calls": s.draft_calls,
-            "target_calls": s.target_calls,
-        }
-        for arm, s in arms.items()
-    }
-    fast, plain = arms["speculative"], arms.get("plain")
-    if plain and plain.target_calls and fast.draft_calls:
-        c, v = costs(fast, plain)
-        chain = np.nan_to_num(fast.conditional).tolist()
-        figures |= {
-            "c": c,
-            "v": v,
-            "predicted_speedup": cost_model(chain, c, len(chain), v).speedup,
-            "measured_speedup": fast.tokens_per_second / plain.tokens_per_second,
-            "best_gamma": best_gamma(fast.acceptance, c, lambda g: 1 + (v - 1) * g / gamma),
-        }
-    return figures
+def _summarize(results: list[dict], rounds: dict, gamma: int, greedy: bool) -> dict:
+    arms = {arm: decoding.summarize(rounds[arm]) for arm in rounds}
+    summary = decoding.compare(arms, len(results), gamma)
+    if greedy and "plain" in rounds:
+        texts = [[r[arm]["token_ids"] for r in results] for arm in rounds]
+        summary["equal_texts"] = texts[0] == texts[1]
+    if "found" in results[0]:
+        summary["found"] = sum(r["found"] is not None for r in results)
+        summary["finding_seconds"] = float(np.mean([r["finding_seconds"] for r in results]))
+    return summary
 
 
 def _print(results: list[dict], summary: dict) -> None:
     for result in results:
-        known = f"    knows: {result['found'] or 'nothing'}\n" if "found" in result else ""
-        print(f"{result['prompt']}\n{known}    {result['speculative']['text']}\n")
+        knowledge = f"    knows: {result['found'] or 'nothing'}\n" if "found" in result else ""
+        print(f"{result['prompt']}\n{knowledge}    {result['speculative']['text']}\n")
     arms = {key: value for key, value in summary.items() if isinstance(value, dict)}
     print(pd.DataFrame(arms).to_string(float_format="{:.3f}".format, na_rep="-"))
     for name, value in summary.items():

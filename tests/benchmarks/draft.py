@@ -213,7 +213,7 @@ def timed(s: Lab, ids: list[int], proposer) -> Run:
     started = time.perf_counter()
     made = generate(s.target, [ids], proposer(), gamma=GAMMA, max_new_tokens=NEW)
     whole = time.perf_counter() - started
-    decoding = sum(r.seconds for r in made.rounds if not r.reading)
+    decoding = sum(r.seconds for r in made.rounds if not r.is_prefill)
     return Run(made.tokens[0].tolist(), decoding, whole, summarize(made.rounds).acceptance)
 
 

@@ -32,8 +32,8 @@ from kvlab.speculate import (
     best_gamma,
     cost_model,
     costs,
-    draw,
     generate,
+    sample_categorical,
     summarize,
     verify,
 )
@@ -74,7 +74,7 @@ def ours(target: Runner, proposer: Proposer | None, gamma: int, temperature: flo
         return Run(
             made.tokens[0].tolist(),
             whole,
-            sum(r.seconds for r in made.rounds if not r.reading),
+            sum(r.seconds for r in made.rounds if not r.is_prefill),
             made.rounds,
         )
 
@@ -411,7 +411,7 @@ def batch_figures(s: Setup, gamma: int) -> list[dict]:
                 )
             turns.append(
                 sum(run.decoding for run in runs)
-                / sum(r.seconds for r in made.rounds if not r.reading)
+                / sum(r.seconds for r in made.rounds if not r.is_prefill)
             )
         values.append(float(np.median(turns[1:])))
         s.bar.update()
@@ -510,7 +510,7 @@ def p_value(kind: str, gamma: int, rows: int, seed: int, **warping) -> float:
 def without_residual(p, proposal: Proposal, uniform):
     """After a rejection draw from p itself."""
     accepted = verify(p, proposal, uniform)[0]
-    return accepted, draw(p[torch.arange(len(p)), accepted], uniform[:, -1])
+    return accepted, sample_categorical(p[torch.arange(len(p)), accepted], uniform[:, -1])
 
 
 def with_another_q(p, proposal: Proposal, uniform):
