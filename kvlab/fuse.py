@@ -15,7 +15,7 @@ from the defaults here in three places, and each can be chosen:
   1 - 1/e = 0.632 in training, and closed at inference. With logistic noise it is open with
   probability sigma(logit), above 1/2 exactly where it is open at inference (`Settings.noise`).
 - tokens. Of the sharer's tokens that spell one receiver token it keeps one
-  (`align_tokens(keep="longest")`). Here all count, weighted by their common characters.
+  (`align_tokens(longest=True)`). Here all count, weighted by their common characters.
 
 `rehearsal_loss` and fusing the tokens of a response are additions of this package. Batches are
 padded on the left. The gates of an untrained fuser are closed: in evaluation mode it returns the
@@ -33,7 +33,7 @@ True
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -44,14 +44,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, PreTrainedConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvlab import cache as kv
-from kvlab.cache import Prefix
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import rendered
 from kvlab.layers import LayerMap, first_aligned, last_aligned, proportional
@@ -93,7 +91,7 @@ class Aligned:
 
 
 def align_tokens(
-    receiver: Tokenizer, sharer: Tokenizer, conversation: Messages, keep: str = "all"
+    receiver: Tokenizer, sharer: Tokenizer, conversation: Messages, longest: bool = False
 ) -> Aligned:
     """Encode a conversation for both models, and align the tokens by the characters they spell.
 
@@ -104,11 +102,11 @@ def align_tokens(
     Args:
         receiver, sharer: the tokenizers of the two models.
         conversation: {"role", "content"} messages.
-        keep: "all" sharer tokens that overlap a receiver token, weighted by common characters; or
-            the "longest", the first one with the largest overlap, as in the published code.
+        longest: Of the sharer's tokens that overlap a receiver token keep one, the first with the
+            largest overlap, as in the published code. Default: all, weighted by common characters.
 
     Raises:
-        ValueError: the chat template changes the content of a message; another `keep`.
+        ValueError: the chat template changes the content of a message.
 
     Example:
         >>> from kvlab import lab
@@ -117,8 +115,6 @@ def align_tokens(
         >>> [tokenizers[1].decode(i) for i in aligned.sharer_ids], aligned.token_weights[1, :3]
         (['<|user|>', ' e', 'g', 'g', 's', '<|assistant|>'], tensor([0.0000, 0.4000, 0.2000]))
     """
-    if keep not in ("all", "longest"):
-        raise ValueError(f"keep is {keep!r}, expected 'all' or 'longest'.")
     text, ids, spans = _encode_spans(receiver, conversation)
     sharer_text, sharer_ids, sharer_spans = _encode_spans(sharer, conversation)
     if text == sharer_text and np.array_equal(spans, sharer_spans):
@@ -130,7 +126,7 @@ def align_tokens(
     starts = np.maximum(spans[:, None, 0], sharer_spans[:, 0])
     ends = np.minimum(spans[:, None, 1], sharer_spans[:, 1])
     common = torch.from_numpy((ends - starts).clip(min=0)).float()  # (T_r, T_s), in characters
-    if keep == "longest":
+    if longest:
         best = common.argmax(1, keepdim=True)
         common = torch.zeros_like(common).scatter(1, best, common.gather(1, best).sign())
     return Aligned(ids, sharer_ids, common / common.sum(1, keepdim=True).clamp(min=1))
@@ -147,19 +143,18 @@ def _encode_spans(tokenizer: Tokenizer, conversation: Messages) -> tuple[str, Te
 
 def _message_offsets(tokenizer: Tokenizer, conversation: Messages, text: str) -> np.ndarray:
     """The number of message characters before each index of the rendered text, (len(text) + 1,)."""
-    inside = np.zeros(len(text), dtype=np.int64)
+    inside = np.zeros(len(text) + 1, dtype=np.int64)
     for i, message in enumerate(conversation):
         content = message["content"].strip()
-        marked = list(conversation)
-        marked[i] = {**message, "content": CONTENT_MARK}
+        marked = [*conversation[:i], {**message, "content": CONTENT_MARK}, *conversation[i + 1 :]]
         mark = rendered(tokenizer, marked).find(CONTENT_MARK)
         start = text.find(content, max(mark, 0))
         if mark < 0 or start < 0 or text[mark:start].strip():
             raise ValueError(
                 f"The template changes message {i} ({content[:40]!r}): use another one."
             )
-        inside[start : start + len(content)] = 1
-    return np.concatenate(([0], inside.cumsum()))
+        inside[start + 1 : start + 1 + len(content)] = 1
+    return inside.cumsum()
 
 
 # -- the fuser
@@ -298,7 +293,7 @@ class Fuser(nn.Module):
         self.eval()
 
     def forward(
-        self, receiver: Prefix, sharer: Prefix, token_weights: Tensor | None = None
+        self, receiver: kv.Prefix, sharer: kv.Prefix, token_weights: Tensor | None = None
     ) -> DynamicCache:
         """Fuse the sharer's entries into a copy of the receiver's cache.
 
@@ -318,15 +313,24 @@ class Fuser(nn.Module):
             cache = Size(layers, heads, width)
             if cache != size:
                 raise CacheError(f"A cache has {cache}, the fuser {size}: receiver first.")
-        stored = kv.to_tensor(receiver.cache)  # (L, 2, B, H, T, d)
-        features = self._features(receiver, sharer, token_weights)
+        weight, keys = self.input_proj.weight, self.settings.keys
+        layers = self.layer_map.indices  # (L, k)
+        picked = kv.pick_layers(sharer.cache, layers.flatten().tolist())
+        picked = entries(replace(sharer, cache=picked), keys).to(weight).unflatten(0, layers.shape)
+        mean = torch.einsum("lk,lk...->l...", self.layer_map.weights.to(weight), picked)
+        if token_weights is not None:
+            mean = token_weights.to(weight) @ mean
+        if not self.settings.use_sharer:
+            mean = torch.zeros_like(mean)
+        features = torch.cat((mean, entries(receiver, keys).to(weight)), -1)  # (L, 2, B, T, W)
         change = self._changes(features.flatten(0, 1).flatten(1, 2))  # (2 L, B T, H d)
         change = change.view(*features.shape[:-1], self.receiver.heads, -1).transpose(3, 4)
+        stored = kv.to_tensor(receiver.cache)  # (L, 2, B, H, T, d)
         changed = (self.gate_logit > 0).view(-1, 2, 1, 1, 1, 1)
         if self.training:
             change = change * self._gates((*stored.shape[:5], 1)).to(change)
             changed = torch.ones_like(changed)
-        if self.settings.keys == "unrotated":  # rotation is linear: stored keys stay as they are
+        if keys == "unrotated":  # rotation is linear: stored keys stay as they are
             rotated = kv.rotate(kv.from_tensor(change), receiver.positions, receiver.rotary)
             change = kv.to_tensor(rotated)
         if receiver.attention_mask is not None:
@@ -334,19 +338,6 @@ class Fuser(nn.Module):
         if token_weights is not None:
             changed = changed & (token_weights.sum(-1) > 0).to(changed.device)[:, None, :, None]
         return kv.from_tensor(torch.where(changed, stored + change.to(stored), stored))
-
-    def _features(self, receiver: Prefix, sharer: Prefix, token_weights: Tensor | None) -> Tensor:
-        """The networks' input, sharer before receiver, (L, 2, B, T, W_s + H d)."""
-        weight, layer_map = self.input_proj.weight, self.layer_map
-        picked = kv.pick_layers(sharer.cache, layer_map.indices.flatten().tolist())
-        picked = entries(replace(sharer, cache=picked), self.settings.keys).to(weight)
-        picked = picked.unflatten(0, layer_map.indices.shape)  # (L, k, 2, B, T_s, W_s)
-        mean = torch.einsum("lk,lk...->l...", layer_map.weights.to(weight), picked)
-        if token_weights is not None:
-            mean = token_weights.to(weight) @ mean
-        if not self.settings.use_sharer:
-            mean = torch.zeros_like(mean)
-        return torch.cat((mean, entries(receiver, self.settings.keys).to(weight)), -1)
 
     def _changes(self, features: Tensor) -> Tensor:
         """The changes behind open gates, (2 L, N, H d), from features (2 L, N, W_s + H d)."""
@@ -377,9 +368,7 @@ class Fuser(nn.Module):
             if saved["weights"]["dtype"] != current["weights"]["dtype"]:
                 saved = saved | {"weights": current["weights"]}  # rounding changes the digest
             if difference := differences(saved, current):
-                warnings.warn(
-                    f"The fuser was trained for another {who} ({difference}).", stacklevel=2
-                )
+                warnings.warn(f"The fuser is for another {who} ({difference}).", stacklevel=2)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write fuser.safetensors and fuser.json (sizes, layer map, settings, fingerprints)."""
@@ -407,7 +396,14 @@ class Fuser(nn.Module):
         if version not in (1, FUSER_VERSION):
             raise ValueError(f"{folder} has a fuser of version {version}, expected 1 or 2.")
         if version == 1:
-            config, state = _from_version_1(config, state)
+            config["settings"]["use_sharer"] = config["settings"].pop("sharer_seen")
+            renamed = {}
+            for name, tensor in state.items():
+                module, _, rest = name.partition(".")
+                if rest.endswith(("bias", "norm")):  # flat: one row per network
+                    tensor = tensor.view(2 * config["receiver"]["layers"], -1)
+                renamed[f"{VERSION_1_NAMES[module]}.{rest}" if rest else name] = tensor
+            state = renamed
         receiver, sharer = Size(**config["receiver"]), Size(**config["sharer"])
         indices = torch.tensor(config["layer_map"]["indices"])
         weights = torch.tensor(config["layer_map"]["weights"], dtype=torch.float64)
@@ -418,20 +414,7 @@ class Fuser(nn.Module):
         return fuser.requires_grad_(True)
 
 
-def _from_version_1(config: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Rename modules and settings, and give flat biases and norms one row per network."""
-    settings = dict(config["settings"])
-    settings["use_sharer"] = settings.pop("sharer_seen")
-    renamed = {}
-    for name, tensor in state.items():
-        module, _, rest = name.partition(".")
-        if rest.endswith(("bias", "norm")):
-            tensor = tensor.view(2 * config["receiver"]["layers"], -1)
-        renamed[f"{VERSION_1_NAMES[module]}.{rest}" if rest else name] = tensor
-    return config | {"settings": settings}, renamed
-
-
-def entries(prefix: Prefix, keys: str = "unrotated") -> Tensor:
+def entries(prefix: kv.Prefix, keys: str = "unrotated") -> Tensor:
     """Return keys ("unrotated" or "rotated") and values, heads side by side, (L, 2, B, T, H d)."""
     cache = prefix.cache
     if keys == "unrotated":
@@ -440,7 +423,7 @@ def entries(prefix: Prefix, keys: str = "unrotated") -> Tensor:
 
 
 @torch.no_grad()
-def fuse_prompt(fuser: Fuser, receiver: Model, sharer: Model, prompt: Aligned) -> Prefix:
+def fuse_prompt(fuser: Fuser, receiver: Model, sharer: Model, prompt: Aligned) -> kv.Prefix:
     """Prefill a prompt with both models, and fuse all but its last token.
 
     The receiver reads the last token afterwards.
@@ -507,9 +490,8 @@ def pad_fuser_batch(examples: Sequence[FuserExample]) -> dict[str, Tensor]:
 
 def _pad_with_mask(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     """Stack rows of ids with padding on one side; and their mask."""
-    masks = [torch.ones_like(row) for row in rows]
-    ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
-    return ids, pad_sequence(masks, batch_first=True, padding_side=side)
+    ids = nn.utils.rnn.pad_sequence(list(rows), True, padding_value=-1, padding_side=side)
+    return ids.clamp(min=0), (ids >= 0).long()
 
 
 def response_loss(
@@ -614,12 +596,7 @@ class FuserArm(Settings):
     seed: int = 0
 
     def train(
-        self,
-        receiver: Model,
-        sharer: Model,
-        examples: Sequence[FuserExample],
-        loss: Callable[..., dict[str, Tensor]] = response_loss,
-        **options,
+        self, receiver: Model, sharer: Model, examples: Sequence, loss=response_loss, **options
     ) -> tuple[Fuser, list[dict[str, float]]]:
         """Make a fuser and train it, by default as published. Both models are frozen.
 
@@ -629,6 +606,7 @@ class FuserArm(Settings):
 
         Args:
             receiver, sharer: on the device that `fit` trains on.
+            examples: of `FuserExample`.
             loss: `response_loss`, or `rehearsal_loss` for prompts with blanks.
             options: of `kvlab.training.fit`: checkpoint, every.
 
