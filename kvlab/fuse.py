@@ -60,7 +60,6 @@ from kvlab.training import FitSettings, fit
 NOISES = {"logistic": torch.logit, "gumbel": lambda u: -(-u.log()).log()}  # u is uniform in (0, 1)
 LAYER_MAPS = {"last": last_aligned, "proportional": proportional, "first": first_aligned}
 CONTENT_MARK = "\ue000"  # replaces a message's content, to find where a chat template puts it
-FUSER_VERSION = 2
 VERSION_1_NAMES = {"enter": "input_proj", "shared": "shared_mlp", "project": "value_mlp",
                    "weigh": "weight_mlp", "change": "value_out",
                    "weight": "weight_out"}  # fmt: skip
@@ -377,7 +376,7 @@ class Fuser(nn.Module):
         write_tensors(folder / "fuser.safetensors", self.state_dict(), {"format": "pt"})
         indices, weights, _ = self.layer_map
         config = {
-            "version": FUSER_VERSION,
+            "version": 2,
             "receiver": self.receiver._asdict(),
             "sharer": self.sharer._asdict(),
             "layer_map": {"indices": indices.tolist(), "weights": weights.tolist()},
@@ -393,7 +392,7 @@ class Fuser(nn.Module):
         config = json.loads((folder / "fuser.json").read_text("utf-8"))
         state = load_file(folder / "fuser.safetensors")
         version = config.get("version")
-        if version not in (1, FUSER_VERSION):
+        if version not in (1, 2):
             raise ValueError(f"{folder} has a fuser of version {version}, expected 1 or 2.")
         if version == 1:
             config["settings"]["use_sharer"] = config["settings"].pop("sharer_seen")
@@ -642,15 +641,9 @@ class FuserArm(Settings):
         options |= self._fields_of(FitSettings)
         options |= {"betas": (0.9, 0.999), "weight_decay": 0.01}
         options |= {"warmup": self.steps // 10, "decay": 0.9, "on_step": anneal}
-        history = fit(
-            fuser,
-            loader,
-            losses,
-            weight=lambda batch: batch["weights"].sum(),
-            evaluate=lambda fuser: {"open": (fuser.gate_logit > 0).float().mean().item()},
-            **options,
-        )
-        return fuser, history
+        options["weight"] = lambda batch: batch["weights"].sum()
+        options["evaluate"] = lambda fuser: {"open": (fuser.gate_logit > 0).float().mean().item()}
+        return fuser, fit(fuser, loader, losses, **options)
 
     def _fields_of(self, settings: type) -> dict:
         """The values of the fields that this arm shares with a dataclass."""

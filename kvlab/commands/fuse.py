@@ -66,8 +66,8 @@ def train_fuser_command(
         **options: Of `kvlab.fuse.FuserArm`.
     """
     arm = FuserArm(use_sharer=True, decode=not no_decode_fusion, **options)
-    counts = {"steps": arm.steps, "batch_size": arm.batch_size, "accumulate": arm.accumulate}
-    shared.require_counts(heldout=heldout, gamma=gamma, prompts=prompts or 1, **counts)
+    shared.require_counts(heldout=heldout, gamma=gamma, prompts=prompts or 1, steps=arm.steps)
+    shared.require_counts(batch_size=arm.batch_size, accumulate=arm.accumulate)
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 2 or more.")
     if arm.learning_rate < 0:
