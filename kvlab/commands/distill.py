@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ def distill(
     output_dir: Path = Path("distiller"),
     width: int = 1024,
     row: int = 1536,
-    retention: tuple[float, float] = (0.001, 0.8),
+    retention: list[float] | None = None,
     forward_share: float = 0.6,
     instruction: float = 0.0,
     questions: int = 8,
@@ -61,7 +60,7 @@ def distill(
         width: Width of the scorer's hidden layer.
         row: Longer contexts are read in chunks of this many tokens, which do not attend to each
             other.
-        retention: Bounds of the fraction to keep, drawn for each batch, e.g. --retention 0.001 0.8
+        retention: Bounds of the fraction to keep, drawn for each batch. Default: 0.001 0.8.
         forward_share: Weight of KL(p||q) in the loss; KL(q||p) has the rest.
         instruction: Weight of the questions' tokens in the loss; answers have 1.
         questions: Most questions about one context in one example, and in the comparison.
@@ -81,6 +80,7 @@ def distill(
     scale = common.scale_with_target(base_model)
     counts = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate}
     common.require_counts(contexts=contexts, questions=questions, **counts)
+    retention = retention or [0.001, 0.8]
     if not 0 <= forward_share <= 1:
         raise ValueError(f"forward_share is {forward_share}, expected a fraction in [0, 1].")
     if len(retention) != 2 or not 0 < retention[0] <= retention[1] <= 1:
@@ -93,34 +93,31 @@ def distill(
         readings, test_records = _split_records(records, heldout, questions, seed)
     if len(readings) < batch_size:
         raise ValueError(f"{len(readings)} examples are fewer than a batch of {batch_size}.")
+    state = PartialState(cpu=scale.device == "cpu")  # gives each process its own GPU
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
     torch.manual_seed(seed)
     distiller = KVDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
-    training = counts | {"retention": list(retention), "forward_share": forward_share}
+    training = counts | {"retention": retention, "forward_share": forward_share}
     training |= {"learning_rate": learning_rate, "precision": precision, "seed": seed}
     settings = asdict(distiller.settings)
-    texts = vars(readings) if data == "lab" else readings
-    run = output_dir / common.run_name(model, settings, training, instruction, texts)
+    run = output_dir / common.run_name(model, settings, training, instruction, repr(readings))
     training["checkpoint"] = run / "checkpoint.safetensors"
-    main = PartialState(cpu=scale.device == "cpu").is_main_process  # gives each process its own GPU
-    if main:
-        print(f"Training: {len(readings)} examples. Held out: {_count(test_records)}.")
+    state.print(f"Training: {len(readings)} examples. Held out: {_count(test_records)}.")
     examples = chapter.DistillDataset(tokenizer, readings, instruction)
     history = chapter.train_distiller(distiller, examples, **training)
-    if main:
+    if state.is_main_process:
+        settings |= {"base_model": scale.target, "retention": retention}
         distiller.save_pretrained(output_dir)
         options = {"distiller": distiller, "long_answers": data in LONG, "seed": seed}
         arms = ["distill"], [0.5, 0.25, 0.1]
         figures = _compare(model, tokenizer, test_records[:contexts], *arms, **options)
-        result = {"settings": common.command_settings(base_model=scale.target, **settings)}
+        result = {"settings": common.command_settings(**settings)}
         result["heldout"] = [common.short_digest(rows[0].context) for rows in test_records]
         result |= {"figures": figures, **run_info(), "history": history}
         print(common.write_json(output_dir / "training.json", result))
 
 
-def _split_records(
-    records: dict[str, list], heldout: float, questions: int, seed: int
-) -> tuple[list[tuple[str, list[tuple[str, str]]]], common.Contexts]:
+def _split_records(records: dict[str, list], heldout: float, questions: int, seed: int) -> tuple:
     """Contexts with questions and answers to train on, and the records of held-out contexts."""
     heldout_contexts = common.sample_heldout([*records], heldout, seed)
     readings = []
@@ -145,7 +142,7 @@ def eval_compression(
     contexts: int = 64,
     questions: int = 8,
     methods: list[str] | None = None,
-    retention: Sequence[float] = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02),
+    retention: list[float] | None = None,
     shared: bool = False,
     max_new_tokens: int = 64,
     save_results: bool = False,
@@ -170,7 +167,8 @@ def eval_compression(
         questions: Most questions about each.
         methods: Some of distill, random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed,
             h2o_aware and snapkv_aware, e.g. --methods distill h2o. Default: all.
-        retention: Fractions of a context's entries to keep, e.g. --retention 0.5 0.1.
+        retention: Fractions of a context's entries to keep, e.g. --retention 0.5 0.1. Default: 1
+            0.5 0.25 0.1 0.05 0.02.
         shared: Keep the same entries in all heads and layers, by the mean of their scores; distill
             always does.
         max_new_tokens: Tokens per answer.
@@ -187,6 +185,7 @@ def eval_compression(
             expected = f"expected some of {', '.join(choices)} (distill needs a distiller)"
             raise ValueError(f"There is no method {name}: {expected}.")
     common.require_counts(contexts=contexts, questions=questions, max_new_tokens=max_new_tokens)
+    retention = retention or [1.0, 0.5, 0.25, 0.1, 0.05, 0.02]
     for fraction in retention:
         count_kept(1, fraction)
     if data == "lab":
@@ -199,7 +198,8 @@ def eval_compression(
         records = [records[context][:questions] for context in sample]
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
     print(f"Comparing answers on: {_count(records)}.")
-    settings = common.command_settings(base_model=scale.target, methods=methods)
+    resolved = {"base_model": scale.target, "methods": methods, "retention": retention}
+    settings = common.command_settings(**resolved)
     if distiller is not None:
         distiller = KVDistiller.from_pretrained(distiller, model)
     options = {"distiller": distiller, "shared": shared, "long_answers": data in LONG, "seed": seed}
@@ -220,9 +220,7 @@ def _test_records(records: dict[str, list], distiller: Path | None) -> dict[str,
     return heldout or records
 
 
-def _compare(
-    model, tokenizer, records, methods, retention, seed, max_new_tokens=64, **options
-) -> list[dict]:
+def _compare(model, tokenizer, records, methods, retention, seed, max_new_tokens=64, **options):
     """Print a table of methods that do not know the question and one of those that do."""
     torch.manual_seed(seed)
     options["generate"] = partial(generate, model, max_new_tokens=max_new_tokens)
