@@ -8,11 +8,11 @@ it with the scores of `kvlab.compress` on questions about compressed contexts.
 import copy
 import itertools
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -388,14 +388,12 @@ class DistillDataset(Dataset):
 
 def pad_contexts(examples: Sequence[DistillExample]) -> dict[str, Tensor]:
     """A batch: contexts are padded on the left, texts and weights on the right."""
-    sides = {"context": "left", "text": "right", "weights": "right"}
-    batch = {}
-    for name, side in sides.items():
-        rows = [getattr(example, name) for example in examples]
-        batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
-    lengths = torch.tensor([len(example.context) for example in examples])
-    columns = torch.arange(batch["context"].shape[1], 0, -1)  # counted from the end
-    return batch | {"context_mask": (columns <= lengths[:, None]).long()}
+    contexts, texts, weights = zip(*examples, strict=True)
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    context = pad(contexts, padding_side="left", padding_value=-1)
+    mask = (context >= 0).long()
+    batch = {"context": context.clamp(min=0), "context_mask": mask}
+    return batch | {"text": pad(texts), "weights": pad(weights)}
 
 
 def train_distiller(
@@ -404,7 +402,6 @@ def train_distiller(
     *,
     steps: int,
     batch_size: int = 32,
-    learning_rate: float = 5e-5,
     retention: tuple[float, float] = (0.001, 0.8),
     forward_share: float = 0.6,
     **options,
@@ -419,24 +416,21 @@ def train_distiller(
         examples: a `DistillDataset`, or a list of what `encode_turns` returns.
         steps: optimizer steps.
         batch_size: contexts per batch.
-        learning_rate: peak learning rate.
         retention: bounds of the fraction that a batch keeps, drawn uniformly on a logarithmic scale
             (the paper does not state how it is drawn).
         forward_share: lambda.
-        options: of `kvlab.training.fit`: checkpoint, every, accumulate, precision, seed, evaluate,
-            ...
+        options: of `kvlab.training.fit`: learning_rate (5e-5), checkpoint, every, accumulate,
+            precision, seed, evaluate, ...
 
     Returns:
         The history of `fit`; "kl" and "reverse_kl" are already multiplied by their weights.
     """
     loss_weights = {"kl": forward_share, "reverse_kl": 1 - forward_share}
     loss_weights = {name: weight for name, weight in loss_weights.items() if weight}
-    low = math.log(retention[0])
-    high = math.log(retention[1])
     PartialState(cpu=distiller.model.device.type == "cpu")  # else `fit` takes the best device
 
     def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        fraction = math.exp(low + (high - low) * torch.rand(()).item())
+        fraction = retention[0] * (retention[1] / retention[0]) ** torch.rand(()).item()
         text = batch["text"]
         logits, target_logits = model(batch["context"], batch["context_mask"], text, fraction)
         return distillation_losses(loss_weights, logits, target_logits, text, batch["weights"])
@@ -446,9 +440,8 @@ def train_distiller(
 
     batches = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
     loader = DataLoader(examples, collate_fn=pad_contexts, **batches)
-    options = {"weight_decay": 0.0, "warmup": max(1, steps // 20)} | options
-    options |= {"steps": steps, "learning_rate": learning_rate}
-    return fit(distiller, loader, losses, weight=count_tokens, **options)
+    defaults = {"learning_rate": 5e-5, "weight_decay": 0.0, "warmup": max(1, steps // 20)}
+    return fit(distiller, loader, losses, weight=count_tokens, steps=steps, **defaults | options)
 
 
 # -- comparison
