@@ -403,9 +403,17 @@ def test_choices_and_long_answers_have_scores_of_their_own(compare, tiny):
 @pytest.mark.parametrize(
     ("command", "options", "sentence"),
     [
-        (TRAIN, ["--retention", "0.8", "0.1"], r"retention is \[0.8, 0.1\], expected two fractions in"),
+        (
+            TRAIN,
+            ["--retention", "0.8", "0.1"],
+            r"retention is \[0.8, 0.1\], expected two fractions in",
+        ),
         (TRAIN, ["--retention", "0.5"], r"retention is \[0.5\], expected two fractions"),
-        (TRAIN, ["--retention", "0.1", "1.5"], r"retention is \[0.1, 1.5\], expected two fractions in"),
+        (
+            TRAIN,
+            ["--retention", "0.1", "1.5"],
+            r"retention is \[0.1, 1.5\], expected two fractions in",
+        ),
         (TRAIN, ["--forward_share", "1.5"], "forward_share is 1.5, expected a fraction in"),
         (TRAIN, ["--batch_size", "0"], "batch_size is 0, expected a"),
         (TRAIN, ["--questions", "0"], "questions is 0, expected a"),
