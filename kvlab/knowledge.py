@@ -55,6 +55,7 @@ VERSION = 1  # of the file format
 PARTS = ("kv", "hidden")
 ARMS = ("full", "prefix", "concat", "shift", "recompute")
 CACHES_USED = {"full": 0, "prefix": 1}  # how many prefixes' caches an arm uses; the others use all
+EARLY_LAYERS = 2  # that "recompute" computes for all tokens
 SHARD_BYTES, SHARD_ITEMS = 2**28, 256  # a shard is closed when it reaches either
 LEFTOVER = re.compile(r"[0-9a-f]{16}(\.index)?\.safetensors|\.([0-9a-f]{16}|manifest)\..*\.part")
 PROBE = "Is this store of the same embedder?"
@@ -104,11 +105,7 @@ Records = Iterable[Mapping[str, str]]
 
 @torch.no_grad()
 def splice(
-    model: PreTrainedModel,
-    prefixes: Sequence[Prefix],
-    arm: str = "recompute",
-    fraction: float = 0.15,
-    early_layers: int = 2,
+    model: PreTrainedModel, prefixes: list[Prefix], arm: str = "recompute", fraction: float = 0.15
 ) -> Prefix:
     """Join prefixes of one row that were prefilled alone, each from position 0.
 
@@ -120,12 +117,9 @@ def splice(
         arm: "full" prefills all tokens again (exact); "prefix" keeps the first prefix and prefills
             the rest (exact); "concat" joins the caches as they are, with keys at wrong positions;
             "shift" moves each to its positions; "recompute" moves them, then recomputes those
-            tokens whose keys and values differ most from the true ones (CacheBlend, Yao et al.
-            2025, arXiv 2405.16444, section 4).
+            tokens whose keys and values differ most from the true ones after two layers (CacheBlend,
+            Yao et al. 2025, arXiv 2405.16444, section 4, where the choice narrows layer by layer).
         fraction: of the tokens after the first prefix, for "recompute". 1.0 is exact.
-        early_layers: number of layers that "recompute" computes for all of these tokens; the
-            differences at the last of them decide. CacheBlend narrows its choice down layer by
-            layer; here it is made once.
 
     Raises:
         CacheError: an unknown arm, too many tokens for the model, or a prefix that
@@ -167,21 +161,21 @@ def splice(
     if arm != "concat":
         cache = kv.shift(cache, torch.tensor(offsets, device=model.device), models.rotary_of(model))
     if arm == "recompute" and len(prefixes) > 1:
-        cache = _recompute(model, cache, tokens, start, fraction, early_layers)
+        cache = _recompute(model, cache, tokens, start, fraction)
     return Prefix(cache, len(input_ids), input_ids)
 
 
-def _recompute(model, cache, tokens: Tensor, start: int, fraction: float, early_layers: int):
+def _recompute(model, cache, tokens: Tensor, start: int, fraction: float):
     """CacheBlend: early layers for all tokens, later layers for those that differ most there."""
     stored = kv.to_tensor(cache)  # (L, 2, 1, H_kv, T, D)
-    early = stored[:early_layers]
+    early = stored[:EARLY_LAYERS]
     first = Prefix(kv.from_tensor(early[..., :start, :]), start)
-    shallow = models.first_layers(model, early_layers)
+    shallow = models.first_layers(model, EARLY_LAYERS)
     true = kv.to_tensor(kv.prefill(shallow, tokens[:, start:], first).cache)
     error = (true - early)[-1].float().pow(2).sum((1, 2, 4))  # (2, T)
     size = true[-1].float().pow(2).sum((1, 2, 4)).mean(1, keepdim=True)
     difference = (error / size).sum(0)[start:]
-    stored[:early_layers] = true
+    stored[:EARLY_LAYERS] = true
     chosen = difference.topk(round(fraction * len(difference))).indices.sort().values + start
     if not len(chosen):
         return kv.from_tensor(stored)
@@ -257,26 +251,22 @@ class KnowledgeCache:
             "tokenizer": _tokenizer_hashes(tokenizer),
         }
         store = cls._load_or_start(folder, model, tokenizer, embedder, settings)
-        for name in ("keep", "dtype"):
-            stored = store.settings[name]
-            if stored != settings[name]:
-                raise CacheError(
-                    f"{store.folder} was built with {name}={stored}: use another folder."
-                )
+        if store.keep != tuple(settings["keep"]) or store.dtype != dtype:
+            raise CacheError(
+                f"{store.folder} keeps {store.keep}, {store.dtype}: use another folder."
+            )
         store.add(records, **adding)
         return store
 
     @classmethod
     def _load_or_start(cls, folder, model, tokenizer, embedder, settings) -> "KnowledgeCache":
-        """Open the store in a folder; if the folder is empty, a new store that is not written yet."""
+        """Open the store in a folder; in an empty one, a new store that is not written yet."""
         folder = Path(folder).expanduser().absolute()
         if (folder / "manifest.json").exists():
             return cls.load(folder, model, tokenizer, embedder)
         names = sorted(path.name for path in folder.glob("[!.]*"))  # a kill may leave hidden files
         if names:
-            raise CacheError(
-                f"{folder} holds {names[:3]} and no store: give a new or empty folder."
-            )
+            raise CacheError(f"{folder} holds {names[:3]} and no store: give an empty folder.")
         return cls(folder, model, tokenizer, embedder, settings)
 
     @classmethod
@@ -319,7 +309,7 @@ class KnowledgeCache:
     # -- adding
 
     def estimate(self, records: Records, generate: bool = False, max_new_tokens: int = 128) -> int:
-        """Bytes of tensors that `add` would write; an upper bound for answers yet to be generated."""
+        """Bytes of tensors that `add` would write; an upper bound if answers are to be generated."""
         reserve = max_new_tokens if generate else 0
         items = self._new(self._items(records, generate, max_new_tokens))
         return sum(self.bytes_of(len(item.input_ids) + reserve) for item in items)
@@ -481,9 +471,8 @@ class KnowledgeCache:
                     _commit(self.folder, self.settings, [])
                 self._open()
                 listed = {path for shard in self.shards for path in self._paths(shard["name"])}
-                files = {*self.folder.glob("shards/*"), *self.folder.glob("**/.*.part")}
-                for path in files - listed:
-                    if LEFTOVER.fullmatch(path.name):  # other files are not from here
+                for path in [*self.folder.glob("shards/*"), *self.folder.glob("**/.*.part")]:
+                    if LEFTOVER.fullmatch(path.name) and path not in listed:
                         path.unlink()
                 yield
         except Timeout as error:
@@ -507,12 +496,8 @@ class KnowledgeCache:
 
     def _read_index(self, shard: dict) -> tuple[list[Item], Tensor]:
         data, index = self._paths(shard["name"])
-        try:
-            intact = data.stat().st_size == shard["bytes"]
-            intact &= xxh3_128_hexdigest(index.read_bytes()) == shard["index"]
-        except OSError:
-            intact = False
-        if not intact:
+        intact = data.is_file() and index.is_file() and data.stat().st_size == shard["bytes"]
+        if not intact or xxh3_128_hexdigest(index.read_bytes()) != shard["index"]:
             raise CacheError(f"{data} or its index is missing or damaged: take both from a backup.")
         with safe_open(index, "pt") as file:
             rows = json.loads(file.metadata()["items"])
@@ -700,8 +685,7 @@ def _compressed(input_ids: Tensor, compress: Callable[[Tensor], Prefix]) -> tupl
     expected = (1, kv.length(prefix.cache)), input_ids.shape[1]
     returned = tuple(prefix.positions.shape), prefix.next_position
     if returned != expected:
-        message = f"compress returned positions and a next position of {returned}, not {expected}"
-        raise CacheError(f"{message}: evict with shared=True, and move nothing.")
+        raise CacheError(f"compress returned positions, next {returned}: expected {expected}.")
     return kv.to_tensor(prefix.cache), prefix.positions[0].to("cpu", copy=True)
 
 
@@ -729,7 +713,8 @@ def _read_manifest(folder: Path) -> tuple[dict, list[dict]]:
         raise CacheError(f"{path} is damaged: restore it from a backup, or build another store.")
     if (version := settings["version"]) != VERSION:
         raise CacheError(f"{folder} has format version {version}, expected {VERSION}.")
-    return settings, settings.pop("shards")
+    shards = settings.pop("shards")
+    return settings, shards
 
 
 def _json_hash(content: dict) -> str:
@@ -767,9 +752,8 @@ def _embed(embedder: Embedder | None, questions: list[str], size: int | None = N
     """Unit vectors (len(questions), E); `size` is E where it is known."""
     vectors = torch.empty(len(questions), 0)
     if embedder is not None:
-        options = dict.fromkeys(("normalize_embeddings", "convert_to_tensor"), True)
-        vectors = embedder.encode(questions, **options, show_progress_bar=False)
-        vectors = torch.as_tensor(vectors).float().cpu()
+        options = {"normalize_embeddings": True, "show_progress_bar": False}
+        vectors = torch.as_tensor(embedder.encode(questions, **options)).float().cpu()
     expected = (len(questions), vectors.shape[-1] if size is None else size)
     if vectors.shape != expected or not vectors.isfinite().all():
         message = f"The embedder ({type(embedder).__name__}) gave {tuple(vectors.shape)}, expected"
