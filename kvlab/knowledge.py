@@ -252,9 +252,7 @@ class KnowledgeCache:
         }
         store = cls._load_or_start(folder, model, tokenizer, embedder, settings)
         if store.keep != tuple(settings["keep"]) or store.dtype != dtype:
-            raise CacheError(
-                f"{store.folder} keeps {store.keep}, {store.dtype}: use another folder."
-            )
+            raise CacheError(f"{store.folder} keeps {store.keep}, {store.dtype}: use a new folder.")
         store.add(records, **adding)
         return store
 
@@ -471,7 +469,7 @@ class KnowledgeCache:
                     _commit(self.folder, self.settings, [])
                 self._open()
                 listed = {path for shard in self.shards for path in self._paths(shard["name"])}
-                for path in [*self.folder.glob("shards/*"), *self.folder.glob("**/.*.part")]:
+                for path in [*self.folder.glob("shards/*"), *self.folder.glob(".*.part")]:
                     if LEFTOVER.fullmatch(path.name) and path not in listed:
                         path.unlink()
                 yield
@@ -487,32 +485,23 @@ class KnowledgeCache:
             raise CacheError(f"{self.folder} now has other settings: load it again.")
         items, embeddings = [], [self.embeddings[:0]]
         for shard in shards:
-            more, vectors = self._read_index(shard)
-            items += more
-            embeddings.append(vectors)
+            data, index = self._paths(shard["name"])
+            intact = data.is_file() and index.is_file() and data.stat().st_size == shard["bytes"]
+            if not intact or xxh3_128_hexdigest(index.read_bytes()) != shard["index"]:
+                raise CacheError(f"{data} or its index is missing or damaged: use a backup.")
+            with safe_open(index, "pt") as file:
+                rows = json.loads(file.metadata()["items"])
+                texts = file.get_tensor("input_ids").split(file.get_tensor("lengths").tolist())
+                vectors = file.get_tensor("embeddings").clone()  # not a map of the file
+            removed = shard.get("removed", ())  # in stores of earlier versions
+            left = [number for number in range(len(rows)) if number not in removed]
+            for number in left:
+                ids = tuple(texts[number].tolist())
+                items.append(Item(**rows[number] | {"input_ids": ids, "shard": shard["name"]}))
+            embeddings.append(vectors[left])
         self.shards, self.items, self.embeddings = shards, items, torch.cat(embeddings)
         domains = pd.DataFrame({"domain": [item.domain for item in items]})
         self.domains = domains.groupby("domain").indices
-
-    def _read_index(self, shard: dict) -> tuple[list[Item], Tensor]:
-        data, index = self._paths(shard["name"])
-        intact = data.is_file() and index.is_file() and data.stat().st_size == shard["bytes"]
-        if not intact or xxh3_128_hexdigest(index.read_bytes()) != shard["index"]:
-            raise CacheError(f"{data} or its index is missing or damaged: take both from a backup.")
-        with safe_open(index, "pt") as file:
-            rows = json.loads(file.metadata()["items"])
-            texts = file.get_tensor("input_ids").split(file.get_tensor("lengths").tolist())
-            embeddings = file.get_tensor("embeddings").clone()  # not a map of the file
-        removed = shard.get("removed", ())  # in stores of earlier versions
-        left = [number for number in range(len(rows)) if number not in removed]
-        items = []
-        for number in left:
-            row = rows[number] | {
-                "input_ids": tuple(texts[number].tolist()),
-                "shard": shard["name"],
-            }
-            items.append(Item(**row))
-        return items, embeddings[left]
 
     def read(self, item: Item) -> Prefix:
         """Read the keys and values of an item from disk, in the model's dtype and on its device.
@@ -543,8 +532,7 @@ class KnowledgeCache:
         except (SafetensorError, OSError):
             tensors = {}
         if _checksum_of(tensors) != item.checksum:
-            message = f"Item {item.id!r} in {path} is missing or damaged"
-            raise CacheError(f"{message}: take the file from a backup.")
+            raise CacheError(f"Item {item.id!r} in {path} is missing or damaged: use a backup.")
         return tensors
 
     def splice(self, items: Sequence[Item | Hit], arm: str = "recompute", **options) -> Prefix:
@@ -651,8 +639,7 @@ class KnowledgeCache:
                 settings.
         """
         rows = self._rows(domain).tolist()
-        owners = self.model, self.tokenizer, self.embedder
-        copy = self._load_or_start(folder, *owners, self.settings)
+        copy = self._load_or_start(folder, self.model, self.tokenizer, self.embedder, self.settings)
         if copy.settings != self.settings:
             raise CacheError(f"{folder} has a store with other settings: give an empty folder.")
         vectors = {self.items[i].id: self.embeddings[i] for i in rows}
