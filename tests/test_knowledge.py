@@ -1510,5 +1510,5 @@ def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tm
     with pytest.raises(CacheError, match=r"compress returned positions, next \(.*, 3\): expected"):
         make(name="moved", compress=moved)
     draft = KnowledgeDraft.cut(model, "first:1", knowledge="kv")
-    with pytest.raises(ValueError, match="compressed caches, which drafts do not read"):
+    with pytest.raises(ValueError, match="Drafts do not read compressed caches"):
         draft.read(store, store.items[0])
