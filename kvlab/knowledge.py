@@ -117,8 +117,9 @@ def splice(
         arm: "full" prefills all tokens again (exact); "prefix" keeps the first prefix and prefills
             the rest (exact); "concat" joins the caches as they are, with keys at wrong positions;
             "shift" moves each to its positions; "recompute" moves them, then recomputes those
-            tokens whose keys and values differ most from the true ones after two layers (CacheBlend,
-            Yao et al. 2025, arXiv 2405.16444, section 4, where the choice narrows layer by layer).
+            tokens whose keys and values differ most from the true ones after two layers
+            (CacheBlend, Yao et al. 2025, arXiv 2405.16444, section 4, where the choice narrows layer
+            by layer).
         fraction: of the tokens after the first prefix, for "recompute". 1.0 is exact.
 
     Raises:
@@ -307,7 +308,7 @@ class KnowledgeCache:
     # -- adding
 
     def estimate(self, records: Records, generate: bool = False, max_new_tokens: int = 128) -> int:
-        """Bytes of tensors that `add` would write; an upper bound if answers are to be generated."""
+        """Bytes of tensors that `add` would write; an upper bound for generated answers."""
         reserve = max_new_tokens if generate else 0
         items = self._new(self._items(records, generate, max_new_tokens))
         return sum(self.bytes_of(len(item.input_ids) + reserve) for item in items)
@@ -344,7 +345,7 @@ class KnowledgeCache:
 
         Raises:
             CacheError: before any work: a record without a text, an id that is taken, a text that
-                is too long for the model, too little room on the disk, or another writer.
+                is too long for the model, or another writer.
         """
         if unlike := models.differences(self.settings["model"], models.fingerprint(self.model)):
             raise CacheError(f"The model has changed since it opened {self.folder} ({unlike}).")

@@ -114,8 +114,7 @@ def ask(
         hits = cache.retrieve(question, k, threshold, domain, exact)
         print(question)
         for item, score in hits:
-            field = item.domain or "none"
-            print(f"    found: {item.question} (domain {field}, score {score:.2f})")
+            print(f"    found: {item.question} (domain {item.domain or 'none'}, score {score:.2f})")
         if not hits:
             print(f"    not in the store: {miss}")
         table = _compare_ways(cache, question, [hit.item for hit in hits], arm, max_new_tokens)
@@ -131,15 +130,15 @@ def _compare_ways(store: KnowledgeCache, question: str, items, arm: str, max_new
     # Of each way: what makes its prefix, the ids that follow, tokens prefilled, tokens loaded.
     ways = {"question alone": (lambda: None, alone, 0, 0)}
     if items:
-        best, later = items[0], store.prompt(question)
+        later = store.prompt(question)
         sizes = [len(item.input_ids) for item in items]
         used = CACHES_USED.get(arm, len(items))
-        exact = 1 if arm == "recompute" else used
-        text, spliced = partial(store.splice, items, "full"), partial(store.splice, items, arm)
-        ways["knowledge as text"] = (text, later, sum(sizes), 0)
-        ways["knowledge from the store"] = (spliced, later, sum(sizes[exact:]), sum(sizes[:used]))
-        stored_question = partial(_stored_question, store, best)
-        last = best.input_ids[best.answer_start - 1]
+        prefilled = sum(sizes[1:]) if arm == "recompute" else sum(sizes[used:])
+        ways["knowledge as text"] = (partial(store.splice, items, "full"), later, sum(sizes), 0)
+        splice = partial(store.splice, items, arm)
+        ways["knowledge from the store"] = (splice, later, prefilled, sum(sizes[:used]))
+        last = items[0].input_ids[items[0].answer_start - 1]
+        stored_question = partial(_stored_question, store, items[0])
         ways["the stored question itself"] = (stored_question, [last], 0, sizes[0])
     rows = {}
     for way, (begin, ids, prefilled, loaded) in ways.items():
