@@ -308,7 +308,8 @@ sample = next(aligned(texts[short_one : short_one + 1], others[short_one : short
 layer = student.config.num_hidden_layers - 1
 views = {"the student's own": sample[1].values[0, layer]}
 views |= {f"teacher, {n}": p(sample[0]).values[0, layer].detach() for n, p in projectors.items()}
-plots.key_differences(views, [tokenizer.decode(i) for i in texts[short_one].input_ids]);
+pieces = [tokenizer.decode(i) for i in texts[short_one].input_ids]
+plots.cache_picture(views, pieces, shared=True);
 
 # %% [markdown]
 # The ridge map finds some of the student's pattern in the teacher's numbers, and leaves out the rest, so it is paler. A linear map between models that were trained separately, with different tokens, explains only a part.
