@@ -237,7 +237,9 @@ def retention_curves(curves: Mapping[str, Mapping], full: float, dashed=()) -> A
     percents = sorted(next(iter(curves.values())))
     points = {name: [curve[p] for p in percents] for name, curve in curves.items()}
     dashes = ["--" if name in dashed else "-" for name in curves]
-    styles = [(color, marker, dash) for (color, marker, _), dash in zip(LINES, dashes)]
+    styles = [
+        (color, marker, dash) for (color, marker, _), dash in zip(LINES, dashes, strict=False)
+    ]
     words = ("entries kept (%)", "answers word for word (fraction)")
     settings = {"xscale": "log", "xlim": (percents[0] * 0.9, percents[-1] * 1.1)}
     ax = lines(percents, points, *words, 4.2, styles=styles, ylim=(-0.02, 1.06), **settings)
