@@ -110,14 +110,10 @@ def draw_heat_maps(maps: Maps, limits: Sequence[float] = (), **options) -> np.nd
         cmap = "PuOr" if low < 0 else "Blues"
         ax.imshow(matrix, cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         _title(ax, title)
+        if matrix.shape[1] <= 12:  # in more columns the numbers would not fit
+            for (y, x), value in np.ndenumerate(matrix):
+                _text(ax, x, y, f"{value:.2f}".replace("0.", "."), fontsize=7.5)
     return panels
-
-
-def _write_cells(ax: Axes) -> None:
-    """Write each number of a heat map into its cell."""
-    for (y, x), value in np.ndenumerate(ax.images[0].get_array()):
-        number = f"{value:.2f}".replace("0.", ".")
-        _text(ax, x, y, number, fontsize=7.5)
 
 
 def _draw_cells(ax: Axes, cells: np.ndarray, colors: Sequence[str], edge: str) -> None:
@@ -144,15 +140,13 @@ def _text(ax: Axes, x: float, y: float, text: str, fontsize: float = 8, **option
     ax.text(x, y, text, ha="center", va="center", fontsize=fontsize, **options)
 
 
-def _apart(wanted: Sequence[float], sizes: Sequence[float], low: float, high: float) -> np.ndarray:
-    """Centers near the wanted ones (ascending) of labels that do not overlap, from low to high."""
-    sizes = np.asarray(sizes)
-    offsets = np.cumsum((sizes + np.roll(sizes, 1)) / 2) - (sizes[0] + sizes[-1]) / 2
-    free = np.asarray(wanted) - offsets  # labels do not overlap where this does not decrease
+def _apart(wanted: np.ndarray, gap: float) -> np.ndarray:
+    """Heights between 0 and 1, a gap apart, near the wanted ones (ascending)."""
+    offsets = gap * np.arange(len(wanted))
+    free = wanted - offsets  # labels do not overlap where this does not decrease
     up = np.maximum.accumulate(free)
     down = np.minimum.accumulate(free[::-1])[::-1]
-    highest = high - sizes[-1] / 2 - offsets[-1]
-    return np.clip((up + down) / 2, low + sizes[0] / 2, highest) + offsets
+    return np.clip((up + down) / 2, 0, 1 - offsets[-1]) + offsets
 
 
 def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
@@ -163,7 +157,7 @@ def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
     ordered = sorted(ends.items(), key=lambda item: item[1][1], reverse=True)[::-1]
     wanted = [to_axes.transform((x, y))[1] for _, (x, y, _) in ordered]
     gap = 13 / 72 * ax.figure.dpi / ax.get_window_extent().height  # 13 points per label
-    heights = _apart(wanted, [gap] * len(ends), -gap / 2, 1 + gap / 2)
+    heights = _apart(np.array(wanted), gap)
     tie = {"arrowstyle": "-", "color": FAINT, "lw": 0.7, "shrinkB": 4, "relpos": (0, 0.5)}
     options = {"textcoords": "axes fraction", "va": "center", "fontsize": 9}
     for (label, (x, y, color)), height in zip(ordered, heights, strict=True):
@@ -237,9 +231,7 @@ def retention_curves(curves: Mapping[str, Mapping], full: float, dashed=()) -> A
     percents = sorted(next(iter(curves.values())))
     points = {name: [curve[p] for p in percents] for name, curve in curves.items()}
     dashes = ["--" if name in dashed else "-" for name in curves]
-    styles = [
-        (color, marker, dash) for (color, marker, _), dash in zip(LINES, dashes, strict=False)
-    ]
+    styles = [(*style[:2], dash) for style, dash in zip(LINES, dashes, strict=False)]
     words = ("entries kept (%)", "answers word for word (fraction)")
     settings = {"xscale": "log", "xlim": (percents[0] * 0.9, percents[-1] * 1.1)}
     ax = lines(percents, points, *words, 4.2, styles=styles, ylim=(-0.02, 1.06), **settings)
@@ -533,28 +525,23 @@ def cache_picture(matrices: Maps, tokens: Sequence[str], shared: bool = False) -
     return panels
 
 
-def similarity_maps(maps: Maps, ylabel: str, xlabel: str) -> np.ndarray:
-    """CKA of each pair of layers, (K, L) each, side by side on one scale."""
+def score_maps(
+    maps: Maps, ylabel: str, xlabel: str, rows: Sequence = (), columns: Sequence = ()
+) -> np.ndarray:
+    """Scores between 0 and 1 side by side on one scale, such as CKA of each pair of layers.
+
+    Args:
+        rows, columns: names of the matrices' rows and columns, where they are not 0, 1, 2 ...
+    """
     height = 0.9 + 0.24 * max(map(len, maps.values()))
     panels = draw_heat_maps(maps, (0, 1.6), width=7.8, height=height)
-    for ax, matrix in zip(panels, maps.values(), strict=True):
-        if matrix.shape[1] <= 12:  # otherwise the numbers would not fit
-            _write_cells(ax)
+    for ax in panels:
         ax.locator_params(integer=True, nbins=13)
+        if len(rows):
+            ax.set_xticks(range(len(columns)), columns)
+            ax.set_yticks(range(len(rows)), rows)
         ax.set_xlabel(xlabel)
     panels[0].set_ylabel(ylabel)
-    return panels
-
-
-def needle_maps(maps: Maps, lengths: Sequence[int], depths: Sequence[int]) -> np.ndarray:
-    """Fraction answered, (lengths, depths), by facts in the passage and depth, per arm."""
-    panels = draw_heat_maps(maps, (0, 1.8), width=2.6 * len(maps), height=2.3, sharey=True)
-    for ax in panels:
-        _write_cells(ax)
-        ax.set_xticks(range(len(depths)), depths)
-        ax.set_xlabel("depth (%)")
-    panels[0].set_yticks(range(len(lengths)), lengths)
-    panels[0].set_ylabel("facts")
     return panels
 
 

@@ -238,7 +238,7 @@ what = ("hidden", "keys", "values")
 maps = {w: align.similar_layers(student, texts, teacher, others, w) for w in what}
 
 # %% mystnb={"image": {"alt": "Three tables of CKA between student layers and teacher layers, for hidden states, keys and values."}}
-plots.similarity_maps(maps, "student layer", "teacher layer")
+plots.score_maps(maps, "student layer", "teacher layer")
 chosen = layer_map(maps["hidden"], k=2)
 for layer, (layers, weights) in enumerate(zip(chosen.indices.tolist(), chosen.weights.tolist())):
     print(f"student layer {layer}: teacher layers {layers}, weights {np.round(weights, 2)}")
@@ -253,7 +253,7 @@ likeness = {"with itself": align.similar_layers(student, texts, student, texts)}
 if scale.name == "tiny":
     deeper = align.similar_layers(student, texts, scale.load("target"), texts)
     likeness["with the deeper one"] = deeper
-plots.similarity_maps(likeness, "student layer", "layer")
+plots.score_maps(likeness, "student layer", "layer")
 assert torch.allclose(likeness["with itself"].diagonal(), torch.ones(1).double())
 
 # %% [markdown]

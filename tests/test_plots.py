@@ -104,12 +104,11 @@ def test_colors_are_apart_in_lightness_or_hue():
 
 
 def test_apart_moves_only_what_overlaps_and_stays_in_bounds():
-    assert plots._apart([1, 5], [1, 1], 0, 9).tolist() == [1, 5]
-    assert plots._apart([4, 4, 4], [1, 1, 1], 0, 9).tolist() == [3, 4, 5]
-    assert plots._apart([0, 9], [2, 4], 0, 9).tolist() == [1, 7]
-    sizes, moved = np.array([1, 2, 3]), plots._apart([9, 9, 9], [1, 2, 3], 0, 9)
-    assert moved[-1] + 1.5 == 9
-    assert (np.diff(moved) >= (sizes[1:] + sizes[:-1]) / 2).all()
+    assert plots._apart(np.array([0.1, 0.5]), 0.25).tolist() == [0.1, 0.5]
+    assert plots._apart(np.array([0.5, 0.5, 0.5]), 0.25).tolist() == [0.25, 0.5, 0.75]
+    assert plots._apart(np.array([0.0, 1.0]), 0.25).tolist() == [0, 1]
+    assert plots._apart(np.array([1.0, 1.0, 1.0]), 0.25).tolist() == [0.5, 0.75, 1]
+    assert plots._apart(np.array([0.0, 0.0]), 0.25).tolist() == [0, 0.25]
 
 
 def test_acceptance_by_position_draws_both_meanings_with_labels_apart():
@@ -459,9 +458,9 @@ def test_retention_curves_show_each_method_and_the_full_cache_with_labels_that_s
     assert on_card(ax)
 
 
-def test_needle_maps_write_each_share_into_its_place():
+def test_score_maps_with_names_write_each_number_into_its_place():
     maps = {"all": np.array([[1.0, 0.5]]), "some": np.array([[0.25, 0.0]])}
-    one, two = plots.needle_maps(maps, lengths=(8,), depths=(0, 100))
+    one, two = plots.score_maps(maps, "facts", "depth", (8,), (0, 100))
     assert texts(one) == ["1.00", ".50"]
     assert texts(two) == [".25", ".00"]
     assert [t.get_position() for t in two.texts] == [(0, 0), (1, 0)]
@@ -503,8 +502,8 @@ def test_token_links_join_a_student_token_to_what_it_is_made_of():
     assert texts(one) == ["a", "b", "c", "x", "y"]
 
 
-def test_similarity_maps_write_each_number_and_share_their_colors():
-    one, two = plots.similarity_maps(
+def test_score_maps_write_each_number_and_share_their_colors():
+    one, two = plots.score_maps(
         {"keys": torch.tensor([[1.0, 0.25]]), "values": torch.tensor([[0.5, -0.1]])},
         "student",
         "teacher",
