@@ -206,11 +206,12 @@ step(1)  # the first call warms up
 costs = {"read all again": [], "use the cache": []}
 for n in lengths:
     again = seconds(lambda: model(text[:, : n + 1], logits_to_keep=1))
-    costs["read all again"].append(again)
-    costs["use the cache"].append(step(n))
+    costs["read all again"].append(1000 * again)
+    costs["use the cache"].append(1000 * step(n))
 
 # %% mystnb={"image": {"alt": "Milliseconds for the next token against tokens already read: rising steeply without a cache, nearly flat with one."}}
-plots.decode_cost(costs, lengths);
+labels = ("tokens already read", "milliseconds for the next token")
+plots.lines(lengths, costs, *labels, ylim=(0, None));
 
 # %% [markdown]
 # The two meet where there is nothing to read again.
@@ -378,7 +379,7 @@ together = [moved(query, n, theta) * k for n, k in zip(steps, keys_moved)]
 alone = [query * k for k in keys_moved]
 scores = {"both moved": together, "only the key": alone}
 scores = {way: [s.sum().item() for s in list_] for way, list_ in scores.items()}
-plots.turned_scores(steps, scores);
+plots.lines(steps, scores, "positions moved", "query · key", height=2.6);
 
 # %% [markdown]
 # ## The number of entries is not the position
