@@ -112,12 +112,7 @@ def fit(
     settings = FitSettings(**settings)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _require_trainable(trainable, loader, settings)
-    AcceleratorState._reset_state()  # a notebook calls fit again, perhaps with another precision
-    data = DataLoaderConfiguration(
-        split_batches=True, use_seedable_sampler=True, data_seed=settings.seed
-    )
-    accelerator = Accelerator(mixed_precision=settings.precision, dataloader_config=data)
-    set_seed(settings.seed)
+    accelerator = _new_accelerator(settings)
     optimizer, schedule = _make_optimizer(trainable, settings)
     run = asdict(settings) | {"betas": list(settings.betas), "batch_size": loader.batch_size}
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -189,6 +184,14 @@ def _require_trainable(trainable: dict, loader: DataLoader, settings: FitSetting
         raise ValueError(
             f"steps is {settings.steps} and accumulate {settings.accumulate}, expected 1 or more."
         )
+
+
+def _new_accelerator(settings: FitSettings) -> Accelerator:
+    AcceleratorState._reset_state()  # a notebook calls fit again, perhaps with another precision
+    set_seed(settings.seed)
+    data = {"split_batches": True, "use_seedable_sampler": True, "data_seed": settings.seed}
+    config = DataLoaderConfiguration(**data)
+    return Accelerator(mixed_precision=settings.precision, dataloader_config=config)
 
 
 def _make_optimizer(trainable: dict, settings: FitSettings):
