@@ -57,10 +57,12 @@ MARKER = (
     r"(?i:\b(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:\s+is\b|\s*[:：]))|####|\\boxed\b"
     r"|(?:(?:因此|所以|故)[,，]?)?(?:最终)?答案(?:应该|应)?\s*(?:是|为|為|[:：])"
 )
-STATES = ("hidden", "keys", "values")
-STARTS = ("xavier", "orthogonal", "identity")
+STARTS = {
+    "xavier": nn.init.xavier_uniform_,
+    "orthogonal": nn.init.orthogonal_,
+    "identity": nn.init.eye_,
+}
 KINDS = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}
-PROJECTOR_VERSION = 1
 FEATURES_FORMAT = "seen 1"  # in the metadata of files of `save_teacher_features`
 PROBLEMS_PER_FILE = 256
 LAYER_MAP_PROBLEMS = 100
@@ -110,27 +112,23 @@ def segment(
     text = rendered(tokenizer, conversation)
     content = conversation[-1]["content"].strip()
     start = text.rfind(content)
+    opening = repr(content[:60])
     if start < 0:
-        raise ValueError(
-            f"The chat template changes the assistant's text, which begins {content[:60]!r}: use a "
-            "tokenizer whose template leaves it, or none (chat_template=None)."
-        )
-    markers = [start + match.start() for match in re.finditer(marker, content)]
-    edges = [len(text[:edge].rstrip(" ")) for edge in (start, markers[-1] if markers else None)]
-    encoded = tokenizer(
-        text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True
-    )
+        hint = "use a tokenizer whose template leaves it, or none"
+        raise ValueError(f"The chat template changes the assistant's text, {opening}...: {hint}.")
+    matches = list(re.finditer(marker, content))
+    sentence = f"is empty in a text that begins {opening}, where the marker {marker} was"
+    if not matches:
+        raise ValueError(f"The answer {sentence} not found: give {', '.join(SEGMENTS)}.")
+    edges = [len(text[:edge].rstrip(" ")) for edge in (start, start + matches[-1].start())]
+    special = not tokenizer.chat_template
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     # A special token that closes a text has offset 0: it begins where the token before it does.
     begins = np.maximum.accumulate([begin for begin, _ in encoded["offset_mapping"]])
     borders = [0, *np.searchsorted(begins, edges).tolist(), len(begins)]
-    if not markers:
-        borders[2] = borders[3]
-    empty = [name for i, name in enumerate(SEGMENTS) if borders[i] >= borders[i + 1]]
-    if empty:
-        raise ValueError(
-            f"The {empty[-1]} is empty in a text that begins {content[:60]!r}, where the marker {marker} "
-            f"was {'found' if markers else 'not found'}: give {', '.join(SEGMENTS)}, or another marker."
-        )
+    for i, name in enumerate(SEGMENTS):
+        if borders[i] == borders[i + 1]:
+            raise ValueError(f"The {name} {sentence} found: give {', '.join(SEGMENTS)}.")
     return Segmented(torch.tensor(encoded["input_ids"]), torch.tensor(borders))
 
 
@@ -225,10 +223,8 @@ def resample(x: Tensor, plan: TimePlan) -> Tensor:
     """
     rows, layers, length, _ = x.shape
     if (rows, length) != (len(plan.mask), plan.teacher_length):
-        raise ValueError(
-            f"Step time: the features have {rows} rows of {length} tokens, the plan {len(plan.mask)} "
-            f"of {plan.teacher_length}: pad both on the left."
-        )
+        expected = f"expected {len(plan.mask)} of {plan.teacher_length}: pad both on the left"
+        raise ValueError(f"The features have {rows} rows of {length} tokens, {expected}.")
     width = plan.mask.shape[1]
     layer = torch.arange(layers)[:, None]
     # (L, N), rows of (B L T_t, D), and (L, B T_s), where the bag of each token begins
@@ -313,18 +309,12 @@ class Projector(nn.Module):
 
     def __init__(self, teacher_width: int, student_width: int, start: str = "xavier"):
         super().__init__()
-        if start not in STARTS:
-            raise ValueError(f"start is {start!r}, expected one of {', '.join(STARTS)}.")
         self.keys = nn.Linear(teacher_width, student_width, bias=False)
         self.values = nn.Linear(teacher_width, student_width, bias=False)
         for weight in self.parameters():
+            STARTS[start](weight)
             if start == "identity":
-                nn.init.eye_(weight)
                 weight.data *= max(1, student_width / teacher_width) ** 0.5
-            elif start == "orthogonal":
-                nn.init.orthogonal_(weight)
-            else:
-                nn.init.xavier_uniform_(weight)
 
     def forward(self, kv: KV) -> KV:
         """Project (B, L, T, teacher_width) to (B, L, T, student_width), in the dtype of the weights."""
@@ -347,9 +337,8 @@ class Projector(nn.Module):
         for teacher, student in batches:
             for linear, x, y in zip(sums, teacher, student, strict=True):
                 x = x.flatten(0, -2).double()
-                y = y.flatten(0, -2).double()
                 xx, xy = sums[linear]
-                sums[linear] = (xx + x.T @ x, xy + x.T @ y)
+                sums[linear] = (xx + x.T @ x, xy + x.T @ y.flatten(0, -2).double())
         for linear, (xx, xy) in sums.items():
             ridge = strength * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
             factor = torch.linalg.cholesky(xx + ridge)
@@ -361,8 +350,8 @@ class Projector(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "projector.safetensors", self.state_dict(), {"format": "pt"})
-        content = {"version": PROJECTOR_VERSION, "teacher_width": self.keys.in_features}
-        content |= {"student_width": self.keys.out_features}
+        width, teacher_width = self.keys.weight.shape
+        content = {"version": 1, "teacher_width": teacher_width, "student_width": width}
         write_text(folder / "projector.json", json.dumps(content, indent=1) + "\n")
         return folder
 
@@ -370,8 +359,8 @@ class Projector(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "Projector":
         """Read what `save_pretrained` wrote."""
         content = json.loads((Path(folder) / "projector.json").read_text("utf-8"))
-        if content.pop("version", None) != PROJECTOR_VERSION:
-            raise ValueError(f"{folder} holds no projector of version {PROJECTOR_VERSION}.")
+        if content.pop("version", None) != 1:
+            raise ValueError(f"{folder} holds no projector of version 1.")
         weights = load_file(Path(folder) / "projector.safetensors")
         projector = cls(**content).to(weights["keys.weight"].dtype)
         projector.load_state_dict(weights)
@@ -439,19 +428,13 @@ def encode_with_teacher(
     others = [segment(tokenizer, conversation) for conversation in conversations]
     for start in tqdm(range(0, len(texts), batch_size), desc="teacher reads"):
         part = slice(start, start + batch_size)
-        borders = _borders(texts[part])
-        teacher_borders = _borders(others[part])
-        inputs = _pad_texts(others[part], teacher.device)
+        borders = torch.stack([text.borders for text in texts[part]])
+        inputs, teacher_borders = _pad_texts(others[part], teacher.device)
         out = teacher(**inputs, use_cache=True, output_hidden_states=True, logits_to_keep=1)
-        prefix = Prefix(
-            out.past_key_values,
-            next_position=teacher_borders[:, 3],
-            positions=inputs["position_ids"],
-            rotary=rotary_of(teacher),
-        )
+        positions = inputs["position_ids"]
+        prefix = Prefix(out.past_key_values, 0, positions=positions, rotary=rotary_of(teacher))
         kv = align_kv(features(prefix), plan(borders, teacher_borders), layer_map)
-        before = inputs["input_ids"].shape[1] - teacher_borders[:, 3] + teacher_borders[:, 2] - 1
-        states = torch.stack(out.hidden_states[1:], 1)[torch.arange(len(before)), :, before]
+        states = _before_answer(out.hidden_states, teacher_borders)
         states = mix_layers(states[:, :, None], layer_map)[:, :, 0]
         for i, size in enumerate(borders[:, 3].tolist()):
             tensors = kv.keys[i, :, -size:], kv.values[i, :, -size:], states[i]
@@ -459,25 +442,25 @@ def encode_with_teacher(
     return result
 
 
-def _borders(texts: Sequence[Segmented]) -> Tensor:
-    return torch.stack([text.borders for text in texts])
+def _pad_texts(
+    texts: Sequence[Segmented], device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A model's inputs for a batch of texts, and their borders (B, 4), on the CPU."""
+    mask = _pad_left([torch.ones_like(text.input_ids) for text in texts]).to(device)
+    ids = _pad_left([text.input_ids for text in texts]).to(device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return inputs, torch.stack([text.borders for text in texts])
 
 
-def _pad_texts(texts: Sequence[Segmented], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """A model's inputs for a batch of texts."""
-    mask = _pad_left([torch.ones_like(text.input_ids) for text in texts])
-    return {
-        "input_ids": _pad_left([text.input_ids for text in texts]).to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device),
-    }
+def _before_answer(hidden_states: Sequence[Tensor], borders: Tensor) -> Tensor:
+    """Outputs of each layer at the token before the answer, (B, L, d), of texts padded on the left."""
+    columns = borders[:, 2] - borders[:, 3] - 1  # from the end
+    return torch.stack([x[torch.arange(len(x)), columns] for x in hidden_states[1:]], 1)
 
 
-def _pad_left(xs: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Stack tensors that differ in one dimension, zeros first."""
-    rows = [x.transpose(0, dim) for x in xs]
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-    return padded.transpose(1, dim + 1)
+def _pad_left(xs: Sequence[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(xs, batch_first=True, padding_side="left")
 
 
 def save_teacher_features(path: str | Path, problems: Sequence[TeacherFeatures]) -> Path:
@@ -595,7 +578,7 @@ class AlignedStudent(nn.Module):
         student: PreTrainedModel,
         projectors: Sequence[Projector] = (),
         states: Sequence[nn.Linear] = (),
-        kind: str = "smooth_l1",
+        kind="smooth_l1",
     ):
         super().__init__()
         self.student = student
@@ -610,17 +593,15 @@ class AlignedStudent(nn.Module):
         out = self.student(**inputs, use_cache=False, output_hidden_states=aligned)
         losses = {"ce": cross_entropy(out.logits, batch["input_ids"], batch["weights"])}
         if aligned:
-            keys, values = [], []
+            teachers = []
             for i, projector in enumerate(self.projectors):
-                kv = projector(KV(batch[f"keys_{i}"], batch[f"values_{i}"]))
-                keys.append(kv.keys)
-                values.append(kv.values)
+                teachers.append(projector(KV(batch[f"keys_{i}"], batch[f"values_{i}"])))
+            keys, values = zip(*teachers, strict=True)
             kv = own_features(self.student, out.hidden_states)
             target = KV(fuse(keys), fuse(values))
             losses["kv"] = kv_loss(kv, target, batch["attention_mask"], self.kind)
         if self.states:
-            rows = torch.arange(len(batch["before"]), device=batch["before"].device)
-            states = torch.stack([x[rows, batch["before"]] for x in out.hidden_states[1:]], 1)
+            states = _before_answer(out.hidden_states, batch["borders"])
             targets = [linear(batch[f"state_{i}"]) for i, linear in enumerate(self.states)]
             losses["codi"] = codi_loss(states, sum(targets) / len(targets))
         return losses
@@ -633,15 +614,14 @@ def pad_problems(problems: Sequence[tuple]) -> dict[str, Tensor]:
         problems: tuples of a `Segmented` text and the `TeacherFeatures` of each teacher.
     """
     texts, *teachers = zip(*problems, strict=True)
-    batch = _pad_texts(texts)
-    borders = _borders(texts)
+    batch, borders = _pad_texts(texts)
     solution = batch["position_ids"] >= borders[:, 1:2]
     batch["weights"] = (solution & (batch["attention_mask"] > 0)).float()
-    # the column of the token before the answer
-    batch["before"] = batch["input_ids"].shape[1] - borders[:, 3] + borders[:, 2] - 1
+    batch["borders"] = borders
     for i, teacher in enumerate(teachers):
-        batch[f"keys_{i}"] = _pad_left([x.keys.float() for x in teacher], 1)
-        batch[f"values_{i}"] = _pad_left([x.values.float() for x in teacher], 1)
+        for name in ("keys", "values"):
+            tokens = [getattr(x, name).float().transpose(0, 1) for x in teacher]
+            batch[f"{name}_{i}"] = _pad_left(tokens).transpose(1, 2)
         batch[f"state_{i}"] = torch.stack([x.state.float() for x in teacher])
     return batch
 
@@ -713,12 +693,12 @@ def similar_layers(
     cka = CKA()
     for start in tqdm(range(0, len(texts), batch_size), desc="CKA"):
         part = slice(start, start + batch_size)
-        borders = _borders(texts[part])
-        plan = plan_time(borders, _borders(others[part]))
-        inputs = _pad_texts(texts[part])
-        counted = plan.mask & (inputs["position_ids"] < borders[:, 2:3])  # without the answer
-        student_layers = _layer_states(student, texts[part], what)
-        teacher_layers = resample(_layer_states(teacher, others[part], what), plan)
+        inputs, borders = _pad_texts(texts[part], student.device)
+        teacher_inputs, teacher_borders = _pad_texts(others[part], teacher.device)
+        plan = plan_time(borders, teacher_borders)
+        counted = plan.mask & (inputs["position_ids"].cpu() < borders[:, 2:3])  # without the answer
+        student_layers = _layer_states(student, inputs, what)
+        teacher_layers = resample(_layer_states(teacher, teacher_inputs, what), plan)
         cka.update(
             [x[counted] for x in student_layers.unbind(1)],
             [x[counted] for x in teacher_layers.unbind(1)],
@@ -726,9 +706,8 @@ def similar_layers(
     return cka.matrix()
 
 
-def _layer_states(model: PreTrainedModel, texts: Sequence[Segmented], what: str) -> Tensor:
-    """States of each layer, (B, L, T, width), padded on the left."""
-    inputs = _pad_texts(texts, model.device)
+def _layer_states(model: PreTrainedModel, inputs: dict[str, Tensor], what: str) -> Tensor:
+    """States of each layer, (B, L, T, width)."""
     if what == "hidden":
         out = model(**inputs, output_hidden_states=True, logits_to_keep=1)
         return torch.stack(out.hidden_states[1:], 1)
@@ -795,7 +774,7 @@ class AlignmentSettings:
     codi_weight: float = 0.5
     kv_warmup: int = 1000
     kv_end: float = 0.0
-    start: Literal[STARTS] = "xavier"
+    start: Literal[tuple(STARTS)] = "xavier"
     freeze_projectors: bool = False
     epochs: int = 2
     batch_size: int = 8

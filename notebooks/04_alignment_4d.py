@@ -42,7 +42,7 @@ import kvlab
 from kvlab import Scale, align, cache, lab, plots
 from kvlab.align import AlignedStudent, Projector, plan_time, resample, segment
 from kvlab.lab.corpora import Solutions
-from kvlab.layers import CKA, biased_cka, layer_map, proportional
+from kvlab.layers import CKA, layer_map, proportional
 from kvlab.layers import hsic as package_hsic
 
 scale = Scale.current()
@@ -216,6 +216,11 @@ assert torch.allclose(once, turned)
 # Two layers of random numbers have nothing in common. What do the two estimates show for various numbers of tokens, at a width of 128?
 
 # %% mystnb={"image": {"alt": "CKA of independent layers against the number of tokens. The biased estimate begins near 1 and falls slowly; the unbiased one stays at 0."}}
+def biased_cka(x, y):
+    x, y = x - x.mean(0), y - y.mean(0)
+    return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
 counts = (16, 32, 64, 128, 256, 512, 1024)
 rows = {"biased": [], "unbiased": []}
 for n in counts:
