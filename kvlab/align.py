@@ -379,7 +379,7 @@ def fuse(teachers: Sequence[KV], weights: Tensor | None = None) -> KV:
         >>> fuse(parts, torch.tensor([1.0, 3.0])).keys
         tensor([0.7500, 0.7500])
     """
-    weights = torch.ones(len(teachers)) if weights is None else weights
+    weights = teachers[0].keys.new_ones(len(teachers)) if weights is None else weights
     weights = (weights / weights.sum()).to(teachers[0].keys)
     keys = sum(weight * kv.keys for weight, kv in zip(weights, teachers, strict=True))
     values = sum(weight * kv.values for weight, kv in zip(weights, teachers, strict=True))
