@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.answers import extract_answer, same_answer
-from kvlab.cache import Prefix, from_tensor, prefill, rotate, to_tensor, unrotate
+from kvlab.cache import Prefix, from_tensor, rotate, to_tensor, unrotate
 from kvlab.evaluate import figure
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import answers, rendered
@@ -273,9 +273,8 @@ def as_prefix(kv: KV, positions: Tensor, model: PreTrainedModel) -> Prefix:
     """Make features a cache of this model: heads apart, keys rotated to positions (B, T) by its own rope."""
     heads = model.config.num_key_value_heads
     stacked = torch.stack(kv).unflatten(4, (heads, -1)).to(model.dtype)  # (2, B, L, T, H_kv, d)
-    cache = from_tensor(stacked.permute(2, 0, 1, 4, 3, 5))
     rotary = rotary_of(model)
-    cache = rotate(cache, positions, rotary)
+    cache = rotate(from_tensor(stacked.permute(2, 0, 1, 4, 3, 5)), positions, rotary)
     return Prefix(cache, positions[:, -1] + 1, positions=positions, rotary=rotary)
 
 
@@ -422,12 +421,10 @@ def encode_with_teacher(
     for start in tqdm(range(0, len(texts), BATCH), desc="teacher reads"):
         part = slice(start, start + BATCH)
         borders = torch.stack([text.borders for text in texts[part]])
-        inputs, teacher_borders = _pad_texts(others[part], teacher.device)
-        out = teacher(**inputs, use_cache=True, output_hidden_states=True, logits_to_keep=1)
-        positions = inputs["position_ids"]
-        prefix = Prefix(out.past_key_values, 0, positions=positions, rotary=rotary_of(teacher))
-        kv = align_kv(features(prefix), plan(borders, teacher_borders), layer_map)
-        states = _before_answer(out.hidden_states, teacher_borders)
+        read, teacher_borders = _read_texts(teacher, others[part])
+        time = plan(borders, teacher_borders)
+        kv = align_kv(KV(read["keys"], read["values"]), time, layer_map)
+        states = _before_answer(read["hidden"].unbind(1), teacher_borders)
         states = mix_layers(states[:, :, None], layer_map)[:, :, 0]
         for i, size in enumerate(borders[:, 3].tolist()):
             tensors = kv.keys[i, :, -size:], kv.values[i, :, -size:], states[i]
@@ -444,10 +441,19 @@ def _pad_texts(texts: Texts, device="cpu") -> tuple[dict[str, Tensor], Tensor]:
     return inputs, torch.stack([text.borders for text in texts])
 
 
-def _before_answer(hidden_states: Sequence[Tensor], borders: Tensor) -> Tensor:
-    """Outputs of each layer at the token before the answer, (B, L, d), of texts padded on the left."""
+def _read_texts(model: PreTrainedModel, texts: Texts) -> tuple[dict[str, Tensor], Tensor]:
+    """Each layer's output, un-rotated keys and values, (B, L, T, width), padded on the left; borders."""
+    inputs, borders = _pad_texts(texts, model.device)
+    out = model(**inputs, use_cache=True, output_hidden_states=True, logits_to_keep=1)
+    positions = inputs["position_ids"]
+    prefix = Prefix(out.past_key_values, 0, positions=positions, rotary=rotary_of(model))
+    return {"hidden": torch.stack(out.hidden_states[1:], 1)} | features(prefix)._asdict(), borders
+
+
+def _before_answer(layers: Sequence[Tensor], borders: Tensor) -> Tensor:
+    """Outputs (B, T, d) of each layer at the token before the answer, (B, L, d)."""
     columns = borders[:, 2] - borders[:, 3] - 1  # from the end
-    return torch.stack([x[torch.arange(len(x)), columns] for x in hidden_states[1:]], 1)
+    return torch.stack([x[torch.arange(len(x)), columns] for x in layers], 1)
 
 
 def _pad_left(xs: Sequence[Tensor]) -> Tensor:
@@ -582,7 +588,7 @@ class AlignedStudent(nn.Module):
             kv = own_features(self.student, out.hidden_states)
             losses["kv"] = kv_loss(kv, fuse(teachers), batch["attention_mask"])
         if self.states:
-            states = _before_answer(out.hidden_states, batch["borders"])
+            states = _before_answer(out.hidden_states[1:], batch["borders"])
             targets = [linear(batch[f"state_{i}"]) for i, linear in enumerate(self.states)]
             losses["codi"] = codi_loss(states, sum(targets) / len(targets))
         return losses
@@ -706,24 +712,14 @@ def similar_layers(
     cka = CKA()
     for start in tqdm(range(0, len(texts), BATCH), desc="CKA"):
         part = slice(start, start + BATCH)
-        inputs, borders = _pad_texts(texts[part], student.device)
-        teacher_inputs, teacher_borders = _pad_texts(others[part], teacher.device)
+        layers, borders = _read_texts(student, texts[part])
+        teacher_layers, teacher_borders = _read_texts(teacher, others[part])
         plan = plan_time(borders, teacher_borders)
-        counted = plan.mask & (inputs["position_ids"].cpu() < borders[:, 2:3])  # without the answer
-        student_layers = _layer_states(student, inputs, what)
-        teacher_layers = resample(_layer_states(teacher, teacher_inputs, what), plan)
-        sides = [x.transpose(0, 1)[:, counted] for x in (student_layers, teacher_layers)]
-        cka.update(*sides)
+        columns = torch.arange(-plan.mask.shape[1], 0)  # from the end
+        counted = plan.mask & (columns < borders[:, 2:3] - borders[:, 3:])  # without the answer
+        pair = layers[what], resample(teacher_layers[what], plan)
+        cka.update(*(x.transpose(0, 1)[:, counted] for x in pair))
     return cka.matrix()
-
-
-def _layer_states(model: PreTrainedModel, inputs: dict[str, Tensor], what: str) -> Tensor:
-    """States of each layer, (B, L, T, width)."""
-    if what == "hidden":
-        out = model(**inputs, output_hidden_states=True, logits_to_keep=1)
-        return torch.stack(out.hidden_states[1:], 1)
-    prefix = prefill(model, inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    return getattr(features(prefix), what)
 
 
 # -- the arms and their controls
@@ -790,7 +786,8 @@ def train_arm(
     """
     texts = [segment(tokenizer, conversation) for conversation in problems.student]
     stored = []
-    for i, load in enumerate(teachers if arm else ()):
+    aligns = arm and (settings.kv_weight or settings.codi_weight)
+    for i, load in enumerate(teachers if aligns else ()):
         home = folder / f"teacher_{i}"
         path = Path(layer_maps[i]) if layer_maps else home / "layer_map.json"
         files = [home / f"{n:06}.safetensors" for n in range(0, len(texts), PROBLEMS_PER_FILE)]

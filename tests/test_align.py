@@ -1266,7 +1266,7 @@ def test_hidden_states_are_the_outputs_of_layers_and_the_last_one_normed():
         layer.register_forward_hook(
             lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out)
         )
-    got = module._layer_states(model, module._pad_texts([text])[0], "hidden")
+    got = module._read_texts(model, [text])[0]["hidden"]
     want = [*outputs[:2], model.model.norm(outputs[2])]
     near(got, torch.stack(want, 1).view_as(got), 1e-5)
 

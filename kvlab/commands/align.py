@@ -181,8 +181,6 @@ def train_aligned(
         print("To learn from: {} problems. To be asked: {}.".format(*counts))
         measure("before")
     arm = Arm(use_cka_layer_mapping, use_segment_resampling)
-    if not settings.kv_weight and not settings.codi_weight:
-        arm = None
     history, aligned = _train(arm, student, problems, settings, seed, output_dir, maps)
     if main:
         student.save_pretrained(output_dir)
