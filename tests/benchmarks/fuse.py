@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from _benchmark import benchmark
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from kvlab import lab
 from kvlab.cache import prefill
 from kvlab.commands.fuse import fusion_proposers, measure_fusion
 from kvlab.commands.shared import scale_defaults
-from kvlab.evaluate import benchmark, figure
+from kvlab.evaluate import figure
 from kvlab.fuse import (
     Aligned,
     Fuser,
