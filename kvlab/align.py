@@ -37,12 +37,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn import init
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.answers import extract_answer, same_answer
-from kvlab.cache import Prefix, from_tensor, prefill, rotate, to_tensor, unrotate
+from kvlab.cache import Prefix, from_tensor, rotate, to_tensor, unrotate
 from kvlab.evaluate import figure
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import answers, rendered
@@ -57,15 +58,14 @@ MARKER = (
     r"(?i:\b(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:\s+is\b|\s*[:：]))|####|\\boxed\b"
     r"|(?:(?:因此|所以|故)[,，]?)?(?:最终)?答案(?:应该|应)?\s*(?:是|为|為|[:：])"
 )
-STATES = ("hidden", "keys", "values")
-STARTS = ("xavier", "orthogonal", "identity")
-KINDS = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}
-PROJECTOR_VERSION = 1
+STARTS = {"xavier": init.xavier_uniform_, "orthogonal": init.orthogonal_, "identity": init.eye_}
 FEATURES_FORMAT = "seen 1"  # in the metadata of files of `save_teacher_features`
+BATCH = 16  # texts that a model reads at once
 PROBLEMS_PER_FILE = 256
 LAYER_MAP_PROBLEMS = 100
 
 Conversation = Sequence[Mapping[str, str]]
+Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 # -- segments
@@ -76,6 +76,9 @@ class Segmented(NamedTuple):
 
     input_ids: Tensor
     borders: Tensor
+
+
+Texts = Sequence[Segmented]
 
 
 def segment(
@@ -110,27 +113,23 @@ def segment(
     text = rendered(tokenizer, conversation)
     content = conversation[-1]["content"].strip()
     start = text.rfind(content)
+    opening = repr(content[:60])
     if start < 0:
-        raise ValueError(
-            f"The chat template changes the assistant's text, which begins {content[:60]!r}: use a "
-            "tokenizer whose template leaves it, or none (chat_template=None)."
-        )
-    markers = [start + match.start() for match in re.finditer(marker, content)]
-    edges = [len(text[:edge].rstrip(" ")) for edge in (start, markers[-1] if markers else None)]
-    encoded = tokenizer(
-        text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True
-    )
+        hint = "use a tokenizer whose template leaves it, or none"
+        raise ValueError(f"The chat template changes the assistant's text, {opening}...: {hint}.")
+    matches = list(re.finditer(marker, content))
+    sentence = f"is empty in a text that begins {opening}, where the marker {marker} was"
+    if not matches:
+        raise ValueError(f"The answer {sentence} not found: give {', '.join(SEGMENTS)}.")
+    edges = [len(text[:edge].rstrip(" ")) for edge in (start, start + matches[-1].start())]
+    special = not tokenizer.chat_template
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     # A special token that closes a text has offset 0: it begins where the token before it does.
     begins = np.maximum.accumulate([begin for begin, _ in encoded["offset_mapping"]])
     borders = [0, *np.searchsorted(begins, edges).tolist(), len(begins)]
-    if not markers:
-        borders[2] = borders[3]
-    empty = [name for i, name in enumerate(SEGMENTS) if borders[i] >= borders[i + 1]]
-    if empty:
-        raise ValueError(
-            f"The {empty[-1]} is empty in a text that begins {content[:60]!r}, where the marker {marker} "
-            f"was {'found' if markers else 'not found'}: give {', '.join(SEGMENTS)}, or another marker."
-        )
+    for i, name in enumerate(SEGMENTS):
+        if borders[i] == borders[i + 1]:
+            raise ValueError(f"The {name} {sentence} found: give {', '.join(SEGMENTS)}.")
     return Segmented(torch.tensor(encoded["input_ids"]), torch.tensor(borders))
 
 
@@ -225,22 +224,16 @@ def resample(x: Tensor, plan: TimePlan) -> Tensor:
     """
     rows, layers, length, _ = x.shape
     if (rows, length) != (len(plan.mask), plan.teacher_length):
-        raise ValueError(
-            f"Step time: the features have {rows} rows of {length} tokens, the plan {len(plan.mask)} "
-            f"of {plan.teacher_length}: pad both on the left."
-        )
+        expected = f"expected {len(plan.mask)} of {plan.teacher_length}: pad both on the left"
+        raise ValueError(f"The features have {rows} rows of {length} tokens, {expected}.")
     width = plan.mask.shape[1]
     layer = torch.arange(layers)[:, None]
     # (L, N), rows of (B L T_t, D), and (L, B T_s), where the bag of each token begins
     entries = (plan.tokens // width * layers + layer) * length + plan.columns
     bags = torch.searchsorted(plan.tokens, torch.arange(rows * width)) + layer * len(plan.tokens)
-    out = F.embedding_bag(
-        entries.flatten().to(x.device),
-        x.flatten(0, 2),
-        bags.flatten().to(x.device),
-        mode="sum",
-        per_sample_weights=plan.weights.to(x.device, x.dtype).repeat(layers),
-    )
+    indices = entries.flatten().to(x.device), x.flatten(0, 2), bags.flatten().to(x.device)
+    weights = plan.weights.to(x.device, x.dtype).repeat(layers)
+    out = F.embedding_bag(*indices, mode="sum", per_sample_weights=weights)
     return out.view(layers, rows, width, -1).transpose(0, 1)
 
 
@@ -280,9 +273,8 @@ def as_prefix(kv: KV, positions: Tensor, model: PreTrainedModel) -> Prefix:
     """Make features a cache of this model: heads apart, keys rotated to positions (B, T) by its own rope."""
     heads = model.config.num_key_value_heads
     stacked = torch.stack(kv).unflatten(4, (heads, -1)).to(model.dtype)  # (2, B, L, T, H_kv, d)
-    cache = from_tensor(stacked.permute(2, 0, 1, 4, 3, 5))
     rotary = rotary_of(model)
-    cache = rotate(cache, positions, rotary)
+    cache = rotate(from_tensor(stacked.permute(2, 0, 1, 4, 3, 5)), positions, rotary)
     return Prefix(cache, positions[:, -1] + 1, positions=positions, rotary=rotary)
 
 
@@ -313,18 +305,12 @@ class Projector(nn.Module):
 
     def __init__(self, teacher_width: int, student_width: int, start: str = "xavier"):
         super().__init__()
-        if start not in STARTS:
-            raise ValueError(f"start is {start!r}, expected one of {', '.join(STARTS)}.")
         self.keys = nn.Linear(teacher_width, student_width, bias=False)
         self.values = nn.Linear(teacher_width, student_width, bias=False)
         for weight in self.parameters():
+            STARTS[start](weight)
             if start == "identity":
-                nn.init.eye_(weight)
                 weight.data *= max(1, student_width / teacher_width) ** 0.5
-            elif start == "orthogonal":
-                nn.init.orthogonal_(weight)
-            else:
-                nn.init.xavier_uniform_(weight)
 
     def forward(self, kv: KV) -> KV:
         """Project (B, L, T, teacher_width) to (B, L, T, student_width), in the dtype of the weights."""
@@ -347,9 +333,8 @@ class Projector(nn.Module):
         for teacher, student in batches:
             for linear, x, y in zip(sums, teacher, student, strict=True):
                 x = x.flatten(0, -2).double()
-                y = y.flatten(0, -2).double()
                 xx, xy = sums[linear]
-                sums[linear] = (xx + x.T @ x, xy + x.T @ y)
+                sums[linear] = (xx + x.T @ x, xy + x.T @ y.flatten(0, -2).double())
         for linear, (xx, xy) in sums.items():
             ridge = strength * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
             factor = torch.linalg.cholesky(xx + ridge)
@@ -361,8 +346,8 @@ class Projector(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "projector.safetensors", self.state_dict(), {"format": "pt"})
-        content = {"version": PROJECTOR_VERSION, "teacher_width": self.keys.in_features}
-        content |= {"student_width": self.keys.out_features}
+        width, teacher_width = self.keys.weight.shape
+        content = {"version": 1, "teacher_width": teacher_width, "student_width": width}
         write_text(folder / "projector.json", json.dumps(content, indent=1) + "\n")
         return folder
 
@@ -370,8 +355,8 @@ class Projector(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "Projector":
         """Read what `save_pretrained` wrote."""
         content = json.loads((Path(folder) / "projector.json").read_text("utf-8"))
-        if content.pop("version", None) != PROJECTOR_VERSION:
-            raise ValueError(f"{folder} holds no projector of version {PROJECTOR_VERSION}.")
+        if content.pop("version", None) != 1:
+            raise ValueError(f"{folder} holds no projector of version 1.")
         weights = load_file(Path(folder) / "projector.safetensors")
         projector = cls(**content).to(weights["keys.weight"].dtype)
         projector.load_state_dict(weights)
@@ -381,7 +366,7 @@ class Projector(nn.Module):
 # -- fusion
 
 
-def fuse(parts: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
+def fuse(teachers: Sequence[KV], weights: Tensor | None = None) -> KV:
     """Return the weighted mean of the teachers' projected features, all (B, L, T, D).
 
     Args:
@@ -389,12 +374,15 @@ def fuse(parts: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
             learn them, give `logits.softmax(0)` with an `nn.Parameter` of logits.
 
     Example:
-        >>> fuse([torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2)], torch.tensor([1.0, 3.0])).flatten()
+        >>> parts = KV(torch.zeros(2), torch.zeros(2)), KV(torch.ones(2), torch.ones(2))
+        >>> fuse(parts, torch.tensor([1.0, 3.0])).keys
         tensor([0.7500, 0.7500])
     """
-    weights = parts[0].new_ones(len(parts)) if weights is None else weights
-    weights = (weights / weights.sum()).to(parts[0])
-    return sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    weights = teachers[0].keys.new_ones(len(teachers)) if weights is None else weights
+    weights = (weights / weights.sum()).to(teachers[0].keys)
+    keys = sum(weight * kv.keys for weight, kv in zip(weights, teachers, strict=True))
+    values = sum(weight * kv.values for weight, kv in zip(weights, teachers, strict=True))
+    return KV(keys, values)
 
 
 # -- teachers, read once
@@ -414,13 +402,7 @@ class TeacherFeatures(NamedTuple):
 
 @torch.no_grad()
 def encode_with_teacher(
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-    texts: Sequence[Segmented],
-    layer_map: LayerMap,
-    plan: Callable[[Tensor, Tensor], TimePlan] = plan_time,
-    batch_size: int = 16,
+    teacher: PreTrainedModel, others: Texts, texts: Texts, layer_map: LayerMap, plan=plan_time
 ) -> list[TeacherFeatures]:
     """Have a teacher read its own solutions of the student's problems, and align its features to the student.
 
@@ -428,7 +410,7 @@ def encode_with_teacher(
     only one at a time.
 
     Args:
-        conversations: the same problems in the teacher's words and with its own reasoning.
+        others: the same problems in the teacher's words, tokens and reasoning, as `segment` made them.
         texts: the student's, as `segment` made them.
         plan: `plan_time` or `by_index`.
 
@@ -436,22 +418,13 @@ def encode_with_teacher(
         One `TeacherFeatures` per problem, in half precision, on the CPU.
     """
     result = []
-    others = [segment(tokenizer, conversation) for conversation in conversations]
-    for start in tqdm(range(0, len(texts), batch_size), desc="teacher reads"):
-        part = slice(start, start + batch_size)
-        borders = _borders(texts[part])
-        teacher_borders = _borders(others[part])
-        inputs = _pad_texts(others[part], teacher.device)
-        out = teacher(**inputs, use_cache=True, output_hidden_states=True, logits_to_keep=1)
-        prefix = Prefix(
-            out.past_key_values,
-            next_position=teacher_borders[:, 3],
-            positions=inputs["position_ids"],
-            rotary=rotary_of(teacher),
-        )
-        kv = align_kv(features(prefix), plan(borders, teacher_borders), layer_map)
-        before = inputs["input_ids"].shape[1] - teacher_borders[:, 3] + teacher_borders[:, 2] - 1
-        states = torch.stack(out.hidden_states[1:], 1)[torch.arange(len(before)), :, before]
+    for start in tqdm(range(0, len(texts), BATCH), desc="teacher reads"):
+        part = slice(start, start + BATCH)
+        borders = torch.stack([text.borders for text in texts[part]])
+        read, teacher_borders = _read_texts(teacher, others[part])
+        time = plan(borders, teacher_borders)
+        kv = align_kv(KV(read["keys"], read["values"]), time, layer_map)
+        states = _before_answer(read["hidden"].unbind(1), teacher_borders)
         states = mix_layers(states[:, :, None], layer_map)[:, :, 0]
         for i, size in enumerate(borders[:, 3].tolist()):
             tensors = kv.keys[i, :, -size:], kv.values[i, :, -size:], states[i]
@@ -459,25 +432,32 @@ def encode_with_teacher(
     return result
 
 
-def _borders(texts: Sequence[Segmented]) -> Tensor:
-    return torch.stack([text.borders for text in texts])
+def _pad_texts(texts: Texts, device="cpu") -> tuple[dict[str, Tensor], Tensor]:
+    """A model's inputs for a batch of texts, and their borders (B, 4), on the CPU."""
+    mask = _pad_left([torch.ones_like(text.input_ids) for text in texts]).to(device)
+    ids = _pad_left([text.input_ids for text in texts]).to(device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return inputs, torch.stack([text.borders for text in texts])
 
 
-def _pad_texts(texts: Sequence[Segmented], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """A model's inputs for a batch of texts."""
-    mask = _pad_left([torch.ones_like(text.input_ids) for text in texts])
-    return {
-        "input_ids": _pad_left([text.input_ids for text in texts]).to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device),
-    }
+def _read_texts(model: PreTrainedModel, texts: Texts) -> tuple[dict[str, Tensor], Tensor]:
+    """Each layer's output, un-rotated keys and values, (B, L, T, width), padded on the left; borders."""
+    inputs, borders = _pad_texts(texts, model.device)
+    out = model(**inputs, use_cache=True, output_hidden_states=True, logits_to_keep=1)
+    positions = inputs["position_ids"]
+    prefix = Prefix(out.past_key_values, 0, positions=positions, rotary=rotary_of(model))
+    return {"hidden": torch.stack(out.hidden_states[1:], 1)} | features(prefix)._asdict(), borders
 
 
-def _pad_left(xs: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Stack tensors that differ in one dimension, zeros first."""
-    rows = [x.transpose(0, dim) for x in xs]
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-    return padded.transpose(1, dim + 1)
+def _before_answer(layers: Sequence[Tensor], borders: Tensor) -> Tensor:
+    """Outputs (B, T, d) of each layer at the token before the answer, (B, L, d)."""
+    columns = borders[:, 2] - borders[:, 3] - 1  # from the end
+    return torch.stack([x[torch.arange(len(x)), columns] for x in layers], 1)
+
+
+def _pad_left(xs: Sequence[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(xs, batch_first=True, padding_side="left")
 
 
 def save_teacher_features(path: str | Path, problems: Sequence[TeacherFeatures]) -> Path:
@@ -559,7 +539,7 @@ def kv_loss(student: KV, target: KV, mask: Tensor, kind: str = "smooth_l1") -> T
 def _distance(student: Tensor, target: Tensor, reference: Tensor, kind: str) -> Tensor:
     """The mean difference of (N, L, D) features, in each layer's standard deviation of the reference."""
     scale = reference.detach().float().std((0, 2), correction=0).clamp(min=1e-6)[:, None]
-    return KINDS[kind](student.float() / scale, target.float() / scale)
+    return getattr(F, f"{kind}_loss")(student.float() / scale, target.float() / scale)
 
 
 def codi_loss(student: Tensor, target: Tensor) -> Tensor:
@@ -587,21 +567,13 @@ class AlignedStudent(nn.Module):
             there is cross-entropy alone.
         states: one linear map per teacher, from its hidden states to the student's, for CODI;
             without them there is no CODI.
-        kind: of `kv_loss`.
     """
 
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        projectors: Sequence[Projector] = (),
-        states: Sequence[nn.Linear] = (),
-        kind: str = "smooth_l1",
-    ):
+    def __init__(self, student: PreTrainedModel, projectors=(), states=()):
         super().__init__()
         self.student = student
         self.projectors = nn.ModuleList(projectors)
         self.states = nn.ModuleList(states)
-        self.kind = kind
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch of `pad_problems`."""
@@ -610,17 +582,13 @@ class AlignedStudent(nn.Module):
         out = self.student(**inputs, use_cache=False, output_hidden_states=aligned)
         losses = {"ce": cross_entropy(out.logits, batch["input_ids"], batch["weights"])}
         if aligned:
-            keys, values = [], []
+            teachers = []
             for i, projector in enumerate(self.projectors):
-                kv = projector(KV(batch[f"keys_{i}"], batch[f"values_{i}"]))
-                keys.append(kv.keys)
-                values.append(kv.values)
+                teachers.append(projector(KV(batch[f"keys_{i}"], batch[f"values_{i}"])))
             kv = own_features(self.student, out.hidden_states)
-            target = KV(fuse(keys), fuse(values))
-            losses["kv"] = kv_loss(kv, target, batch["attention_mask"], self.kind)
+            losses["kv"] = kv_loss(kv, fuse(teachers), batch["attention_mask"])
         if self.states:
-            rows = torch.arange(len(batch["before"]), device=batch["before"].device)
-            states = torch.stack([x[rows, batch["before"]] for x in out.hidden_states[1:]], 1)
+            states = _before_answer(out.hidden_states[1:], batch["borders"])
             targets = [linear(batch[f"state_{i}"]) for i, linear in enumerate(self.states)]
             losses["codi"] = codi_loss(states, sum(targets) / len(targets))
         return losses
@@ -633,57 +601,93 @@ def pad_problems(problems: Sequence[tuple]) -> dict[str, Tensor]:
         problems: tuples of a `Segmented` text and the `TeacherFeatures` of each teacher.
     """
     texts, *teachers = zip(*problems, strict=True)
-    batch = _pad_texts(texts)
-    borders = _borders(texts)
+    batch, borders = _pad_texts(texts)
     solution = batch["position_ids"] >= borders[:, 1:2]
     batch["weights"] = (solution & (batch["attention_mask"] > 0)).float()
-    # the column of the token before the answer
-    batch["before"] = batch["input_ids"].shape[1] - borders[:, 3] + borders[:, 2] - 1
+    batch["borders"] = borders
     for i, teacher in enumerate(teachers):
-        batch[f"keys_{i}"] = _pad_left([x.keys.float() for x in teacher], 1)
-        batch[f"values_{i}"] = _pad_left([x.values.float() for x in teacher], 1)
+        for name in ("keys", "values"):
+            tokens = [getattr(x, name).float().transpose(0, 1) for x in teacher]
+            batch[f"{name}_{i}"] = _pad_left(tokens).transpose(1, 2)
         batch[f"state_{i}"] = torch.stack([x.state.float() for x in teacher])
     return batch
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSettings:
+    """How a student is trained.
+
+    Args:
+        kv_weight: weight of the difference of keys and values.
+        codi_weight: weight of the difference of hidden states before the answer.
+        kv_warmup: steps over which both weights rise from 0.
+        kv_end: fraction of the steps after which both have faded to 0; 0: they do not fade.
+        start: of the projectors, xavier, orthogonal or identity.
+        freeze_projectors: train the student alone.
+        epochs: times that each problem is read.
+        batch_size: problems per batch.
+        learning_rate: of AdamW.
+        accumulate: batches per optimizer step.
+        fp16: mixed precision.
+    """
+
+    kv_weight: float = 1.0
+    codi_weight: float = 0.5
+    kv_warmup: int = 1000
+    kv_end: float = 0.0
+    start: Literal[tuple(STARTS)] = "xavier"
+    freeze_projectors: bool = False
+    epochs: int = 2
+    batch_size: int = 8
+    learning_rate: float = 2e-5
+    accumulate: int = 1
+    fp16: bool = False
+
+    def __post_init__(self):
+        least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "kv_weight": 0, "codi_weight": 0}
+        for name, value in (least | {"kv_warmup": 0, "learning_rate": 0}).items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {value} or more.")
+        if not 0 <= self.kv_end <= 1:
+            raise ValueError(f"kv_end is {self.kv_end}, expected a fraction from 0 to 1.")
+
+    def steps(self, problems: int) -> int:
+        """Optimizer steps for a number of problems."""
+        batch = self.batch_size * self.accumulate
+        if problems < batch:
+            raise ValueError(f"{problems} problems are less than a batch of {batch}: give more.")
+        return self.epochs * (problems // batch)
+
+
 def train_student(
-    student: AlignedStudent,
-    problems: Sequence[tuple] | Dataset,
-    *,
-    steps: int,
-    batch_size: int = 8,
-    kv_weight: float = 1.0,
-    codi_weight: float = 0.5,
-    kv_warmup: int = 1000,
-    kv_end: float = 0.0,
-    **options,
+    student: AlignedStudent, problems: Sequence[tuple], settings: AlignmentSettings, **options
 ) -> list[dict[str, float]]:
     """Train a student on solutions, and toward keys and values like its teachers'.
 
-    The loss is CE + kv_weight KV + codi_weight CODI; both weights rise over `kv_warmup` steps.
+    The loss is CE + kv_weight KV + codi_weight CODI.
 
     Args:
-        problems: tuples of a text and the features of each teacher, `list(zip(texts, features))`.
-        kv_end: the fraction of the steps after which the weights of KV and CODI have faded to 0,
-            linearly from the first step; 0: they do not fade, as in the source.
-        options: of `kvlab.training.fit`: learning_rate, checkpoint, precision, seed, shares_every,
-            ...
+        problems: tuples of a text and the features of each teacher, `list(zip(texts, features))`,
+            or a data set of these.
+        options: of `kvlab.training.fit`: checkpoint, seed, shares_every, ...
     """
-    weights = {"kv": kv_weight} if student.projectors else {}
+    steps = settings.steps(len(problems))
+    weights = {"kv": settings.kv_weight} if student.projectors else {}
     if student.states:
-        weights["codi"] = codi_weight
+        weights["codi"] = settings.codi_weight
 
     def schedule(step: int) -> dict[str, float]:
-        factor = min(1.0, step / kv_warmup) if kv_warmup else 1.0
-        if kv_end:
-            factor *= max(0.0, 1 - (step - 1) / (kv_end * steps))
+        factor = min(1.0, step / settings.kv_warmup) if settings.kv_warmup else 1.0
+        if settings.kv_end:
+            factor *= max(0.0, 1 - (step - 1) / (settings.kv_end * steps))
         return {name: weight * factor for name, weight in weights.items()}
 
-    loader = DataLoader(
-        problems, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=pad_problems
-    )
-    options = {"loss_weight_schedule": schedule, "steps": steps} | options
-    options["weight"] = lambda batch: batch["weights"][:, 1:].sum()
+    batches = {"batch_size": settings.batch_size, "shuffle": True, "drop_last": True}
+    options |= {"steps": steps, "precision": "fp16" if settings.fp16 else "no"}
+    options |= {"accumulate": settings.accumulate, "learning_rate": settings.learning_rate}
+    options |= {"loss_weight_schedule": schedule}
+    options |= {"weight": lambda batch: batch["weights"][:, 1:].sum()}
+    loader = DataLoader(problems, collate_fn=pad_problems, **batches)
     return fit(student, loader, lambda model, batch: model(batch), **options)
 
 
@@ -692,12 +696,7 @@ def train_student(
 
 @torch.no_grad()
 def similar_layers(
-    student: PreTrainedModel,
-    texts: Sequence[Segmented],
-    teacher: PreTrainedModel,
-    others: Sequence[Segmented],
-    what: str = "hidden",
-    batch_size: int = 16,
+    student: PreTrainedModel, texts: Texts, teacher: PreTrainedModel, others: Texts, what="hidden"
 ) -> Tensor:
     """CKA of every student layer with every teacher layer, (K, L), on tokens of prompt and reasoning.
 
@@ -711,29 +710,16 @@ def similar_layers(
             (un-rotated) or "values".
     """
     cka = CKA()
-    for start in tqdm(range(0, len(texts), batch_size), desc="CKA"):
-        part = slice(start, start + batch_size)
-        borders = _borders(texts[part])
-        plan = plan_time(borders, _borders(others[part]))
-        inputs = _pad_texts(texts[part])
-        counted = plan.mask & (inputs["position_ids"] < borders[:, 2:3])  # without the answer
-        student_layers = _layer_states(student, texts[part], what)
-        teacher_layers = resample(_layer_states(teacher, others[part], what), plan)
-        cka.update(
-            [x[counted] for x in student_layers.unbind(1)],
-            [x[counted] for x in teacher_layers.unbind(1)],
-        )
+    for start in tqdm(range(0, len(texts), BATCH), desc="CKA"):
+        part = slice(start, start + BATCH)
+        layers, borders = _read_texts(student, texts[part])
+        teacher_layers, teacher_borders = _read_texts(teacher, others[part])
+        plan = plan_time(borders, teacher_borders)
+        columns = torch.arange(-plan.mask.shape[1], 0)  # from the end
+        counted = plan.mask & (columns < borders[:, 2:3] - borders[:, 3:])  # without the answer
+        pair = layers[what], resample(teacher_layers[what], plan)
+        cka.update(*(x.transpose(0, 1)[:, counted] for x in pair))
     return cka.matrix()
-
-
-def _layer_states(model: PreTrainedModel, texts: Sequence[Segmented], what: str) -> Tensor:
-    """States of each layer, (B, L, T, width), padded on the left."""
-    inputs = _pad_texts(texts, model.device)
-    if what == "hidden":
-        out = model(**inputs, output_hidden_states=True, logits_to_keep=1)
-        return torch.stack(out.hidden_states[1:], 1)
-    prefix = prefill(model, inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    return getattr(features(prefix), what)
 
 
 # -- the arms and their controls
@@ -773,60 +759,12 @@ class Problems(NamedTuple):
     kind: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class AlignmentSettings:
-    """How a student is trained.
-
-    Args:
-        kv_weight: weight of the difference of keys and values.
-        codi_weight: weight of the difference of hidden states before the answer.
-        kv_warmup: steps over which both weights rise from 0.
-        kv_end: fraction of the steps after which both have faded to 0; 0: they do not fade.
-        start: of the projectors, xavier, orthogonal or identity.
-        freeze_projectors: train the student alone.
-        epochs: times that each problem is read.
-        batch_size: problems per batch.
-        learning_rate: of AdamW.
-        accumulate: batches per optimizer step.
-        fp16: mixed precision.
-    """
-
-    kv_weight: float = 1.0
-    codi_weight: float = 0.5
-    kv_warmup: int = 1000
-    kv_end: float = 0.0
-    start: Literal[STARTS] = "xavier"
-    freeze_projectors: bool = False
-    epochs: int = 2
-    batch_size: int = 8
-    learning_rate: float = 2e-5
-    accumulate: int = 1
-    fp16: bool = False
-
-    def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive integer.")
-        for name in ("kv_weight", "codi_weight", "kv_warmup", "learning_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more.")
-        if not 0 <= self.kv_end <= 1:
-            raise ValueError(f"kv_end is {self.kv_end}, expected a fraction from 0 to 1.")
-
-    def steps(self, problems: int) -> int:
-        """Optimizer steps for a number of problems."""
-        batch = self.batch_size * self.accumulate
-        if problems < batch:
-            raise ValueError(f"{problems} problems are less than a batch of {batch}: give more.")
-        return self.epochs * (problems // batch)
-
-
 def train_arm(
     arm: Arm | None,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Problems,
-    teachers: Sequence[Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]],
+    teachers: Sequence[Loader],
     settings: AlignmentSettings,
     folder: Path,
     layer_maps: Sequence[str | Path] = (),
@@ -846,88 +784,64 @@ def train_arm(
     Returns:
         The history of `fit`, and the student with its projectors.
     """
-    steps = settings.steps(len(problems.student))
     texts = [segment(tokenizer, conversation) for conversation in problems.student]
     stored = []
-    for i, load in enumerate(teachers if arm else ()):
+    aligns = arm and (settings.kv_weight or settings.codi_weight)
+    for i, load in enumerate(teachers if aligns else ()):
         home = folder / f"teacher_{i}"
         path = Path(layer_maps[i]) if layer_maps else home / "layer_map.json"
         files = [home / f"{n:06}.safetensors" for n in range(0, len(texts), PROBLEMS_PER_FILE)]
         with PartialState().main_process_first():
             if not all(file.is_file() for file in files):
                 torch.manual_seed(seed)
+                home.mkdir(parents=True, exist_ok=True)
                 _encode_to_files(arm, student, texts, problems.teacher, load, path, files)
         stored.append(ConcatDataset([StoredTeacherFeatures(file) for file in files]))
     torch.manual_seed(seed)
     width = student.base_model.layers[0].self_attn.k_proj.out_features
-    size = student.config.hidden_size
     projectors = [Projector(x[0].keys.shape[-1], width, settings.start) for x in stored]
-    states = [nn.Linear(x[0].state.shape[-1], size, bias=False) for x in stored]
-    for module in (*projectors, *states):
-        module.requires_grad_(not settings.freeze_projectors)
+    width = student.config.hidden_size
+    states = [nn.Linear(x[0].state.shape[-1], width, bias=False) for x in stored]
     aligned = AlignedStudent(student, projectors, states if settings.codi_weight else ())
-    names = ("kv_weight", "codi_weight", "kv_warmup", "kv_end", "batch_size", "learning_rate")
-    options = {name: getattr(settings, name) for name in (*names, "accumulate")} | options
-    history = train_student(
-        aligned,
-        StackDataset(texts, *stored),
-        steps=steps,
-        precision="fp16" if settings.fp16 else "no",
-        shares_every=max(1, steps // 20),
-        checkpoint=folder / "checkpoint.safetensors",
-        seed=seed,
-        **options,
-    )
-    return history, aligned
+    for module in (aligned.projectors, aligned.states):
+        module.requires_grad_(not settings.freeze_projectors)
+    options |= {"checkpoint": folder / "checkpoint.safetensors", "seed": seed}
+    options["shares_every"] = max(1, settings.steps(len(texts)) // 20)
+    return train_student(aligned, StackDataset(texts, *stored), settings, **options), aligned
 
 
 def _encode_to_files(
-    arm: Arm,
-    student: PreTrainedModel,
-    texts: Sequence[Segmented],
-    conversations: Sequence[Conversation],
-    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-    path: Path,
-    files: Sequence[Path],
+    arm: Arm, student: PreTrainedModel, texts: Texts, conversations, load: Loader, path: Path, files
 ) -> None:
     """Write teacher features, some problems per file, and a layer map if it has to be made."""
     teacher, tokenizer = load()
     if arm.control == "random weights":
         teacher = type(teacher)(teacher.config).to(teacher.device, teacher.dtype).eval()
-    files[0].parent.mkdir(parents=True, exist_ok=True)
+    others = [segment(tokenizer, conversation) for conversation in conversations]
     layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     if arm.cka and not path.is_file():
-        others = [segment(tokenizer, text) for text in conversations[:LAYER_MAP_PROBLEMS]]
-        matrix = similar_layers(student, texts[: len(others)], teacher, others)
-        save_layer_map(
-            path,
-            layer_map(matrix, min(2, layers[1])),
-            student=student.config.name_or_path,
-            teacher=teacher.config.name_or_path,
-            samples=len(others),
-        )
+        part = slice(LAYER_MAP_PROBLEMS)
+        matrix = similar_layers(student, texts[part], teacher, others[part])
+        chosen = layer_map(matrix, min(2, layers[1]))
+        names = student.config.name_or_path, teacher.config.name_or_path
+        save_layer_map(path, chosen, *names, len(texts[part]))
     chosen = load_layer_map(path, *layers) if arm.cka else proportional(*layers)
     if arm.control == "another problem":
-        half = len(conversations) // 2
-        conversations = [*conversations[half:], *conversations[:half]]
+        half = len(others) // 2
+        others = [*others[half:], *others[:half]]
     plan = plan_time if arm.segments else by_index
     for i, file in enumerate(files):
-        part = slice(i * PROBLEMS_PER_FILE, (i + 1) * PROBLEMS_PER_FILE)
         if not file.is_file():
-            problems = encode_with_teacher(
-                teacher, tokenizer, conversations[part], texts[part], chosen, plan
-            )
+            part = slice(i * PROBLEMS_PER_FILE, (i + 1) * PROBLEMS_PER_FILE)
+            problems = encode_with_teacher(teacher, others[part], texts[part], chosen, plan)
             save_teacher_features(file, problems)
 
 
 def solved(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Problems,
-    max_new_tokens: int = 256,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Problems, max_tokens: int
 ) -> np.ndarray:
     """1 for each question whose greedy answer is an accepted one, else 0."""
-    texts = answers(model, tokenizer, problems.questions, max_new_tokens, label="problems")
+    texts = answers(model, tokenizer, problems.questions, max_tokens, label="problems")
     correct = []
     for text, accepted in zip(texts, problems.answers, strict=True):
         answer = extract_answer(problems.kind, text)

@@ -42,7 +42,7 @@ import kvlab
 from kvlab import Scale, align, cache, lab, plots
 from kvlab.align import AlignedStudent, Projector, plan_time, resample, segment
 from kvlab.lab.corpora import Solutions
-from kvlab.layers import CKA, biased_cka, layer_map, proportional
+from kvlab.layers import CKA, layer_map, proportional
 from kvlab.layers import hsic as package_hsic
 
 scale = Scale.current()
@@ -216,6 +216,11 @@ assert torch.allclose(once, turned)
 # Two layers of random numbers have nothing in common. What do the two estimates show for various numbers of tokens, at a width of 128?
 
 # %% mystnb={"image": {"alt": "CKA of independent layers against the number of tokens. The biased estimate begins near 1 and falls slowly; the unbiased one stays at 0."}}
+def biased_cka(x, y):
+    x, y = x - x.mean(0), y - y.mean(0)
+    return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
 counts = (16, 32, 64, 128, 256, 512, 1024)
 rows = {"biased": [], "unbiased": []}
 for n in counts:
@@ -416,8 +421,8 @@ problems = [*Solutions(32, seed=6)]
 own_texts = [segment(tokenizer, s) for s, _ in problems]
 begun = learner()
 layers = proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
-solutions = [solution for _, solution in problems]
-seen = align.encode_with_teacher(teacher, words, solutions, own_texts, layers)
+teacher_texts = [segment(words, solution) for _, solution in problems]
+seen = align.encode_with_teacher(teacher, teacher_texts, own_texts, layers)
 examples = list(zip(own_texts, seen))
 
 aligned_student = AlignedStudent(begun, [Projector(*widths)]).to(begun.device)
@@ -440,7 +445,10 @@ assert all(p.grad is None for p in teacher.parameters())
 # %%
 del aligned_student, batch, attention, gradient, begun
 tiny = scale.name == "tiny"
-steps, batch, rate = (24, 8, 2e-3) if tiny else (12, 1, 2e-5)
+options = {"epochs": 6, "batch_size": 8, "learning_rate": 2e-3}
+if not tiny:
+    examples = examples[:12]
+    options = {"epochs": 1, "batch_size": 1, "learning_rate": 2e-5}
 ways = {
     "as the source": {"kv_weight": 1.0, "codi_weight": 0.5, "kv_warmup": 1000},
     "large and fading": {"kv_weight": 10.0, "kv_warmup": 0, "kv_end": 0.6},
@@ -452,8 +460,9 @@ for name, way in ways.items():
     projector = Projector(*widths, "orthogonal" if fixed else "xavier").requires_grad_(not fixed)
     states = [torch.nn.Linear(teacher.config.hidden_size, model.config.hidden_size, bias=False)]
     aligned_student = AlignedStudent(model, [projector], () if fixed else states)
-    options = {"steps": steps, "batch_size": batch, "learning_rate": rate, "shares_every": 2}
-    histories[name] = align.train_student(aligned_student, examples, **options, **way)
+    settings = align.AlignmentSettings(**options, **way)
+    history = align.train_student(aligned_student, examples, settings, shares_every=2)
+    histories[name] = history
     shares[name] = [h["share_kv"] for h in histories[name] if "share_kv" in h]
     del model, aligned_student
 
@@ -710,9 +719,9 @@ if scale.name == "tiny":
     for weight in (0.0, 0.25, 0.5, 0.75, 1.0):
         error = spread = 0.0
         for first, other, mine in of_both(slice(32, 48)):
-            keys = [p(kv).keys.detach() for p, kv in zip(fitted, (first, other))]
-            made = align.fuse(keys, torch.tensor([1 - weight, weight]))
-            error += (mine.keys - made).square().sum().item()
+            projected = [p(kv) for p, kv in zip(fitted, (first, other))]
+            fused = align.fuse(projected, torch.tensor([1 - weight, weight]))
+            error += (mine.keys - fused.keys).square().sum().item()
             spread += (mine.keys - mine.keys.mean(2, keepdim=True)).square().sum().item()
         print(f"weight of the second {weight:.2f}: {1 - error / spread:.3f} of the variance explained")
 
@@ -745,14 +754,15 @@ student.requires_grad_(True)
 problems = [*Solutions(16, seed=1)]
 texts = [align.segment(tokenizer, mine) for mine, _ in problems]
 layers = proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-solutions = [theirs for _, theirs in problems]
-seen = align.encode_with_teacher(teacher, words, solutions, texts, layers)
+others = [align.segment(words, theirs) for _, theirs in problems]
+seen = align.encode_with_teacher(teacher, others, texts, layers)
 width = seen[0].keys.shape[-1], student.base_model.layers[0].self_attn.k_proj.out_features
 projector = align.Projector(*width, "orthogonal").requires_grad_(False)
-options = {"steps": 4, "batch_size": 4, "kv_weight": 1, "kv_warmup": 0}  # and "kv_end": 0.6 for more steps
+options = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-4}
+settings = align.AlignmentSettings(**options, kv_warmup=0)  # and kv_end=0.6 for more steps
 aligned_student = align.AlignedStudent(student, [projector])
 examples = list(zip(texts, seen))
-history = align.train_student(aligned_student, examples, learning_rate=1e-4, **options)
+history = align.train_student(aligned_student, examples, settings)
 print([round(h["kv"], 2) for h in history])
 
 # %% [markdown]

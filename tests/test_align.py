@@ -25,6 +25,7 @@ from kvlab.align import (
     KV,
     MARKER,
     AlignedStudent,
+    AlignmentSettings,
     Projector,
     StoredTeacherFeatures,
     TimePlan,
@@ -255,8 +256,7 @@ def test_a_template_that_changes_the_solution_is_refused():
         "message.content", "message.content | upper"
     )
     with pytest.raises(
-        ValueError,
-        match=r"The chat template changes the assistant's text, which begins '1. Answer: 2'",
+        ValueError, match=r"The chat template changes the assistant's text, '1. Answer: 2'"
     ):
         segment(tokenizer, solved("1. Answer: 2"))
 
@@ -724,20 +724,23 @@ def test_a_projector_of_another_version_is_refused(tmp_path):
 
 
 def test_fusion_is_a_mean_by_normalized_weights():
-    parts = [some(1, 2, 3, 4, seed=i) for i in range(3)]
-    near(fuse(parts), sum(parts) / 3)
-    near(fuse(parts, torch.tensor([2.0, 0.0, 6.0])), 0.25 * parts[0] + 0.75 * parts[2], within=1e-7)
-    near(fuse([parts[0]] * 3, torch.tensor([5.0, 1.0, 0.1])), parts[0], within=1e-6)
-    assert torch.equal(fuse(parts[:1], torch.tensor([0.3])), parts[0])
+    parts = [kv_of(1, 2, 3, 4, seed=2 * i, dtype=DOUBLE) for i in range(3)]
+    for side in range(2):
+        one, two, three = (part[side] for part in parts)
+        near(fuse(parts)[side], (one + two + three) / 3)
+        got = fuse(parts, torch.tensor([2.0, 0.0, 6.0]))[side]
+        near(got, 0.25 * one + 0.75 * three, within=1e-7)
+        near(fuse([parts[0]] * 3, torch.tensor([5.0, 1.0, 0.1]))[side], one, within=1e-6)
+        assert torch.equal(fuse(parts[:1], torch.tensor([0.3]))[side], one)
 
 
 def test_weights_can_be_learned():
     logits = torch.nn.Parameter(torch.zeros(2))
-    parts, target = [some(1, 1, 4, 4, seed=i) for i in range(2)], some(1, 1, 4, 4, seed=1)
+    parts = [kv_of(1, 1, 4, 4, seed=i, dtype=DOUBLE) for i in range(2)]
     optimizer = torch.optim.SGD([logits], lr=1.0)
     for _ in range(50):
         optimizer.zero_grad()
-        (fuse(parts, logits.softmax(0)) - target).square().mean().backward()
+        (fuse(parts, logits.softmax(0)).keys - parts[1].keys).square().mean().backward()
         optimizer.step()
     assert logits.softmax(0)[1] > 0.95
 
@@ -766,8 +769,7 @@ def moved(teacher):
 
 def carried(*teachers, weights=None):
     """All steps: rotation and head, time, layer, hidden, fusion."""
-    keys, values = zip(*(teacher.projector(moved(teacher)) for teacher in teachers), strict=True)
-    return KV(fuse(keys, weights), fuse(values, weights))
+    return fuse([teacher.projector(moved(teacher)) for teacher in teachers], weights)
 
 
 def itself(model, texts=TEXTS, borders=BORDERS):
@@ -946,6 +948,10 @@ def own_texts(n=5, name="lab-draft"):
     return [segment(tokenizer_of(name), c) for c in problems(n)]
 
 
+def teacher_texts(n=5, name="lab-teacher"):
+    return [segment(tokenizer_of(name), c) for c in problems(n, "long")]
+
+
 def map_to_itself(layers=3):
     return proportional(layers, layers)
 
@@ -954,12 +960,10 @@ def lessons_of(texts, *seen):
     return list(zip(texts, *seen, strict=True))
 
 
-def own_lessons(student, n=5, **options):
+def own_lessons(student, n=5):
     """Lessons in which the teacher is the student, with maps that change nothing."""
     texts = own_texts(n)
-    seen = encode_with_teacher(
-        student, tokenizer_of("lab-draft"), problems(n), texts, map_to_itself(), **options
-    )
+    seen = encode_with_teacher(student, texts, texts, map_to_itself())
     width, size = (
         student.config.num_key_value_heads * student.config.head_dim,
         student.config.hidden_size,
@@ -969,16 +973,14 @@ def own_lessons(student, n=5, **options):
     return lessons_of(texts, seen), ([Projector(width, width, "identity")], [states])
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_what_a_teacher_makes_is_align_kv_text_by_text(batch_size):
+@pytest.mark.parametrize("batch", [2, 16])
+def test_what_a_teacher_makes_is_align_kv_text_by_text(batch, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", batch)
     teacher, texts = model_like("lab-teacher", num_hidden_layers=4), own_texts()
-    conversations, chosen = problems(5, "long"), LayerMap(*layer_map(torch.rand(3, 4), 2))
-    seen = encode_with_teacher(
-        teacher, tokenizer_of("lab-teacher"), conversations, texts, chosen, batch_size=batch_size
-    )
+    others, chosen = teacher_texts(), LayerMap(*layer_map(torch.rand(3, 4), 2))
+    seen = encode_with_teacher(teacher, others, texts, chosen)
     same = Projector(160, 160, "identity")
-    for text, conversation, part in zip(texts, conversations, seen, strict=True):
-        ids, borders = segment(tokenizer_of("lab-teacher"), conversation)
+    for text, (ids, borders), part in zip(texts, others, seen, strict=True):
         out = teacher(ids[None], output_hidden_states=True)
         prefix, plan = kv.prefill(teacher, ids[None]), plan_time(text.borders[None], borders[None])
         want = carried(Teacher(prefix, plan, chosen, same))
@@ -996,16 +998,14 @@ def test_what_a_teacher_makes_is_align_kv_text_by_text(batch_size):
 
 def test_other_plans_can_be_given():
     teacher, texts = model_like("lab-teacher"), own_texts()
-    arguments = teacher, tokenizer_of("lab-teacher"), problems(5, "long"), texts, map_to_itself()
+    arguments = teacher, teacher_texts(), texts, map_to_itself()
     one, two = encode_with_teacher(*arguments), encode_with_teacher(*arguments, by_index)
     assert not any(a.keys.equal(b.keys) for a, b in zip(one, two, strict=True))
 
 
 def test_features_are_read_problem_by_problem_from_files_of_any_number(tmp_path):
     texts = own_texts()
-    seen = encode_with_teacher(
-        model_like(), tokenizer_of("lab-draft"), problems(len(texts)), texts, map_to_itself()
-    )
+    seen = encode_with_teacher(model_like(), texts, texts, map_to_itself())
     files = [save_teacher_features(tmp_path / "a", seen[:2])]
     files.append(save_teacher_features(tmp_path / "b", seen[2:]))
     with safe_open(files[0], "pt") as file:  # the format of files of before
@@ -1064,7 +1064,7 @@ def loop_distance(student, target, mask, kind):
     return torch.stack(layers).mean()
 
 
-@pytest.mark.parametrize("kind", module.KINDS)
+@pytest.mark.parametrize("kind", ["smooth_l1", "l1", "mse"])
 def test_the_kv_loss_is_the_loop_of_its_formula(kind):
     student, target = (KV(some(2, 3, 5, 4, seed=s), some(2, 3, 5, 4, seed=s + 1)) for s in (0, 2))
     student = KV(student.keys * torch.tensor([1.0, 30, 0.1]).view(1, 3, 1, 1), student.values)
@@ -1153,9 +1153,7 @@ def test_the_loss_falls_as_the_student_moves_toward_the_target():
 
 def test_gradients_reach_the_students_keys_and_values_and_projectors_and_no_teacher():
     student, teacher, texts = model_like(), model_like("lab-teacher"), own_texts()
-    seen = encode_with_teacher(
-        teacher, tokenizer_of("lab-teacher"), problems(5, "long"), texts, map_to_itself()
-    )
+    seen = encode_with_teacher(teacher, teacher_texts(), texts, map_to_itself())
     assert not any(x.requires_grad for part in seen for x in part)
     projector, states = Projector(160, 64), nn.Linear(160, 128, bias=False)
     aligned = AlignedStudent(student, [projector], [states])
@@ -1173,17 +1171,15 @@ def test_gradients_reach_the_students_keys_and_values_and_projectors_and_no_teac
 
 def test_a_batch_is_its_lessons(monkeypatch):
     texts = own_texts()
-    seen = encode_with_teacher(
-        model_like(), tokenizer_of("lab-draft"), problems(5), texts, map_to_itself()
-    )
+    seen = encode_with_teacher(model_like(), texts, texts, map_to_itself())
     batch = pad_problems(lessons_of(texts, seen))
     for i, (text, part) in enumerate(zip(texts, seen, strict=True)):
-        size, (_, solution, answer, _) = len(text.input_ids), text.borders.tolist()
+        size, solution = len(text.input_ids), int(text.borders[1])
         assert batch["input_ids"][i, -size:].equal(text.input_ids)
         assert batch["attention_mask"][i].sum() == size
         assert batch["position_ids"][i, -size:].tolist() == list(range(size))
         assert batch["weights"][i, -size:].tolist() == [0] * solution + [1] * (size - solution)
-        assert batch["before"][i] == batch["input_ids"].shape[1] - size + answer - 1
+        assert batch["borders"][i].tolist() == text.borders.tolist()
         assert batch["keys_0"][i, :, -size:].equal(part.keys.float())
         assert batch["values_0"][i, :, -size:].equal(part.values.float())
         assert not batch["keys_0"][i, :, :-size].any()
@@ -1192,7 +1188,9 @@ def test_a_batch_is_its_lessons(monkeypatch):
 def test_without_an_alignment_it_is_cross_entropy_alone():
     one, two, texts = model_like(), model_like(), own_texts(8)
     lessons = [(text,) for text in texts]
-    history = train_student(AlignedStudent(one), lessons, steps=3, batch_size=4, learning_rate=1e-3)
+    history = train_student(
+        AlignedStudent(one), lessons, AlignmentSettings(epochs=2, batch_size=4, learning_rate=1e-3)
+    )
 
     def by_hand(model, batch):
         options = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
@@ -1206,7 +1204,7 @@ def test_without_an_alignment_it_is_cross_entropy_alone():
         two,
         loader,
         by_hand,
-        steps=3,
+        steps=4,
         learning_rate=1e-3,
         weight=lambda batch: batch["weights"][:, 1:].sum(),
     )
@@ -1217,15 +1215,9 @@ def test_without_an_alignment_it_is_cross_entropy_alone():
 def test_weights_rise_and_fade():
     student = model_like()
     lessons, alignment = own_lessons(model_like(seed=1), 8)
-    options = {
-        "steps": 8,
-        "batch_size": 8,
-        "learning_rate": 0.0,
-        "kv_weight": 2.0,
-        "kv_warmup": 4,
-        "kv_end": 0.75,
-    }
-    history = train_student(AlignedStudent(student, *alignment), lessons, **options)
+    rates = {"learning_rate": 0.0, "kv_weight": 2.0, "kv_warmup": 4, "kv_end": 0.75}
+    settings = AlignmentSettings(epochs=8, batch_size=8, **rates)
+    history = train_student(AlignedStudent(student, *alignment), lessons, settings)
     (batch,) = DataLoader(lessons, batch_size=8, collate_fn=pad_problems)
     plain = AlignedStudent(student, *alignment)(batch)
     factors = [entry["kv"] / plain["kv"].item() for entry in history]
@@ -1244,19 +1236,13 @@ def test_students_come_nearer_to_their_teachers():
     maps = [map_to_itself(), proportional(3, 4)]
     names = ("lab-teacher", "lab-target")
     seen = [
-        encode_with_teacher(teacher, tokenizer_of(name), problems(8, "long"), texts, chosen)
+        encode_with_teacher(teacher, teacher_texts(8, name), texts, chosen)
         for teacher, name, chosen in zip(teachers, names, maps, strict=True)
     ]
     aligned = AlignedStudent(student, [Projector(160, 64), Projector(64, 64)])
-    options = {
-        "steps": 12,
-        "batch_size": 8,
-        "learning_rate": 3e-3,
-        "warmup": 1,
-        "kv_warmup": 0,
-        "kv_end": 0,
-    }
-    history = train_student(aligned, lessons_of(texts, *seen), **options)
+    options = {"epochs": 12, "batch_size": 8, "learning_rate": 3e-3, "kv_warmup": 0}
+    lessons = lessons_of(texts, *seen)
+    history = train_student(aligned, lessons, AlignmentSettings(**options), warmup=1)
     assert history[-1]["kv"] < 0.8 * history[0]["kv"]
     assert "codi" not in history[0]
 
@@ -1265,9 +1251,10 @@ def test_students_come_nearer_to_their_teachers():
 
 
 @pytest.mark.parametrize("what", ["hidden", "keys", "values"])
-def test_a_model_is_like_itself_layer_by_layer(what):
+def test_a_model_is_like_itself_layer_by_layer(what, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 4)
     model, texts = model_like(), own_texts(12)
-    matrix = similar_layers(model, texts, model, texts, what, batch_size=4)
+    matrix = similar_layers(model, texts, model, texts, what)
     near(matrix.diagonal(), torch.ones(3, dtype=DOUBLE), 1e-9)
     assert (matrix < 1 + 1e-9).all()
 
@@ -1279,7 +1266,7 @@ def test_hidden_states_are_the_outputs_of_layers_and_the_last_one_normed():
         layer.register_forward_hook(
             lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out)
         )
-    got = module._layer_states(model, [text], "hidden")
+    got = module._read_texts(model, [text])[0]["hidden"]
     want = [*outputs[:2], model.model.norm(outputs[2])]
     near(got, torch.stack(want, 1).view_as(got), 1e-5)
 
@@ -1292,5 +1279,5 @@ def test_answers_and_padding_do_not_count_for_similarity():
         )
         for t in texts
     ]
-    one, two = (similar_layers(model, part, model, part, "values", 4) for part in (texts, other))
+    one, two = (similar_layers(model, part, model, part, "values") for part in (texts, other))
     near(one, two)

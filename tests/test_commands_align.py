@@ -83,9 +83,9 @@ def set_out(tiny, monkeypatch):
     def run(command, *options):
         got = []
         with monkeypatch.context() as patch:
-            patch.setattr("kvlab.commands.align.solved", lambda *_: np.zeros(1))
+            patch.setattr("kvlab.align.solved", lambda *_: np.zeros(1))
             patch.setattr(
-                "kvlab.commands.align.train_arm",
+                "kvlab.align.train_arm",
                 lambda *args: got.append(args[3]) or ([{"seconds": 0.0}], AlignedStudent(args[1])),
             )
             main([*command, "--output_dir", "set_out", *options])
@@ -96,15 +96,17 @@ def set_out(tiny, monkeypatch):
 
 @pytest.fixture
 def listened(tiny, monkeypatch):
-    """Return a function that runs a command without training: lessons, alignment and options that it would have had."""
+    """Return a function that runs a command without training: lessons, alignment, settings and options of it."""
 
     def run(command, *options, name="listened"):
         got = []
         with monkeypatch.context() as patch:
-            patch.setattr("kvlab.commands.align.solved", lambda *_: np.zeros(1))
+            patch.setattr("kvlab.align.solved", lambda *_: np.zeros(1))
             patch.setattr(
                 "kvlab.align.train_student",
-                lambda *args, **more: got.append((args[1], args[0], more)) or [{"seconds": 0.0}],
+                lambda student, lessons, settings, **more: (
+                    got.append((lessons, student, settings, more)) or [{"seconds": 0.0}]
+                ),
             )
             main([*command, "--output_dir", name, *options])
         return got
@@ -122,9 +124,8 @@ def heard(chosen, plan, name="lab-teacher", shift=0, seed=0):
     """What a teacher makes of the lab's problems."""
     texts, theirs = pair_of(seed=seed)
     theirs = [*theirs[shift:], *theirs[:shift]]
-    return align_module.encode_with_teacher(
-        lab.load(name), lab.load_tokenizer(name), theirs, texts, chosen, plan
-    )
+    others = [align_module.segment(lab.load_tokenizer(name), c) for c in theirs]
+    return align_module.encode_with_teacher(lab.load(name), others, texts, chosen, plan)
 
 
 def same(lessons, seen, number=0):
@@ -208,8 +209,7 @@ def test_without_weights_there_is_no_teacher_and_a_student_learns_as_from_soluti
     assert not {"kv", "codi"} & set(told["history"][0])
     students = []
     monkeypatch.setattr(
-        "kvlab.commands.align.solved",
-        lambda model, *_: students.append(model.state_dict()) or np.zeros(1),
+        "kvlab.align.solved", lambda model, *_: students.append(model.state_dict()) or np.zeros(1)
     )
     options = [
         "--arms",
@@ -301,7 +301,7 @@ def test_solved_is_what_is_answered_by_an_accepted_answer(monkeypatch):
         "kvlab.align.answers",
         lambda model, tokenizer, asked, tokens, **_: said if asked == tasks.questions else [],
     )
-    assert solved(None, None, tasks).tolist() == [1, 0, 0, 1]
+    assert solved(None, None, tasks, 9).tolist() == [1, 0, 0, 1]
 
 
 def test_each_arm_learns_from_what_its_name_says(listened):
@@ -332,13 +332,9 @@ def test_each_arm_learns_from_what_its_name_says(listened):
         ]
         assert any(own) == (arm == "full"), arm
     assert all(torch.isfinite(x).all() for lesson in lessons["random_teacher"] for x in lesson[1])
-    for *_, options in runs:
-        assert (
-            options["seed"],
-            options["steps"],
-            options["kv_weight"],
-            options["codi_weight"],
-        ) == (0, 2, 1.0, 0.5)
+    for *_, settings, options in runs:
+        values = options["seed"], settings.steps(16), settings.kv_weight, settings.codi_weight
+        assert values == (0, 2, 1.0, 0.5)
 
 
 def test_flags_of_training_choose_the_arm_and_the_seed_the_problems(listened):
@@ -408,7 +404,7 @@ def test_two_teachers_are_heard_one_after_another_each_in_its_own_tokens(listene
     two = ["--teacher_model", "lab-teacher", "lab-target", "--use_segment_resampling"]
     with monkeypatch.context() as patch:
         patch.setattr(Scale, "load", watched)
-        ((lessons, alignment, _),) = listened(ALIGNED, *two)
+        ((lessons, alignment, *_),) = listened(ALIGNED, *two)
     assert len(loaded) == 2
     assert same(lessons, heard(proportional(2, 6), align_module.plan_time), 0)
     assert same(lessons, heard(proportional(2, 12), align_module.plan_time, "lab-target"), 1)
@@ -496,22 +492,21 @@ def test_projectors_start_by_the_seed_and_stay_if_they_are_frozen(align, listene
     assert not equal(
         align_module.Projector.from_pretrained(tiny / "free/projector_0").state_dict(), begun
     )
-    ((_, alignment, _),) = listened(ALIGNED, "--freeze_projectors", *options)
+    ((_, alignment, *_),) = listened(ALIGNED, "--freeze_projectors", *options)
     trained = {name for name, p in alignment.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"student"}
     # now the features are read from disk
-    ((_, again, _),) = listened(ALIGNED, "--freeze_projectors", *options)
+    ((_, again, *_),) = listened(ALIGNED, "--freeze_projectors", *options)
     assert equal(again.projectors.state_dict(), alignment.projectors.state_dict())
     assert equal(again.states.state_dict(), alignment.states.state_dict())
-    ((_, alignment, _),) = listened(ALIGNED, "--codi_weight", "0")
+    ((_, alignment, *_),) = listened(ALIGNED, "--codi_weight", "0")
     assert not alignment.states
 
 
 def test_gradient_checkpointing_changes_memory_alone(align, monkeypatch):
     used = []
     monkeypatch.setattr(
-        "kvlab.commands.align.solved",
-        lambda m, *_: used.append(m.is_gradient_checkpointing) or np.zeros(1),
+        "kvlab.align.solved", lambda m, *_: used.append(m.is_gradient_checkpointing) or np.zeros(1)
     )
     histories = [
         align(name, *flags)["history"]
@@ -527,7 +522,7 @@ def test_arms_are_compared_seed_by_seed_and_a_run_that_is_over_is_not_made_again
     tiny, capsys, monkeypatch
 ):
     said, kept = iter([0.2, 0.4, 0.7, 0.3] * 2), []
-    monkeypatch.setattr("kvlab.commands.align.solved", lambda *_: np.array([next(said)]))
+    monkeypatch.setattr("kvlab.align.solved", lambda *_: np.array([next(said)]))
     for _ in range(2):
         main(
             [
@@ -646,13 +641,13 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         (ALIGNED, ["--accumulate", "3"], "16 problems are less than a batch of 24"),
         (ALIGNED, ["--problems", "0"], "problems is 0, expected a whole number from 1"),
         (ALIGNED, ["--heldout", "0"], "heldout is 0, expected a whole number from 1"),
-        (ALIGNED, ["--epochs", "0"], "epochs is 0, expected a positive integer"),
+        (ALIGNED, ["--epochs", "0"], "epochs is 0, expected 1 or more"),
         (ALIGNED, ["--kv_weight", "-1"], "kv_weight is -1.0, expected 0 or more"),
         (ALIGNED, ["--codi_weight", "-0.1"], "codi_weight is -0.1, expected 0 or more"),
         (ALIGNED, ["--learning_rate", "-1"], "learning_rate is -1.0, expected 0 or more"),
         (ALIGNED, ["--kv_warmup", "-1"], "kv_warmup is -1, expected 0 or more"),
         (ALIGNED, ["--kv_end", "-0.5"], "kv_end is -0.5, expected a fraction from 0 to 1"),
-        (ALIGNED, ["--fp16"], "fp16 needs a GPU, but the scale tiny computes on the CPU"),
+        (ALIGNED, ["--fp16"], "fp16 needs a GPU: tiny computes on the CPU"),
         (
             ALIGNED,
             ["--source", "sums.jsonl"],
@@ -712,7 +707,7 @@ def test_a_mistake_in_alignment_is_a_sentence_before_any_work(
 
 
 def test_what_does_not_fit_the_models_is_a_sentence_before_anything_is_read(tiny, monkeypatch):
-    monkeypatch.setattr("kvlab.commands.align.similar_layers", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("kvlab.align.similar_layers", lambda *_: pytest.fail("read"))
     with pytest.raises(
         SystemExit, match=r"^kvlab: k is 7, but lab-teacher has 6 layers: give a smaller one"
     ):

@@ -1,7 +1,7 @@
 """`kvlab layer-map`, `kvlab train-aligned` and `kvlab compare-alignments`: 4D alignment."""
 
 import random
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
@@ -13,33 +13,14 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.align import (
-    ARMS,
-    LAYER_MAP_PROBLEMS,
-    STATES,
-    AlignedStudent,
-    AlignmentSettings,
-    Arm,
-    Problems,
-    alignment_figures,
-    segment,
-    similar_layers,
-    solved,
-    train_arm,
-)
+from kvlab import align
+from kvlab.align import AlignedStudent, AlignmentSettings, Arm, Problems
 from kvlab.answers import extract_answer
-from kvlab.commands.shared import (
-    command_settings,
-    figures_table,
-    require_counts,
-    require_no_source,
-    run_name,
-    write_json,
-)
+from kvlab.commands import shared
 from kvlab.evaluate import figure, run_info
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
-from kvlab.records import DATA_SETS, PROBLEMS, Record, accepted_answers, messages, read_records
+from kvlab.records import DATA_SETS, PROBLEMS, accepted_answers, messages, read_records
 from kvlab.scale import Scale
 
 SOLVED = ("lab", *PROBLEMS)
@@ -50,6 +31,8 @@ class AlignmentOptions(AlignmentSettings):
     """Problems and training, for `train-aligned` and `compare-alignments`.
 
     Args:
+        model_name: the student; a lab model, a hub name or a folder. Default: the scale's student.
+        teacher_model: one or more teachers, e.g. --teacher_model A B. Default: the scale's teacher.
         dataset_name: problems with reasoning to learn from, lab (made up; the teacher reads longer
             solutions) or records, of which teacher and student read the same.
         source: of records, a file as their authors published it or a name on the Hugging Face hub.
@@ -63,6 +46,8 @@ class AlignmentOptions(AlignmentSettings):
         max_new_tokens: of each solution, when problems are asked.
     """
 
+    model_name: str | None = None
+    teacher_model: list[str] | None = None
     dataset_name: Literal[SOLVED] = "lab"
     source: str | None = None
     split: str = "train"
@@ -74,16 +59,34 @@ class AlignmentOptions(AlignmentSettings):
     gradient_checkpointing: bool = False
     max_new_tokens: int = 256
 
+    def __post_init__(self):
+        super().__post_init__()
+        problems = 1 if self.problems is None else self.problems
+        counts = {"heldout": self.heldout, "max_new_tokens": self.max_new_tokens}
+        shared.require_counts(**counts, problems=problems)
+        if self.eval_source and self.eval_dataset_name in (None, "lab"):
+            hint = "which needs --eval_dataset_name, not lab"
+            raise ValueError(f"eval_source is {self.eval_source!r}, {hint}.")
+
+    def teachers(self) -> list[str]:
+        return self.teacher_model or [Scale.current().teacher]
+
+    def scale(self) -> Scale:
+        scale = Scale.current()
+        if self.fp16 and scale.device == "cpu":
+            raise ValueError(f"fp16 needs a GPU: {scale.name} computes on the CPU.")
+        return replace(scale, student=self.model_name or scale.student)
+
 
 def map_layers(
     student_model: str | None = None,
     teacher_model: str | None = None,
     dataset_name: Literal[SOLVED] = "lab",
-    num_samples: int = LAYER_MAP_PROBLEMS,
+    num_samples: int = align.LAYER_MAP_PROBLEMS,
     output: Path = Path("layer_map.json"),
     source: str | None = None,
     split: str = "train",
-    what: Literal[STATES] = "hidden",
+    what: Literal["hidden", "keys", "values"] = "hidden",
     k: int = 2,
 ) -> None:
     """Find the teacher layers that are most similar to each student layer (unbiased CKA), and write them as JSON.
@@ -101,23 +104,21 @@ def map_layers(
             or its values.
         k: teacher layers for each student layer, weighted by a softmax over their CKA.
     """
-    require_counts(num_samples=num_samples, k=k)
+    shared.require_counts(num_samples=num_samples, k=k)
     scale = Scale.current()
-    scale = replace(
-        scale, student=student_model or scale.student, teacher=teacher_model or scale.teacher
-    )
+    names = {"student": student_model or scale.student, "teacher": teacher_model or scale.teacher}
+    scale = replace(scale, **names)
     pairs = _solutions(dataset_name, source, split, num_samples)
     student, tokenizer = scale.load("student"), scale.load_tokenizer("student")
     teacher, teacher_tokenizer = _load_teacher(scale)
     layers = teacher.config.num_hidden_layers
     if k > layers:
         raise ValueError(f"k is {k}, but {scale.teacher} has {layers} layers: give a smaller one.")
-    texts = [segment(tokenizer, conversation) for conversation, _ in pairs]
-    others = [segment(teacher_tokenizer, conversation) for _, conversation in pairs]
-    matrix = similar_layers(student, texts, teacher, others, what)
+    texts = [align.segment(tokenizer, conversation) for conversation, _ in pairs]
+    others = [align.segment(teacher_tokenizer, conversation) for _, conversation in pairs]
+    matrix = align.similar_layers(student, texts, teacher, others, what)
     chosen = layer_map(matrix, k)
     output.parent.mkdir(parents=True, exist_ok=True)
-    names = {"student": scale.student, "teacher": scale.teacher}
     save_layer_map(output, chosen, **names, samples=len(pairs), what=what)
     print(f"CKA of layers of {scale.student} (rows) and {scale.teacher}, {len(pairs)} problems:")
     print(pd.DataFrame(matrix.numpy()).to_string(float_format="{:.2f}".format))
@@ -129,8 +130,6 @@ def map_layers(
 
 
 def train_aligned(
-    model_name: str | None = None,
-    teacher_model: list[str] | None = None,
     use_cka_layer_mapping: bool = False,
     layer_mapping_path: list[str] | None = None,
     use_segment_resampling: bool = False,
@@ -147,8 +146,6 @@ def train_aligned(
     --use_cka_layer_mapping and --use_segment_resampling. With both weights 0 there is no teacher.
 
     Args:
-        model_name: the student; a lab model, a hub name or a folder. Default: the scale's student.
-        teacher_model: one or more teachers, e.g. --teacher_model A B. Default: the scale's teacher.
         use_cka_layer_mapping: align each student layer to the teacher layers that are most similar
             to it; otherwise to the one at the same fraction of the depth.
         layer_mapping_path: for each teacher a file that `kvlab layer-map` wrote. Default: they are
@@ -159,13 +156,12 @@ def train_aligned(
         output_dir: folder of the student.
     """
     settings = AlignmentOptions(**options)
-    scale, teachers = _models(settings, model_name, teacher_model)
+    scale = settings.scale()
     maps = layer_mapping_path or []
-    if maps and (not use_cka_layer_mapping or len(maps) != len(teachers)):
-        raise ValueError(
-            f"There are {len(maps)} layer maps for {len(teachers)} teachers: give one each, and "
-            "--use_cka_layer_mapping."
-        )
+    teachers = len(settings.teachers())
+    if maps and (not use_cka_layer_mapping or len(maps) != teachers):
+        hint = "give one each, and --use_cka_layer_mapping"
+        raise ValueError(f"There are {len(maps)} layer maps for {teachers} teachers: {hint}.")
     for path in maps:
         if not Path(path).is_file():
             raise ValueError(f"There is no layer map {path}: make it by `kvlab layer-map`.")
@@ -176,7 +172,7 @@ def train_aligned(
     figures = []
 
     def measure(when: str) -> None:
-        correct = solved(student, tokenizer, problems, settings.max_new_tokens)
+        correct = align.solved(student, tokenizer, problems, settings.max_new_tokens)
         conditions = "problems that were not learned from, the answer right, greedy"
         figures.append(figure(f"accuracy_{when}", correct, "fraction", conditions))
 
@@ -185,26 +181,18 @@ def train_aligned(
         print("To learn from: {} problems. To be asked: {}.".format(*counts))
         measure("before")
     arm = Arm(use_cka_layer_mapping, use_segment_resampling)
-    if not settings.kv_weight and not settings.codi_weight:
-        arm = None
-    run = scale, student, problems, teachers, settings, seed, output_dir
-    history, aligned = _train(arm, *run, maps=maps)
+    history, aligned = _train(arm, student, problems, settings, seed, output_dir, maps)
     if main:
         student.save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
         for number, projector in enumerate(aligned.projectors):
             projector.save_pretrained(output_dir / f"projector_{number}")
         measure("after")
-        _write(output_dir / "training.json", scale, teachers, figures, history=history)
+        _write(output_dir / "training.json", settings, figures, {}, history=history)
 
 
 def compare_alignments(
-    model_name: str | None = None,
-    teacher_model: list[str] | None = None,
-    arms: list[str] | None = None,
-    seeds: int = 3,
-    output_dir: Path = Path("alignments"),
-    **options,
+    arms: list[str] | None = None, seeds: int = 3, output_dir: Path = Path("alignments"), **options
 ) -> None:
     """Train one student after another, by each arm of 4D alignment and by controls, and compare what they solve.
 
@@ -216,19 +204,17 @@ def compare_alignments(
     was stopped continues.
 
     Args:
-        model_name: the student, as for train-aligned.
-        teacher_model: one or more teachers.
         arms: some of them, e.g. --arms ce_only full. Default: all.
         seeds: runs of each arm. Each seed has its own problems to learn from, order and projectors.
         output_dir: folder of the comparison.
     """
     settings = AlignmentOptions(**options)
-    require_counts(seeds=seeds)
-    arms = list(dict.fromkeys(arms or ARMS))
-    unknown = [arm for arm in arms if arm not in ARMS]
+    shared.require_counts(seeds=seeds)
+    arms = list(dict.fromkeys(arms or align.ARMS))
+    unknown = ", ".join(arm for arm in arms if arm not in align.ARMS)
     if unknown:
-        raise ValueError(f"There is no arm {', '.join(unknown)}: choose from {', '.join(ARMS)}.")
-    scale, teachers = _models(settings, model_name, teacher_model)
+        raise ValueError(f"There is no arm {unknown}: choose from {', '.join(align.ARMS)}.")
+    scale = settings.scale()
     main = PartialState(cpu=scale.device == "cpu").is_main_process
     tokenizer = scale.load_tokenizer("student")
     problems = [_load_problems(settings, seed) for seed in range(seeds)]
@@ -237,42 +223,26 @@ def compare_alignments(
         student = _load_student(scale, settings)
         if scale.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        run = scale, student, problems[seed], teachers, settings, seed, output_dir
-        history, _ = _train(ARMS[arm], *run)
+        history, _ = _train(align.ARMS[arm], student, problems[seed], settings, seed, output_dir)
         # a stopped run's seconds too
         row = {"arm": arm, "seed": seed, "seconds": sum(entry["seconds"] for entry in history)}
         if scale.device == "cuda":
             row["GB"] = torch.cuda.max_memory_allocated() / 1e9
-        correct = solved(student, tokenizer, problems[seed], settings.max_new_tokens)
+        correct = align.solved(student, tokenizer, problems[seed], settings.max_new_tokens)
         row["accuracy"] = float(correct.mean())
         rows.append(row)
         if main:
             print(f"{arm}, seed {seed}: {row['accuracy']:.3f}")
     if main:
-        figures = alignment_figures(pd.DataFrame(rows))
-        _write(output_dir / "comparison.json", scale, teachers, figures, arms=arms, runs=rows)
+        figures = align.alignment_figures(pd.DataFrame(rows))
+        _write(output_dir / "comparison.json", settings, figures, {"arms": arms}, runs=rows)
 
 
-def _write(
-    path: Path, scale: Scale, teachers: list[str], figures: list[dict], arms=None, **results
-) -> None:
-    settings = command_settings(model_name=scale.student, teacher_model=teachers)
-    if arms:
-        settings["arms"] = arms
-    print(figures_table(figures))
-    print(write_json(path, {"settings": settings, "figures": figures, **run_info(), **results}))
-
-
-def _models(
-    settings: AlignmentOptions, student: str | None, teachers: list[str] | None
-) -> tuple[Scale, list[str]]:
-    require_counts(heldout=settings.heldout, max_new_tokens=settings.max_new_tokens)
-    if settings.problems is not None:
-        require_counts(problems=settings.problems)
-    scale = Scale.current()
-    if settings.fp16 and scale.device == "cpu":
-        raise ValueError(f"fp16 needs a GPU, but the scale {scale.name} computes on the CPU.")
-    return replace(scale, student=student or scale.student), teachers or [scale.teacher]
+def _write(path: Path, settings: AlignmentOptions, figures: list, resolved: dict, **more) -> None:
+    resolved |= {"model_name": settings.scale().student, "teacher_model": settings.teachers()}
+    result = {"settings": shared.command_settings(**resolved), "figures": figures, **run_info()}
+    print(shared.figures_table(figures))
+    print(shared.write_json(path, result | more))
 
 
 def _load_student(scale: Scale, settings: AlignmentOptions) -> PreTrainedModel:
@@ -287,42 +257,30 @@ def _load_teacher(scale: Scale) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
 
 def _train(
-    arm: Arm | None,
-    scale: Scale,
-    student: PreTrainedModel,
-    problems: Problems,
-    teachers: Sequence[str],
-    settings: AlignmentOptions,
-    seed: int,
-    folder: Path,
-    maps: Sequence[str] = (),
+    arm: Arm | None, student, problems: Problems, settings: AlignmentOptions, seed, folder, maps=()
 ) -> tuple[list[dict[str, float]], AlignedStudent]:
     """Train in a folder of the run's own name."""
     values = [getattr(settings, field.name) for field in fields(AlignmentSettings)]
-    texts = [Path(path).read_text() for path in maps]
-    run = folder / run_name(
-        student, arm, values, seed, teachers, texts, problems.student, problems.teacher
-    )
-    loaders = [partial(_load_teacher, replace(scale, teacher=name)) for name in teachers]
-    tokenizer = scale.load_tokenizer("student")
-    return train_arm(arm, student, tokenizer, problems, loaders, settings, run, maps, seed)
+    names, texts = settings.teachers(), [Path(path).read_text() for path in maps]
+    read = problems.student, problems.teacher
+    folder /= shared.run_name(student, arm, values, seed, names, texts, *read)
+    scale = settings.scale()
+    loaders = [partial(_load_teacher, replace(scale, teacher=name)) for name in names]
+    models = student, scale.load_tokenizer("student")
+    return align.train_arm(arm, *models, problems, loaders, settings, folder, maps, seed)
 
 
-def _load_problems(options: AlignmentOptions, seed: int) -> Problems:
+def _load_problems(settings: AlignmentOptions, seed: int) -> Problems:
     """Problems to learn from, which the seed chooses, and others to be asked, the same for every seed."""
-    other = options.eval_dataset_name
-    if options.eval_source is not None and other in (None, "lab"):
-        raise ValueError(
-            f"eval_source is {options.eval_source!r}, which needs --eval_dataset_name, not lab."
-        )
-    data = options.dataset_name, options.source, options.split
-    asked = (other, options.eval_source, options.eval_split) if other else data
-    questions, answers, kind = _questions(*asked, options.heldout)
+    data = settings.dataset_name, settings.source, settings.split
+    test = data
+    if settings.eval_dataset_name:
+        test = settings.eval_dataset_name, settings.eval_source, settings.eval_split
+    questions, answers, kind = _questions(*test, settings.heldout)
     without = {question[0]["content"] for question in questions}
-    pairs = _solutions(*data, options.problems, seed, without)
-    options.steps(len(pairs))
-    student = [conversation for conversation, _ in pairs]
-    teacher = [conversation for _, conversation in pairs]
+    pairs = _solutions(*data, settings.problems, seed, without)
+    settings.steps(len(pairs))  # too few are refused before models are loaded
+    student, teacher = ([pair[i] for pair in pairs] for i in (0, 1))
     return Problems(student, teacher, questions, answers, kind)
 
 
@@ -344,7 +302,7 @@ def _solutions(
 ) -> list[tuple]:
     """Problems as student and teacher solve them, without some questions."""
     if name == "lab":
-        require_no_source(source)
+        shared.require_no_source(source)
         pairs = [*corpora.Solutions(count or 600, seed=seed)]
         return [pair for pair in pairs if pair[0][0]["content"] not in without]
     records = _read_shuffled(name, source, split)
@@ -352,13 +310,12 @@ def _solutions(
     if bare:
         raise ValueError(f"{bare} of {len(records)} {name} records have no reasoning to align.")
     solutions = [messages(record) for record in records]
-    pairs = [
-        (solution, solution) for solution in solutions if solution[0]["content"] not in without
-    ]
-    return random.Random(seed).sample(pairs, min(count or len(pairs), len(pairs)))
+    solutions = [solution for solution in solutions if solution[0]["content"] not in without]
+    solutions = random.Random(seed).sample(solutions, min(count or len(solutions), len(solutions)))
+    return list(zip(solutions, solutions, strict=True))
 
 
-def _read_shuffled(name: str, source: str | None, split: str) -> list[Record]:
+def _read_shuffled(name: str, source: str | None, split: str) -> list:
     """Records, each once, in an order that is always the same: many sources are sorted by subject."""
     if source is None:
         raise ValueError(f"There is no source of {name} records: give a file or a name on the hub.")

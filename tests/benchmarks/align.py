@@ -320,9 +320,9 @@ def overhead_figures(quick: bool) -> list[dict]:
     teacher, teacher_tokenizer = lab.load("lab-teacher"), lab.load_tokenizer("lab-teacher")
     pairs = [*Solutions(8 if quick else 32, HARD)]
     texts = [segment(lab.load_tokenizer("lab-draft"), text) for text, _ in pairs]
-    solutions = [text for _, text in pairs]
-    arguments = teacher, teacher_tokenizer, solutions, texts, proportional(3, 6)
-    features = encode_with_teacher(*arguments, batch_size=32)
+    others = [segment(teacher_tokenizer, text) for _, text in pairs]
+    arguments = teacher, others, texts, proportional(3, 6)
+    features = encode_with_teacher(*arguments)
     projector = Projector(160, 64, "orthogonal").requires_grad_(False)
     ways = {
         "without": (AlignedStudent(student), [(text,) for text in texts]),
@@ -331,7 +331,7 @@ def overhead_figures(quick: bool) -> list[dict]:
     seconds: dict[str, list[float]] = {"with": [], "without": [], "reading": []}
     for _ in range(2 if quick else 12):
         started = time.perf_counter()
-        encode_with_teacher(*arguments, batch_size=32)
+        encode_with_teacher(*arguments)
         seconds["reading"].append(time.perf_counter() - started)
         for name, (aligned, batch) in ways.items():
             started = time.perf_counter()
