@@ -34,6 +34,13 @@ MAP_VERSION = 1
 # -- HSIC and CKA
 
 
+class _Layer(NamedTuple):
+    """Features (n, p) or Gram matrix (n, n) of one layer, and the squared norms of its rows (n,)."""
+
+    matrix: Tensor
+    norms: Tensor
+
+
 def _centered(x: Tensor) -> Tensor:
     """Center (n, p) in float64, which changes no estimate and leaves small numbers to subtract."""
     x = x.to("cpu" if x.device.type == "mps" else x.device).double()  # mps has no float64
@@ -41,24 +48,41 @@ def _centered(x: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
-def _hsic_matrix(layers: Sequence[Tensor]) -> Tensor:
-    """HSIC of all pairs of layers, (K, K)."""
-    counts = sorted({len(x) for x in layers})
-    if len(counts) > 1 or counts[0] < 4:
-        raise ValueError(f"Layers have {counts} tokens, expected the same 4 or more: align them.")
-    n = counts[0]
-    grams = _centered(layers[0]).new_empty(len(layers), n, n)
-    for i, features in enumerate(layers):
-        x = _centered(features)
-        torch.mm(x, x.T, out=grams[i])
+def _gram_is_cheaper(n: int, widths: Sequence[int], other_widths: Sequence[int]) -> bool:
+    """Compare multiplications, n^2 (sum p + sum q + K L) with n (sum p) (sum q)."""
+    p, q = sum(widths), sum(other_widths)
+    return n * (p + q + len(widths) * len(other_widths)) < p * q
+
+
+def _hsic(one: _Layer, two: _Layer, gram: bool) -> Tensor:
     # As X is centered, K without its diagonal has K 1 = -r, r = |x_i|^2: only the first term needs more than r.
-    norms = grams.diagonal(dim1=1, dim2=2)  # (K, n)
-    inner = grams.flatten(1) @ grams.flatten(1).T
-    rows = n / (n - 2) * (norms @ norms.T)
-    product = norms.sum(1).outer(norms.sum(1)) / ((n - 1) * (n - 2))
+    n = len(one.norms)
+    if gram:
+        inner = one.matrix.flatten() @ two.matrix.flatten()
+    else:
+        inner = (one.matrix.T @ two.matrix).square().sum()
+    rows = n / (n - 2) * (one.norms @ two.norms)
+    product = one.norms.sum() * two.norms.sum() / ((n - 1) * (n - 2))
     total = inner - rows + product
     rounding = 1e-13 * (inner + rows + product)
     return torch.where(total.abs() > rounding, total, 0.0) / (n * (n - 3))
+
+
+def _hsic_sums(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """HSIC of all pairs (K, L), and of the layers of each side with themselves, (K,) and (L,)."""
+    counts = sorted({len(x) for x in (*xs, *ys)})
+    if len(counts) > 1 or counts[0] < 4:
+        raise ValueError(
+            f"Layers have {counts} tokens, expected the same 4 or more: align the texts."
+        )
+    gram = _gram_is_cheaper(counts[0], [x.shape[1] for x in xs], [y.shape[1] for y in ys])
+    sides = []
+    for side in (xs, ys):
+        features = [_centered(x) for x in side]
+        sides.append([_Layer(x @ x.T if gram else x, x.square().sum(1)) for x in features])
+    pairs = [_hsic(a, b, gram) for a in sides[0] for b in sides[1]]
+    one, two = (torch.stack([_hsic(a, a, gram) for a in side]) for side in sides)
+    return torch.stack(pairs).view(len(xs), len(ys)), one, two
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
@@ -66,7 +90,8 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
 
     With K = XX' and L = YY', diagonals set to 0, it is [tr(KL) + (1'K1)(1'L1) / ((n-1)(n-2)) -
     2/(n-2) 1'KL1] / (n(n-3)). For X and Y centered, and r the squared norms of their rows, that is
-    [<XX', YY'> - n/(n-2) sum r_x r_y + ||X||^2 ||Y||^2 / ((n-1)(n-2))] / (n(n-3)).
+    [||X'Y||^2 - n/(n-2) sum r_x r_y + ||X||^2 ||Y||^2 / ((n-1)(n-2))] / (n(n-3)), where the first
+    term costs n p q multiplications, or, as <XX', YY'>, n^2 (p + q): the cheaper one is taken.
     Source: Nguyen et al. (2021), arXiv 2010.15327, equation 3; Song et al. (2012), JMLR 13, HSIC_1.
 
     Args:
@@ -80,7 +105,7 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
         >>> round(hsic(x, x).item(), 4), round(hsic(x, 10 * x + 7).item(), 4)
         (2.1667, 216.6667)
     """
-    return _hsic_matrix([x, y])[0, 1]
+    return _hsic_sums([x], [y])[0][0, 0]
 
 
 class CKA:
@@ -88,7 +113,7 @@ class CKA:
 
     HSIC is averaged over minibatches first, and the ratio is taken last: each minibatch has the
     same weight, so let their sizes be similar. An update computes the Gram matrices of K + L
-    layers, n^2 numbers each: a thousand tokens per minibatch are fine.
+    layers, n^2 numbers each, or none if n is large: a thousand tokens per minibatch are fine.
     Source: Nguyen et al. (2021), arXiv 2010.15327, equation 2.
 
     Example:
@@ -105,23 +130,24 @@ class CKA:
     @torch.no_grad()
     def update(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
         """Add a minibatch: K layers (n, p_k) and L layers (n, q_l) of the same n tokens."""
-        k = len(xs)
-        hsic = _hsic_matrix([*xs, *ys]).cpu()
-        new = [hsic[:k, k:], hsic.diagonal()[:k], hsic.diagonal()[k:]]
-        if self.sums:
-            before, after = tuple(self.sums[0].shape), tuple(new[0].shape)
-            if before != after:
-                raise ValueError(f"There are {after} layers, {before} before: give the same.")
-            new = [a + b for a, b in zip(self.sums, new, strict=True)]
-        self.sums = new
+        new = [sums.cpu() for sums in _hsic_sums(xs, ys)]
+        if self.sums is None:
+            self.sums = new
+            return
+        before, after = tuple(self.sums[0].shape), tuple(new[0].shape)
+        if before != after:
+            raise ValueError(f"There are {after} layers, {before} before: give the same layers.")
+        self.sums = tuple(a + b for a, b in zip(self.sums, new, strict=True))
 
     def matrix(self) -> Tensor:
         """Return CKA of every pair so far, (K, L), float64."""
         pairs, xs, ys = self.sums
         for name, sums in (("xs", xs), ("ys", ys)):
-            constant = (sums <= 0).nonzero().flatten().tolist()
-            if constant:
-                raise ValueError(f"Layers {constant} of {name} do not vary: leave them out.")
+            if (sums <= 0).any():
+                constant = (sums <= 0).nonzero().flatten().tolist()
+                raise ValueError(
+                    f"Layers {constant} of {name} do not vary over tokens: leave them out."
+                )
         return pairs / (xs[:, None] * ys).sqrt()  # sums serve as means: their number cancels
 
 
@@ -190,7 +216,13 @@ def _one_each(layers: np.ndarray, teacher_layers: int) -> LayerMap:
 
 
 def save_layer_map(
-    path: str | Path, chosen: LayerMap, student: str, teacher: str, samples: int, what="hidden"
+    path: str | Path,
+    chosen: LayerMap,
+    *,
+    student: str,
+    teacher: str,
+    samples: int,
+    what: str = "hidden",
 ) -> Path:
     """Write a layer map as JSON, with the models' names and what it was made from. Returns the path.
 
@@ -203,9 +235,8 @@ def save_layer_map(
     """
     layers, k = chosen.indices.shape
     content = {"version": MAP_VERSION, "student": student, "teacher": teacher, "samples": samples}
-    content |= {"what": what, "student_layers": layers, "k": k}
-    content |= {"indices": chosen.indices.tolist(), "weights": chosen.weights.tolist()}
-    content |= {"teacher_layers": chosen.teacher_layers}
+    content |= {"what": what, "student_layers": layers, "teacher_layers": chosen.teacher_layers}
+    content |= {"k": k, "indices": chosen.indices.tolist(), "weights": chosen.weights.tolist()}
     return write_text(Path(path), json.dumps(content))
 
 
@@ -215,7 +246,6 @@ def load_layer_map(path: str | Path, student_layers: int, teacher_layers: int) -
     Raises:
         ValueError: the file is no layer map, or one for other models.
     """
-    expected = f"expected version {MAP_VERSION}: make it by `kvlab layer-map`"
     try:
         content = json.loads(Path(path).read_text("utf-8"))
         indices = torch.tensor(content["indices"])
@@ -223,14 +253,18 @@ def load_layer_map(path: str | Path, student_layers: int, teacher_layers: int) -
         layers = content["student_layers"], content["teacher_layers"]
         valid = content["version"] == MAP_VERSION
         valid &= indices.shape == weights.shape == (layers[0], content["k"])
-        valid &= bool(((indices >= 0) & (indices < layers[1])).all() and (weights >= 0).all())
-        valid &= torch.allclose(weights.sum(-1), weights.new_ones(()), atol=1e-6)
+        valid = valid and bool(((indices >= 0) & (indices < layers[1]) & (weights >= 0)).all())
+        valid = valid and bool(((weights.sum(1) - 1).abs() < 1e-6).all())
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no layer map ({error}), {expected}.") from error
+        raise ValueError(f"{path} is no layer map ({type(error).__name__}: {error}).") from error
     if not valid:
-        raise ValueError(f"{path} is no layer map of these layers and weights, {expected}.")
+        raise ValueError(
+            f"{path} is no layer map of version {MAP_VERSION} with layers of the teacher and weights "
+            "that add up to 1: make it again by `kvlab layer-map`."
+        )
     if layers != (student_layers, teacher_layers):
-        names = f"{layers[0]} layers of {content['student']} to {layers[1]} of {content['teacher']}"
-        hint = f"the models have {student_layers} and {teacher_layers}: make another"
-        raise ValueError(f"{path} maps {names}, but {hint}.")
+        names = f"maps {layers[0]} layers of {content['student']} to {layers[1]} of {content['teacher']}"
+        raise ValueError(
+            f"{path} {names}, but the models have {student_layers} and {teacher_layers}: make another."
+        )
     return LayerMap(indices, weights, teacher_layers)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvlab import layers as module
 from kvlab.layers import (
     CKA,
     first_aligned,
@@ -22,10 +23,17 @@ from kvlab.layers import (
 
 DOUBLE = torch.float64
 seeds = st.integers(0, 10**6)
+both_forms = pytest.mark.parametrize("gram", [True, False])
 
 
 def near(one, two, within=1e-10):
     torch.testing.assert_close(one, two, rtol=within, atol=within)
+
+
+def biased_cka(x, y):
+    """Kornblith et al. (2019), equations 3 and 4: the estimate that reports similarity where there is none."""
+    x, y = ((z - z.mean(0)).double() for z in (x, y))
+    return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
 def some(*shape, seed=0):
@@ -51,10 +59,8 @@ def streamed(batches):
     return cka
 
 
-def biased_cka(x, y):
-    """Kornblith et al. (2019), equations 3 and 4: the estimate that reports similarity where there is none."""
-    x, y = ((z - z.mean(0)).double() for z in (x, y))
-    return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+def use_gram(monkeypatch, gram):
+    monkeypatch.setattr(module, "_gram_is_cheaper", lambda *_: gram)
 
 
 # -- HSIC is what the papers say
@@ -78,15 +84,19 @@ def by_grams(x, y):
     return both.squeeze() / (n * (n - 3))
 
 
+@both_forms
 @pytest.mark.parametrize("n", [4, 5, 7])
 @pytest.mark.parametrize(("p", "q"), [(1, 1), (3, 8)])
-def test_it_is_the_mean_over_all_tuples_and_the_printed_formula(n, p, q):
+def test_it_is_the_mean_over_all_tuples_and_the_printed_formula(monkeypatch, gram, n, p, q):
+    use_gram(monkeypatch, gram)
     x, y = some(n, p) + 3, some(n, q, seed=1) - some(n, p) @ some(p, q, seed=2)
     near(hsic(x, y), by_tuples(x, y))
     near(hsic(x, y), by_grams(x, y))
 
 
-def test_over_all_samples_its_mean_is_the_squared_covariance():
+@both_forms
+def test_over_all_samples_its_mean_is_the_squared_covariance(monkeypatch, gram):
+    use_gram(monkeypatch, gram)
     x, y = (
         some(4, 2),
         some(4, 3, seed=1),
@@ -106,6 +116,19 @@ def test_over_all_pairings_its_mean_is_zero_and_that_of_the_biased_form_is_not()
     assert torch.stack([biased_cka(x, y[order]) for order in orders]).mean() > 0.4
 
 
+@both_forms
+def test_the_biased_form_is_the_printed_formula(monkeypatch, gram):
+    use_gram(monkeypatch, gram)
+    x, y = related(11)
+    center = torch.eye(11, dtype=DOUBLE) - 1 / 11
+    grams = (x + 2) @ (x + 2).T, y @ y.T
+    xy, xx, yy = (
+        torch.trace(k @ center @ other @ center)
+        for k, other in (grams, grams[:1] * 2, grams[1:] * 2)
+    )
+    near(biased_cka(x + 2, y), xy / (xx * yy).sqrt())
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     seed=seeds,
@@ -114,10 +137,24 @@ def test_over_all_pairings_its_mean_is_zero_and_that_of_the_biased_form_is_not()
     q=st.integers(1, 12),
     offset=st.sampled_from([0, 1e3]),
 )
-def test_it_is_symmetric_and_the_printed_formula_at_any_size(seed, n, p, q, offset):
+def test_both_forms_are_equal_and_symmetric(seed, n, p, q, offset):
     x, y = some(n, p, seed=seed) + offset, some(n, q, seed=seed + 1)
-    near(hsic(y, x), hsic(x, y))
-    near(by_grams(x, y), hsic(x, y), within=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        use_gram(patch, True)
+        gram, mirrored = hsic(x, y), hsic(y, x)
+        use_gram(patch, False)
+        near(hsic(x, y), gram)
+    near(mirrored, gram)
+    near(by_grams(x, y), gram, within=1e-6)
+
+
+def test_the_cheaper_form_is_taken():
+    cheaper = module._gram_is_cheaper
+    assert cheaper(40, [100], [100])  # 40 * 40 * 201 multiplications against 40 * 100 * 100
+    assert not cheaper(60, [100], [100])
+    assert not cheaper(1000, [8], [8])
+    assert not cheaper(10**5, [64] * 28, [128] * 36)
+    assert cheaper(200, [1024] * 28, [2048] * 36)
 
 
 # -- CKA
@@ -217,6 +254,7 @@ def test_features_of_any_precision_are_computed_in_float64(dtype):
     x, y = (z.to(dtype) for z in related(30))
     assert hsic(x, y).dtype == DOUBLE
     assert torch.equal(hsic(x, y), hsic(x.double(), y.double()))
+    assert torch.equal(biased_cka(x, y), biased_cka(x.double(), y.double()))
     assert torch.equal(cka_of(x, y), cka_of(x.double(), y.double()))
 
 
@@ -227,7 +265,7 @@ def test_a_far_offset_costs_no_precision():
 
 @pytest.mark.parametrize(("n", "m"), [(3, 3), (5, 6)])
 def test_other_numbers_of_tokens_are_refused(n, m):
-    with pytest.raises(ValueError, match=r"expected the same 4 or more: align them"):
+    with pytest.raises(ValueError, match=r"expected the same 4 or more: align the texts"):
         CKA().update([some(n, 2)], [some(m, 2)])
 
 
@@ -235,7 +273,7 @@ def test_other_layers_are_refused_and_leave_the_sums_as_they_were():
     x, y = related(10)
     cka = streamed([([x], [y])])
     for xs, ys in (([x, x], [y]), ([x], [y, y])):
-        with pytest.raises(ValueError, match="give the same"):
+        with pytest.raises(ValueError, match="give the same layers"):
             cka.update(xs, ys)
     near(cka.matrix()[0, 0], cka_of(x, y))
 
@@ -245,10 +283,12 @@ def only_one_differs(n=7):
 
 
 @pytest.mark.parametrize("flat", [torch.full((7, 3), 0.1, dtype=DOUBLE), only_one_differs()])
-def test_layers_that_say_nothing_are_named(flat):
+@both_forms
+def test_layers_that_say_nothing_are_named(monkeypatch, gram, flat):
+    use_gram(monkeypatch, gram)
     assert hsic(flat, some(7, 2)) == hsic(flat, flat) == 0
     cka = streamed([([some(7, 2), flat], [some(7, 2)])])
-    with pytest.raises(ValueError, match=r"Layers \[1\] of xs do not vary"):
+    with pytest.raises(ValueError, match=r"Layers \[1\] of xs do not vary over tokens"):
         cka.matrix()
     cka.update([some(7, 2), some(7, 3)], [some(7, 2)])
     assert torch.isfinite(cka.matrix()).all()
