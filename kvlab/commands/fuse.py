@@ -152,7 +152,7 @@ def fusion_proposers(
 ) -> dict[str, Callable[[], ModelProposer]]:
     """The draft alone, and with its cache fused: in the prompt, in accepted tokens, or in both."""
     fuse = (lambda own, _: fuser(own, own)) if control == "self" else fuser
-    fused = partial(FusedProposer, draft, target, fuse)
+    fused = partial(FusedProposer, draft, fuse)
     return {
         "none": partial(ModelProposer, draft),
         "prefill": partial(fused, decode=False),
