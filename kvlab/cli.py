@@ -59,12 +59,11 @@ class _Parser(ArgumentParser):
 def _list_item(hint: object) -> type | None:
     """The type of the items of a list, a sequence or a tuple of fixed length (or None)."""
     choices = get_args(hint)
-    if len(choices) == 2 and choices[1] is type(None):
+    if choices[1:] == (type(None),):
         hint = choices[0]
-    items = get_args(hint)
-    if get_origin(hint) in (list, tuple, Sequence) and ... not in items:
-        return items[0] if items[0] in (str, int, float) else None
-    return None
+    item, *others = get_args(hint) or [None]
+    sequence = get_origin(hint) in (list, tuple, Sequence) and ... not in others
+    return item if sequence and item in (str, int, float) else None
 
 
 def main(args: list[str] | None = None) -> None:
@@ -79,10 +78,11 @@ def main(args: list[str] | None = None) -> None:
     try:
         defaults = [str(shared.defaults_file())]
         parser = auto_parser(COMMANDS, parser_class=_Parser, default_config_files=defaults)
-        command, options = COMMANDS, parser.parse_args(args)
+        options = parser.parse_args(args)
+        command = COMMANDS
         while isinstance(command, dict):
-            name = options.subcommand
-            command, options = command[name], options[name]
+            command = command[options.subcommand]
+            options = options[options.subcommand]
         options = options.as_dict()
         options.pop("config", None)
         shared.parsed_options.update(options)

@@ -22,11 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
-from transformers.generation.logits_process import (
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import logits_process
 
 from kvlab.cache import Prefix, length, prefill
 from kvlab.models import first_layers, require_supported
@@ -38,6 +34,7 @@ VerifyCost = float | Callable[[int], float]  # v of the cost model, or a functio
 Texts = list[list[int]]  # token ids per row
 Prompts = Tensor | Sequence[Tensor]  # (B, T), or rows (T,) of any lengths
 Prefixes = Prefix | Sequence[Prefix | None] | None  # one for all rows, or one per row
+Lists = tuple[Texts, list[int], Texts]  # of a round: drafted, accepted, tokens
 NO_GUESS = -1  # a drafted token, in rows that have fewer guesses than others
 FINISHED = -1  # instead of the number of accepted tokens, for a row whose text has ended
 MAXIMUM_GAMMA = 16
@@ -144,7 +141,8 @@ class Sampling:
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.repetition_penalty != 1:
             scores = scores.clone()
-            penalize = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
+            penalty = float(self.repetition_penalty)
+            penalize = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
             for row, text in enumerate(texts):
                 ids = torch.tensor([text], device=logits.device).clamp(max=logits.shape[-1] - 1)
                 for i in range(count):
@@ -154,9 +152,9 @@ class Sampling:
             return scores
         scores = scores.flatten(0, 1) / self.temperature
         if self.top_k:
-            scores = TopKLogitsWarper(self.top_k)(None, scores)
+            scores = logits_process.TopKLogitsWarper(self.top_k)(None, scores)
         if self.top_p < 1:
-            scores = TopPLogitsWarper(self.top_p)(None, scores)
+            scores = logits_process.TopPLogitsWarper(self.top_p)(None, scores)
         return scores.reshape(logits.shape)
 
     def uniform(self, rows: int, count: int, device: torch.device) -> Tensor:
@@ -582,15 +580,14 @@ class _Timer:
             mark.record()
         self.marks.append(mark)
 
-    def round(self, drafted: Texts, accepted: list[int], tokens: Texts, is_prefill=False) -> Round:
+    def round(self, lists: Lists, is_prefill=False) -> Round:
         """A round of two parts, draft and target."""
         if self.cuda:
             self.marks[-1].synchronize()
         parts = []
         for start, stop in itertools.pairwise(self.marks):
             parts.append(start.elapsed_time(stop) / 1000 if self.cuda else stop - start)
-        seconds = time.perf_counter() - self.began
-        return Round(drafted, accepted, tokens, *parts, seconds, is_prefill)
+        return Round(*lists, *parts, time.perf_counter() - self.began, is_prefill)
 
 
 def _prefix_per_row(prefix: Prefixes, rows: int) -> Sequence[Prefix | None]:
@@ -611,9 +608,7 @@ class _Stream:
         prompts = [torch.as_tensor(row) for row in input_ids]
         if not prompts or any(row.ndim != 1 or len(row) == 0 for row in prompts):
             shapes = [tuple(row.shape) for row in prompts]
-            raise ValueError(
-                f"input_ids has rows of shapes {shapes}: give (B, T), or a list of (T,)."
-            )
+            raise ValueError(f"input_ids has shapes {shapes}: give (B, T), or a list of (T,).")
         self.runner = runner
         self.sampling = sampling
         self.prompts = [row.tolist() for row in prompts]
@@ -641,9 +636,7 @@ class _Stream:
         uniform = sampling.uniform(len(logits), gamma + 1, logits.device)
         return verify(scores.softmax(-1), proposal, uniform)
 
-    def commit(
-        self, proposal: Proposal, accepted: Tensor, token: Tensor
-    ) -> tuple[Texts, list[int], Texts]:
+    def commit(self, proposal: Proposal, accepted: Tensor, token: Tensor) -> Lists:
         """Extend the texts by the accepted tokens and the next; return the lists of a `Round`."""
         self.token = token
         # One transfer: here the host waits for a GPU.
@@ -727,14 +720,14 @@ def decode(
     tokens = stream.prefill(room)
     timer.mark()
     number = runner.streams
-    last = timer.round(empty, zeros, tokens, is_prefill=True)
+    last = timer.round((empty, zeros, tokens), is_prefill=True)
     yield last
     if proposer and any(stream.left):
         timer = _Timer(device)
         proposer.start(stream.texts, runner.slots, stream.sampling, room)
         timer.mark()
         timer.mark()
-        yield timer.round(empty, zeros, empty, is_prefill=True)
+        yield timer.round((empty, zeros, empty), is_prefill=True)
 
     no_draft = Proposal(stream.token.new_empty(len(stream.texts), 0))
     while any(stream.left):
@@ -746,11 +739,11 @@ def decode(
         timer.mark()
         accepted, token = stream.verify(proposal, g)
         timer.mark()
-        drafted, counts, tokens = stream.commit(proposal, accepted, token)
+        lists = stream.commit(proposal, accepted, token)
         if proposer:
-            going = zip(counts, stream.left, strict=True)
+            going = zip(lists[1], stream.left, strict=True)
             proposer.accept([n if left else FINISHED for n, left in going], runner.slots)
-        last = timer.round(drafted, counts, tokens)
+        last = timer.round(lists)
         yield last
 
 
@@ -942,15 +935,13 @@ def compare(arms: dict[str, Summary], prompts: int, gamma: int) -> dict:
     names = "ttft tokens_per_second acceptance tokens_per_call draft_calls target_calls"
     figures = {}
     for arm, summary in arms.items():
-        figures[arm] = {"latency": (summary.prefill_seconds + summary.seconds) / prompts}
-        for name in names.split():
-            figures[arm][name] = getattr(summary, name)
+        figures[arm] = {name: getattr(summary, name) for name in names.split()}
+        figures[arm]["latency"] = (summary.prefill_seconds + summary.seconds) / prompts
     fast, plain = arms["speculative"], arms.get("plain")
     if plain and plain.target_calls and fast.draft_calls:
         c, v = costs(fast, plain)
         chain = np.nan_to_num(fast.conditional).tolist()
-        figures["c"] = c
-        figures["v"] = v
+        figures |= {"c": c, "v": v}
         figures["predicted_speedup"] = cost_model(chain, c, len(chain), v).speedup
         figures["measured_speedup"] = fast.tokens_per_second / plain.tokens_per_second
         figures["best_gamma"] = best_gamma(fast.acceptance, c, lambda g: 1 + (v - 1) * g / gamma)

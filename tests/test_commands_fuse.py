@@ -127,9 +127,7 @@ def test_a_fuser_is_saved_with_what_it_was_measured_at(control, fuse, tiny):
     }.items():
         fractions = []
         for ids in token_ids(corpora.Requests(2, test=True)):
-            proposer = (
-                FusedProposer(draft, used, None, *ways) if ways else ModelProposer(draft)
-            )
+            proposer = FusedProposer(draft, used, None, *ways) if ways else ModelProposer(draft)
             output = generate(target, [ids], proposer, gamma=3, max_new_tokens=12)
             fractions.append(summarize(output.rounds).acceptance)
         expected[f"acceptance_{arm}"] = np.mean(fractions)
@@ -361,11 +359,7 @@ def test_a_fuser_serves_drawn_text_compiled_models_and_a_single_token(
     (prompt_ids,) = token_ids([[{"role": "user", "content": "Anna has 3 apples. How many?"}]])
     sampling = Sampling(0.9, generator=torch.Generator().manual_seed(5))
     output = generate(
-        target,
-        [prompt_ids],
-        FusedProposer(draft, fuser),
-        max_new_tokens=12,
-        sampling=sampling,
+        target, [prompt_ids], FusedProposer(draft, fuser), max_new_tokens=12, sampling=sampling
     )
     assert guesses[1:] == [drafted(output)]
     (prompt,) = result(tiny / "drawn", capsys)[0]["prompts"]
@@ -389,10 +383,7 @@ def test_a_draft_that_reads_from_a_store_is_fused(guesses, learn, facts, tmp_pat
     each = []
     for item in (next(item for item in store if item.question == "Clara what?"), None):
         knowing, prefix = draft.with_knowledge(store, [item], [len(ids)])
-        for proposer in (
-            FusedProposer(knowing, fuser, prefix),
-            ModelProposer(knowing, prefix),
-        ):
+        for proposer in (FusedProposer(knowing, fuser, prefix), ModelProposer(knowing, prefix)):
             output = generate(store.model, [ids], proposer, max_new_tokens=12)
             each.append(drafted(output))
     assert guesses[1:] == each[:1]

@@ -1389,14 +1389,8 @@ class Wiped(Runner):
 @pytest.mark.parametrize(("kind", "gamma"), [("none", 4), ("prefilled", 1), ("moved", 4)])
 def test_the_targets_own_memory_makes_up_for_a_draft_that_forgot(tiny_model, kind, gamma):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 2)
-    prefix, proposers = (
-        make_prefix(target, kind, 0),
-        [FusedProposer(Wiped(target), handed_over)],
-    )
-    proposers += [
-        FusedProposer(target, handed_over),
-        FusedProposer(Wiped(target), Fusions()),
-    ]
+    prefix, proposers = (make_prefix(target, kind, 0), [FusedProposer(Wiped(target), handed_over)])
+    proposers += [FusedProposer(target, handed_over), FusedProposer(Wiped(target), Fusions())]
     got = [
         generate(target, prompts, p, gamma=gamma, max_new_tokens=21, prefix=prefix)
         for p in proposers
