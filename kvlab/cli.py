@@ -14,28 +14,21 @@ from typing import get_args, get_origin
 
 from jsonargparse import ArgumentParser, auto_parser
 
-from kvlab.commands import shared
-from kvlab.commands.align import compare_alignments, map_layers, train_aligned
-from kvlab.commands.distill import distill, eval_compression
-from kvlab.commands.draft import train_draft_command
-from kvlab.commands.fuse import train_fuser_command
-from kvlab.commands.knowledge import ask, build_cache
-from kvlab.commands.lab import scale
-from kvlab.commands.speculate import speculate
+from kvlab.commands import align, distill, draft, fuse, knowledge, lab, shared, speculate
 from kvlab.lab.__main__ import COMMANDS as LAB_COMMANDS
 
 COMMANDS = {
-    "scale": scale,
-    "speculate": speculate,
-    "build-cache": build_cache,
-    "ask": ask,
-    "train-draft": train_draft_command,
-    "distill": distill,
-    "eval-compression": eval_compression,
-    "layer-map": map_layers,
-    "train-aligned": train_aligned,
-    "compare-alignments": compare_alignments,
-    "train-fuser": train_fuser_command,
+    "scale": lab.scale,
+    "speculate": speculate.speculate,
+    "build-cache": knowledge.build_cache,
+    "ask": knowledge.ask,
+    "train-draft": draft.train_draft_command,
+    "distill": distill.distill,
+    "eval-compression": distill.eval_compression,
+    "layer-map": align.map_layers,
+    "train-aligned": align.train_aligned,
+    "compare-alignments": align.compare_alignments,
+    "train-fuser": fuse.train_fuser_command,
     "lab": {"_help": "Train and measure the lab models."} | LAB_COMMANDS,
 }
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # --per-domain is --per_domain

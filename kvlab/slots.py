@@ -96,18 +96,17 @@ class Slots(Cache):
 
         With `fixed` all calls look alike, as a compiler needs: columns are a tensor, and all are visible.
         """
-        first, stop = max(starts), max(starts) + count
+        first = max(starts)
+        stop = first + count
         if stop > self.room:
             raise CacheError(f"Column {stop - 1} is outside a row of {self.room}: give more room.")
-        device = self.offsets.device
-        same = min(starts) == first and not fixed
-        if same:
-            columns = torch.arange(first, stop, device=device).expand(len(starts), -1)
+        columns = torch.arange(count, device=self.offsets.device).expand(len(starts), -1)
+        if min(starts) == first and not fixed:
+            columns = columns + first
+            self.write.positions = slice(first, stop)
         else:
-            columns = torch.tensor(starts, device=device)[:, None] + torch.arange(
-                count, device=device
-            )
-        self.write.positions = slice(first, stop) if same else columns
+            columns = columns + torch.tensor(starts, device=columns.device)[:, None]
+            self.write.positions = columns
         self.write.visible_length = None if fixed else stop
         return columns
 
@@ -134,9 +133,7 @@ class Slots(Cache):
         """Write the entries of a cache of one row into a row's columns, from `start` on."""
         expected = layout(self)._replace(rows=1)
         if layout(cache) != expected:
-            raise CacheError(
-                f"The cache has {layout(cache)}, expected {expected}: prefill one row."
-            )
+            raise CacheError(f"The cache has {layout(cache)}, expected {expected}: use one row.")
         stop = start + length(cache)
         if stop > self.room:
             raise CacheError(f"{stop} entries are more than a row of {self.room}: give more room.")
@@ -167,13 +164,7 @@ def step(
     if tokens.shape[1] > 1 or not sdpa or not isinstance(slots.write.positions, slice):
         visible = torch.arange(slots.write.visible_length or slots.room, device=columns.device)
         later = visible > columns[..., None]  # (B, k, visible)
-        mask = torch.zeros(later.shape, dtype=model.dtype, device=later.device)
-        mask = mask.masked_fill(later, float("-inf"))[:, None]
-    return model(
-        input_ids=tokens,
-        past_key_values=slots,
-        use_cache=True,
-        position_ids=columns + slots.offsets,
-        attention_mask=mask,
-        logits_to_keep=logits_to_keep,
-    ).logits
+        mask = torch.where(later, float("-inf"), 0.0).to(model.dtype)[:, None]
+    positions = columns + slots.offsets
+    options = {"attention_mask": mask, "logits_to_keep": logits_to_keep, "use_cache": True}
+    return model(input_ids=tokens, past_key_values=slots, position_ids=positions, **options).logits

@@ -312,7 +312,7 @@ class Runner:
         size = self.compiled_room or columns
         if columns > size:
             raise ValueError(f"compiled_room is {size}, but texts need {columns}.")
-        if not self.compiled_room or not self.slots or len(self.slots.lengths) != len(texts):
+        if not self.compiled_room or self.slots is None or len(self.slots.lengths) != len(texts):
             self.slots = Slots(self.model, len(texts), size)
             if self.compiled_room:
                 for layer in self.slots.layers:
@@ -336,9 +336,8 @@ def _compiled_step(device: torch.device) -> Callable[..., Tensor]:
     """Compile `step` for one model and one shape, without checks before each call."""
     # For a small model these checks take as long as its layers. The compiler distinguishes programs
     # by their code, and without checks would take one for another: so each gets its own copy.
-    copied = types.FunctionType(
-        step.__code__.replace(), step.__globals__, argdefs=step.__defaults__
-    )
+    code = step.__code__.replace()
+    copied = types.FunctionType(code, step.__globals__, argdefs=step.__defaults__)
     options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
     options["triton.cudagraphs"] = device.type == "cuda"
     return torch.compile(copied, dynamic=False, options=options)
