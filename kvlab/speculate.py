@@ -787,6 +787,7 @@ class Summary:
         target_seconds: Of the target.
         prefill_seconds: Of reading prompts, which no other time includes.
         ttft: Time to first token, mean over texts.
+        tokens_per_second: Of decoding, without prefill.
     """
 
     tokens: int
@@ -801,11 +802,7 @@ class Summary:
     target_seconds: float
     prefill_seconds: float
     ttft: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding, without prefill."""
-        return _ratio(self.tokens, self.seconds)
+    tokens_per_second: float
 
 
 def _ratio(part: float, total: float) -> float:
@@ -841,6 +838,7 @@ def summarize(rounds: Sequence[Round]) -> Summary:
     drafted, reached, passed = counts
     tokens = sum(len(r.tokens[row]) for r, row in steps)
     first = [r.seconds for r in prefills if any(r.tokens)]
+    seconds = sum(r.seconds for r in rounds)
     return Summary(
         tokens=tokens,
         target_calls=len(rounds),
@@ -849,11 +847,12 @@ def summarize(rounds: Sequence[Round]) -> Summary:
         conditional=list(map(_ratio, passed, reached)),
         unconditional=list(map(_ratio, passed, drafted)),
         tokens_per_call=_ratio(tokens, len(steps)),
-        seconds=sum(r.seconds for r in rounds),
+        seconds=seconds,
         draft_seconds=sum(r.draft_seconds for r in rounds),
         target_seconds=sum(r.target_seconds for r in rounds),
         prefill_seconds=sum(r.seconds for r in prefills),
         ttft=_ratio(sum(first), len(first)),
+        tokens_per_second=_ratio(tokens, seconds),
     )
 
 

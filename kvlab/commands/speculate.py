@@ -106,7 +106,7 @@ def speculate(
         run(rows[0], proposer, 4)  # warms up, and compiles
     rounds = {"speculative": []} if skip_standard else {"plain": [], "speculative": []}
     results = _decode_prompts(texts, rows, rounds, make_proposer, run, tokenizer)
-    summary = _report(results, rounds, gamma, sampling.greedy)
+    summary = _summarize_arms(results, rounds, gamma, sampling.greedy)
     if save_results:
         settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
         result = {"settings": settings, "prompts": results, "summary": summary, **run_info()}
@@ -155,12 +155,11 @@ def _decode_prompts(texts, rows, rounds: dict, make_proposer, run, tokenizer) ->
             summary = decoding.summarize(generated.rounds)
             tokens = generated.tokens[0].tolist()
             result = {"text": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
-            result |= {"token_ids": tokens, "tokens_per_second": summary.tokens_per_second}
-            results[-1][arm] = result | asdict(summary)
+            results[-1][arm] = result | {"token_ids": tokens} | asdict(summary)
     return results
 
 
-def _report(results: list[dict], rounds: dict, gamma: int, greedy: bool) -> dict:
+def _summarize_arms(results: list[dict], rounds: dict, gamma: int, greedy: bool) -> dict:
     """Print texts and statistics; return the statistics."""
     for result in results:
         knowledge = f"    knows: {result['found'] or 'nothing'}\n" if "found" in result else ""
@@ -175,6 +174,7 @@ def _report(results: list[dict], rounds: dict, gamma: int, greedy: bool) -> dict
     if "found" in results[0]:
         summary["found"] = sum(r["found"] is not None for r in results)
         summary["finding_seconds"] = float(np.mean([r["finding_seconds"] for r in results]))
-    others = pd.Series({name: summary[name] for name in summary if name not in arms})
-    print(others.to_string(float_format="{:.3f}".format))
+    for name, value in summary.items():
+        if name not in arms:
+            print(f"{name:20} {value:.3f}" if isinstance(value, float) else f"{name:20} {value}")
     return summary
