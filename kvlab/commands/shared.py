@@ -39,9 +39,9 @@ def load_shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
     return target
 
 
-def scale_with_target(base_model: str | None) -> Scale:
+def scale_with_target(target: str | None, draft: str | None = None) -> Scale:
     scale = Scale.current()
-    return replace(scale, target=base_model or scale.target)
+    return replace(scale, target=target or scale.target, draft=draft or scale.draft)
 
 
 def require_store(store: Path, options: str = "") -> None:

@@ -1,7 +1,7 @@
 """`kvlab speculate`: plain and speculative decoding, prompt by prompt."""
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from kvlab.fuse import Fuser, Size
 from kvlab.generation import encode
 from kvlab.lab.report import problems
 from kvlab.records import read_prompts
-from kvlab.scale import Scale
 from kvlab.speculate import generate
 
 
@@ -82,8 +81,7 @@ def speculate(
     sampling = decoding.Sampling(generator=torch.Generator(), **options)
     texts = [*(prompts or ()), *(read_prompts(prompt_file) if prompt_file else ())]
     texts = texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
-    scale = Scale.current()
-    scale = replace(scale, draft=base_model or scale.draft, target=teacher_model or scale.target)
+    scale = shared.scale_with_target(teacher_model, base_model)
     tokenizer = shared.load_shared_tokenizer(scale)
     rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None
