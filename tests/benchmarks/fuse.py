@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from _benchmark import benchmark
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ from kvlab import lab
 from kvlab.cache import prefill
 from kvlab.commands.fuse import fusion_proposers, measure_fusion
 from kvlab.commands.shared import defaults_file
-from kvlab.evaluate import benchmark, figure
+from kvlab.evaluate import figure
 from kvlab.fuse import (
     Aligned,
     Fuser,

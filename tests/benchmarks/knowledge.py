@@ -22,13 +22,14 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from _benchmark import benchmark
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
 from kvlab.cache import Prefix, join, nbytes, prefill, select, shift
-from kvlab.evaluate import benchmark, figure
+from kvlab.evaluate import figure
 from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Embedder, Item, KnowledgeCache, splice
 from kvlab.lab import corpora, worlds
