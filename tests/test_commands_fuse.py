@@ -202,7 +202,7 @@ def test_held_out_contexts_are_not_fused_to_learn_and_are_the_same_for_every_see
 def test_a_fuser_that_was_killed_goes_on_and_ends_the_same(fuse, tiny, monkeypatch):
     options = ["--steps", "3", "--heldout", "1", "--max_new_tokens", "4"]
     fuse("whole", *options)
-    save, fit, steps = training._save, training.fit, []
+    save, fit, steps = training._save_run, training.fit, []
 
     def killed(*state):
         save(*state)
@@ -212,7 +212,7 @@ def test_a_fuser_that_was_killed_goes_on_and_ends_the_same(fuse, tiny, monkeypat
         return fit(model, loader, lambda *batch: steps.append(1) or losses(*batch), **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", killed)
+        patch.setattr(training, "_save_run", killed)
         patch.setattr(fuse_module, "fit", lambda *args, **more: fit(*args, **more | {"every": 2}))
         with pytest.raises(KeyboardInterrupt):
             fuse("killed", *options)
