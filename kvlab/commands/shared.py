@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -123,6 +124,10 @@ Conversation = list[dict[str, str]]
 def figures_table(figures: Sequence[Mapping]) -> str:
     columns = ["value", "low", "high", "n"]
     return pd.DataFrame(figures).set_index("name")[columns].to_string(float_format="{:.3f}".format)
+
+
+def timed_name(folder: Path, command: str) -> Path:
+    return folder / f"{command}_{datetime.now():%Y%m%d_%H%M%S}.json"
 
 
 def write_json(path: Path, result: dict) -> Path:

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -108,8 +107,7 @@ def speculate(
     if save_results:
         settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
         result = {"settings": settings, "prompts": results, "summary": summary, **run_info()}
-        name = f"speculate_{datetime.now():%Y%m%d_%H%M%S}.json"
-        print(shared.write_json(output_dir / name, result))
+        print(shared.write_json(shared.timed_name(output_dir, "speculate"), result))
 
 
 def _fit(fuser: Fuser, draft, target) -> Fuser:
