@@ -14,28 +14,21 @@ from typing import get_args, get_origin
 
 from jsonargparse import ArgumentParser, auto_parser
 
-from kvlab.commands import shared
-from kvlab.commands.align import compare_alignments, map_layers, train_aligned
-from kvlab.commands.distill import distill, eval_compression
-from kvlab.commands.draft import train_draft_command
-from kvlab.commands.fuse import train_fuser_command
-from kvlab.commands.knowledge import ask, build_cache
-from kvlab.commands.lab import scale
-from kvlab.commands.speculate import speculate
+from kvlab.commands import align, distill, draft, fuse, knowledge, lab, shared, speculate
 from kvlab.lab.__main__ import COMMANDS as LAB_COMMANDS
 
 COMMANDS = {
-    "scale": scale,
-    "speculate": speculate,
-    "build-cache": build_cache,
-    "ask": ask,
-    "train-draft": train_draft_command,
-    "distill": distill,
-    "eval-compression": eval_compression,
-    "layer-map": map_layers,
-    "train-aligned": train_aligned,
-    "compare-alignments": compare_alignments,
-    "train-fuser": train_fuser_command,
+    "scale": lab.scale,
+    "speculate": speculate.speculate,
+    "build-cache": knowledge.build_cache,
+    "ask": knowledge.ask,
+    "train-draft": draft.train_draft_command,
+    "distill": distill.distill,
+    "eval-compression": distill.eval_compression,
+    "layer-map": align.map_layers,
+    "train-aligned": align.train_aligned,
+    "compare-alignments": align.compare_alignments,
+    "train-fuser": fuse.train_fuser_command,
     "lab": {"_help": "Train and measure the lab models."} | LAB_COMMANDS,
 }
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # --per-domain is --per_domain
@@ -61,12 +54,11 @@ class _Parser(ArgumentParser):
 def _list_item(hint: object) -> type | None:
     """The type of the items of a list, a sequence or a tuple of fixed length (or None)."""
     choices = get_args(hint)
-    if len(choices) == 2 and choices[1] is type(None):
+    if choices[1:] == (type(None),):
         hint = choices[0]
-    items = get_args(hint)
-    if get_origin(hint) in (list, tuple, Sequence) and ... not in items:
-        return items[0] if items[0] in (str, int, float) else None
-    return None
+    item, *others = get_args(hint) or [None]
+    sequence = get_origin(hint) in (list, tuple, Sequence) and ... not in others
+    return item if sequence and item in (str, int, float) else None
 
 
 def main(args: list[str] | None = None) -> None:
@@ -81,10 +73,11 @@ def main(args: list[str] | None = None) -> None:
     try:
         defaults = [str(shared.defaults_file())]
         parser = auto_parser(COMMANDS, parser_class=_Parser, default_config_files=defaults)
-        command, options = COMMANDS, parser.parse_args(args)
+        options = parser.parse_args(args)
+        command = COMMANDS
         while isinstance(command, dict):
-            name = options.subcommand
-            command, options = command[name], options[name]
+            command = command[options.subcommand]
+            options = options[options.subcommand]
         options = options.as_dict()
         options.pop("config", None)
         shared.parsed_options.update(options)

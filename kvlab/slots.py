@@ -8,12 +8,12 @@ same tensors.
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvlab.cache import Position, Prefix, from_layers, layout, length
-from kvlab.models import CacheError, head_dim
+from kvlab.models import CacheError, head_dim, rotary_of
 
 
 class _WriteState:
@@ -28,7 +28,10 @@ class _SlotLayer(DynamicLayer):
 
     def __init__(self, write: _WriteState, keys: Tensor, values: Tensor):
         super().__init__()
-        self.write, self.keys, self.values, self.is_initialized = write, keys, values, True
+        self.write = write
+        self.keys = keys
+        self.values = values
+        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         positions = self.write.positions
@@ -71,6 +74,7 @@ class Slots(Cache):
         config = model.config.get_text_config(decoder=True)
         shape = (2, rows, config.num_key_value_heads, room, head_dim(config))
         self.room = room
+        self.rotary = rotary_of(model)
         self.write = _WriteState()
         self.lengths = [0] * rows
         self.offsets = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
@@ -92,48 +96,44 @@ class Slots(Cache):
 
         With `fixed` all calls look alike, as a compiler needs: columns are a tensor, and all are visible.
         """
-        first, stop = max(starts), max(starts) + count
+        first = max(starts)
+        stop = first + count
         if stop > self.room:
             raise CacheError(f"Column {stop - 1} is outside a row of {self.room}: give more room.")
-        device = self.offsets.device
-        same = min(starts) == first and not fixed
-        if same:
-            columns = torch.arange(first, stop, device=device).expand(len(starts), -1)
+        columns = torch.arange(count, device=self.offsets.device).expand(len(starts), -1)
+        if min(starts) == first and not fixed:
+            columns = columns + first
+            self.write.positions = slice(first, stop)
         else:
-            columns = torch.tensor(
-                [[*range(start, start + count)] for start in starts], device=device
-            )
-        self.write.positions = slice(first, stop) if same else columns
+            columns = columns + torch.tensor(starts, device=columns.device)[:, None]
+            self.write.positions = columns
         self.write.visible_length = None if fixed else stop
         return columns
 
     def set_write_columns(self, columns: Tensor) -> Tensor:
         """Let the next call write the given columns (B, k) of each row, and return them."""
-        self.write.positions, self.write.visible_length = columns, None
+        self.write.positions = columns
+        self.write.visible_length = None
         return columns
 
     def entries(self, row: int, start: int = 0, stop: int | None = None) -> DynamicCache:
         """Return the entries of a row, or some of them, as a cache that shares their memory."""
         columns = slice(start, self.lengths[row] if stop is None else stop)
-        return from_layers(
-            (layer.keys[row : row + 1, :, columns], layer.values[row : row + 1, :, columns])
-            for layer in self.layers
-        )
+        kv = [(layer.keys[row : row + 1], layer.values[row : row + 1]) for layer in self.layers]
+        return from_layers((keys[:, :, columns], values[:, :, columns]) for keys, values in kv)
 
-    def prefix(self, row: int, start: int, stop: int, rotary: nn.Module) -> Prefix:
+    def prefix(self, row: int, start: int, stop: int) -> Prefix:
         """Return some of a row's entries with their positions."""
-        positions = torch.arange(start, stop, device=self.offsets.device) + self.offsets[row]
-        next_position = stop + self.offsets[row]
+        offset = self.offsets[row]
+        positions = torch.arange(start, stop, device=offset.device) + offset
         cache = self.entries(row, start, stop)
-        return Prefix(cache, next_position, positions=positions[None], rotary=rotary)
+        return Prefix(cache, stop + offset, positions=positions[None], rotary=self.rotary)
 
     def replace(self, row: int, start: int, cache: DynamicCache) -> None:
         """Write the entries of a cache of one row into a row's columns, from `start` on."""
         expected = layout(self)._replace(rows=1)
         if layout(cache) != expected:
-            raise CacheError(
-                f"The cache has {layout(cache)}, expected {expected}: prefill one row."
-            )
+            raise CacheError(f"The cache has {layout(cache)}, expected {expected}: use one row.")
         stop = start + length(cache)
         if stop > self.room:
             raise CacheError(f"{stop} entries are more than a row of {self.room}: give more room.")
@@ -146,9 +146,7 @@ class Slots(Cache):
         part = copy.copy(self)
         part.write = _WriteState()
         part.lengths = list(self.lengths)
-        part.layers = [
-            _SlotLayer(part.write, layer.keys, layer.values) for layer in self.layers[:layers]
-        ]
+        part.layers = [_SlotLayer(part.write, x.keys, x.values) for x in self.layers[:layers]]
         return part
 
 
@@ -161,20 +159,12 @@ def step(
     the last `logits_to_keep`.
     """
     mask = None
-    same_columns = isinstance(slots.write.positions, slice)
     sdpa = model.config._attn_implementation == "sdpa"
-    if (
-        tokens.shape[1] > 1 or not same_columns or not sdpa
-    ):  # else every column is visible, without a mask
+    # One token per row at one column sees every column, and needs no mask.
+    if tokens.shape[1] > 1 or not sdpa or not isinstance(slots.write.positions, slice):
         visible = torch.arange(slots.write.visible_length or slots.room, device=columns.device)
         later = visible > columns[..., None]  # (B, k, visible)
-        mask = torch.zeros(later.shape, dtype=model.dtype, device=later.device)
-        mask = mask.masked_fill(later, float("-inf"))[:, None]
-    return model(
-        input_ids=tokens,
-        past_key_values=slots,
-        use_cache=True,
-        position_ids=columns + slots.offsets,
-        attention_mask=mask,
-        logits_to_keep=logits_to_keep,
-    ).logits
+        mask = torch.where(later, float("-inf"), 0.0).to(model.dtype)[:, None]
+    positions = columns + slots.offsets
+    options = {"attention_mask": mask, "logits_to_keep": logits_to_keep, "use_cache": True}
+    return model(input_ids=tokens, past_key_values=slots, position_ids=positions, **options).logits

@@ -15,7 +15,6 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,15 +25,16 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import logits_process
 
 from kvlab.cache import Prefix, length, prefill
-from kvlab.models import first_layers, require_supported, rotary_of
+from kvlab.models import first_layers, require_supported
 from kvlab.slots import Slots, step
 
 Acceptance = float | Sequence[float]  # of all positions, or by position
+Fuse = Callable[[Prefix, Prefix], DynamicCache]  # as `kvlab.fuse.Fuser`
 VerifyCost = float | Callable[[int], float]  # v of the cost model, or a function of gamma
 Texts = list[list[int]]  # token ids per row
 Prompts = Tensor | Sequence[Tensor]  # (B, T), or rows (T,) of any lengths
-Lists = tuple[Texts, list[int], Texts]  # of a round: drafted, accepted, tokens
 Prefixes = Prefix | Sequence[Prefix | None] | None  # one for all rows, or one per row
+Lists = tuple[Texts, list[int], Texts]  # of a round: drafted, accepted, tokens
 NO_GUESS = -1  # a drafted token, in rows that have fewer guesses than others
 FINISHED = -1  # instead of the number of accepted tokens, for a row whose text has ended
 MAXIMUM_GAMMA = 16
@@ -76,13 +76,16 @@ class Proposer(Protocol):
     """A source of drafts. It may read `target_cache`, the target's memory, but not change it."""
 
     def start(self, texts: Texts, target_cache: Slots, sampling: "Sampling", room: int) -> None:
-        """Begin with texts (prefix, prompt, first token), which gain less than `room` tokens."""
+        """Begin with texts (prefix, prompt, first token).
+
+        The loop extends these same lists, by less than `room` tokens each, before `accept`.
+        """
 
     def propose(self, gamma: int) -> Proposal:
-        """Draft up to `gamma` tokens per row (0: none)."""
+        """Draft up to `gamma` tokens per row. It is not called in a round without a draft."""
 
-    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
-        """Each row has gained this number of drafted tokens and the next, or is FINISHED."""
+    def accept(self, accepted: list[int], target_cache: Slots) -> None:
+        """Each text has gained this number of drafted tokens and one more, or is FINISHED."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,8 @@ class Sampling:
     generator: torch.Generator | Sequence[torch.Generator] | None = None
 
     def __post_init__(self):
-        temperature_fits = self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
-        others_fit = self.top_k >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0
-        if not (temperature_fits and others_fit):
+        fits = self.top_k >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0
+        if not fits or not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
             limits = "temperature 0 or >= 1e-6, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0"
             raise ValueError(f"{self}, expected {limits}.")
 
@@ -120,17 +122,6 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the most probable token is taken."""
         return self.temperature == 0
-
-    @cached_property
-    def _warpers(self) -> logits_process.LogitsProcessorList:
-        warpers = logits_process.LogitsProcessorList()
-        if self.temperature not in (0, 1):
-            warpers.append(logits_process.TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k and not self.greedy:
-            warpers.append(logits_process.TopKLogitsWarper(self.top_k))
-        if self.top_p != 1 and not self.greedy:
-            warpers.append(logits_process.TopPLogitsWarper(self.top_p))
-        return warpers
 
     def contexts(self, texts: Texts, drafted: Sequence[Tensor]) -> Texts:
         """Texts with drafted tokens, (B,) per position; only for the penalty: a GPU must wait."""
@@ -146,26 +137,31 @@ class Sampling:
             logits: (B, k, V). The last of the k follows texts[b], the others its beginning.
             texts: Token ids per row, which the repetition penalty looks at.
         """
-        rows, count, size = logits.shape
+        count = logits.shape[1]
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        penalty = float(self.repetition_penalty)
-        if penalty != 1:
+        if self.repetition_penalty != 1:
             scores = scores.clone()
+            penalty = float(self.repetition_penalty)
             penalize = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
             for row, text in enumerate(texts):
-                ids = torch.tensor([text], device=logits.device)
+                ids = torch.tensor([text], device=logits.device).clamp(max=logits.shape[-1] - 1)
                 for i in range(count):
                     context = ids[:, : len(text) - count + 1 + i]
                     scores[row, i] = penalize(context, scores[row, i][None])[0]
-        return self._warpers(None, scores.reshape(-1, size)).reshape(rows, count, size)
+        if self.greedy:
+            return scores
+        scores = scores.flatten(0, 1) / self.temperature
+        if self.top_k:
+            scores = logits_process.TopKLogitsWarper(self.top_k)(None, scores)
+        if self.top_p < 1:
+            scores = logits_process.TopPLogitsWarper(self.top_p)(None, scores)
+        return scores.reshape(logits.shape)
 
     def uniform(self, rows: int, count: int, device: torch.device) -> Tensor:
         """Independent numbers in [0, 1), (rows, count)."""
         if not isinstance(self.generator, list | tuple):
             return _uniform(rows, count, self.generator).to(device)
-        if len(self.generator) != rows:
-            counts = f"{len(self.generator)} generators for {rows} rows"
-            raise ValueError(f"There are {counts}: give one for all, or one per row.")
+        _require_rows("generators", self.generator, rows)
         return torch.cat([_uniform(1, count, one) for one in self.generator]).to(device)
 
     def choose(self, logits: Tensor, texts: Texts) -> tuple[Tensor, Tensor | None]:
@@ -181,6 +177,12 @@ class Sampling:
 def _uniform(rows: int, count: int, generator: torch.Generator | None) -> Tensor:
     device = generator.device if generator else None
     return torch.rand(rows, count, generator=generator, device=device)
+
+
+def _require_rows(name: str, values: Sequence, rows: int) -> None:
+    if len(values) != rows:
+        counts = f"{len(values)} {name} for {rows} rows"
+        raise ValueError(f"There are {counts}: give one for all, or one per row.")
 
 
 def sample_categorical(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -240,21 +242,20 @@ def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tens
     # Vocabularies of one family can be padded to different sizes.
     size = max(p.shape[-1], q.shape[-1])
     p = pad(p, (0, size - p.shape[-1]))
-    q = pad(q, (0, size - q.shape[-1]))
-    q = q.masked_fill((tokens == NO_GUESS)[..., None], 0.0)
+    guessed = tokens != NO_GUESS
+    q = pad(q * guessed[..., None], (0, size - q.shape[-1], 0, 1))  # 0 after all g
 
     p_x = p[:, :gamma].gather(-1, x)[..., 0]
-    q_x = q.gather(-1, x)[..., 0]
-    passed = (uniform[:, :gamma] * q_x < p_x) & (tokens != NO_GUESS)
+    q_x = q[:, :gamma].gather(-1, x)[..., 0]
+    passed = (uniform[:, :gamma] * q_x < p_x) & guessed
     accepted = passed.long().cumprod(1).sum(1)
 
-    at = accepted[:, None, None].expand(-1, 1, size)
-    p_next = p.gather(1, at)[:, 0]
-    q_next = pad(q, (0, 0, 0, 1)).gather(1, at)[:, 0]  # 0 after all g
-    residual = (p_next - q_next).clamp(min=0)
+    rows = torch.arange(len(p), device=p.device)
+    p_next = p[rows, accepted]
+    residual = (p_next - q[rows, accepted]).clamp(min=0)
     rejected_by_rounding = residual.sum(-1, keepdim=True) == 0  # p = q
-    residual = torch.where(rejected_by_rounding, p_next, residual)
-    return accepted, sample_categorical(residual, uniform[:, -1])
+    weights = torch.where(rejected_by_rounding, p_next, residual)
+    return accepted, sample_categorical(weights, uniform[:, -1])
 
 
 class Runner:
@@ -297,7 +298,8 @@ class Runner:
     def start(self, texts: Texts, prefixes: Sequence[Prefix | None], room: int) -> Tensor:
         """Read texts, each after its prefix, with room for more; return the logits (B, V)."""
         self.streams += 1
-        states, prefixed = [], {}
+        states = []
+        prefixed = {}
         for row, (text, prefix) in enumerate(zip(texts, prefixes, strict=True)):
             # A draft may have other knowledge in each row.
             model = self.model.for_row(row) if hasattr(self.model, "for_row") else self.model
@@ -306,23 +308,19 @@ class Runner:
                 ids = torch.tensor([text], device=self.model.device)
                 prefixed[key] = prefill(model, ids, prefix)
             states.append(prefixed[key])
-        self.prepare(len(texts), max(length(state.cache) for state in states) + room)
+        columns = max(length(state.cache) for state in states) + room
+        size = self.compiled_room or columns
+        if columns > size:
+            raise ValueError(f"compiled_room is {size}, but texts need {columns}.")
+        if not self.compiled_room or self.slots is None or len(self.slots.lengths) != len(texts):
+            self.slots = Slots(self.model, len(texts), size)
+            if self.compiled_room:
+                for layer in self.slots.layers:
+                    torch._dynamo.mark_static_address(layer.keys)
+                    torch._dynamo.mark_static_address(layer.values)
         for row, state in enumerate(states):
             self.slots.put(row, state.cache, state.next_position)
         return torch.cat([state.logits for state in states])
-
-    def prepare(self, rows: int, columns: int) -> None:
-        """Make memory of this size, or, compiled, use the memory there is."""
-        if self.compiled_room is None:
-            self.slots = Slots(self.model, rows, columns)
-            return
-        if columns > self.compiled_room:
-            raise ValueError(f"compiled_room is {self.compiled_room}, but texts need {columns}.")
-        if self.slots is None or len(self.slots.lengths) != rows:
-            self.slots = Slots(self.model, rows, self.compiled_room)
-            for layer in self.slots.layers:
-                torch._dynamo.mark_static_address(layer.keys)
-                torch._dynamo.mark_static_address(layer.values)
 
     def __call__(self, tokens: Tensor, starts: list[int]) -> Tensor:
         compiled = self.compiled_room is not None
@@ -338,13 +336,14 @@ def _compiled_step(device: torch.device) -> Callable[..., Tensor]:
     """Compile `step` for one model and one shape, without checks before each call."""
     # For a small model these checks take as long as its layers. The compiler distinguishes programs
     # by their code, and without checks would take one for another: so each gets its own copy.
-    code, defaults = step.__code__.replace(), step.__defaults__
-    copied = types.FunctionType(code, step.__globals__, argdefs=defaults)
-    options = {
-        "guard_filter_fn": lambda guards: [False] * len(guards),
-        "triton.cudagraphs": device.type == "cuda",
-    }
+    code = step.__code__.replace()
+    copied = types.FunctionType(code, step.__globals__, argdefs=step.__defaults__)
+    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    options["triton.cudagraphs"] = device.type == "cuda"
     return torch.compile(copied, dynamic=False, options=options)
+
+
+Model = PreTrainedModel | Runner
 
 
 class ModelProposer:
@@ -360,8 +359,9 @@ class ModelProposer:
     """
 
     leaves = 1  # tokens that `start` leaves unread
+    drafted = 0  # tokens in this round
 
-    def __init__(self, model: PreTrainedModel | Runner, prefix: Prefixes = None):
+    def __init__(self, model: Model, prefix: Prefixes = None):
         self.runner = model if isinstance(model, Runner) else Runner(model)
         self.prefix = prefix
 
@@ -369,71 +369,65 @@ class ModelProposer:
         """Read the texts, except for their last token."""
         if self.runner.slots is target_cache:
             raise ValueError("The draft's Runner is the target's: give it a Runner of its own.")
-        self._begin(texts, sampling)
+        self.texts = texts
+        self.sampling = sampling
+        self.unread = []
         prefixes = _prefix_per_row(self.prefix, len(texts))
         parts = []
-        for row, (text, prefix) in enumerate(zip(self.texts, prefixes, strict=True)):
+        for text, prefix in zip(texts, prefixes, strict=True):
             ids = list(prefix.input_ids) if prefix else []
             if text[: len(ids)] != ids or len(ids) >= len(text) - 1:
                 raise ValueError("The draft's prefix must begin the text, and leave one to read.")
-            self.unread[row] = min(self.leaves, len(text) - len(ids) - 1)
-            parts.append(text[len(ids) : len(text) - self.unread[row]])
+            self.unread.append(min(self.leaves, len(text) - len(ids) - 1))
+            parts.append(self._clamped(text[len(ids) : len(text) - self.unread[-1]]))
         self.runner.start(parts, prefixes, room)
 
-    def _begin(self, texts: Texts, sampling: Sampling) -> None:
-        # Tokens beyond the draft's vocabulary are all read as its last one.
-        self.last_id = self.runner.model.get_input_embeddings().num_embeddings - 1
-        self.texts = [[min(token, self.last_id) for token in text] for text in texts]
-        self.sampling = sampling
-        self.unread = [1] * len(texts)
+    def _clamped(self, tokens: list[int]) -> list[int]:
+        """Tokens beyond the draft's vocabulary are all read as its last one."""
+        last_id = self.runner.model.get_input_embeddings().num_embeddings - 1
+        return [min(token, last_id) for token in tokens]
 
     def propose(self, gamma: int) -> Proposal:
         """Sample x_1 from q_1(text), x_2 from q_2(text, x_1), ... (Algorithm 1, lines 1 to 4)."""
-        device = self.runner.model.device
-        self.drafted = torch.empty(len(self.texts), 0, dtype=torch.long, device=device)
-        if gamma == 0:
-            return Proposal(self.drafted)
-        tokens, starts, last = self._unread_tokens()
         lengths = self.runner.slots.lengths
-        after_text = [n + unread for n, unread in zip(lengths, self.unread, strict=True)]
         drafted, distributions = [], []
         for i in range(gamma):
-            logits = self.runner(tokens, starts)
-            logits = logits[:, -1:] if i else logits.take_along_dim(last, 1)
+            if i == 0:
+                logits = self._read_text()
+            else:
+                logits = self.runner(drafted[-1][:, None], [n + i - 1 for n in lengths])
             contexts = self.sampling.contexts(self.texts, drafted)
             token, q = self.sampling.choose(logits, contexts)
             drafted.append(token)
             distributions.append(q)
-            tokens = token[:, None]
-            starts = [n + i for n in after_text]
-        self.drafted = torch.stack(drafted, 1)
-        if self.sampling.greedy:
-            return Proposal(self.drafted)
-        return Proposal(self.drafted, torch.stack(distributions, 1))
+        self.drafted = gamma
+        q = None if self.sampling.greedy else torch.stack(distributions, 1)
+        return Proposal(torch.stack(drafted, 1), q)
 
-    def _unread_tokens(self) -> tuple[Tensor, list[int], Tensor]:
-        """Tokens to read before a guess (B, k), their first columns, and the last of each row."""
+    def _read_text(self) -> Tensor:
+        """Read the unread tokens of each row, and return the logits after the last (B, 1, V)."""
         slots, device = self.runner.slots, self.runner.model.device
         width = max(2 if self.runner.compiled_room else 1, *self.unread)
         rows = []
         for text, unread in zip(self.texts, self.unread, strict=True):
             # Rows with fewer read zeros after them, in columns that are written again.
-            rows.append(text[len(text) - unread :] + [0] * (width - unread))
+            rows.append(self._clamped(text[len(text) - unread :]) + [0] * (width - unread))
         starts = [min(n, slots.room - width) for n in slots.lengths]  # of finished rows, any
         last = torch.tensor(self.unread, device=device).clamp(min=1) - 1
-        return torch.tensor(rows, device=device), starts, last[:, None, None]
+        logits = self.runner(torch.tensor(rows, device=device), starts)
+        for row, unread in enumerate(self.unread):
+            slots.lengths[row] += unread
+        self.unread = [0] * len(rows)
+        return logits.take_along_dim(last[:, None, None], 1)
 
-    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
+    def accept(self, accepted: list[int], target_cache: Slots) -> None:
         """Keep accepted tokens. The last drafted is unread: after full acceptance two are left."""
-        for row, drafted in enumerate(self.drafted.tolist()):
-            n = accepted[row]
-            read = min(max(n, 0), max(len(drafted) - 1, 0))  # of the accepted ones
-            if drafted:
-                self.runner.slots.lengths[row] += self.unread[row] + read
-                self.unread[row] = 0
+        for row, n in enumerate(accepted):
             if n != FINISHED:
-                self.texts[row] += [*drafted[:n], min(next_tokens[row], self.last_id)]
+                read = min(n, max(self.drafted - 1, 0))
+                self.runner.slots.lengths[row] += read
                 self.unread[row] += n + 1 - read
+        self.drafted = 0
 
 
 class EarlyExitProposer(ModelProposer):
@@ -447,19 +441,20 @@ class EarlyExitProposer(ModelProposer):
         layers: The number of layers that draft.
     """
 
-    def __init__(self, target: PreTrainedModel | Runner, layers: int):
+    def __init__(self, target: Model, layers: int):
         runner = target if isinstance(target, Runner) else Runner(target)
         super().__init__(Runner(first_layers(runner.model, layers), runner.compiled_room))
         self.layers = layers
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
         """Use the target's memory of the texts."""
-        self._begin(texts, sampling)
+        self.texts = texts
+        self.sampling = sampling
+        self.unread = [1] * len(texts)
         self.runner.slots = target_cache.first(self.layers)
 
-    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
-        """Keep what was accepted; the target has read it."""
-        super().accept(accepted, next_tokens, target_cache)
+    def accept(self, accepted: list[int], target_cache: Slots) -> None:
+        """Go on after what the target has read: all tokens but the last."""
         self.runner.slots.lengths = list(target_cache.lengths)
         self.unread = [1] * len(self.texts)
 
@@ -474,7 +469,6 @@ class FusedProposer(ModelProposer):
 
     Args:
         model: The draft model, or its Runner.
-        target: The model that verifies, or its Runner.
         fuser: From the target to the draft, as `fuse.Fuser`: called with a `Prefix` of each, it
             returns the draft's cache.
         prefix: As for `ModelProposer`; it is not fused.
@@ -485,20 +479,12 @@ class FusedProposer(ModelProposer):
     leaves = 2
 
     def __init__(
-        self,
-        model: PreTrainedModel | Runner,
-        target: PreTrainedModel | Runner,
-        fuser: Callable[[Prefix, Prefix], DynamicCache],
-        prefix: Prefixes = None,
-        prefill: bool = True,
-        decode: bool = True,
+        self, model: Model, fuser: Fuse, prefix: Prefixes = None, prefill=True, decode=True
     ):
         super().__init__(model, prefix)
         self.fuser = fuser
         self.prefill = prefill
         self.decode = decode
-        self.rotary = rotary_of(self.runner.model)
-        self.target_rotary = rotary_of(target.model if isinstance(target, Runner) else target)
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
         """Read and fuse the texts, except for their last two tokens, which are read later."""
@@ -510,9 +496,9 @@ class FusedProposer(ModelProposer):
                 self.settled[row] = len(prefix.input_ids) if prefix else 0
                 self._fuse(row, target_cache)
 
-    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
+    def accept(self, accepted: list[int], target_cache: Slots) -> None:
         """Keep what was accepted, and fuse it."""
-        super().accept(accepted, next_tokens, target_cache)
+        super().accept(accepted, target_cache)
         for row, n in enumerate(accepted):
             if self.decode and n != FINISHED:
                 self._fuse(row, target_cache)
@@ -527,8 +513,8 @@ class FusedProposer(ModelProposer):
             stop = slots.lengths[row]
             # The target has read all tokens but the last.
             target_stop = target_cache.lengths[row] - (size - 1 - read)
-            receiver = slots.prefix(row, stop - count, stop, self.rotary)
-            sharer = target_cache.prefix(row, target_stop - count, target_stop, self.target_rotary)
+            receiver = slots.prefix(row, stop - count, stop)
+            sharer = target_cache.prefix(row, target_stop - count, target_stop)
             slots.replace(row, stop - count, self.fuser(receiver, sharer))
 
 
@@ -544,16 +530,15 @@ class LookupProposer:
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
         """Take the texts."""
-        self.texts = [list(text) for text in texts]
+        self.texts = texts
         self.device = target_cache.offsets.device
 
     def propose(self, gamma: int) -> Proposal:
         """Guess what followed; NO_GUESS where nothing was found."""
         guesses = [self.find(text, gamma) for text in self.texts]
         width = gamma if any(guesses) else 0
-        self.drafted = [guess + [NO_GUESS] * (width - len(guess)) for guess in guesses]
-        tokens = torch.tensor(self.drafted, dtype=torch.long, device=self.device)
-        return Proposal(tokens.reshape(len(guesses), width))
+        rows = [guess + [NO_GUESS] * (width - len(guess)) for guess in guesses]
+        return Proposal(torch.tensor(rows, dtype=torch.long, device=self.device))
 
     def find(self, text: list[int], gamma: int) -> list[int]:
         """The tokens after an earlier occurrence of the longest possible ending of a text.
@@ -574,11 +559,8 @@ class LookupProposer:
                 return text[start : start + gamma]
         return []
 
-    def accept(self, accepted: list[int], next_tokens: list[int], target_cache: Slots) -> None:
-        """Keep what was accepted."""
-        for row, n in enumerate(accepted):
-            if n != FINISHED:
-                self.texts[row] += [*self.drafted[row][:n], next_tokens[row]]
+    def accept(self, accepted: list[int], target_cache: Slots) -> None:
+        """Nothing to do: the loop has extended the texts."""
 
 
 class _Timer:
@@ -597,62 +579,48 @@ class _Timer:
             mark.record()
         self.marks.append(mark)
 
-    def round(self, lists: Lists, is_prefill: bool = False) -> Round:
+    def round(self, lists: Lists, is_prefill=False) -> Round:
         """A round of two parts, draft and target."""
         if self.cuda:
             self.marks[-1].synchronize()
-            parts = [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(self.marks)]
-        else:
-            parts = [b - a for a, b in itertools.pairwise(self.marks)]
+        parts = []
+        for start, stop in itertools.pairwise(self.marks):
+            parts.append(start.elapsed_time(stop) / 1000 if self.cuda else stop - start)
         return Round(*lists, *parts, time.perf_counter() - self.began, is_prefill)
 
 
-def _prefix_per_row(prefix: Prefixes, rows: int) -> list[Prefix | None]:
+def _prefix_per_row(prefix: Prefixes, rows: int) -> Sequence[Prefix | None]:
     if prefix is None or isinstance(prefix, Prefix):
         return [prefix] * rows
-    if len(prefix) != rows:
-        counts = f"{len(prefix)} prefixes for {rows} rows"
-        raise ValueError(f"There are {counts}: give one for all, or one per row.")
-    return list(prefix)
+    _require_rows("prefixes", prefix, rows)
+    return prefix
 
 
-def _prompts(input_ids: Prompts) -> Texts:
-    """Rows of token ids, from (B, T) or a list of (T,) of any lengths."""
-    rows = [torch.as_tensor(row) for row in input_ids]
-    if not rows or any(row.ndim != 1 or len(row) == 0 for row in rows):
-        shapes = [tuple(row.shape) for row in rows]
-        raise ValueError(f"input_ids has rows of shapes {shapes}: give (B, T), or a list of (T,).")
-    return [row.tolist() for row in rows]
-
-
-def _end_ids(model: PreTrainedModel, eos_token_id: int | Sequence[int] | None) -> set[int]:
-    ids = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-    return set() if ids is None else set(np.asarray(ids, dtype=int).flatten().tolist())
-
-
-@dataclass
 class _Stream:
-    """A batch that is decoded; `token` (B,) is the last of each text, which is not yet read."""
+    """A batch that is decoded.
 
-    runner: Runner
-    proposer: Proposer | None
-    sampling: Sampling
-    texts: Texts
-    left: list[int]  # tokens that each row may still gain; 0: it has ended
-    end_ids: set[int]
-    token: Tensor | None = None
+    `token` (B,) is the last of each text, which is not yet read; `left`, the number of tokens that
+    a row may still gain, is 0 once its text has ended.
+    """
 
-    def prefill(self, prompts: Texts, prefixes: list[Prefix | None], room: int) -> Texts:
+    def __init__(self, runner: Runner, input_ids: Prompts, prefix: Prefixes, sampling: Sampling):
+        prompts = [torch.as_tensor(row) for row in input_ids]
+        if not prompts or any(row.ndim != 1 or len(row) == 0 for row in prompts):
+            shapes = [tuple(row.shape) for row in prompts]
+            raise ValueError(f"input_ids has shapes {shapes}: give (B, T), or a list of (T,).")
+        self.runner = runner
+        self.sampling = sampling
+        self.prompts = [row.tolist() for row in prompts]
+        self.prefixes = _prefix_per_row(prefix, len(prompts))
+        self.texts = []
+        for ids, prefix in zip(self.prompts, self.prefixes, strict=True):
+            self.texts.append([*(prefix.input_ids if prefix else ()), *ids])
+
+    def prefill(self, room: int) -> Texts:
         """Let the target read the prompts and give the first token of each row."""
-        logits = self.runner.start(prompts, prefixes, room)
+        logits = self.runner.start(self.prompts, self.prefixes, room)
         self.token, _ = self.sampling.choose(logits[:, None], self.texts)
         return [self._extend(row, [token]) for row, token in enumerate(self.token.tolist())]
-
-    def draft(self, gamma: int) -> Proposal:
-        """Lines 1 to 4 of Algorithm 1."""
-        if self.proposer is None:
-            return Proposal(self.token.new_empty(len(self.texts), 0))
-        return self.proposer.propose(gamma)
 
     def verify(self, proposal: Proposal, gamma: int) -> tuple[Tensor, Tensor]:
         """Lines 5 to 14, for all guesses at once. Returns numbers accepted and next tokens (B,)."""
@@ -668,45 +636,36 @@ class _Stream:
         return verify(scores.softmax(-1), proposal, uniform)
 
     def commit(self, proposal: Proposal, accepted: Tensor, token: Tensor) -> Lists:
-        """Extend the texts and both caches by the accepted tokens and the next."""
-        drafted, counts, next_tokens = _to_host(proposal.tokens, accepted, token)
-        tokens, accepted_or_finished = [], []
-        for row, n in enumerate(counts):
-            if self.left[row] == 0:  # it ended in an earlier round
-                drafted[row], counts[row] = [], 0
-            tokens.append(self._extend(row, [*drafted[row][:n], next_tokens[row]]))
-            going = self.left[row] > 0
-            self.runner.slots.lengths[row] += n + 1 if going else 0
-            accepted_or_finished.append(n if going else FINISHED)
-        if self.proposer:
-            self.proposer.accept(accepted_or_finished, next_tokens, self.runner.slots)
+        """Extend the texts by the accepted tokens and the next; return the lists of a `Round`."""
         self.token = token
-        return drafted, counts, tokens
+        # One transfer: here the host waits for a GPU.
+        rows = torch.cat((proposal.tokens, accepted[:, None], token[:, None]), 1).tolist()
+        drafts, counts, gained = [], [], []
+        for row, (*drafted, n, next_token) in enumerate(rows):
+            if self.left[row] == 0:  # it ended in an earlier round
+                drafted = []
+                n = 0
+            drafts.append(drafted)
+            counts.append(n)
+            gained.append(self._extend(row, [*drafted[:n], next_token]))
+            if self.left[row] > 0:
+                self.runner.slots.lengths[row] += n + 1
+        return drafts, counts, gained
 
     def _extend(self, row: int, tokens: list[int]) -> list[int]:
         """Add tokens up to the end of the text, and return those."""
-        tokens = tokens[: self.left[row]]
-        self.left[row] -= len(tokens)
-        for i, token in enumerate(tokens):
-            if token in self.end_ids:
-                tokens = tokens[: i + 1]
-                self.left[row] = 0
-                break
-        self.texts[row] += tokens
-        return tokens
-
-
-def _to_host(
-    drafted: Tensor, accepted: Tensor, token: Tensor
-) -> tuple[Texts, list[int], list[int]]:
-    """Tensors (B, g), (B,) and (B,) as lists, in one transfer: here the host waits for a GPU."""
-    rows = torch.cat((drafted, accepted[:, None], token[:, None]), 1).tolist()
-    return [row[:-2] for row in rows], [row[-2] for row in rows], [row[-1] for row in rows]
+        gained = []
+        for token in tokens:
+            if self.left[row] > 0:
+                gained.append(token)
+                self.left[row] = 0 if token in self.end_ids else self.left[row] - 1
+        self.texts[row] += gained
+        return gained
 
 
 @torch.inference_mode()
 def decode(
-    target: PreTrainedModel | Runner,
+    target: Model,
     input_ids: Prompts,
     proposer: Proposer | None = None,
     *,
@@ -741,46 +700,49 @@ def decode(
         >>> sum(len(r.tokens[0]) for r in rounds) <= 8
         True
     """
-    runner = target if isinstance(target, Runner) else Runner(target)
     maximum = getattr(gamma, "maximum", MAXIMUM_GAMMA) if callable(gamma) else gamma
     if maximum < 1 or max_new_tokens < 1:
         numbers = f"gamma is {maximum}, max_new_tokens is {max_new_tokens}"
         raise ValueError(f"{numbers}: expected positive integers.")
-    prompts = _prompts(input_ids)
-    prefixes = _prefix_per_row(prefix, len(prompts))
-    texts = []
-    for row, ids in enumerate(prompts):
-        texts.append([*prefixes[row].input_ids, *ids] if prefixes[row] else list(ids))
+    runner = target if isinstance(target, Runner) else Runner(target)
+    stream = _Stream(runner, input_ids, prefix, sampling or Sampling())
+    stream.left = [max_new_tokens] * len(stream.texts)
+    if eos_token_id is None:
+        eos_token_id = runner.model.generation_config.eos_token_id
+    stream.end_ids = np.atleast_1d([] if eos_token_id is None else eos_token_id).tolist()
     room = max_new_tokens + maximum + 1
-    left = [max_new_tokens] * len(texts)
-    end_ids = _end_ids(runner.model, eos_token_id)
-    stream = _Stream(runner, proposer, sampling or Sampling(), texts, left, end_ids)
-    nothing, device = [[]] * len(texts), runner.model.device
+    empty, zeros = [[]] * len(stream.texts), [0] * len(stream.texts)
+    device = runner.model.device
 
     timer = _Timer(device)
     timer.mark()
-    tokens = stream.prefill(prompts, prefixes, room)
+    tokens = stream.prefill(room)
     timer.mark()
     number = runner.streams
-    last = timer.round((nothing, [0] * len(texts), tokens), is_prefill=True)
+    last = timer.round((empty, zeros, tokens), is_prefill=True)
     yield last
-    if proposer and any(left):
+    if proposer and any(stream.left):
         timer = _Timer(device)
-        proposer.start(texts, runner.slots, stream.sampling, room)
+        proposer.start(stream.texts, runner.slots, stream.sampling, room)
         timer.mark()
         timer.mark()
-        yield timer.round((nothing, [0] * len(texts), nothing), is_prefill=True)
+        yield timer.round((empty, zeros, empty), is_prefill=True)
 
-    while any(left):
+    no_draft = Proposal(stream.token.new_empty(len(stream.texts), 0))
+    while any(stream.left):
         if runner.streams != number:
             raise ValueError("The Runner began another text before this one ended.")
         timer = _Timer(device)
         g = min(gamma(last), maximum) if callable(gamma) else gamma
-        proposal = stream.draft(g)
+        proposal = proposer.propose(g) if proposer and g else no_draft
         timer.mark()
         accepted, token = stream.verify(proposal, g)
         timer.mark()
-        last = timer.round(stream.commit(proposal, accepted, token))
+        lists = stream.commit(proposal, accepted, token)
+        if proposer:
+            going = zip(lists[1], stream.left, strict=True)
+            proposer.accept([n if left else FINISHED for n, left in going], runner.slots)
+        last = timer.round(lists)
         yield last
 
 
@@ -791,7 +753,7 @@ class Generated(NamedTuple):
     rounds: list[Round]
 
 
-def generate(target: PreTrainedModel | Runner, input_ids: Prompts, *args, **options) -> Generated:
+def generate(target: Model, input_ids: Prompts, *args, **options) -> Generated:
     """Run `decode`, with the same arguments, to the end.
 
     Example:
@@ -825,6 +787,7 @@ class Summary:
         target_seconds: Of the target.
         prefill_seconds: Of reading prompts, which no other time includes.
         ttft: Time to first token, mean over texts.
+        tokens_per_second: Of decoding, without prefill.
     """
 
     tokens: int
@@ -839,24 +802,20 @@ class Summary:
     target_seconds: float
     prefill_seconds: float
     ttft: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding, without prefill."""
-        return _ratio(self.tokens, self.seconds)
+    tokens_per_second: float
 
 
 def _ratio(part: float, total: float) -> float:
     return float(part / total) if total else float("nan")
 
 
-def _reached_and_accepted(r: Round, row: int) -> tuple[int, int]:
-    """Numbers of guesses of a row that were reached and accepted, up to the end of the text."""
+def _count_guesses(r: Round, row: int) -> tuple[int, int, int]:
+    """Numbers of guesses of a row: all, those reached and accepted up to the end of the text."""
+    guesses = sum(token != NO_GUESS for token in r.drafted[row])
     gained, n = len(r.tokens[row]), r.accepted[row]
     if gained != n + 1:  # the end was inside the accepted tokens
-        return gained, gained
-    guesses = sum(token != NO_GUESS for token in r.drafted[row])
-    return min(n + 1, guesses), n
+        return guesses, gained, gained
+    return guesses, min(n + 1, guesses), n
 
 
 def summarize(rounds: Sequence[Round]) -> Summary:
@@ -872,14 +831,14 @@ def summarize(rounds: Sequence[Round]) -> Summary:
     rounds = [r for r in rounds if not r.is_prefill]
     steps = [(r, row) for r in rounds for row in range(len(r.tokens)) if r.tokens[row]]
     widest = max((len(r.drafted[row]) for r, row in steps), default=0)
-    drafted, reached, passed = np.zeros((3, widest))
+    counts = np.zeros((3, widest))
     for r, row in steps:
-        row_reached, row_accepted = _reached_and_accepted(r, row)
-        drafted[: sum(token != NO_GUESS for token in r.drafted[row])] += 1
-        reached[:row_reached] += 1
-        passed[:row_accepted] += 1
+        for i, count in enumerate(_count_guesses(r, row)):
+            counts[i, :count] += 1
+    drafted, reached, passed = counts
     tokens = sum(len(r.tokens[row]) for r, row in steps)
     first = [r.seconds for r in prefills if any(r.tokens)]
+    seconds = sum(r.seconds for r in rounds)
     return Summary(
         tokens=tokens,
         target_calls=len(rounds),
@@ -888,11 +847,12 @@ def summarize(rounds: Sequence[Round]) -> Summary:
         conditional=list(map(_ratio, passed, reached)),
         unconditional=list(map(_ratio, passed, drafted)),
         tokens_per_call=_ratio(tokens, len(steps)),
-        seconds=sum(r.seconds for r in rounds),
+        seconds=seconds,
         draft_seconds=sum(r.draft_seconds for r in rounds),
         target_seconds=sum(r.target_seconds for r in rounds),
         prefill_seconds=sum(r.seconds for r in prefills),
         ttft=_ratio(sum(first), len(first)),
+        tokens_per_second=_ratio(tokens, seconds),
     )
 
 
@@ -973,15 +933,13 @@ def compare(arms: dict[str, Summary], prompts: int, gamma: int) -> dict:
     names = "ttft tokens_per_second acceptance tokens_per_call draft_calls target_calls"
     figures = {}
     for arm, summary in arms.items():
-        figures[arm] = {"latency": (summary.prefill_seconds + summary.seconds) / prompts}
-        for name in names.split():
-            figures[arm][name] = getattr(summary, name)
+        figures[arm] = {name: getattr(summary, name) for name in names.split()}
+        figures[arm]["latency"] = (summary.prefill_seconds + summary.seconds) / prompts
     fast, plain = arms["speculative"], arms.get("plain")
     if plain and plain.target_calls and fast.draft_calls:
         c, v = costs(fast, plain)
         chain = np.nan_to_num(fast.conditional).tolist()
-        figures["c"] = c
-        figures["v"] = v
+        figures |= {"c": c, "v": v}
         figures["predicted_speedup"] = cost_model(chain, c, len(chain), v).speedup
         figures["measured_speedup"] = fast.tokens_per_second / plain.tokens_per_second
         figures["best_gamma"] = best_gamma(fast.acceptance, c, lambda g: 1 + (v - 1) * g / gamma)
@@ -999,8 +957,6 @@ class AdaptiveGamma:
         c: As for `cost_model`.
         v: As for `cost_model`.
         maximum: The largest gamma.
-        prior: The acceptance assumed before any guess was tested.
-        memory: The weight that a round keeps in the next.
 
     Example:
         >>> start = Round([[]], [0], [[4]], 0.0, 0.2, 0.2, is_prefill=True)
@@ -1012,16 +968,14 @@ class AdaptiveGamma:
     c: float
     v: VerifyCost = 1.0
     maximum: int = 8
-    prior: float = 0.7
-    memory: float = 0.8
 
     def __call__(self, last: Round) -> int:
         if last.is_prefill:
             self._accepted = self._reached = 0.0
-        rows = [row for row in range(len(last.tokens)) if last.tokens[row]]
-        reached, accepted = np.mean([_reached_and_accepted(last, row) for row in rows], 0)
-        self._accepted = self.memory * self._accepted + accepted
-        self._reached = self.memory * self._reached + reached
-        weight = 0.25  # of the prior, against one guess that was tested in this round
-        acceptance = (weight * self.prior + self._accepted) / (weight + self._reached)
+        rows = [_count_guesses(last, row) for row, new in enumerate(last.tokens) if new]
+        _, reached, accepted = np.mean(rows, 0)
+        self._accepted = 0.8 * self._accepted + accepted
+        self._reached = 0.8 * self._reached + reached
+        # The prior is 0.7, with the weight 0.25 of a guess that was tested in this round.
+        acceptance = (0.25 * 0.7 + self._accepted) / (0.25 + self._reached)
         return best_gamma(acceptance, self.c, self.v, self.maximum)

@@ -669,7 +669,7 @@ for name, generated in both.items():
 # ```{exercise-start} The classic mistake
 # :label: ex-missing
 # ```
-# *Medium, 15 minutes.* After each round the loop calls `proposer.accept(accepted, next_tokens, target_cache)`.
+# *Medium, 15 minutes.* After each round the loop calls `proposer.accept(accepted, target_cache)`.
 # `ModelProposer` then holds for every row how many tokens of the text are not yet in its cache, `self.unread[row]` (1, or 2 after full acceptance), and how many entries its cache holds, `self.runner.slots.lengths[row]`.
 # Subclass it so that it forgets the second of two: it counts an entry that was never written, and one unread token fewer.
 # Which figures show that something is wrong, and does the text?
@@ -683,8 +683,8 @@ for name, generated in both.items():
 
 # %%
 class Forgetful(ModelProposer):
-    def accept(self, accepted, next_tokens, target_cache):
-        super().accept(accepted, next_tokens, target_cache)
+    def accept(self, accepted, target_cache):
+        super().accept(accepted, target_cache)
         for row, unread in enumerate(self.unread):
             if unread == 2:  # leave a hole where the token would be
                 self.unread[row] = 1

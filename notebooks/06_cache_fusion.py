@@ -613,7 +613,7 @@ response = tokenizer(" Anna lives in Rome.").input_ids
 example = FuserExample.split(torch.tensor(ids + response), start=len(ids))
 arm = FuserArm(hidden=64, gate=4.0, steps=2, batch_size=2)
 fuser, history = arm.train(draft_model, target, [example] * 4)
-proposer = speculate.FusedProposer(draft_model, target, fuser)
+proposer = speculate.FusedProposer(draft_model, fuser)
 output = speculate.generate(target, [ids], proposer, gamma=4, max_new_tokens=16)
 print(tokenizer.decode(output.tokens[0]))
 

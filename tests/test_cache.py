@@ -921,13 +921,13 @@ def test_what_slots_hold_is_read_at_its_positions(tiny_model):
     for row, first in ((0, 9), (1, 3)):
         for start, stop in ((0, 4), (1, 2), (2, 4)):
             got, want = (
-                slots.prefix(row, first + start, first + stop, whole.rotary),
+                slots.prefix(row, first + start, first + stop),
                 kv.part(whole, 9 + start, 9 + stop),
             )
             assert equal(got.cache, want.cache)
             assert torch.equal(got.positions, want.positions)
             assert got.rotary is whole.rotary
-    assert slots.prefix(2, 0, 3, whole.rotary).positions.tolist() == [[0, 1, 2]]
+    assert slots.prefix(2, 0, 3).positions.tolist() == [[0, 1, 2]]
     assert (
         got.cache.layers[0].keys.data_ptr() == slots.layers[0].keys[1, :, 5:].data_ptr()
     )  # no copy

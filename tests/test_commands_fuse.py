@@ -137,9 +137,7 @@ def test_a_fuser_is_saved_with_what_it_was_measured_at(control, fuse, tiny):
     }.items():
         fractions = []
         for ids in token_ids(corpora.Requests(2, test=True)):
-            proposer = (
-                FusedProposer(draft, target, used, None, *ways) if ways else ModelProposer(draft)
-            )
+            proposer = FusedProposer(draft, used, None, *ways) if ways else ModelProposer(draft)
             output = generate(target, [ids], proposer, gamma=3, max_new_tokens=12)
             fractions.append(summarize(output.rounds).acceptance)
         expected[f"acceptance_{arm}"] = np.mean(fractions)
@@ -333,7 +331,7 @@ def guesses_of_each_way(*prompts):
     for ways in itertools.product((True, False), repeat=2):
         each[ways] = []
         for ids in token_ids([{"role": "user", "content": text}] for text in prompts):
-            proposer = FusedProposer(draft, target, fuser, None, *ways)
+            proposer = FusedProposer(draft, fuser, None, *ways)
             each[ways].append(drafted(generate(target, [ids], proposer, max_new_tokens=12)))
     return each
 
@@ -377,11 +375,7 @@ def test_a_fuser_serves_drawn_text_compiled_models_and_a_single_token(
     (prompt_ids,) = token_ids([[{"role": "user", "content": "Anna has 3 apples. How many?"}]])
     sampling = Sampling(0.9, generator=torch.Generator().manual_seed(5))
     output = generate(
-        target,
-        [prompt_ids],
-        FusedProposer(draft, target, fuser),
-        max_new_tokens=12,
-        sampling=sampling,
+        target, [prompt_ids], FusedProposer(draft, fuser), max_new_tokens=12, sampling=sampling
     )
     assert guesses[1:] == [drafted(output)]
     (prompt,) = result(tiny / "drawn", capsys)[0]["prompts"]
@@ -405,10 +399,7 @@ def test_a_draft_that_reads_from_a_store_is_fused(guesses, learn, facts, tmp_pat
     each = []
     for item in (next(item for item in store if item.question == "Clara what?"), None):
         knowing, prefix = draft.with_knowledge(store, [item], [len(ids)])
-        for proposer in (
-            FusedProposer(knowing, store.model, fuser, prefix),
-            ModelProposer(knowing, prefix),
-        ):
+        for proposer in (FusedProposer(knowing, fuser, prefix), ModelProposer(knowing, prefix)):
             output = generate(store.model, [ids], proposer, max_new_tokens=12)
             each.append(drafted(output))
     assert guesses[1:] == each[:1]

@@ -103,7 +103,7 @@ def train_draft_command(
     state = PartialState(cpu=scale.device == "cpu")  # before loading: each process gets its GPU
     target = scale.load("target")
     tokenizer = scale.load_tokenizer("target")
-    known = open_store(store, target, tokenizer, scale, reads, embed=reads is not None)
+    known = open_store(store, target, scale, reads, embed=reads is not None)
     pool, held = _split([item.question for item in known], more_questions, heldout, seed)
     torch.manual_seed(seed)
     draft = KnowledgeDraft.cut(target, layers, knowledge=reads, transitions=transitions).float()

@@ -139,7 +139,7 @@ def fusion_proposers(
 ) -> dict[str, Callable]:
     """The draft alone, and with its cache fused: in the prompt, in accepted tokens, or in both."""
     fuse = (lambda own, _: fuser(own, own)) if control == "self" else fuser
-    fused = partial(FusedProposer, draft, target, fuse)
+    fused = partial(FusedProposer, draft, fuse)
     ways = {"prefill": partial(fused, decode=False), "decode": partial(fused, prefill=False)}
     return {"none": partial(ModelProposer, draft), **ways, "both": fused}
 

@@ -107,8 +107,7 @@ def ask(
     """
     require_store(store)
     scale = scale_with_target(base_model)
-    model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
-    cache = open_store(store, model, tokenizer, scale, "kv", embed=not exact)
+    cache = open_store(store, scale.load("target"), scale, "kv", embed=not exact)
     miss = "no item has this question" if exact else f"nothing scores {threshold}"
     for question in questions:
         hits = cache.retrieve(question, k, threshold, domain, exact)

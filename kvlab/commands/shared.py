@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.files import write_text
@@ -25,10 +24,7 @@ parsed_options: dict = {}  # of the command that `kvlab.cli.main` runs; empty if
 def command_settings(**resolved) -> dict:
     """Options of the command line as JSON, with those that the command has resolved."""
     options = parsed_options | resolved
-    for name, value in options.items():
-        if isinstance(value, Path):
-            options[name] = str(value)
-    return options
+    return {name: str(x) if isinstance(x, Path) else x for name, x in options.items()}
 
 
 def defaults_file() -> Path:
@@ -36,23 +32,17 @@ def defaults_file() -> Path:
     return Path(__file__).with_name(f"{Scale.current().name}.yaml")
 
 
-def scale_defaults(command: str) -> dict:
-    """Defaults of a command at this scale that differ from those of its signature."""
-    return yaml.safe_load(defaults_file().read_text("utf-8")).get(command, {})
-
-
 def load_shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
-    target = scale.load_tokenizer("target")
-    draft = scale.load_tokenizer("draft")
+    target, draft = scale.load_tokenizer("target"), scale.load_tokenizer("draft")
     if target.get_vocab() != draft.get_vocab():
         sizes = f"{scale.target} has {len(target)} tokens, {scale.draft} {len(draft)}"
         raise ValueError(f"The two models' tokenizers differ ({sizes}): choose one family.")
     return target
 
 
-def scale_with_target(base_model: str | None) -> Scale:
+def scale_with_target(target: str | None, draft: str | None = None) -> Scale:
     scale = Scale.current()
-    return replace(scale, target=base_model or scale.target)
+    return replace(scale, target=target or scale.target, draft=draft or scale.draft)
 
 
 def require_store(store: Path, options: str = "") -> None:
@@ -62,20 +52,15 @@ def require_store(store: Path, options: str = "") -> None:
 
 
 def open_store(
-    store: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    scale: Scale,
-    reads: str | None,
-    embed=True,
+    store: Path, model: PreTrainedModel, scale: Scale, reads: str | None, embed: bool = True
 ) -> KnowledgeCache:
     """Open a store that a draft reads as "vector", "kv" or "prefix"; None: it does not read."""
+    tokenizer = scale.load_tokenizer("target")
     embedder = scale.load_embedder() if embed else None
     knowledge = KnowledgeCache.load(store, model, tokenizer, embedder)
     part, name = ("hidden", "hidden states") if reads == "vector" else ("kv", "keys and values")
     if reads and part not in knowledge.keep:
-        option = f"build one with --keep {part}, in a new folder"
-        raise ValueError(f"The store in {store} keeps no {name}: {option}.")
+        raise ValueError(f"The store in {store} keeps no {name}: build one with --keep {part}.")
     return knowledge
 
 
@@ -130,8 +115,7 @@ def lab_passages(n: int, questions: int, seed: int, source: str | None) -> Conte
 
 def require_no_source(source: str | None) -> None:
     if source is not None:
-        advice = "leave it out, or name other data"
-        raise ValueError(f"source is {source!r}, but the lab makes its texts up: {advice}.")
+        raise ValueError(f"source is {source!r}, but the lab makes its texts up: leave it out.")
 
 
 Conversation = list[dict[str, str]]

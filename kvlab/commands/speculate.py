@@ -1,25 +1,23 @@
 """`kvlab speculate`: plain and speculative decoding, prompt by prompt."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import kvlab.draft  # noqa: F401  so that transformers can load a KnowledgeDraft
 from kvlab import speculate as decoding
 from kvlab.commands import shared
-from kvlab.draft import KnowledgeDraft
 from kvlab.evaluate import run_info
 from kvlab.fuse import Fuser, Size
 from kvlab.generation import encode
-from kvlab.knowledge import KnowledgeCache
 from kvlab.lab.report import problems
 from kvlab.records import read_prompts
-from kvlab.scale import Scale
 from kvlab.speculate import generate
 
 
@@ -70,103 +68,49 @@ def speculate(
         **options: Of `kvlab.speculate.Sampling`.
     """
     fused = (not no_prefill_fusion, not no_decode_fusion)
-    _check_options(store, compiled, fuser_checkpoint, fused)
+    if not all(fused) and not fuser_checkpoint:
+        hint = "give --fuser_checkpoint, or leave --no_..._fusion out"
+        raise ValueError(f"Without a fuser nothing is fused: {hint}.")
+    if store:
+        shared.require_store(store)
+        if compiled:
+            hint = "leave --compiled out, or --store"
+            raise ValueError(f"What a draft knows differs from prompt to prompt: {hint}.")
     fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
     sampling = decoding.Sampling(generator=torch.Generator(), **options)
-    texts = _texts(prompts, prompt_file)
-    scale = Scale.current()
-    scale = replace(scale, draft=base_model or scale.draft, target=teacher_model or scale.target)
+    texts = [*(prompts or ()), *(read_prompts(prompt_file) if prompt_file else ())]
+    texts = texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
+    scale = shared.scale_with_target(teacher_model, base_model)
     tokenizer = shared.load_shared_tokenizer(scale)
     rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None
     target = decoding.Runner(scale.load("target"), room)
     draft = decoding.Runner(scale.load("draft"), room)
-    drafter = _Drafter(draft, target, threshold, fused)
-    if store:
-        reads = _knowledge_of(draft.model, scale.draft)
-        drafter.store = shared.open_store(store, target.model, tokenizer, scale, reads)
+    reads = getattr(draft.model.config, "knowledge", None)
+    if store and not reads:
+        hint = "leave --store out, or give a draft of `kvlab train-draft --knowledge kv`"
+        raise ValueError(f"{scale.draft} does not read knowledge: {hint}.")
+    knowledge = shared.open_store(store, target.model, scale, reads) if store else None
     if fuser:
-        drafter.fuser = _fit(fuser, draft.model, target.model)
+        fuser = _fit(fuser, draft.model, target.model)
+    make_proposer = partial(_make_proposer, draft, fuser, fused, knowledge, threshold)
 
-    def run(ids: list[int], proposer: decoding.ModelProposer | None, count: int):
+    def run(ids: list[int], proposer: decoding.ModelProposer | None, n=max_new_tokens):
         sampling.generator.manual_seed(seed)
-        limits = {"gamma": gamma, "max_new_tokens": count}
-        return generate(target, [ids], proposer, sampling=sampling, **limits)
+        return generate(target, [ids], proposer, gamma=gamma, max_new_tokens=n, sampling=sampling)
 
-    for proposer in (None, drafter.proposer(texts[0], rows[0])[0]):
+    for proposer in (None, make_proposer(texts[0], rows[0])[0]):
         run(rows[0], proposer, 4)  # warms up, and compiles
-    results, rounds = [], {} if skip_standard else {"plain": []}
-    rounds["speculative"] = []
-    for text, ids in zip(tqdm(texts, desc="prompts"), rows, strict=True):
-        proposer, retrieved = drafter.proposer(text, ids)
-        results.append({"prompt": text} | retrieved)
-        for arm in rounds:
-            generated = run(ids, proposer if arm == "speculative" else None, max_new_tokens)
-            rounds[arm] += generated.rounds
-            results[-1][arm] = _result(generated, tokenizer)
-    summary = _summarize(results, rounds, gamma, sampling.greedy)
-    _print(results, summary)
+    rounds = {"speculative": []} if skip_standard else {"plain": [], "speculative": []}
+    results = _decode_prompts(texts, rows, rounds, make_proposer, run, tokenizer)
+    summary = _summarize_arms(results, rounds, gamma, sampling.greedy)
     if save_results:
         settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
         result = {"settings": settings, "prompts": results, "summary": summary, **run_info()}
         print(shared.write_json(shared.timed_name(output_dir, "speculate"), result))
 
 
-def _check_options(store: Path | None, compiled: bool, fuser: Path | None, fused: tuple) -> None:
-    if not all(fused) and not fuser:
-        options = "give --fuser_checkpoint, or leave --no_..._fusion out"
-        raise ValueError(f"Without a fuser nothing is fused: {options}.")
-    if store:
-        shared.require_store(store)
-    if store and compiled:
-        options = "leave --compiled out, or --store"
-        raise ValueError(f"What a draft knows differs from prompt to prompt: {options}.")
-
-
-def _texts(prompts: list[str] | None, prompt_file: Path | None) -> list[str]:
-    texts = list(prompts or [])
-    if prompt_file:
-        texts += read_prompts(prompt_file)
-    return texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
-
-
-@dataclass
-class _Drafter:
-    """The draft model, and what helps it: a fuser and a store of knowledge."""
-
-    draft: decoding.Runner
-    target: decoding.Runner
-    threshold: float
-    fused: tuple[bool, bool]
-    fuser: Fuser | None = None
-    store: KnowledgeCache | None = None
-
-    def proposer(self, text: str, ids: list[int]) -> tuple[decoding.ModelProposer, dict]:
-        """The proposer for a prompt, with the item retrieved for it and the seconds it took."""
-        model, prefix, retrieved, started = self.draft, None, {}, time.perf_counter()
-        if self.store is not None:
-            item = shared.find_item(self.store, text, self.threshold)
-            model, prefix = model.model.with_knowledge(self.store, [item], [len(ids)])
-            retrieved = {"found": item and item.question}
-        if self.fuser:
-            arguments = (model, self.target, self.fuser, prefix, *self.fused)
-            proposer = decoding.FusedProposer(*arguments)
-        else:
-            proposer = decoding.ModelProposer(model, prefix)
-        if retrieved:
-            retrieved["finding_seconds"] = time.perf_counter() - started
-        return proposer, retrieved
-
-
-def _knowledge_of(draft: PreTrainedModel, name: str) -> str:
-    """How a draft reads knowledge."""
-    if not isinstance(draft, KnowledgeDraft) or not draft.config.knowledge:
-        options = "a draft that `kvlab train-draft` made with --knowledge vector, kv or prefix"
-        raise ValueError(f"{name} does not read knowledge: leave --store out, or give {options}.")
-    return draft.config.knowledge
-
-
-def _fit(fuser: Fuser, draft: PreTrainedModel, target: PreTrainedModel) -> Fuser:
+def _fit(fuser: Fuser, draft, target) -> Fuser:
     """The fuser beside the draft, if it was trained for these two models."""
     receiver, sharer = Size.of(draft.config), Size.of(target.config)
     if (fuser.receiver, fuser.sharer) != (receiver, sharer):
@@ -176,31 +120,57 @@ def _fit(fuser: Fuser, draft: PreTrainedModel, target: PreTrainedModel) -> Fuser
     return fuser.to(draft.device, draft.dtype)
 
 
-def _result(generated: decoding.Generated, tokenizer: PreTrainedTokenizerBase) -> dict:
-    ids, summary = generated.tokens[0].tolist(), decoding.summarize(generated.rounds)
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    speed = {"tokens_per_second": summary.tokens_per_second}
-    return {"text": text, "token_ids": ids} | asdict(summary) | speed
+def _make_proposer(
+    draft: decoding.Runner, fuser, fused: tuple, knowledge, threshold: float, text: str, ids: list
+) -> tuple[decoding.ModelProposer, dict]:
+    """The draft for a prompt, with the item retrieved for it and the seconds it took."""
+    started = time.perf_counter()
+    prefix, item = None, None
+    if knowledge is not None:
+        item = shared.find_item(knowledge, text, threshold)
+        draft, prefix = draft.model.with_knowledge(knowledge, [item], [len(ids)])
+    if fuser:
+        proposer = decoding.FusedProposer(draft, fuser, prefix, *fused)
+    else:
+        proposer = decoding.ModelProposer(draft, prefix)
+    if knowledge is None:
+        return proposer, {}
+    seconds = time.perf_counter() - started
+    return proposer, {"found": item and item.question, "finding_seconds": seconds}
 
 
-def _summarize(results: list[dict], rounds: dict, gamma: int, greedy: bool) -> dict:
-    arms = {arm: decoding.summarize(rounds[arm]) for arm in rounds}
-    summary = decoding.compare(arms, len(results), gamma)
-    if greedy and "plain" in rounds:
-        texts = [[r[arm]["token_ids"] for r in results] for arm in rounds]
-        summary["equal_texts"] = texts[0] == texts[1]
-    if "found" in results[0]:
-        summary["found"] = sum(r["found"] is not None for r in results)
-        summary["finding_seconds"] = float(np.mean([r["finding_seconds"] for r in results]))
-    return summary
+def _decode_prompts(texts, rows, rounds: dict, make_proposer, run, tokenizer) -> list[dict]:
+    """Decode each prompt with each arm, and add the rounds of each arm to `rounds`."""
+    results = []
+    for text, ids in zip(tqdm(texts, desc="prompts"), rows, strict=True):
+        proposer, retrieved = make_proposer(text, ids)
+        results.append({"prompt": text} | retrieved)
+        for arm in rounds:
+            generated = run(ids, proposer if arm == "speculative" else None)
+            rounds[arm] += generated.rounds
+            summary = decoding.summarize(generated.rounds)
+            tokens = generated.tokens[0].tolist()
+            result = {"text": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
+            results[-1][arm] = result | {"token_ids": tokens} | asdict(summary)
+    return results
 
 
-def _print(results: list[dict], summary: dict) -> None:
+def _summarize_arms(results: list[dict], rounds: dict, gamma: int, greedy: bool) -> dict:
+    """Print texts and statistics; return the statistics."""
     for result in results:
         knowledge = f"    knows: {result['found'] or 'nothing'}\n" if "found" in result else ""
         print(f"{result['prompt']}\n{knowledge}    {result['speculative']['text']}\n")
-    arms = {key: value for key, value in summary.items() if isinstance(value, dict)}
-    print(pd.DataFrame(arms).to_string(float_format="{:.3f}".format, na_rep="-"))
+    arms = {arm: decoding.summarize(rounds[arm]) for arm in rounds}
+    summary = decoding.compare(arms, len(results), gamma)
+    table = pd.DataFrame({arm: summary[arm] for arm in arms})
+    print(table.to_string(float_format="{:.3f}".format, na_rep="-"))
+    if greedy and "plain" in rounds:
+        pairs = [(r["plain"]["token_ids"], r["speculative"]["token_ids"]) for r in results]
+        summary["equal_texts"] = all(plain == drafted for plain, drafted in pairs)
+    if "found" in results[0]:
+        summary["found"] = sum(r["found"] is not None for r in results)
+        summary["finding_seconds"] = float(np.mean([r["finding_seconds"] for r in results]))
     for name, value in summary.items():
         if name not in arms:
             print(f"{name:20} {value:.3f}" if isinstance(value, float) else f"{name:20} {value}")
+    return summary

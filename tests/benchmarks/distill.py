@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from _benchmark import benchmark
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kvlab import lab
 from kvlab.cache import Prefix, from_tensor, length, nbytes, prefill, select, truncate
-from kvlab.commands.shared import scale_defaults
+from kvlab.commands.shared import defaults_file
 from kvlab.compress import AWARE, METHODS, compact, count_kept
 from kvlab.distill import (
     DistillDataset,
@@ -42,7 +43,7 @@ from kvlab.slots import Slots, step
 from kvlab.speculate import generate
 
 THREADS, STEPS = 2, 400
-DEFAULTS = scale_defaults("distill")
+DEFAULTS = yaml.safe_load(defaults_file().read_text("utf-8")).get("distill", {})
 BATCH, RATE, RETENTION = (DEFAULTS[n] for n in ("batch_size", "learning_rate", "retention"))
 SETTINGS = {name: DEFAULTS[name] for name in ("standardize", "rank", "sinks")}
 SETTINGS["scorer_hidden_size"] = DEFAULTS["width"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from _benchmark import benchmark
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,7 +24,7 @@ from kvlab import draft as drafts
 from kvlab import lab
 from kvlab.cache import prefill
 from kvlab.commands.fuse import fusion_proposers, measure_fusion
-from kvlab.commands.shared import scale_defaults
+from kvlab.commands.shared import defaults_file
 from kvlab.evaluate import figure
 from kvlab.fuse import (
     Aligned,
@@ -76,7 +77,11 @@ def requests(quick: bool) -> list[list[int]]:
 
 
 def arm_of(name: str, seed: int, quick: bool = False) -> FuserArm:
-    options = scale_defaults("train-fuser") | {"steps": 600} | ARMS[name][0]
+    options = (
+        yaml.safe_load(defaults_file().read_text("utf-8")).get("train-fuser", {})
+        | {"steps": 600}
+        | ARMS[name][0]
+    )
     if quick:
         options |= {"steps": 4, "batch_size": 4}
     return FuserArm(**options, seed=seed)
