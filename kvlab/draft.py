@@ -192,6 +192,7 @@ class Transition(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down.starts_at_zero = True
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down(gelu(self.up(self.norm(hidden))))
@@ -257,11 +258,12 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         return nn.ModuleList(Reader(layer, projects=kind == "vector") for layer in layers)
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Reader):
+        if getattr(module, "starts_at_zero", False):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, Reader):
             nn.init.zeros_(module.gate)
-        if isinstance(module, Transition):
-            nn.init.zeros_(module.down.weight)
+        else:
+            super()._init_weights(module)
 
     @property
     def compilable(self) -> bool:
