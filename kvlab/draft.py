@@ -701,9 +701,8 @@ def train_draft(
     """
     settings = DraftSettings(**options)
     targets_only = all(example.hidden_states is not None for example in examples)
-    weights = settings.loss_weights
-    if weights is None:
-        weights = default_loss_weights(draft.config.knowledge, not targets_only)
+    defaults = default_loss_weights(draft.config.knowledge, not targets_only)
+    weights = settings.loss_weights or defaults
     if "ce" not in weights and not targets_only:
         raise ValueError("Some answers are not the target's own: give 'ce' a loss weight.")
     steps = settings.epochs * (len(examples) // settings.batch_size) // settings.accumulate
@@ -815,13 +814,11 @@ def export(draft: PreTrainedModel, folder: str | Path, tokenizer, vocab_size: in
     model = draft
     if isinstance(draft, KnowledgeDraft):
         if not draft.compilable:
-            parts = "the draft's cross-attention or transitions: save it with save_pretrained"
-            raise ValueError(f"No other program knows {parts}.")
+            raise ValueError("Cross-attention and transitions are kvlab's: use save_pretrained.")
         model = draft.plain
     size = model.config.vocab_size
     if 0 < vocab_size < size:
-        sizes = f"The draft has {size} tokens, the target {vocab_size}"
-        raise ValueError(f"{sizes}, expected as many or more: use its family.")
+        raise ValueError(f"The draft has {size} tokens, the target {vocab_size}: use its family.")
     if vocab_size > size:
         model = copy.deepcopy(model)
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
