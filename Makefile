@@ -8,18 +8,24 @@ BOOK := book/_build
 export KVLAB_SCALE ?= tiny
 export HF_HUB_OFFLINE ?= 1
 # One thread per process; benchmarks choose for themselves.
-book test check: export OMP_NUM_THREADS ?= 1
-book test check: export OMP_WAIT_POLICY ?= PASSIVE
+book test tests check: export OMP_NUM_THREADS ?= 1
+book test tests check: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: book test check notebooks bench clean
+.PHONY: book test tests check notebooks bench clean
 
 book: $(INSTALLED) $(BOOK)/.fresh
 	$(BIN)/jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book -W --keep-going
 
-# Every notebook runs once, in the book (tests/test_project.py checks that it did), and two run as Colab opens them
+# Book and tests use a core each. Every notebook runs once, in the book, and two run as Colab opens them
 # (tests/test_colab.py). Without the book: pytest --nbmake notebooks
-test: check book
-	$(BIN)/pytest
+test: check
+	$(MAKE) -j2 --output-sync=target book tests
+	$(BIN)/pytest $(RAN)
+
+RAN := tests/test_project.py::test_the_book_has_run_this_chapter
+
+tests: $(INSTALLED)
+	$(BIN)/pytest -n 2 --dist loadfile --durations=10 --deselect $(RAN)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
@@ -32,7 +38,7 @@ notebooks: $(INSTALLED)
 	$(BIN)/python book/notebooks.py
 
 bench: $(INSTALLED)
-	set -e; for f in tests/benchmarks/*.py; do $(BIN)/python $$f --out kvlab/results/$$(basename $$f .py).json; done
+	set -e; for f in tests/benchmarks/[a-z]*.py; do $(BIN)/python $$f --out kvlab/results/$$(basename $$f .py).json; done
 	$(BIN)/python book/readme.py
 
 # .venv stays; remove it by hand to install everything again.

@@ -119,9 +119,7 @@ def boxed(text: str) -> str:
 
 def _require_kind(kind: str) -> None:
     if kind not in ANSWER_KINDS:
-        raise ValueError(
-            f"There are no answers of kind {kind!r}: expected one of {', '.join(ANSWER_KINDS)}."
-        )
+        raise ValueError(f"No answers of kind {kind!r}: expected one of {', '.join(ANSWER_KINDS)}.")
 
 
 def _after_mark(text: str) -> str:

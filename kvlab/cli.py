@@ -52,6 +52,8 @@ class _Parser(ArgumentParser):
         if item:
             options = {key: options[key] for key in ("default", "help") if key in options}
             options |= {"type": item, "nargs": "+"}
+            if isinstance(options.get("default"), tuple):
+                options["default"] = list(options["default"])
             names = names[:1]
         return super().add_argument(*names, **options)
 

@@ -29,7 +29,7 @@ from kvlab.models import rotary_of
 
 
 class Attention(NamedTuple):
-    """The input of one attention layer for a context and, behind it, a question (if one is known).
+    """The input of one attention layer for a context and, after it, a question (if one is known).
 
     Args:
         queries: (B, H, T, D), rotated.
@@ -87,17 +87,14 @@ def h2o(attention: Attention, budget: int, chunk_size: int = 512) -> Tensor:
     step; here entries are evicted once, after the context. Query heads that share a key head are
     summed. Queries are processed `chunk_size` at a time: memory is (B, H, chunk_size, T).
     """
-    total, context = attention.queries.shape[2], attention.context
     received = 0
-    for start in range(0, total, chunk_size):
+    for start in range(0, attention.queries.shape[2], chunk_size):
         received += _attention_weights(attention, start, start + chunk_size).sum((2, 3))
-    received[..., context - budget // 2 :] = float("inf")
-    return received[..., :context]
+    received[..., attention.context - budget // 2 :] = float("inf")
+    return received[..., : attention.context]
 
 
-def snapkv(
-    attention: Attention, budget: int, window_size: int = 32, kernel_size: int = 5
-) -> Tensor:
+def snapkv(attention: Attention, budget: int, window_size=32, kernel_size=5) -> Tensor:
     """Attention from the last tokens (the window), smoothed over neighbors; the window is kept.
 
     Source: Li et al. (2024), SnapKV, arXiv 2404.14469, section 4 and listing 1, with the average
@@ -105,7 +102,8 @@ def snapkv(
     together. The window is the end of the question. Without a question it is the end of the
     context, and at most half the budget, since the paper's budgets are much larger than its window.
     """
-    total, context = attention.queries.shape[2], attention.context
+    total = attention.queries.shape[2]
+    context = attention.context
     window_size = min(window_size, total - context or max(1, budget // 2))
     before = min(context, total - window_size)  # entries before the window
     votes = _attention_weights(attention, total - window_size, total).sum(3).mean(2)[..., :before]
@@ -114,10 +112,8 @@ def snapkv(
     return F.pad(votes, (0, context - before), value=float("inf"))
 
 
-METHODS: dict[str, Score] = {
-    score.__name__: score
-    for score in (random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed)
-}
+_SCORES = (random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed)
+METHODS: dict[str, Score] = {score.__name__: score for score in _SCORES}
 AWARE: dict[str, Score] = {"h2o_aware": h2o, "snapkv_aware": snapkv}  # the question is known
 
 
@@ -132,9 +128,7 @@ def _attention_weights(attention: Attention, start: int, stop: int) -> Tensor:
 
 
 @contextmanager
-def capture_attention(
-    model: PreTrainedModel, on_layer: Callable[[Tensor, Tensor, Tensor, float], None]
-) -> Iterator[None]:
+def capture_attention(model: PreTrainedModel, on_layer: Callable[..., None]) -> Iterator[None]:
     """Call `on_layer(queries, keys, values, scaling)` for each attention layer that runs, in order.
 
     Inside the context the layers run with PyTorch's attention (sdpa), registered under a temporary
@@ -172,21 +166,19 @@ def count_kept(entries: int, retention: float | None = None, budget: int | None 
         if not 0 < retention <= 1:
             raise ValueError(f"retention is {retention}, expected a fraction in (0, 1].")
         return max(1, round(retention * entries))
-    if budget != int(budget) or budget < 1:
+    if budget < 1:
         raise ValueError(f"budget is {budget}, expected a positive integer.")
-    return min(int(budget), entries)
+    return min(budget, entries)
 
 
 def require_one_text(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Refuse token ids other than (1, T), and texts longer than the positions of the model."""
     if input_ids.ndim != 2 or len(input_ids) != 1 or not input_ids.numel():
-        shape = tuple(input_ids.shape)
-        raise ValueError(f"input_ids is {shape}, expected (1, T), one text.")
+        raise ValueError(f"input_ids is {tuple(input_ids.shape)}, expected (1, T), one text.")
     limit = model.config.get_text_config(decoder=True).max_position_embeddings
-    if input_ids.shape[1] > limit:
-        raise ValueError(
-            f"input_ids has {input_ids.shape[1]} tokens, the model reads up to {limit}: give fewer."
-        )
+    total = input_ids.shape[1]
+    if total > limit:
+        raise ValueError(f"input_ids has {total} tokens, the model reads up to {limit}: cut them.")
 
 
 @torch.no_grad()
@@ -197,7 +189,7 @@ def score_entries(
     budget: int,
     question_ids: Tensor | None = None,
 ) -> tuple[Tensor, DynamicCache]:
-    """Read a context, and a question behind it, and score the entries of the context.
+    """Read a context, and a question after it, and score the entries of the context.
 
     Args:
         input_ids: (1, T), the context.
@@ -215,12 +207,12 @@ def score_entries(
         >>> score_entries(model, ids, key_norm, budget=6)[0].shape
         torch.Size([12, 1, 2, 20])
     """
-    total, scores = input_ids.shape[1], []
     text = input_ids if question_ids is None else torch.cat([input_ids, question_ids], 1)
     require_one_text(model, text)
+    scores = []
 
     def score_layer(*layer) -> None:
-        scores.append(score(Attention(*layer, total), budget))
+        scores.append(score(Attention(*layer, context=input_ids.shape[1]), budget))
 
     with capture_attention(model, score_layer):
         cache = prefill(model, text).cache
@@ -257,8 +249,7 @@ def evict(
         >>> evict(model, ids, sinks_recent, budget=6, shared=True).positions
         tensor([[ 0,  1,  2,  3, 18, 19]])
     """
-    require_one_text(model, input_ids)
-    total = input_ids.shape[1]
+    total = input_ids.shape[-1]
     count = count_kept(total, retention, budget)
     scores, cache = score_entries(model, input_ids, score, count, question_ids)
     if shared:
@@ -273,7 +264,7 @@ def compact(prefix: Prefix) -> Prefix:
     """Move the kept entries to positions 0 to k - 1, so that the next position is their number, k.
 
     This is how `generate` of transformers counts. Distances between entries shrink, which changes
-    the logits wherever a gap is closed. If nothing was evicted between or behind the kept entries,
+    the logits wherever a gap is closed. If nothing was evicted between or after the kept entries,
     the model's output stays the same.
 
     Example:

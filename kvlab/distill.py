@@ -8,11 +8,11 @@ it with the scores of `kvlab.compress` on questions about compressed contexts.
 import copy
 import itertools
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,17 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.cache import (
-    Prefix,
-    from_tensor,
-    length,
-    nbytes,
-    prefill,
-    scale_keys,
-    select,
-    to_tensor,
-    truncate,
-)
+from kvlab import cache as kv
+from kvlab.cache import Prefix, prefill
 from kvlab.compress import AWARE, METHODS, count_kept, evict, require_one_text
 from kvlab.evaluate import exact_match, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import write_tensors, write_text
@@ -68,8 +59,7 @@ class DistillSettings:
             their keys are. "none": they are not, and the scorer cannot learn.
         standardize: bring the scores of each context to mean 2 and deviation 1 (ours). Free scores
             can grow until all gates of kept tokens are open, and then the scorer gets no gradient.
-            The
-            price: even with retention 1 the cache is not quite the plain one.
+            The price: even with retention 1 the cache is not quite the plain one.
         routing: "conditional", as in the paper: the adapters of q and o act on kept tokens only;
             "all": on every token; "embedding": on every token, and a learned vector marks kept
             tokens.
@@ -140,26 +130,17 @@ class KVDistiller(nn.Module):
         depth = config.num_hidden_layers
         if layer is None:
             layer = max(1, round(depth * 6 / 32))
-        if not 1 <= layer <= depth:
-            raise ValueError(
-                f"layer is {layer}, but the model has {depth} layers: give 1 to {depth}."
-            )
+        first_layers(model, layer)  # refuses a layer that the model does not have
         self.settings = DistillSettings(layer, **settings)
         self.model = model.requires_grad_(False)
-        lora = LoraConfig(
-            r=self.settings.rank,
-            lora_alpha=self.settings.rank,
-            use_rslora=True,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-            exclude_modules=rf".*\.{depth - 1}\.self_attn\.[qo]_proj",  # before no key or value
-            task_type="CAUSAL_LM",
-        )
+        rank = self.settings.rank
+        lora = {"r": rank, "lora_alpha": rank, "use_rslora": True, "task_type": "CAUSAL_LM"}
+        lora["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        # No key or value comes after q and o of the last layer.
+        lora["exclude_modules"] = rf".*\.{depth - 1}\.self_attn\.[qo]_proj"
         weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "`is_gradient_checkpointing`", FutureWarning
-            )  # PEFT's
-            self.adapted = get_peft_model(copy.deepcopy(model, weights), lora)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of PEFT
+            self.adapted = get_peft_model(copy.deepcopy(model, weights), LoraConfig(**lora))
         self.scorer = Scorer(config.hidden_size, self.settings.scorer_hidden_size)
         self.scorer.requires_grad_(self.settings.gate != "none")
         self.marker = None
@@ -170,17 +151,13 @@ class KVDistiller(nn.Module):
     def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """s of each token, (B, T), from ids padded on the left; gradients reach the scorer only."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        scores = self.scorer(self._hidden_states(input_ids, mask))
-        return _standardize(scores, mask) if self.settings.standardize else scores
-
-    @torch.no_grad()
-    def _hidden_states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (B, T, d) of the frozen model after layer eta, before any last norm."""
         decoder = first_layers(self.model, self.settings.layer).base_model
-        decoder._modules = {**decoder._modules, "norm": nn.Identity()}
+        decoder._modules = {**decoder._modules, "norm": nn.Identity()}  # states before any norm
         inputs = _chunked_inputs(input_ids, mask, self.settings.chunk_size)
-        states = decoder(**inputs, use_cache=False).last_hidden_state
-        return states.reshape(len(input_ids), -1, states.shape[-1])[:, -input_ids.shape[1] :]
+        with torch.no_grad():
+            states = decoder(**inputs, use_cache=False).last_hidden_state
+        scores = self.scorer(states).reshape(len(input_ids), -1)[:, -input_ids.shape[1] :]
+        return _standardize(scores, mask) if self.settings.standardize else scores
 
     def keep(self, input_ids: Tensor, attention_mask: Tensor, counts: Sequence[int]) -> Prefix:
         """Compress several contexts; gradients reach everything that is trained.
@@ -202,35 +179,33 @@ class KVDistiller(nn.Module):
         ranks = order.argsort(1)
         kept = ranks < torch.tensor(counts, device=ranks.device)[:, None]  # (B, T)
         columns = kept.int().argsort(dim=1, stable=True)[:, -max(counts) :]  # (B, k), in order
-        cache = select(self._encode(input_ids, attention_mask, kept), columns)
+        cache = kv.select(self._encode(input_ids, attention_mask, kept), columns)
         if self.settings.gate == "multiply":
-            cache = scale_keys(cache, scores.gather(1, columns).sigmoid())
-        return Prefix(
-            cache,
-            next_position=attention_mask.sum(1),
-            positions=positions.gather(1, columns),
-            attention_mask=kept.gather(1, columns).long(),
-            rotary=rotary_of(self.model),
-        )
+            cache = kv.scale_keys(cache, scores.gather(1, columns).sigmoid())
+        positions = positions.gather(1, columns)
+        mask = kept.gather(1, columns).long()
+        known = {"positions": positions, "attention_mask": mask, "rotary": rotary_of(self.model)}
+        return Prefix(cache, attention_mask.sum(1), **known)
 
     def _encode(self, input_ids: Tensor, mask: Tensor, kept: Tensor) -> DynamicCache:
         """Keys and values of contexts by the adapted model, with kept tokens (B, T) routed."""
-        inputs = _chunked_inputs(input_ids, mask, self.settings.chunk_size)
-        routed_tokens = _chunks(kept, self.settings.chunk_size)
+        size = self.settings.chunk_size
+        inputs = _chunked_inputs(input_ids, mask, size)
+        tokens = _chunks(kept, size)
         if self.marker is not None:
             embeddings = self.model.get_input_embeddings()(inputs.pop("input_ids"))
-            marks = routed_tokens[..., None] * self.marker
+            marks = tokens[..., None] * self.marker
             inputs["inputs_embeds"] = embeddings + marks.to(embeddings.dtype)
         if self.settings.routing != "conditional":
-            routed_tokens = torch.ones_like(routed_tokens)
-        with routed(self.adapted, routed_tokens):
+            tokens = torch.ones_like(tokens)
+        with routed(self.adapted, tokens):
             decoder = self.adapted.get_base_model().base_model
             cache = decoder(**inputs, use_cache=True).past_key_values
         rows, total = input_ids.shape
-        if total <= self.settings.chunk_size:
+        if total <= size:
             return cache
-        layers = to_tensor(cache).unflatten(2, (rows, -1))  # (L, 2, B, chunks, H_kv, size, D)
-        return from_tensor(layers.movedim(3, 4).flatten(4, 5)[..., -total:, :])
+        layers = kv.to_tensor(cache).unflatten(2, (rows, -1))  # (L, 2, B, chunks, H_kv, size, D)
+        return kv.from_tensor(layers.movedim(3, 4).flatten(4, 5)[..., -total:, :])
 
     @torch.no_grad()
     def compress(
@@ -247,12 +222,6 @@ class KVDistiller(nn.Module):
         ids = input_ids[0].tolist()
         return replace(prefix, next_position=total, input_ids=ids, attention_mask=None)
 
-    def train(self, mode: bool = True) -> "KVDistiller":
-        """Set the mode of everything except the model, which never uses dropout."""
-        super().train(mode)
-        self.model.eval()
-        return self
-
     def forward(
         self, context: Tensor, context_mask: Tensor, text: Tensor, retention: float
     ) -> tuple[Tensor, Tensor]:
@@ -264,6 +233,7 @@ class KVDistiller(nn.Module):
             text: (B, S), padded on the right with any token.
             retention: fraction of each context's tokens to keep.
         """
+        self.model.eval()  # whatever the mode of the rest: it never uses dropout
         counts = [count_kept(tokens, retention) for tokens in context_mask.sum(1).tolist()]
         logits = self.read_on(self.keep(context, context_mask, counts), text)
         with torch.no_grad():
@@ -273,17 +243,16 @@ class KVDistiller(nn.Module):
     def read_on(self, prefix: Prefix, text: Tensor) -> Tensor:
         """Logits (B, S, V) of the frozen model on texts (B, S) after caches with a mask."""
         steps = torch.arange(text.shape[1], device=text.device)
-        return self.model(
-            input_ids=text,
-            attention_mask=torch.cat([prefix.attention_mask, torch.ones_like(text)], 1),
-            position_ids=prefix.next_position[:, None] + steps,
-            past_key_values=truncate(prefix.cache, length(prefix.cache)),  # it will be appended to
-            use_cache=True,
-        ).logits
+        mask = torch.cat([prefix.attention_mask, torch.ones_like(text)], 1)
+        position_ids = prefix.next_position[:, None] + steps
+        past = kv.truncate(prefix.cache, kv.length(prefix.cache))  # it will be appended to
+        inputs = {"attention_mask": mask, "position_ids": position_ids, "past_key_values": past}
+        return self.model(text, **inputs, use_cache=True).logits
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a PEFT adapter, the scorer, and the settings with the model's fingerprint."""
-        folder, adapter = Path(folder), self.adapted.peft_config["default"]
+        folder = Path(folder)
+        adapter = self.adapted.peft_config["default"]
         name = adapter.base_model_name_or_path or ""
         if Path(name).is_dir():
             adapter.base_model_name_or_path = Path(name).name  # no path of this machine
@@ -301,30 +270,22 @@ class KVDistiller(nn.Module):
         """Load what `save_pretrained` wrote, around the model it was trained for.
 
         Raises:
-            ValueError: another folder, or a model of another shape. Other weights give a warning.
+            ValueError: a model of another shape. Other weights give a warning.
         """
         folder = Path(folder)
-        for name in (SETTINGS_FILE, SCORER_FILE, "adapter_config.json"):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"{folder} has no {name}: give a folder that `save_pretrained` wrote."
-                )
         about = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
-        shape = fingerprint(model)
-        weights = {"weights": shape.pop("weights")}
-        if unlike := differences(about["model"], shape):
-            raise ValueError(
-                f"{folder} was trained for another model ({unlike}): load it with that model."
-            )
-        same_dtype = about["model"]["weights"]["dtype"] == str(model.dtype)  # else digests differ
-        if same_dtype and (unlike := differences(about["model"], weights)):
-            message = f"{folder} was trained for other weights of this model ({unlike})."
-            warnings.warn(message, stacklevel=2)
+        current = fingerprint(model)
+        weights = current.pop("weights")
+        if unlike := differences(about["model"], current):
+            raise ValueError(f"{folder} was trained for another model ({unlike}): load that one.")
+        trained_for = about["model"]["weights"]
+        if trained_for["dtype"] == weights["dtype"] and trained_for != weights:
+            warning = f"{folder} was trained for other weights of this model: expect worse answers."
+            warnings.warn(warning, stacklevel=2)
         settings = about["settings"].items()
         distiller = cls(model, **{RENAMED_SETTINGS.get(name, name): v for name, v in settings})
         distiller.adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
-        for name, tensor in load_file(folder / SCORER_FILE).items():
-            distiller.get_parameter(name).data.copy_(tensor)
+        distiller.load_state_dict(load_file(folder / SCORER_FILE), strict=False)
         return distiller
 
 
@@ -347,15 +308,11 @@ def routed(adapted: PeftModel, tokens: Tensor):
     def mask_input(_, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (inputs[0] * tokens[..., None].to(inputs[0].dtype),)
 
-    hooks = []
-    for name, module in adapted.named_modules():
-        if name.endswith(("q_proj.lora_A.default", "o_proj.lora_A.default")):
-            hooks.append(module.register_forward_pre_hook(mask_input))
-    try:
+    with ExitStack() as hooks:
+        for name, module in adapted.named_modules():
+            if name.endswith(("q_proj.lora_A.default", "o_proj.lora_A.default")):
+                hooks.enter_context(module.register_forward_pre_hook(mask_input))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:
@@ -405,9 +362,8 @@ def encode_turns(
         >>> example.context.shape, example.weights
         (torch.Size([6]), tensor([0., 0., 0., 0., 0., 0., 0., 1., 1.]))
     """
-    if not turns:
-        raise ValueError("There is no turn after the context: give a question and its answer.")
-    text, weights = [], []
+    text = []
+    weights = []
     for question, answer in turns:
         messages = zip(("system", "user", "assistant"), (context, question, answer), strict=True)
         conversation = [{"role": role, "content": content} for role, content in messages]
@@ -432,23 +388,20 @@ class DistillDataset(Dataset):
 
 def pad_contexts(examples: Sequence[DistillExample]) -> dict[str, Tensor]:
     """A batch: contexts are padded on the left, texts and weights on the right."""
-    sides = {"context": "left", "text": "right", "weights": "right"}
-    batch = {}
-    for name, side in sides.items():
-        rows = [getattr(example, name) for example in examples]
-        batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
-    lengths = torch.tensor([len(example.context) for example in examples])
-    columns = torch.arange(batch["context"].shape[1], 0, -1)  # counted from the end
-    return batch | {"context_mask": (columns <= lengths[:, None]).long()}
+    contexts, texts, weights = zip(*examples, strict=True)
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    context = pad(contexts, padding_side="left", padding_value=-1)
+    mask = (context >= 0).long()
+    batch = {"context": context.clamp(min=0), "context_mask": mask}
+    return batch | {"text": pad(texts), "weights": pad(weights)}
 
 
 def train_distiller(
     distiller: KVDistiller,
-    examples: Sequence[DistillExample] | Dataset,
+    examples: Dataset,
     *,
     steps: int,
     batch_size: int = 32,
-    learning_rate: float = 5e-5,
     retention: tuple[float, float] = (0.001, 0.8),
     forward_share: float = 0.6,
     **options,
@@ -460,38 +413,35 @@ def train_distiller(
 
     Args:
         distiller: changed in place.
-        examples: from `encode_turns`, or a `DistillDataset`.
+        examples: a `DistillDataset`, or a list of what `encode_turns` returns.
         steps: optimizer steps.
         batch_size: contexts per batch.
-        learning_rate: peak learning rate.
         retention: bounds of the fraction that a batch keeps, drawn uniformly on a logarithmic scale
             (the paper does not state how it is drawn).
         forward_share: lambda.
-        options: of `kvlab.training.fit`: checkpoint, every, accumulate, precision, seed, evaluate,
-            ...
+        options: of `kvlab.training.fit`: learning_rate (5e-5), checkpoint, every, accumulate,
+            precision, seed, evaluate, ...
 
     Returns:
         The history of `fit`; "kl" and "reverse_kl" are already multiplied by their weights.
     """
     loss_weights = {"kl": forward_share, "reverse_kl": 1 - forward_share}
     loss_weights = {name: weight for name, weight in loss_weights.items() if weight}
-    low, high = map(math.log, retention)
     PartialState(cpu=distiller.model.device.type == "cpu")  # else `fit` takes the best device
 
     def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        fraction = math.exp(low + (high - low) * torch.rand(()).item())
+        fraction = retention[0] * (retention[1] / retention[0]) ** torch.rand(()).item()
         text = batch["text"]
         logits, target_logits = model(batch["context"], batch["context_mask"], text, fraction)
         return distillation_losses(loss_weights, logits, target_logits, text, batch["weights"])
 
-    loader = DataLoader(
-        examples, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=pad_contexts
-    )
-    options = {"weight_decay": 0.0, "warmup": max(1, steps // 20)} | options
-    options |= {"steps": steps, "learning_rate": learning_rate}
-    return fit(
-        distiller, loader, losses, weight=lambda batch: batch["weights"][:, 1:].sum(), **options
-    )
+    def count_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+        return batch["weights"][:, 1:].sum()
+
+    batches = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
+    loader = DataLoader(examples, collate_fn=pad_contexts, **batches)
+    defaults = {"learning_rate": 5e-5, "weight_decay": 0.0, "warmup": max(1, steps // 20)}
+    return fit(distiller, loader, losses, weight=count_tokens, steps=steps, **defaults | options)
 
 
 # -- comparison
@@ -573,9 +523,10 @@ def compression_scores(
 
     Returns:
         A row for each method, retention and record. The first method is "full", the whole cache.
-        Columns are method, retention, context (its number), exact_match, f1 (the best of the
-        record's answers), log_likelihood (nats) and tokens of its first answer, bytes of the cache
-        and, where they apply, accuracy (whether the right choice is the most probable) and rouge_l.
+        Columns are method, retention, context (its number), answer, references, exact_match, f1 (the
+        best of the references), log_likelihood (nats) and tokens of the first reference, bytes of
+        the cache and, where they apply, accuracy (whether the right choice is the most probable)
+        and rouge_l.
 
     Example:
         >>> from kvlab import lab, speculate
@@ -587,33 +538,33 @@ def compression_scores(
         [['full', 1.0], ['key_norm', 0.5]]
     """
     rows = []
+    arms = [("full", 1.0), *itertools.product(methods, retention)]
     for number, records in enumerate(tqdm(contexts, desc="contexts")):
         questions = [encode_question(tokenizer, record) for record in records]
-        for method, fraction in [("full", 1.0), *itertools.product(methods, retention)]:
+        for method, fraction in arms:
             prefixes = compress_for(model, questions, method, fraction, **options)
-            texts = generate([q.question for q in questions], prefix=prefixes).tokens
-            for q, prefix, ids in zip(questions, prefixes, texts, strict=True):
-                answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            tokens = generate([q.question for q in questions], prefix=prefixes).tokens
+            for q, prefix, ids in zip(questions, prefixes, tokens, strict=True):
                 row = {"method": method, "retention": fraction, "context": number}
-                row |= _score_answer(q.record, answer, long_answers)
-                row |= _score_likelihoods(model, tokenizer, q, prefix)
-                rows.append(row | {"bytes": nbytes(prefix.cache)})
-    return pd.DataFrame(rows)
-
-
-def _score_answer(record: Record, answer: str, long_answers: bool) -> dict[str, float]:
-    scores = {"exact_match": exact_match, "f1": f1}
+                row["answer"] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                row["references"] = q.record.answers
+                rows.append(row | _score_likelihoods(model, tokenizer, q, prefix))
+    scores = pd.DataFrame(rows)
+    pairs = scores["answer"], scores["references"]
+    scores["exact_match"] = exact_match(*pairs)
+    scores["f1"] = f1(*pairs)
     if long_answers:
-        scores["rouge_l"] = rouge_l
-    return {name: score([answer], [record.answers])[0] for name, score in scores.items()}
+        scores["rouge_l"] = rouge_l(*pairs)
+    return scores
 
 
 def _score_likelihoods(model, tokenizer, q: EncodedQuestion, prefix: Prefix) -> dict[str, float]:
     prompts = [q.question] * len(q.answers)
-    likelihoods = log_likelihoods(model, tokenizer, prompts, q.answers, prefix)
-    scores = {"log_likelihood": likelihoods[0], "tokens": len(q.answers[0])}
+    values = log_likelihoods(model, tokenizer, prompts, q.answers, prefix)
+    scores = {"log_likelihood": values[0], "tokens": len(q.answers[0])}
+    scores["bytes"] = kv.nbytes(prefix.cache)
     if q.record.choices:
-        choice = q.record.choices[np.argmax(likelihoods[1:])]
+        choice = q.record.choices[np.argmax(values[1:])]
         scores["accuracy"] = float(choice in q.record.answers)
     return scores
 
@@ -632,15 +583,13 @@ def compression_figures(scores: pd.DataFrame) -> list[dict]:
     """
     figures = []
     for (method, fraction), rows in scores.groupby(["method", "retention"], sort=False):
-        means = rows.groupby("context").mean(numeric_only=True)
+        means = rows.groupby("context").mean(numeric_only=True).dropna(axis=1, how="all")
         means["perplexity"] = -means["log_likelihood"] / means["tokens"]
         means["MB"] = means["bytes"] / 1e6
         conditions = f"{len(rows)} questions to {len(means)} contexts"
-        for score, unit in UNITS.items():
-            if score not in means or means[score].isna().all():
-                continue
+        for score in [name for name in UNITS if name in means]:
             name = f"{method}, {fraction:g}, {score}"
-            result = figure(name, means[score].dropna(), unit, conditions)
+            result = figure(name, means[score].dropna(), UNITS[score], conditions)
             if score == "perplexity":
                 for part in ("value", "low", "high"):
                     result[part] = float(np.exp(result[part]))

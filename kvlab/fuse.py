@@ -15,7 +15,7 @@ from the defaults here in three places, and each can be chosen:
   1 - 1/e = 0.632 in training, and closed at inference. With logistic noise it is open with
   probability sigma(logit), above 1/2 exactly where it is open at inference (`Settings.noise`).
 - tokens. Of the sharer's tokens that spell one receiver token it keeps one
-  (`align_tokens(keep="longest")`). Here all count, weighted by their common characters.
+  (`align_tokens(longest=True)`). Here all count, weighted by their common characters.
 
 `rehearsal_loss` and fusing the tokens of a response are additions of this package. Batches are
 padded on the left. The gates of an untrained fuser are closed: in evaluation mode it returns the
@@ -33,7 +33,7 @@ True
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -44,24 +44,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvlab import cache as kv
-from kvlab.cache import Prefix
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import rendered
 from kvlab.layers import LayerMap, first_aligned, last_aligned, proportional
 from kvlab.losses import cross_entropy
 from kvlab.models import CacheError, differences, fingerprint, head_dim
-from kvlab.training import fit
+from kvlab.training import FitSettings, fit
 
 NOISES = {"logistic": torch.logit, "gumbel": lambda u: -(-u.log()).log()}  # u is uniform in (0, 1)
 LAYER_MAPS = {"last": last_aligned, "proportional": proportional, "first": first_aligned}
 CONTENT_MARK = "\ue000"  # replaces a message's content, to find where a chat template puts it
-END_TEMPERATURE = 0.001  # of the gates in training
-FUSER_VERSION, FUSER_WEIGHTS, FUSER_CONFIG = 2, "fuser.safetensors", "fuser.json"
 VERSION_1_NAMES = {"enter": "input_proj", "shared": "shared_mlp", "project": "value_mlp",
                    "weigh": "weight_mlp", "change": "value_out",
                    "weight": "weight_out"}  # fmt: skip
@@ -88,16 +86,11 @@ class Aligned:
 
     def __post_init__(self):
         if self.token_weights is None and not torch.equal(self.receiver_ids, self.sharer_ids):
-            raise ValueError(
-                "The sharer has other tokens: give the token_weights that `align_tokens` finds."
-            )
+            raise ValueError("The sharer has other tokens: give token_weights (`align_tokens`).")
 
 
 def align_tokens(
-    receiver_tokenizer: PreTrainedTokenizerBase,
-    sharer_tokenizer: PreTrainedTokenizerBase,
-    conversation: Messages,
-    keep: str = "all",
+    receiver: Tokenizer, sharer: Tokenizer, conversation: Messages, longest: bool = False
 ) -> Aligned:
     """Encode a conversation for both models, and align the tokens by the characters they spell.
 
@@ -106,12 +99,13 @@ def align_tokens(
     text in the same places, tokens correspond one to one.
 
     Args:
+        receiver, sharer: the tokenizers of the two models.
         conversation: {"role", "content"} messages.
-        keep: "all" sharer tokens that overlap a receiver token, weighted by common characters; or
-            the "longest", the first one with the largest overlap, as in the published code.
+        longest: Of the sharer's tokens that overlap a receiver token keep one, the first with the
+            largest overlap, as in the published code. Default: all, weighted by common characters.
 
     Raises:
-        ValueError: the chat template changes the content of a message; another `keep`.
+        ValueError: the chat template changes the content of a message.
 
     Example:
         >>> from kvlab import lab
@@ -120,53 +114,46 @@ def align_tokens(
         >>> [tokenizers[1].decode(i) for i in aligned.sharer_ids], aligned.token_weights[1, :3]
         (['<|user|>', ' e', 'g', 'g', 's', '<|assistant|>'], tensor([0.0000, 0.4000, 0.2000]))
     """
-    if keep not in ("all", "longest"):
-        raise ValueError(f"keep is {keep!r}, expected 'all' or 'longest'.")
-    text, ids, spans = _encode_with_spans(receiver_tokenizer, conversation)
-    sharer_text, sharer_ids, sharer_spans = _encode_with_spans(sharer_tokenizer, conversation)
+    text, ids, spans = _encode_spans(receiver, conversation)
+    sharer_text, sharer_ids, sharer_spans = _encode_spans(sharer, conversation)
     if text == sharer_text and np.array_equal(spans, sharer_spans):
         weights = None if torch.equal(ids, sharer_ids) else torch.eye(len(ids))
         return Aligned(ids, sharer_ids, weights)
     if text != sharer_text:
-        spans = _message_offsets(receiver_tokenizer, conversation, text)[spans]
-        sharer_spans = _message_offsets(sharer_tokenizer, conversation, sharer_text)[sharer_spans]
+        spans = _message_offsets(receiver, conversation, text)[spans]
+        sharer_spans = _message_offsets(sharer, conversation, sharer_text)[sharer_spans]
     starts = np.maximum(spans[:, None, 0], sharer_spans[:, 0])
     ends = np.minimum(spans[:, None, 1], sharer_spans[:, 1])
     common = torch.from_numpy((ends - starts).clip(min=0)).float()  # (T_r, T_s), in characters
-    if keep == "longest":
+    if longest:
         best = common.argmax(1, keepdim=True)
         common = torch.zeros_like(common).scatter(1, best, common.gather(1, best).sign())
     return Aligned(ids, sharer_ids, common / common.sum(1, keepdim=True).clamp(min=1))
 
 
-def _encode_with_spans(
-    tokenizer: PreTrainedTokenizerBase, conversation: Messages
-) -> tuple[str, Tensor, np.ndarray]:
+def _encode_spans(tokenizer: Tokenizer, conversation: Messages) -> tuple[str, Tensor, np.ndarray]:
     """The rendered text, its token ids (T,), and the start and end of each token in it, (T, 2)."""
-    text, special = rendered(tokenizer, conversation), not tokenizer.chat_template
+    text = rendered(tokenizer, conversation)
+    special = not tokenizer.chat_template
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     spans = np.array(encoded["offset_mapping"]).reshape(-1, 2)
     return text, torch.tensor(encoded["input_ids"]), spans
 
 
-def _message_offsets(
-    tokenizer: PreTrainedTokenizerBase, conversation: Messages, text: str
-) -> np.ndarray:
+def _message_offsets(tokenizer: Tokenizer, conversation: Messages, text: str) -> np.ndarray:
     """The number of message characters before each index of the rendered text, (len(text) + 1,)."""
-    inside = np.zeros(len(text), dtype=np.int64)
+    inside = np.zeros(len(text) + 1, dtype=np.int64)
     for i, message in enumerate(conversation):
         content = message["content"].strip()
-        marked = list(conversation)
-        marked[i] = {**message, "content": CONTENT_MARK}
+        marked = [*conversation[:i], {**message, "content": CONTENT_MARK}, *conversation[i + 1 :]]
         mark = rendered(tokenizer, marked).find(CONTENT_MARK)
         start = text.find(content, max(mark, 0))
         if mark < 0 or start < 0 or text[mark:start].strip():
             raise ValueError(
-                f"The chat template of {type(tokenizer).__name__} changes message {i}, which "
-                f"begins {content[:60]!r}: use a tokenizer whose template leaves it, or none."
+                f"The template changes message {i} ({content[:40]!r}): use another one."
             )
-        inside[start : start + len(content)] = 1
-    return np.concatenate(([0], inside.cumsum()))
+        inside[start + 1 : start + 1 + len(content)] = 1
+    return inside.cumsum()
 
 
 # -- the fuser
@@ -216,10 +203,10 @@ class Settings:
     def __post_init__(self):
         choices = self.keys in ("unrotated", "rotated") and self.noise in NOISES
         if not choices or self.hidden < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"The settings are {self}, expected hidden from 1, dropout in [0, 1), keys "
-                "'unrotated' or 'rotated', and noise 'logistic' or 'gumbel'."
+            expected = (
+                f"hidden from 1, dropout in [0, 1), noise of {list(NOISES)}, keys (un)rotated"
             )
+            raise ValueError(f"The settings are {self}, expected {expected}.")
 
 
 class StackedLinear(nn.Module):
@@ -285,12 +272,10 @@ class Fuser(nn.Module):
         settings = settings or Settings()
         if layer_map is None:
             layer_map = last_aligned(receiver.layers, sharer.layers)
-        if (len(layer_map.indices), layer_map.teacher_layers) != (receiver.layers, sharer.layers):
-            raise ValueError(
-                f"The layer map is from {layer_map.teacher_layers} layers to "
-                f"{len(layer_map.indices)}, expected from {sharer.layers} to {receiver.layers}: "
-                "make it for these two models."
-            )
+        shape = len(layer_map.indices), layer_map.teacher_layers
+        expected = receiver.layers, sharer.layers
+        if shape != expected:
+            raise ValueError(f"The layer map is for {shape} layers, expected {expected}.")
         self.receiver, self.sharer = receiver, sharer
         self.layer_map, self.settings = layer_map, settings
         networks, hidden = 2 * receiver.layers, settings.hidden
@@ -307,7 +292,7 @@ class Fuser(nn.Module):
         self.eval()
 
     def forward(
-        self, receiver: Prefix, sharer: Prefix, token_weights: Tensor | None = None
+        self, receiver: kv.Prefix, sharer: kv.Prefix, token_weights: Tensor | None = None
     ) -> DynamicCache:
         """Fuse the sharer's entries into a copy of the receiver's cache.
 
@@ -324,20 +309,27 @@ class Fuser(nn.Module):
         """
         for prefix, size in ((receiver, self.receiver), (sharer, self.sharer)):
             layers, _, heads, _, width = kv.shape_of(prefix.cache)
-            if (layers, heads, width) != size:
-                raise CacheError(
-                    f"A cache has {Size(layers, heads, width)}, the fuser was made for {size}: "
-                    "give the receiver's cache, then the sharer's."
-                )
-        stored = kv.to_tensor(receiver.cache)  # (L, 2, B, H, T, d)
-        features = self._features(receiver, sharer, token_weights)
+            cache = Size(layers, heads, width)
+            if cache != size:
+                raise CacheError(f"A cache has {cache}, the fuser {size}: receiver first.")
+        weight, keys = self.input_proj.weight, self.settings.keys
+        layers = self.layer_map.indices  # (L, k)
+        picked = kv.pick_layers(sharer.cache, layers.flatten().tolist())
+        picked = entries(replace(sharer, cache=picked), keys).to(weight).unflatten(0, layers.shape)
+        mean = torch.einsum("lk,lk...->l...", self.layer_map.weights.to(weight), picked)
+        if token_weights is not None:
+            mean = token_weights.to(weight) @ mean
+        if not self.settings.use_sharer:
+            mean = torch.zeros_like(mean)
+        features = torch.cat((mean, entries(receiver, keys).to(weight)), -1)  # (L, 2, B, T, W)
         change = self._changes(features.flatten(0, 1).flatten(1, 2))  # (2 L, B T, H d)
         change = change.view(*features.shape[:-1], self.receiver.heads, -1).transpose(3, 4)
+        stored = kv.to_tensor(receiver.cache)  # (L, 2, B, H, T, d)
         changed = (self.gate_logit > 0).view(-1, 2, 1, 1, 1, 1)
         if self.training:
             change = change * self._gates((*stored.shape[:5], 1)).to(change)
             changed = torch.ones_like(changed)
-        if self.settings.keys == "unrotated":  # rotation is linear: stored keys stay as they are
+        if keys == "unrotated":  # rotation is linear: stored keys stay as they are
             rotated = kv.rotate(kv.from_tensor(change), receiver.positions, receiver.rotary)
             change = kv.to_tensor(rotated)
         if receiver.attention_mask is not None:
@@ -345,19 +337,6 @@ class Fuser(nn.Module):
         if token_weights is not None:
             changed = changed & (token_weights.sum(-1) > 0).to(changed.device)[:, None, :, None]
         return kv.from_tensor(torch.where(changed, stored + change.to(stored), stored))
-
-    def _features(self, receiver: Prefix, sharer: Prefix, token_weights: Tensor | None) -> Tensor:
-        """The networks' input, sharer before receiver, (L, 2, B, T, W_s + H d)."""
-        weight, layer_map = self.input_proj.weight, self.layer_map
-        picked = kv.pick_layers(sharer.cache, layer_map.indices.flatten().tolist())
-        picked = entries(replace(sharer, cache=picked), self.settings.keys).to(weight)
-        picked = picked.unflatten(0, layer_map.indices.shape)  # (L, k, 2, B, T_s, W_s)
-        mean = torch.einsum("lk,lk...->l...", layer_map.weights.to(weight), picked)
-        if token_weights is not None:
-            mean = token_weights.to(weight) @ mean
-        if not self.settings.use_sharer:
-            mean = torch.zeros_like(mean)
-        return torch.cat((mean, entries(receiver, self.settings.keys).to(weight)), -1)
 
     def _changes(self, features: Tensor) -> Tensor:
         """The changes behind open gates, (2 L, N, H d), from features (2 L, N, W_s + H d)."""
@@ -380,46 +359,50 @@ class Fuser(nn.Module):
         """Count the parameters."""
         return sum(p.numel() for p in self.parameters())
 
-    def warn_of_others(self, receiver: PreTrainedModel, sharer: PreTrainedModel) -> None:
+    def warn_of_others(self, receiver: Model, sharer: Model) -> None:
         """Warn if the fuser was trained for other models than these."""
-        models = {"receiver": receiver, "sharer": sharer}
-        for who, saved in self.trained_for.items():
-            current = fingerprint(models[who])
+        for who, model in (("receiver", receiver), ("sharer", sharer)):
+            current = fingerprint(model)
+            saved = self.trained_for.get(who, current)
             if saved["weights"]["dtype"] != current["weights"]["dtype"]:
                 saved = saved | {"weights": current["weights"]}  # rounding changes the digest
             if difference := differences(saved, current):
-                message = f"The fuser was trained with another {who} ({difference})"
-                warnings.warn(f"{message}: train one for these models.", stacklevel=2)
+                warnings.warn(f"The fuser is for another {who} ({difference}).", stacklevel=2)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write fuser.safetensors and fuser.json (sizes, layer map, settings, fingerprints)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / FUSER_WEIGHTS, self.state_dict(), {"format": "pt"})
+        write_tensors(folder / "fuser.safetensors", self.state_dict(), {"format": "pt"})
         indices, weights, _ = self.layer_map
         config = {
-            "version": FUSER_VERSION,
+            "version": 2,
             "receiver": self.receiver._asdict(),
             "sharer": self.sharer._asdict(),
             "layer_map": {"indices": indices.tolist(), "weights": weights.tolist()},
             "settings": asdict(self.settings),
             "trained_for": self.trained_for,
         }
-        return write_text(folder / FUSER_CONFIG, json.dumps(config, indent=1) + "\n").parent
+        return write_text(folder / "fuser.json", json.dumps(config, indent=1) + "\n").parent
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Fuser":
         """Read the files of `save_pretrained`, onto the CPU, in the file's dtype."""
         folder = Path(folder)
-        config = json.loads((folder / FUSER_CONFIG).read_text("utf-8"))
-        state = load_file(folder / FUSER_WEIGHTS)
-        if config.get("version") == 1:
-            config, state = _from_version_1(config, state)
-        if config.get("version") != FUSER_VERSION:
-            raise ValueError(
-                f"{folder} holds a fuser of format version {config.get('version')}, expected 1 to "
-                f"{FUSER_VERSION}: give a folder that `kvlab train-fuser` wrote."
-            )
+        config = json.loads((folder / "fuser.json").read_text("utf-8"))
+        state = load_file(folder / "fuser.safetensors")
+        version = config.get("version")
+        if version not in (1, 2):
+            raise ValueError(f"{folder} has a fuser of version {version}, expected 1 or 2.")
+        if version == 1:
+            config["settings"]["use_sharer"] = config["settings"].pop("sharer_seen")
+            renamed = {}
+            for name, tensor in state.items():
+                module, _, rest = name.partition(".")
+                if rest.endswith(("bias", "norm")):  # flat: one row per network
+                    tensor = tensor.view(2 * config["receiver"]["layers"], -1)
+                renamed[f"{VERSION_1_NAMES[module]}.{rest}" if rest else name] = tensor
+            state = renamed
         receiver, sharer = Size(**config["receiver"]), Size(**config["sharer"])
         indices = torch.tensor(config["layer_map"]["indices"])
         weights = torch.tensor(config["layer_map"]["weights"], dtype=torch.float64)
@@ -430,20 +413,7 @@ class Fuser(nn.Module):
         return fuser.requires_grad_(True)
 
 
-def _from_version_1(config: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Rename modules and settings, and give flat biases and norms one row per network."""
-    settings = dict(config["settings"])
-    settings["use_sharer"] = settings.pop("sharer_seen")
-    renamed = {}
-    for name, tensor in state.items():
-        module, _, rest = name.partition(".")
-        if rest.endswith(("bias", "norm")):
-            tensor = tensor.view(2 * config["receiver"]["layers"], -1)
-        renamed[f"{VERSION_1_NAMES[module]}.{rest}" if rest else name] = tensor
-    return config | {"version": 2, "settings": settings}, renamed
-
-
-def entries(prefix: Prefix, keys: str = "unrotated") -> Tensor:
+def entries(prefix: kv.Prefix, keys: str = "unrotated") -> Tensor:
     """Return keys ("unrotated" or "rotated") and values, heads side by side, (L, 2, B, T, H d)."""
     cache = prefix.cache
     if keys == "unrotated":
@@ -452,9 +422,7 @@ def entries(prefix: Prefix, keys: str = "unrotated") -> Tensor:
 
 
 @torch.no_grad()
-def fuse_prompt(
-    fuser: Fuser, receiver: PreTrainedModel, sharer: PreTrainedModel, prompt: Aligned
-) -> Prefix:
+def fuse_prompt(fuser: Fuser, receiver: Model, sharer: Model, prompt: Aligned) -> kv.Prefix:
     """Prefill a prompt with both models, and fuse all but its last token.
 
     The receiver reads the last token afterwards.
@@ -465,13 +433,12 @@ def fuse_prompt(
     >>> fuse_prompt(fuser, model, model, Aligned(ids, ids)).next_position
     3
     """
-    ids, sharer_ids, token_weights = prompt.receiver_ids[:-1], prompt.sharer_ids, None
-    if prompt.token_weights is None:
-        sharer_ids = ids
-    else:
-        token_weights = prompt.token_weights[None, :-1]
-    prefix = kv.prefill(receiver, ids[None].to(receiver.device))
-    sharer_prefix = kv.prefill(sharer, sharer_ids[None].to(sharer.device))
+    ids = prompt.receiver_ids[None, :-1]
+    sharer_ids, token_weights = ids, None
+    if prompt.token_weights is not None:
+        sharer_ids, token_weights = prompt.sharer_ids[None], prompt.token_weights[None, :-1]
+    prefix = kv.prefill(receiver, ids.to(receiver.device))
+    sharer_prefix = kv.prefill(sharer, sharer_ids.to(sharer.device))
     return replace(prefix, cache=fuser(prefix, sharer_prefix, token_weights), logits=None)
 
 
@@ -503,16 +470,14 @@ def pad_fuser_batch(examples: Sequence[FuserExample]) -> dict[str, Tensor]:
     prompts = [example.prompt for example in examples]
     prompt_ids, prompt_mask = _pad_with_mask([p.receiver_ids for p in prompts], "left")
     response_ids, response_mask = _pad_with_mask([e.response for e in examples], "right")
-    batch = {
-        "input_ids": torch.cat((prompt_ids, response_ids), 1),
-        "attention_mask": torch.cat((prompt_mask, response_mask), 1),
-        "weights": response_mask.float(),
-    }
+    batch = {"input_ids": torch.cat((prompt_ids, response_ids), 1)}
+    batch["attention_mask"] = torch.cat((prompt_mask, response_mask), 1)
+    batch["weights"] = response_mask.float()
     if all(prompt.token_weights is None for prompt in prompts):
         return batch
-    sharer_ids = [prompt.sharer_ids for prompt in prompts]
-    batch["sharer_ids"], batch["sharer_mask"] = _pad_with_mask(sharer_ids, "left")
-    shape = (len(prompts), prompt_ids.shape[1] - 1, batch["sharer_ids"].shape[1])
+    sharer_ids, sharer_mask = _pad_with_mask([p.sharer_ids for p in prompts], "left")
+    batch |= {"sharer_ids": sharer_ids, "sharer_mask": sharer_mask}
+    shape = len(prompts), prompt_ids.shape[1] - 1, sharer_ids.shape[1]
     batch["token_weights"] = torch.zeros(shape)
     for row, prompt in zip(batch["token_weights"], prompts, strict=True):
         weights = prompt.token_weights
@@ -524,17 +489,12 @@ def pad_fuser_batch(examples: Sequence[FuserExample]) -> dict[str, Tensor]:
 
 def _pad_with_mask(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     """Stack rows of ids with padding on one side; and their mask."""
-    masks = [torch.ones_like(row) for row in rows]
-    ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
-    return ids, pad_sequence(masks, batch_first=True, padding_side=side)
+    ids = nn.utils.rnn.pad_sequence(list(rows), True, padding_value=-1, padding_side=side)
+    return ids.clamp(min=0), (ids >= 0).long()
 
 
 def response_loss(
-    fuser: nn.Module,
-    receiver: PreTrainedModel,
-    sharer: PreTrainedModel,
-    batch: Batch,
-    fused_response_tokens: int = 0,
+    fuser: nn.Module, receiver: Model, sharer: Model, batch: Batch, fused_response_tokens: int = 0
 ) -> dict[str, Tensor]:
     """Next-token cross-entropy "ce" of responses, given fused prompts.
 
@@ -545,12 +505,10 @@ def response_loss(
             `FusedProposer` fuses accepted tokens. Both models must have the same tokens.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    token_weights, columns = batch.get("token_weights"), ids.shape[1]
+    token_weights = batch.get("token_weights")
     if fused_response_tokens and token_weights is not None:
-        raise ValueError(
-            f"fused_response_tokens is {fused_response_tokens}, expected 0 where the sharer has "
-            "other tokens than the receiver: fuse prompts only."
-        )
+        raise ValueError("The sharer has other tokens: set fused_response_tokens to 0.")
+    columns = ids.shape[1]
     fused = columns - batch["weights"].shape[1] - 1
     middle = fused + fused_response_tokens
     positions = mask.cumsum(1) - 1
@@ -564,16 +522,15 @@ def response_loss(
         else:
             other_ids, other_mask = batch["sharer_ids"], batch["sharer_mask"]
             sharer_prompt = kv.prefill(sharer, other_ids, attention_mask=other_mask)
-    cache, logits = fuser(prefix, sharer_prompt, token_weights), []
+    cache = fuser(prefix, sharer_prompt, token_weights)
+    logits = []
     for start, stop in pairwise(sorted({fused, middle, columns})):
         inputs = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
         out = receiver(**inputs, attention_mask=mask[:, :stop], past_key_values=cache)
         logits.append(out.logits)
         if stop < columns:
-            cache, row_mask = out.past_key_values, mask[:, :stop]
-            grown = replace(
-                prefix, cache=cache, positions=positions[:, :stop], attention_mask=row_mask
-            )
+            cache = out.past_key_values
+            grown = replace(prefix, cache=cache, positions=positions, attention_mask=mask)
             response = fuser(kv.part(grown, start, stop), kv.part(sharer_prefix, start, stop))
             cache = kv.join(kv.truncate(cache, start), response)
     weights = F.pad(batch["weights"], (1, 0))  # the prompt's last token is not predicted
@@ -581,7 +538,7 @@ def response_loss(
 
 
 def rehearsal_loss(
-    fuser: nn.Module, receiver: PreTrainedModel, sharer: PreTrainedModel, batch: Batch
+    fuser: nn.Module, receiver: Model, sharer: Model, batch: Batch
 ) -> dict[str, Tensor]:
     """Distance of the fused cache from the receiver's cache of the text that only the sharer read.
 
@@ -597,10 +554,7 @@ def rehearsal_loss(
     ids, mask = batch["input_ids"][:, :fused], batch["attention_mask"][:, :fused]
     sharer_ids, sharer_mask = batch["sharer_ids"], batch["sharer_mask"]
     if sharer_ids.shape[1] != fused + 1:
-        raise ValueError(
-            f"The receiver reads prompts of {fused + 1} tokens, the sharer of "
-            f"{sharer_ids.shape[1]}: give prompts that differ in their blanks only."
-        )
+        raise ValueError("The prompts differ in length: let them differ in blanks only.")
     with torch.no_grad():
         prefix = kv.prefill(receiver, ids, attention_mask=mask)
         sharer_prefix = kv.prefill(sharer, sharer_ids, attention_mask=sharer_mask)
@@ -609,64 +563,6 @@ def rehearsal_loss(
     cache = fuser(prefix, sharer_prefix, batch["token_weights"])
     error = entries(replace(prefix, cache=cache))[:, :, mask > 0].float() - expected
     return {"fvu": (error.square().mean((2, 3)) / expected.var(2).mean(2)).mean()}
-
-
-def train_fuser(
-    fuser: Fuser,
-    receiver: PreTrainedModel,
-    sharer: PreTrainedModel,
-    examples: Sequence[FuserExample],
-    *,
-    steps: int,
-    batch_size: int = 8,
-    decode: bool = False,
-    loss: Callable[..., dict[str, Tensor]] = response_loss,
-    **options,
-) -> list[dict[str, float]]:
-    """Train a fuser on responses, by default as published. Both models are frozen.
-
-    The learning rate rises over a tenth of the steps to 1e-4 and falls linearly to 0; weight decay
-    is 0.01, gradients are clipped at 1. The temperature of the gates falls geometrically from 1 to
-    0.001.
-
-    Args:
-        receiver, sharer: on the device that `fit` trains on.
-        decode: also fuse the first tokens of each response, a number drawn per batch, for use in
-            speculative decoding. Both models must have the same tokens.
-        loss: `response_loss`, or `rehearsal_loss` for prompts with blanks.
-        options: of `kvlab.training.fit`: learning_rate, checkpoint, precision, seed, ...
-
-    Returns:
-        The history of `fit`, with the loss, and "open", the fraction of open gates, every `every`
-        steps and at the end.
-    """
-    for model in (receiver, sharer):
-        model.requires_grad_(False).eval()
-    fuser.trained_for = {"receiver": fingerprint(receiver), "sharer": fingerprint(sharer)}
-
-    def anneal(step: int) -> None:
-        fuser.temperature = END_TEMPERATURE ** ((step - 1) / max(1, steps - 1))
-
-    def losses(fuser: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        if not decode:
-            return loss(fuser, receiver, sharer, batch)
-        count = int(torch.randint(batch["weights"].shape[1], ()))
-        return loss(fuser, receiver, sharer, batch, fused_response_tokens=count)
-
-    loader = DataLoader(
-        examples, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=pad_fuser_batch
-    )
-    options = {
-        "learning_rate": 1e-4,
-        "weight_decay": 0.01,
-        "betas": (0.9, 0.999),
-        "warmup": steps // 10,
-        "decay": 0.9,
-        "weight": lambda batch: batch["weights"].sum(),
-        "evaluate": lambda fuser: {"open": (fuser.gate_logit > 0).float().mean().item()},
-        "on_step": anneal,
-    } | options
-    return fit(fuser, loader, losses, steps=steps, **options)
 
 
 @dataclass(frozen=True)
@@ -678,7 +574,8 @@ class FuserArm(Settings):
             without the sharer's information.
         layer_map: The sharer's "last" layers for the receiver's, layers at "proportional" depth, or
             its "first" layers.
-        decode: Also fuse the first tokens of each response (see `train_fuser`).
+        decode: Also fuse the first tokens of each response, a number drawn per batch, for use in
+            speculative decoding. Both models must have the same tokens.
         steps: Optimizer steps.
         batch_size: Prompts per batch.
         learning_rate: Peak learning rate.
@@ -698,22 +595,57 @@ class FuserArm(Settings):
     seed: int = 0
 
     def train(
-        self,
-        receiver: PreTrainedModel,
-        sharer: PreTrainedModel,
-        examples: Sequence[FuserExample],
-        **options,
+        self, receiver: Model, sharer: Model, examples: Sequence, loss=response_loss, **options
     ) -> tuple[Fuser, list[dict[str, float]]]:
-        """Make and train the fuser (options: of `train_fuser`). Returns it and its history."""
-        options = asdict(self) | options
-        settings = Settings(**{field.name: options.pop(field.name) for field in fields(Settings)})
-        control = options.pop("control")
-        if control == "self":
+        """Make a fuser and train it, by default as published. Both models are frozen.
+
+        The learning rate rises over a tenth of the steps and falls linearly to 0; weight decay is
+        0.01, gradients are clipped at 1. The temperature of the gates falls geometrically from 1 to
+        0.001.
+
+        Args:
+            receiver, sharer: on the device that `fit` trains on.
+            examples: of `FuserExample`.
+            loss: `response_loss`, or `rehearsal_loss` for prompts with blanks.
+            options: of `kvlab.training.fit`: checkpoint, every.
+
+        Returns:
+            The fuser, and the history of `fit`, with the loss, and "open", the fraction of open
+            gates, every `every` steps and at the end.
+        """
+        if self.control == "self":
             sharer = receiver
-        if control == "matched":
-            settings = replace(settings, use_sharer=False)
         sizes = Size.of(receiver.config), Size.of(sharer.config)
-        layer_map = LAYER_MAPS[options.pop("layer_map")](sizes[0].layers, sizes[1].layers)
+        layer_map = LAYER_MAPS[self.layer_map](sizes[0].layers, sizes[1].layers)
+        settings = Settings(**self._fields_of(Settings))
+        if self.control == "matched":
+            settings = replace(settings, use_sharer=False)
         torch.manual_seed(self.seed)
         fuser = Fuser(*sizes, layer_map, settings).to(receiver.device)
-        return fuser, train_fuser(fuser, receiver, sharer, examples, **options)
+        for who, model in (("receiver", receiver), ("sharer", sharer)):
+            model.requires_grad_(False).eval()
+            fuser.trained_for[who] = fingerprint(model)
+
+        def anneal(step: int) -> None:
+            fuser.temperature = 0.001 ** ((step - 1) / max(1, self.steps - 1))
+
+        def losses(fuser: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            if not self.decode:
+                return loss(fuser, receiver, sharer, batch)
+            count = int(torch.randint(batch["weights"].shape[1], ()))
+            return loss(fuser, receiver, sharer, batch, fused_response_tokens=count)
+
+        loader = DataLoader(
+            examples, self.batch_size, shuffle=True, drop_last=True, collate_fn=pad_fuser_batch
+        )
+        options |= self._fields_of(FitSettings)
+        options |= {"betas": (0.9, 0.999), "weight_decay": 0.01}
+        options |= {"warmup": self.steps // 10, "decay": 0.9, "on_step": anneal}
+        options["weight"] = lambda batch: batch["weights"].sum()
+        options["evaluate"] = lambda fuser: {"open": (fuser.gate_logit > 0).float().mean().item()}
+        return fuser, fit(fuser, loader, losses, **options)
+
+    def _fields_of(self, settings: type) -> dict:
+        """The values of the fields that this arm shares with a dataclass."""
+        names = [field.name for field in fields(settings) if hasattr(self, field.name)]
+        return {name: getattr(self, name) for name in names}

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -38,38 +37,25 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
-from kvlab.cache import (
-    Prefix,
-    bytes_per_token,
-    from_tensor,
-    length,
-    prefill,
-    select,
-    shift,
-    to_tensor,
-)
+from kvlab import cache as kv
+from kvlab import models
+from kvlab.cache import Prefix
 from kvlab.files import as_bytes, write_tensors, write_text
 from kvlab.generation import continuations, encode
-from kvlab.models import (
-    CacheError,
-    differences,
-    fingerprint,
-    first_layers,
-    require_supported,
-    rotary_of,
-)
+from kvlab.models import CacheError
 from kvlab.slots import Slots, step
 
-FORMAT_VERSION = 1
+VERSION = 1  # of the file format
 PARTS = ("kv", "hidden")
 ARMS = ("full", "prefix", "concat", "shift", "recompute")
 CACHES_USED = {"full": 0, "prefix": 1}  # how many prefixes' caches an arm uses; the others use all
+EARLY_LAYERS = 2  # that "recompute" computes for all tokens
 SHARD_BYTES, SHARD_ITEMS = 2**28, 256  # a shard is closed when it reaches either
 LEFTOVER = re.compile(r"[0-9a-f]{16}(\.index)?\.safetensors|\.([0-9a-f]{16}|manifest)\..*\.part")
 PROBE = "Is this store of the same embedder?"
@@ -99,10 +85,9 @@ class Item:
     kept: int = 0  # entries of its compressed cache; 0: not compressed
 
     @property
-    def key(self) -> tuple[str, ...]:
+    def key(self) -> tuple:
         """Two records with the same key are the same item."""
-        given = () if self.generated else (self.answer,)
-        return (self.domain, self.question, *given)
+        return (self.domain, self.question, self.generated or self.answer)
 
 
 class Hit(NamedTuple):
@@ -113,7 +98,6 @@ class Hit(NamedTuple):
 
 
 Records = Iterable[Mapping[str, str]]
-Compress = Callable[[Tensor], Prefix]
 
 
 # -- splicing
@@ -121,11 +105,7 @@ Compress = Callable[[Tensor], Prefix]
 
 @torch.no_grad()
 def splice(
-    model: PreTrainedModel,
-    prefixes: Sequence[Prefix],
-    arm: str = "recompute",
-    fraction: float = 0.15,
-    early_layers: int = 2,
+    model: PreTrainedModel, prefixes: list[Prefix], arm: str = "recompute", fraction: float = 0.15
 ) -> Prefix:
     """Join prefixes of one row that were prefilled alone, each from position 0.
 
@@ -137,78 +117,71 @@ def splice(
         arm: "full" prefills all tokens again (exact); "prefix" keeps the first prefix and prefills
             the rest (exact); "concat" joins the caches as they are, with keys at wrong positions;
             "shift" moves each to its positions; "recompute" moves them, then recomputes those
-            tokens whose keys and values differ most from the true ones (CacheBlend, Yao et al.
-            2025, arXiv 2405.16444, section 4).
+            tokens whose keys and values differ most from the true ones after two layers
+            (CacheBlend, Yao et al. 2025, arXiv 2405.16444, section 4, where the choice narrows layer
+            by layer).
         fraction: of the tokens after the first prefix, for "recompute". 1.0 is exact.
-        early_layers: number of layers that "recompute" computes for all of these tokens; the
-            differences at the last of them decide. CacheBlend narrows its choice down layer by
-            layer; here it is made once.
 
     Raises:
         CacheError: an unknown arm, too many tokens for the model, or a prefix that
             does not start at position 0, is not of this model, or is compressed ("recompute").
 
     Example:
-        >>> from kvlab import lab
+        >>> from kvlab import cache, lab
         >>> model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
         >>> texts = tokenizer(["Anna lives in Rome.", " Ben has a dog."]).input_ids
-        >>> prefixes = [prefill(model, torch.tensor([ids])) for ids in texts]
+        >>> prefixes = [cache.prefill(model, torch.tensor([ids])) for ids in texts]
         >>> splice(model, prefixes, "shift").next_position
         12
     """
-    input_ids = list(chain.from_iterable(prefix.input_ids for prefix in prefixes))
-    _require_spliceable(model, prefixes, arm, len(input_ids))
+    if arm not in ARMS:
+        raise CacheError(f"The arm is {arm!r}: expected one of {', '.join(ARMS)}.")
+    config = model.config.get_text_config(decoder=True)
+    input_ids, offsets = [], []  # offsets of the cache entries
+    for number, prefix in enumerate(prefixes):
+        if number < CACHES_USED.get(arm, len(prefixes)):
+            count, end = len(prefix.input_ids), prefix.next_position
+            entries = kv.length(prefix.cache)
+            if not entries <= count == end or len(prefix.cache.layers) != config.num_hidden_layers:
+                message = f"A prefix has {count} ids, {entries} entries and next position {end}"
+                raise CacheError(f"{message}: prefill it alone, from position 0, with this model.")
+            if arm == "recompute" and entries < count:
+                raise CacheError("Evicted entries cannot be recomputed: use 'shift'.")
+            offsets += [len(input_ids)] * entries
+        input_ids += prefix.input_ids
+    limit = config.max_position_embeddings
+    if len(input_ids) > limit:
+        raise CacheError(f"{len(input_ids)} tokens, the model reads up to {limit}: give fewer.")
     tokens = torch.tensor([input_ids], device=model.device)
     if arm == "full":
-        return prefill(model, tokens)
-    first = prefixes[0]
+        return kv.prefill(model, tokens)
+    start = len(prefixes[0].input_ids)
     if arm == "prefix" and len(prefixes) > 1:
-        return prefill(model, tokens[:, len(first.input_ids) :], first)
-    cache = from_tensor(torch.cat([to_tensor(prefix.cache) for prefix in prefixes], dim=4))
+        return kv.prefill(model, tokens[:, start:], prefixes[0])
+    cache = kv.from_tensor(torch.cat([kv.to_tensor(prefix.cache) for prefix in prefixes], dim=4))
     if arm != "concat":
-        offsets, start = [], 0
-        for prefix in prefixes:
-            offsets += [start] * length(prefix.cache)
-            start += len(prefix.input_ids)
-        cache = shift(cache, torch.tensor(offsets, device=model.device), rotary_of(model))
+        cache = kv.shift(cache, torch.tensor(offsets, device=model.device), models.rotary_of(model))
     if arm == "recompute" and len(prefixes) > 1:
-        cache = _recompute(model, cache, tokens, len(first.input_ids), fraction, early_layers)
+        cache = _recompute(model, cache, tokens, start, fraction)
     return Prefix(cache, len(input_ids), input_ids)
 
 
-def _require_spliceable(model, prefixes: Sequence[Prefix], arm: str, tokens: int) -> None:
-    config = model.config.get_text_config(decoder=True)
-    limit = config.max_position_embeddings
-    if arm not in ARMS:
-        raise CacheError(f"The arm is {arm!r}: expected one of {', '.join(ARMS)}.")
-    if tokens > limit:
-        raise CacheError(f"There are {tokens} tokens, the model reads up to {limit}: give fewer.")
-    for prefix in prefixes[: CACHES_USED.get(arm)]:
-        ids, entries, end = len(prefix.input_ids), length(prefix.cache), prefix.next_position
-        if not entries <= ids == end or len(prefix.cache.layers) != config.num_hidden_layers:
-            message = f"A prefix has {ids} ids, {entries} entries and next position {end}"
-            raise CacheError(f"{message}: prefill it alone, from position 0, with this model.")
-        if arm == "recompute" and entries < ids:
-            raise CacheError(f"{ids - entries} evicted entries cannot be recomputed: use 'shift'.")
-
-
-def _recompute(
-    model, cache: DynamicCache, tokens: Tensor, start: int, fraction: float, early_layers: int
-) -> DynamicCache:
+def _recompute(model, cache, tokens: Tensor, start: int, fraction: float):
     """CacheBlend: early layers for all tokens, later layers for those that differ most there."""
-    stored = to_tensor(cache)  # (L, 2, 1, H_kv, T, D)
-    early = stored[:early_layers]
-    first = Prefix(from_tensor(early[..., :start, :]), start)
-    true = to_tensor(prefill(first_layers(model, early_layers), tokens[:, start:], first).cache)
+    stored = kv.to_tensor(cache)  # (L, 2, 1, H_kv, T, D)
+    early = stored[:EARLY_LAYERS]
+    first = Prefix(kv.from_tensor(early[..., :start, :]), start)
+    shallow = models.first_layers(model, EARLY_LAYERS)
+    true = kv.to_tensor(kv.prefill(shallow, tokens[:, start:], first).cache)
     error = (true - early)[-1].float().pow(2).sum((1, 2, 4))  # (2, T)
     size = true[-1].float().pow(2).sum((1, 2, 4)).mean(1, keepdim=True)
     difference = (error / size).sum(0)[start:]
-    stored[:early_layers] = true
+    stored[:EARLY_LAYERS] = true
     chosen = difference.topk(round(fraction * len(difference))).indices.sort().values + start
     if not len(chosen):
-        return from_tensor(stored)
+        return kv.from_tensor(stored)
     slots = Slots(model, rows=1, room=tokens.shape[1])
-    slots.put(0, from_tensor(stored), tokens.shape[1])
+    slots.put(0, kv.from_tensor(stored), tokens.shape[1])
     step(model, slots, tokens[:, chosen], slots.set_write_columns(chosen[None]), logits_to_keep=1)
     return slots.entries(0)
 
@@ -264,30 +237,36 @@ class KnowledgeCache:
             CacheError: the folder holds other files, or a store of another model, tokenizer,
                 embedder or setting.
         """
-        if isinstance(keep, str) or not keep or not {*keep} <= {*PARTS}:
+        if not keep or not {*keep} <= {*PARTS}:
             raise CacheError(f"keep is {keep!r}, expected a list of one or both of {PARTS}.")
         dtype = dtype or model.dtype
         if not dtype.is_floating_point:
             raise CacheError(f"dtype is {dtype}, expected a floating one such as torch.float16.")
-        folder = _absolute(folder)
-        options = {"keep": [part for part in PARTS if part in keep]}
-        options["dtype"] = str(dtype).removeprefix("torch.")
-        if (folder / "manifest.json").exists():
-            store = cls.load(folder, model, tokenizer, embedder)
-        else:
-            require_supported(model)
-            _require_empty(folder)
-            probe = _embed(embedder, [PROBE])[0].tolist()
-            settings = {"version": FORMAT_VERSION, **options, "embedder": probe}
-            settings |= {"model": fingerprint(model), "tokenizer": _tokenizer_hashes(tokenizer)}
-            store = cls(folder, model, tokenizer, embedder, settings)
-        stored = {name: store.settings[name] for name in options}
-        if stored != options:
-            raise CacheError(
-                f"{folder} was built with {stored}, not {options}: use another folder."
-            )
+        models.require_supported(model)
+        settings = {
+            "version": VERSION,
+            "keep": [part for part in PARTS if part in keep],
+            "dtype": str(dtype).removeprefix("torch."),
+            "embedder": _embed(embedder, [PROBE])[0].tolist(),
+            "model": models.fingerprint(model),
+            "tokenizer": _tokenizer_hashes(tokenizer),
+        }
+        store = cls._load_or_start(folder, model, tokenizer, embedder, settings)
+        if store.keep != tuple(settings["keep"]) or store.dtype != dtype:
+            raise CacheError(f"{store.folder} keeps {store.keep}, {store.dtype}: use a new folder.")
         store.add(records, **adding)
         return store
+
+    @classmethod
+    def _load_or_start(cls, folder, model, tokenizer, embedder, settings) -> "KnowledgeCache":
+        """Open the store in a folder; in an empty one, a new store that is not written yet."""
+        folder = Path(folder).expanduser().absolute()
+        if (folder / "manifest.json").exists():
+            return cls.load(folder, model, tokenizer, embedder)
+        names = sorted(path.name for path in folder.glob("[!.]*"))  # a kill may leave hidden files
+        if names:
+            raise CacheError(f"{folder} holds {names[:3]} and no store: give an empty folder.")
+        return cls(folder, model, tokenizer, embedder, settings)
 
     @classmethod
     def load(
@@ -303,18 +282,16 @@ class KnowledgeCache:
             CacheError: no store, a damaged one, or one of another model, tokenizer, rotary
                 embedding or embedder.
         """
-        folder = _absolute(folder)
-        manifest = _read_manifest(folder)
-        settings = {name: value for name, value in manifest.items() if name != "shards"}
-        makers = fingerprint(model) | {"tokenizer": _tokenizer_hashes(tokenizer)}
-        unlike = differences(manifest["model"] | {"tokenizer": manifest["tokenizer"]}, makers)
+        folder = Path(folder).expanduser().absolute()
+        settings, _ = _read_manifest(folder)
+        stored = settings["model"] | {"tokenizer": settings["tokenizer"]}
+        current = models.fingerprint(model) | {"tokenizer": _tokenizer_hashes(tokenizer)}
         message = f"The store in {folder} was built with another"
-        if unlike:
+        if unlike := models.differences(stored, current):
             raise CacheError(f"{message} model or tokenizer ({unlike}): load it with that.")
-        if embedder is not None:
-            probe = torch.tensor(settings["embedder"])
-            if cosine_similarity(_embed(embedder, [PROBE], len(probe))[0], probe, dim=0) < 0.999:
-                raise CacheError(f"{message} embedder: load it with that, or with none.")
+        probe = torch.tensor(settings["embedder"])
+        if embedder is not None and _embed(embedder, [PROBE], len(probe))[0] @ probe < 0.999:
+            raise CacheError(f"{message} embedder: load it with that, or with none.")
         store = cls(folder, model, tokenizer, embedder, settings)
         store._open()
         return store
@@ -331,7 +308,7 @@ class KnowledgeCache:
     # -- adding
 
     def estimate(self, records: Records, generate: bool = False, max_new_tokens: int = 128) -> int:
-        """Bytes of tensors that `add` would write; an upper bound for answers yet to be generated."""
+        """Bytes of tensors that `add` would write; an upper bound for generated answers."""
         reserve = max_new_tokens if generate else 0
         items = self._new(self._items(records, generate, max_new_tokens))
         return sum(self.bytes_of(len(item.input_ids) + reserve) for item in items)
@@ -339,7 +316,7 @@ class KnowledgeCache:
     def bytes_of(self, tokens: int, entries: int = 0) -> int:
         """Bytes of an item with this number of tokens and of cache entries (0: one per token)."""
         config = self.model.config.get_text_config(decoder=True)
-        sizes = {"kv": (entries or tokens) * bytes_per_token(config, self.dtype)}
+        sizes = {"kv": (entries or tokens) * kv.bytes_per_token(config, self.dtype)}
         sizes["hidden"] = tokens * config.hidden_size * self.dtype.itemsize
         return sum(sizes[part] for part in self.keep)
 
@@ -350,7 +327,7 @@ class KnowledgeCache:
         generate: bool = False,
         max_new_tokens: int = 128,
         batch_size: int = 8,
-        compress: Compress | None = None,
+        compress: Callable[[Tensor], Prefix] | None = None,
     ) -> int:
         """Prefill and add records that are not in the store; return the number of new items.
 
@@ -368,9 +345,9 @@ class KnowledgeCache:
 
         Raises:
             CacheError: before any work: a record without a text, an id that is taken, a text that
-                is too long for the model, too little room on the disk, or another writer.
+                is too long for the model, or another writer.
         """
-        if unlike := differences(self.settings["model"], fingerprint(self.model)):
+        if unlike := models.differences(self.settings["model"], models.fingerprint(self.model)):
             raise CacheError(f"The model has changed since it opened {self.folder} ({unlike}).")
         _embed(self.embedder, [PROBE], len(self.settings["embedder"]))
         items = self._items(records, generate, max_new_tokens)
@@ -383,10 +360,8 @@ class KnowledgeCache:
             groups = self._groups(items, max_new_tokens if generate else 0)
             for first in range(0, len(groups), state.num_processes):
                 group = groups[first + state.process_index :][:1]  # of this process, if any
-                written = (
-                    [self._read(*group, max_new_tokens, batch_size, compress)] if group else []
-                )
-                self.shards += gather_object(written)
+                new = [self._fill(*group, max_new_tokens, batch_size, compress)] if group else []
+                self.shards += gather_object(new)
                 if state.is_main_process:
                     _commit(self.folder, self.settings, self.shards)
             state.wait_for_everyone()
@@ -405,17 +380,21 @@ class KnowledgeCache:
                 if not isinstance(value, str) or not value.strip():
                     raise CacheError(f"Record {number} has {field!r} = {value!r}, expected a text.")
             question, answer = record["question"], "" if generate else record["answer"]
-            texts = [str(record.get("domain") or ""), question, answer]
-            input_ids, start = _tokenize(self.tokenizer, question, answer)
+            turns = [{"role": "user", "content": question}]
+            prompt = encode(self.tokenizer, turns)
+            input_ids = prompt
+            if not generate:
+                turns.append({"role": "assistant", "content": answer})
+                input_ids = encode(self.tokenizer, turns)
+                if input_ids[: len(prompt)] != prompt:  # a template may render answers otherwise
+                    ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+                    input_ids = prompt + ids
             count = len(input_ids) + (max_new_tokens if generate else 0)
             if count > limit:
-                message = (
-                    f"Record {number} has {count} tokens with its answer, the model reads up to"
-                )
-                raise CacheError(f"{message} {limit}: make it shorter.")
-            name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-            id = str(record.get("id") or name)
-            items.append(Item(id, *texts, tuple(input_ids), start, generate))
+                raise CacheError(f"Record {number} has {count} tokens, the model reads {limit}.")
+            texts = [str(record.get("domain") or ""), question, answer]
+            id = str(record.get("id") or _json_hash(texts)[:16])
+            items.append(Item(id, *texts, tuple(input_ids), len(prompt), generate))
         return items
 
     def _new(self, items: Sequence[Item]) -> list[Item]:
@@ -438,7 +417,7 @@ class KnowledgeCache:
         count = min(SHARD_ITEMS, SHARD_BYTES // max(1, self.bytes_of(longest))) or 1
         return [items[i : i + count] for i in range(0, len(items), count)]
 
-    def _read(self, items, max_new_tokens: int, batch_size: int, compress: Compress | None) -> dict:
+    def _fill(self, items, max_new_tokens: int, batch_size: int, compress) -> dict:
         """Prefill the items of a shard and write its files; the manifest does not list them yet."""
         if items[0].generated:
             prompts = [list(item.input_ids) for item in items]
@@ -446,31 +425,18 @@ class KnowledgeCache:
             for i, (item, ids) in enumerate(zip(items, answers, strict=True)):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
                 items[i] = replace(item, answer=text, input_ids=(*item.input_ids, *ids))
-        tensors: list[dict[str, Tensor]] = [{}] * len(items)
+        tensors = [{} for _ in items]
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))  # little padding
         for start in tqdm(range(0, len(order), batch_size), desc="reading items", leave=False):
             batch = order[start : start + batch_size]
             rows = _prefill_rows(self.model, [items[i].input_ids for i in batch])
             for i, parts in zip(batch, rows, strict=True):
                 if compress and "kv" in self.keep:
-                    parts["kv"], positions = self._compressed(items[i], compress)
-                    items[i] = replace(items[i], kept=len(positions))
-                tensors[i] = {p: parts[p].to("cpu", self.dtype, copy=True) for p in self.keep}
-                if items[i].kept:
-                    tensors[i]["positions"] = positions
+                    ids = torch.tensor([items[i].input_ids], device=self.model.device)
+                    parts["kv"], tensors[i]["positions"] = _compressed(ids, compress)
+                for part in self.keep:
+                    tensors[i][part] = parts[part].to("cpu", self.dtype, copy=True)
         return self._write(items, tensors, _embed(self.embedder, [item.question for item in items]))
-
-    def _compressed(self, item: Item, compress: Compress) -> tuple[Tensor, Tensor]:
-        """Stacked keys and values (L, 2, 1, H_kv, k, D), and their positions (k,)."""
-        small = compress(torch.tensor([item.input_ids], device=self.model.device))
-        positions, count, stop = small.positions, length(small.cache), len(item.input_ids)
-        if positions.shape != (1, count) or small.next_position != stop:
-            message = (
-                f"compress returned positions {tuple(positions.shape)} for {count} entries, next"
-            )
-            message += f" {small.next_position}, expected (1, {count}) and {stop}"
-            raise CacheError(f"{message}: keep the same for all heads (shared=True), not moved.")
-        return to_tensor(small.cache), positions[0].to("cpu", copy=True)
 
     def _write(self, items, tensors: list[dict[str, Tensor]], embeddings: Tensor) -> dict:
         """Write the two files of a shard and return its entry for the manifest."""
@@ -479,11 +445,10 @@ class KnowledgeCache:
         data.parent.mkdir(exist_ok=True)
         named, rows = {}, []
         for number, (item, parts) in enumerate(zip(items, tensors, strict=True)):
-            named |= {f"{number}.{part}": tensor for part, tensor in parts.items()}
-            row = replace(
-                item, input_ids=(), shard="", number=number, checksum=_item_checksum(parts)
-            )
-            rows.append(asdict(row))
+            for part, tensor in parts.items():
+                named[f"{number}.{part}"] = tensor
+            row = {"input_ids": (), "shard": "", "number": number, "checksum": _checksum_of(parts)}
+            rows.append(asdict(item) | row | {"kept": len(parts.get("positions", ()))})
         write_tensors(data, named)
         ids = [torch.tensor(item.input_ids, dtype=torch.int32) for item in items]
         table = {"input_ids": torch.cat(ids), "lengths": torch.tensor([len(i) for i in ids])}
@@ -505,9 +470,8 @@ class KnowledgeCache:
                     _commit(self.folder, self.settings, [])
                 self._open()
                 listed = {path for shard in self.shards for path in self._paths(shard["name"])}
-                files = {*self.folder.glob("shards/*"), *self.folder.glob("**/.*.part")}
-                for path in files - listed:
-                    if LEFTOVER.fullmatch(path.name):  # other files are not from here
+                for path in [*self.folder.glob("shards/*"), *self.folder.glob(".*.part")]:
+                    if LEFTOVER.fullmatch(path.name) and path not in listed:
                         path.unlink()
                 yield
         except Timeout as error:
@@ -517,41 +481,28 @@ class KnowledgeCache:
 
     def _open(self) -> None:
         """Read the manifest and the indexes."""
-        manifest = _read_manifest(self.folder)
-        shards = manifest.pop("shards")
-        if manifest != self.settings:
+        settings, shards = _read_manifest(self.folder)
+        if settings != self.settings:
             raise CacheError(f"{self.folder} now has other settings: load it again.")
-        items, embeddings, domains = [], [self.embeddings[:0]], {}
+        items, embeddings = [], [self.embeddings[:0]]
         for shard in shards:
-            more, vectors = self._read_index(shard)
-            items += more
-            embeddings.append(vectors)
-        for i, item in enumerate(items):
-            domains.setdefault(item.domain, []).append(i)
+            data, index = self._paths(shard["name"])
+            intact = data.is_file() and index.is_file() and data.stat().st_size == shard["bytes"]
+            if not intact or xxh3_128_hexdigest(index.read_bytes()) != shard["index"]:
+                raise CacheError(f"{data} or its index is missing or damaged: use a backup.")
+            with safe_open(index, "pt") as file:
+                rows = json.loads(file.metadata()["items"])
+                texts = file.get_tensor("input_ids").split(file.get_tensor("lengths").tolist())
+                vectors = file.get_tensor("embeddings").clone()  # not a map of the file
+            removed = shard.get("removed", ())  # in stores of earlier versions
+            left = [number for number in range(len(rows)) if number not in removed]
+            for number in left:
+                ids = tuple(texts[number].tolist())
+                items.append(Item(**rows[number] | {"input_ids": ids, "shard": shard["name"]}))
+            embeddings.append(vectors[left])
         self.shards, self.items, self.embeddings = shards, items, torch.cat(embeddings)
-        self.domains = {name: torch.tensor(rows) for name, rows in domains.items()}
-
-    def _read_index(self, shard: dict) -> tuple[list[Item], Tensor]:
-        data, index = self._paths(shard["name"])
-        try:
-            intact = data.stat().st_size == shard["bytes"]
-            intact &= xxh3_128_hexdigest(index.read_bytes()) == shard["index"]
-        except OSError:
-            intact = False
-        if not intact:
-            message = f"{data} or its index is missing, damaged or cut short"
-            raise CacheError(f"{message}: restore both from a backup, or build another store.")
-        with safe_open(index, "pt") as file:
-            rows = json.loads(file.metadata()["items"])
-            texts = file.get_tensor("input_ids").split(file.get_tensor("lengths").tolist())
-            embeddings = file.get_tensor("embeddings").clone()  # not a map of the file
-        removed = shard.get("removed", [])  # in stores of earlier versions
-        left = [number for number in range(len(rows)) if number not in removed]
-        items = []
-        for number in left:
-            ids = tuple(texts[number].tolist())
-            items.append(Item(**rows[number] | {"input_ids": ids, "shard": shard["name"]}))
-        return items, embeddings[left]
+        domains = pd.DataFrame({"domain": [item.domain for item in items]})
+        self.domains = domains.groupby("domain").indices
 
     def read(self, item: Item) -> Prefix:
         """Read the keys and values of an item from disk, in the model's dtype and on its device.
@@ -560,9 +511,9 @@ class KnowledgeCache:
             CacheError: the store keeps no keys and values, or the item's tensors are missing or
                 damaged; other items are not affected.
         """
-        tensors, device, count = self._tensors(item, "kv"), self.model.device, len(item.input_ids)
-        cache = from_tensor(tensors["kv"].to(device, self.model.dtype))
-        positions = tensors.get("positions", torch.arange(count)).to(device)
+        tensors, count = self._tensors(item, "kv"), len(item.input_ids)
+        cache = kv.from_tensor(tensors["kv"].to(self.model.device, self.model.dtype))
+        positions = tensors.get("positions", torch.arange(count)).to(self.model.device)
         return Prefix(cache, count, item.input_ids, positions=positions[None])
 
     def hidden_states(self, item: Item) -> Tensor:
@@ -581,9 +532,8 @@ class KnowledgeCache:
                 tensors = {part: file.get_tensor(f"{item.number}.{part}") for part in parts}
         except (SafetensorError, OSError):
             tensors = {}
-        if _item_checksum(tensors) != item.checksum:
-            message = f"Item {item.id!r} in {path} is missing or damaged"
-            raise CacheError(f"{message}: restore the file from a backup, or build another store.")
+        if _checksum_of(tensors) != item.checksum:
+            raise CacheError(f"Item {item.id!r} in {path} is missing or damaged: use a backup.")
         return tensors
 
     def splice(self, items: Sequence[Item | Hit], arm: str = "recompute", **options) -> Prefix:
@@ -596,19 +546,16 @@ class KnowledgeCache:
         prefixes = []
         for number, item in enumerate(items):
             item = item.item if isinstance(item, Hit) else item
-            prefix = Prefix(None, len(item.input_ids), item.input_ids)  # prefilled again by the arm
+            start = self._opening if number else 0
+            ids, cache = item.input_ids[start:], None  # the arm prefills it again
             if number < CACHES_USED.get(arm, len(items)):
                 prefix = self.read(item)
-            prefixes.append(self._without_opening(prefix) if number else prefix)
+                cache = prefix.cache
+                if start:
+                    left = (prefix.positions[0] >= start).nonzero()[:, 0]
+                    cache = kv.shift(kv.select(cache, left), -start, models.rotary_of(self.model))
+            prefixes.append(Prefix(cache, len(ids), ids))
         return splice(self.model, prefixes, arm, **options)
-
-    def _without_opening(self, prefix: Prefix) -> Prefix:
-        start, cache = self._opening, prefix.cache
-        ids = prefix.input_ids[start:]
-        if start and cache is not None:
-            left = (prefix.positions[0] >= start).nonzero()[:, 0]
-            cache = shift(select(cache, left), -start, rotary_of(self.model))
-        return Prefix(cache, len(ids), ids)
 
     @cached_property
     def _opening(self) -> int:
@@ -656,8 +603,7 @@ class KnowledgeCache:
             same = [i for i in rows.tolist() if _normal(self.items[i].question) == text]
             return [Hit(self.items[i], 1.0) for i in same[:k]]
         vector = _embed(self.embedder, [question], self.embeddings.shape[1])[0]
-        embeddings = self.embeddings if domain is None else self.embeddings[rows]
-        best = (embeddings @ vector).topk(min(k, len(rows)))
+        best = (self.embeddings @ vector)[rows].topk(min(k, len(rows)))
         hits = zip(rows[best.indices].tolist(), best.values.tolist(), strict=True)
         return [Hit(self.items[i], score) for i, score in hits if score >= threshold]
 
@@ -668,19 +614,19 @@ class KnowledgeCache:
         if domain not in self.domains:
             names = sorted(self.domains)
             raise CacheError(f"There is no domain {domain!r} in {self.folder}: it has {names}.")
-        return self.domains[domain]
+        return torch.tensor(self.domains[domain])
 
     def summary(self) -> pd.DataFrame:
         """Items, tokens and megabytes (10^6 bytes) by domain, and in all."""
-        columns = ["domain", "items", "generated", "tokens", "answer tokens", "size (MB)"]
+        columns = ["items", "generated", "tokens", "answer tokens", "size (MB)"]
         rows = []
         for item in self.items:
-            tokens, size = len(item.input_ids), self.bytes_of(len(item.input_ids), item.kept)
-            answer_tokens = tokens - item.answer_start
-            rows.append((item.domain, 1, item.generated, tokens, answer_tokens, size / 1e6))
-        table = pd.DataFrame(rows, columns=columns).groupby("domain").sum()
+            tokens = len(item.input_ids)
+            size = self.bytes_of(tokens, item.kept) / 1e6
+            rows.append((item.domain, 1, item.generated, tokens, tokens - item.answer_start, size))
+        table = pd.DataFrame(rows, columns=["domain", *columns]).groupby("domain").sum()
         table = pd.concat([table, table.sum().to_frame("all").T])
-        return table.astype(dict.fromkeys(columns[1:-1], int))
+        return table.astype(dict.fromkeys(columns[:-1], int))
 
     # -- copying
 
@@ -693,19 +639,13 @@ class KnowledgeCache:
             CacheError: the domain is unknown, or the folder holds other files or a store with other
                 settings.
         """
-        folder, rows = _absolute(folder), self._rows(domain).tolist()
-        models = self.model, self.tokenizer, self.embedder
-        if (folder / "manifest.json").exists():
-            copy = KnowledgeCache.load(folder, *models)
-        else:
-            _require_empty(folder)
-            copy = KnowledgeCache(folder, *models, self.settings)
+        rows = self._rows(domain).tolist()
+        copy = self._load_or_start(folder, self.model, self.tokenizer, self.embedder, self.settings)
         if copy.settings != self.settings:
-            raise CacheError(f"The settings of {folder} are others: give a new or an empty folder.")
-        items = [self.items[i] for i in rows]
-        vectors = {item.id: self.embeddings[i] for i, item in zip(rows, items, strict=True)}
+            raise CacheError(f"{folder} has a store with other settings: give an empty folder.")
+        vectors = {self.items[i].id: self.embeddings[i] for i in rows}
         with copy._writing():
-            for group in copy._groups(copy._new(items)):
+            for group in copy._groups(copy._new([self.items[i] for i in rows])):
                 tensors = [self._tensors(item) for item in group]
                 embeddings = torch.stack([vectors[item.id] for item in group])
                 copy.shards.append(copy._write(group, tensors, embeddings))
@@ -714,34 +654,30 @@ class KnowledgeCache:
         return copy
 
 
-def _prefill_rows(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]]
-) -> Iterator[dict[str, Tensor]]:
+def _prefill_rows(model, rows: Sequence[Sequence[int]]) -> Iterator[dict[str, Tensor]]:
     """For each row its "kv" (L, 2, 1, H_kv, T, D) and last "hidden" states (1, T, d).
 
     Padding is on the right, where a causal model does not attend to it.
     """
     padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
     output = model.base_model(input_ids=padded, use_cache=True)
-    stacked = to_tensor(output.past_key_values)
+    stacked = kv.to_tensor(output.past_key_values)
     for b, row in enumerate(rows):
         hidden = output.last_hidden_state[b : b + 1, : len(row)]
         yield {"kv": stacked[:, :, b : b + 1, :, : len(row)], "hidden": hidden}
 
 
+def _compressed(input_ids: Tensor, compress: Callable[[Tensor], Prefix]) -> tuple[Tensor, Tensor]:
+    """Stacked keys and values (L, 2, 1, H_kv, k, D), and their positions (k,)."""
+    prefix = compress(input_ids)
+    expected = (1, kv.length(prefix.cache)), input_ids.shape[1]
+    returned = tuple(prefix.positions.shape), prefix.next_position
+    if returned != expected:
+        raise CacheError(f"compress returned positions, next {returned}: expected {expected}.")
+    return kv.to_tensor(prefix.cache), prefix.positions[0].to("cpu", copy=True)
+
+
 # -- settings and manifest
-
-
-def _absolute(folder: str | Path) -> Path:
-    return Path(folder).expanduser().absolute()
-
-
-def _require_empty(folder: Path) -> None:
-    """Refuse a folder that holds anything except what a killed `build` leaves."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    names = [name for name in names if not name.startswith((".manifest", ".lock"))]
-    if names:
-        raise CacheError(f"{folder} holds {names[:3]} and no store: give a new or an empty folder.")
 
 
 def _commit(folder: Path, settings: dict, shards: list[dict]) -> None:
@@ -751,28 +687,29 @@ def _commit(folder: Path, settings: dict, shards: list[dict]) -> None:
     write_text(folder / "manifest.json", text)
 
 
-def _read_manifest(folder: Path) -> dict:
+def _read_manifest(folder: Path) -> tuple[dict, list[dict]]:
+    """The settings of a store, and its shards."""
     path = folder / "manifest.json"
     if not path.is_file():
         raise CacheError(f"There is no store in {folder}: build one with KnowledgeCache.build.")
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-        intact = manifest.pop("checksum") == _json_hash(manifest)
+        settings = json.loads(path.read_text("utf-8"))
+        intact = settings.pop("checksum") == _json_hash(settings)
     except (ValueError, KeyError, AttributeError, TypeError):
         intact = False
     if not intact:
         raise CacheError(f"{path} is damaged: restore it from a backup, or build another store.")
-    if (version := manifest["version"]) != FORMAT_VERSION:
-        message = f"The store in {folder} has format version {version}, this kvlab reads"
-        raise CacheError(f"{message} {FORMAT_VERSION}: use the kvlab that wrote it.")
-    return manifest
+    if (version := settings["version"]) != VERSION:
+        raise CacheError(f"{folder} has format version {version}, expected {VERSION}.")
+    shards = settings.pop("shards")
+    return settings, shards
 
 
 def _json_hash(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _item_checksum(tensors: Mapping[str, Tensor]) -> str:
+def _checksum_of(tensors: Mapping[str, Tensor]) -> str:
     digest = xxh3_128()
     for part, tensor in sorted(tensors.items()):
         digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -793,18 +730,6 @@ def _tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 # -- texts
 
 
-def _tokenize(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
-    """The ids of prompt and answer (if there is one), and where the answer starts."""
-    turns = [{"role": "user", "content": question}]
-    prompt = encode(tokenizer, turns)
-    if not answer:
-        return prompt, len(prompt)
-    ids = encode(tokenizer, [*turns, {"role": "assistant", "content": answer}])
-    if ids[: len(prompt)] != prompt:  # a template may render an answer otherwise than it opens one
-        ids = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return ids, len(prompt)
-
-
 def _normal(text: str) -> str:
     """A question without case, punctuation and extra space; C++ and C#, -1 and 1 stay apart."""
     words = unicodedata.normalize("NFKC", text).casefold().split()
@@ -815,13 +740,10 @@ def _embed(embedder: Embedder | None, questions: list[str], size: int | None = N
     """Unit vectors (len(questions), E); `size` is E where it is known."""
     vectors = torch.empty(len(questions), 0)
     if embedder is not None:
-        options = dict.fromkeys(("normalize_embeddings", "convert_to_tensor"), True)
-        vectors = embedder.encode(questions, **options, show_progress_bar=False)
-        vectors = torch.as_tensor(vectors).float().cpu()
+        options = {"normalize_embeddings": True, "show_progress_bar": False}
+        vectors = torch.as_tensor(embedder.encode(questions, **options)).float().cpu()
     expected = (len(questions), vectors.shape[-1] if size is None else size)
     if vectors.shape != expected or not vectors.isfinite().all():
         message = f"The embedder ({type(embedder).__name__}) gave {tuple(vectors.shape)}, expected"
-        raise CacheError(
-            f"{message} {expected} finite numbers: load the store with its own embedder."
-        )
+        raise CacheError(f"{message} {expected} finite numbers: give the store's own embedder.")
     return normalize(vectors, dim=-1)

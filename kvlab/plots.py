@@ -39,15 +39,13 @@ INK, GRAY, FAINT = "#222222", "#666666", "#BBBBBB"
 COLORS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GRAY, INK)
 LINES = tuple(zip(COLORS, "osD^vPx*", 2 * ("-", "--", "-.", ":"), strict=True))
 SEGMENT_COLORS = (SKY, ORANGE, GREEN)  # prompt, reasoning, answer
-STYLE = Path(__file__).with_suffix(".mplstyle")
-TOKEN_STYLE = Path(__file__).with_name("widgets") / "tokens.css"
 
 
 def axes(columns=1, width=6.4, height=3.2, rows=1, **options) -> np.ndarray:
     """An array of Axes in the book's style in one figure, row after row; sizes in inches."""
     # Chooses the backend now: inside the context, a notebook would forget to show figures.
     plt.draw_if_interactive()
-    with plt.style.context(STYLE):
+    with plt.style.context(Path(__file__).with_suffix(".mplstyle")):
         _, panels = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
     return panels.flatten()
 
@@ -112,14 +110,10 @@ def draw_heat_maps(maps: Maps, limits: Sequence[float] = (), **options) -> np.nd
         cmap = "PuOr" if low < 0 else "Blues"
         ax.imshow(matrix, cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         _title(ax, title)
+        if matrix.shape[1] <= 12:  # in more columns the numbers would not fit
+            for (y, x), value in np.ndenumerate(matrix):
+                _text(ax, x, y, f"{value:.2f}".replace("0.", "."), fontsize=7.5)
     return panels
-
-
-def _write_cells(ax: Axes) -> None:
-    """Write each number of a heat map into its cell."""
-    for (y, x), value in np.ndenumerate(ax.images[0].get_array()):
-        number = f"{value:.2f}".replace("0.", ".")
-        _text(ax, x, y, number, fontsize=7.5)
 
 
 def _draw_cells(ax: Axes, cells: np.ndarray, colors: Sequence[str], edge: str) -> None:
@@ -146,15 +140,13 @@ def _text(ax: Axes, x: float, y: float, text: str, fontsize: float = 8, **option
     ax.text(x, y, text, ha="center", va="center", fontsize=fontsize, **options)
 
 
-def _apart(wanted: Sequence[float], sizes: Sequence[float], low: float, high: float) -> np.ndarray:
-    """Centers near the wanted ones (ascending) of labels that do not overlap, from low to high."""
-    sizes = np.asarray(sizes)
-    offsets = np.cumsum((sizes + np.roll(sizes, 1)) / 2) - (sizes[0] + sizes[-1]) / 2
-    free = np.asarray(wanted) - offsets  # labels do not overlap where this does not decrease
+def _apart(wanted: np.ndarray, gap: float) -> np.ndarray:
+    """Heights between 0 and 1, a gap apart, near the wanted ones (ascending)."""
+    offsets = gap * np.arange(len(wanted))
+    free = wanted - offsets  # labels do not overlap where this does not decrease
     up = np.maximum.accumulate(free)
     down = np.minimum.accumulate(free[::-1])[::-1]
-    highest = high - sizes[-1] / 2 - offsets[-1]
-    return np.clip((up + down) / 2, low + sizes[0] / 2, highest) + offsets
+    return np.clip((up + down) / 2, 0, 1 - offsets[-1]) + offsets
 
 
 def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
@@ -165,17 +157,11 @@ def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
     ordered = sorted(ends.items(), key=lambda item: item[1][1], reverse=True)[::-1]
     wanted = [to_axes.transform((x, y))[1] for _, (x, y, _) in ordered]
     gap = 13 / 72 * ax.figure.dpi / ax.get_window_extent().height  # 13 points per label
-    heights = _apart(wanted, [gap] * len(ends), -gap / 2, 1 + gap / 2)
-    tie = {"arrowstyle": "-", "color": FAINT, "lw": 0.7, "shrinkA": 1, "shrinkB": 4}
-    tie["relpos"] = (0, 0.5)
-    options = {"textcoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
+    heights = _apart(np.array(wanted), gap)
+    tie = {"arrowstyle": "-", "color": FAINT, "lw": 0.7, "shrinkB": 4, "relpos": (0, 0.5)}
+    options = {"textcoords": "axes fraction", "va": "center", "fontsize": 9}
     for (label, (x, y, color)), height in zip(ordered, heights, strict=True):
-        place = (1.06, to_axes.inverted().transform((0, height))[1])
-        ax.annotate(label, (x, y), place, color=color, arrowprops=tie, **options)
-
-
-def _whole_ticks(ax: Axes) -> None:
-    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        ax.annotate(label, (x, y), (1.06, height), color=color, arrowprops=tie, **options)
 
 
 # Lines
@@ -188,18 +174,6 @@ def lines(x: Sequence, curves: Curves, xlabel: str, ylabel: str, height=3, **set
     return ax
 
 
-def decode_cost(seconds: Curves, tokens: Sequence[int]) -> Axes:
-    """Milliseconds for each new token by the tokens before it, one line per way of decoding."""
-    ms = {label: 1000 * np.asarray(values) for label, values in seconds.items()}
-    words = ("tokens already read", "milliseconds for the next token")
-    return lines(tokens, ms, *words, ylim=(0, None))
-
-
-def turned_scores(differences: Sequence[int], scores: Curves) -> Axes:
-    """Attention score of one query and one key by the positions that either or both are moved."""
-    return lines(differences, scores, "positions moved", "query · key", height=2.6)
-
-
 def acceptance_by_position(summaries: Mapping[str, Summary]) -> np.ndarray:
     """Acceptance by drafted position: of the tokens reached, and of all drafted tokens."""
     panels = axes(2, width=7.6, height=3, sharey=True)
@@ -207,11 +181,11 @@ def acceptance_by_position(summaries: Mapping[str, Summary]) -> np.ndarray:
     for ax, kind, title in zip(panels, ("conditional", "unconditional"), titles, strict=True):
         curves = {label: getattr(summary, kind) for label, summary in summaries.items()}
         positions = range(1, 1 + max(map(len, curves.values())))
-        limits = {"xlim": (0.6, positions[-1] + 0.4), "ylim": (-0.02, 1.02)}
+        limits = {"xlim": (0.6, len(positions) + 0.4), "ylim": (-0.02, 1.02)}
         ax.grid(axis="y", color="#EEEEEE")
         draw_lines(ax, positions, curves, xlabel="drafted position", **limits)
         _title(ax, title)
-        _whole_ticks(ax)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     panels[0].set_ylabel("fraction accepted")
     return panels
 
@@ -221,10 +195,8 @@ def speedup_over_gamma(gammas: Sequence[int], measured: Sequence, predicted: Cur
     curves = {**predicted, "measured": measured, "plain decoding": np.ones(len(gammas))}
     styles = [(color, "", dash) for color, _, dash in LINES[: len(predicted)]]
     styles += [(INK, "o", ""), (FAINT, "", "-")]
-    ax = axes(width=6.8)[0]
-    settings = {"xticks": gammas, "ylim": (0, None), "ylabel": "times faster than plain"}
-    draw_lines(ax, gammas, curves, styles, xlabel="gamma, drafted tokens per round", **settings)
-    return ax
+    words = ("gamma, drafted tokens per round", "times faster than plain")
+    return lines(gammas, curves, *words, styles=styles, xticks=gammas, ylim=(0, None))
 
 
 def hits_over_threshold(thresholds: Sequence[float], hits: Curves, chosen: float) -> Axes:
@@ -248,12 +220,6 @@ def reading_or_loading(tokens: Sequence[int], seconds: Curves) -> Axes:
     return ax
 
 
-def loss_gradients(accepted: Sequence[float], gradients: Curves) -> Axes:
-    """Gradient norm of each loss by the acceptance of the draft, both logarithmic."""
-    words = ("acceptance α of the draft", "norm of the gradient")
-    return lines(accepted, gradients, *words, xscale="log", yscale="log")
-
-
 def retention_curves(curves: Mapping[str, Mapping], full: float, dashed=()) -> Axes:
     """Score by the percentage of entries kept, one curve per method, beside the full cache's.
 
@@ -262,17 +228,16 @@ def retention_curves(curves: Mapping[str, Mapping], full: float, dashed=()) -> A
         full: score of the full cache.
         dashed: methods whose curve is dashed.
     """
-    ax = axes(height=4.2)[0]
     percents = sorted(next(iter(curves.values())))
     points = {name: [curve[p] for p in percents] for name, curve in curves.items()}
     dashes = ["--" if name in dashed else "-" for name in curves]
     styles = [(*style[:2], dash) for style, dash in zip(LINES, dashes, strict=False)]
+    words = ("entries kept (%)", "answers word for word (fraction)")
+    settings = {"xscale": "log", "xlim": (percents[0] * 0.9, percents[-1] * 1.1)}
+    ax = lines(percents, points, *words, 4.2, styles=styles, ylim=(-0.02, 1.06), **settings)
     ax.axhline(full, color=INK, lw=1, ls=":")
     _note(ax, "full cache", percents[0], full + 0.03)
-    settings = {"xscale": "log", "xlim": (percents[0] * 0.9, percents[-1] * 1.1)}
-    words = {"xlabel": "entries kept (%)", "ylabel": "answers word for word (fraction)"}
-    draw_lines(ax, percents, points, styles, ylim=(-0.02, 1.06), **settings, **words)
-    ax.set_xticks(percents, [f"{p:g}" for p in percents])
+    ax.set_xticks(percents, percents)
     ax.minorticks_off()
     return ax
 
@@ -353,15 +318,13 @@ def with_and_without(pairs: Mapping[str, tuple], ways: tuple[str, str]) -> np.nd
 def cache_sizes(gigabytes: pd.DataFrame) -> Axes:
     """Bars of cache size by model (rows), one color for each of two columns."""
     ax = axes(height=0.6 + 0.5 * len(gigabytes))[0]
-    rows = np.arange(len(gigabytes))
-    for i, (name, color) in enumerate(zip(gigabytes, (FAINT, BLUE), strict=True)):
-        bars = draw_bars(ax, rows - 0.2 + 0.4 * i, gigabytes[name], (color, ""), 0.38)
-        labels = [f"{value:.2f}" for value in gigabytes[name]]
+    style = {"color": [FAINT, BLUE], "width": 0.76, "edgecolor": "white", "lw": 0}
+    gigabytes.plot.barh(ax=ax, legend=False, **style)
+    for bars, (name, values) in zip(ax.containers, gigabytes.items(), strict=True):
+        labels = [f"{value:.2f}" for value in values]
         labels[0] += f"  {name}"
         ax.bar_label(bars, labels, padding=3, fontsize=9)
-    ax.set_yticks(rows, gigabytes.index)
-    ax.set_xlim(0, 1.25 * gigabytes.to_numpy().max())
-    ax.set_xlabel("GB of cache for 8192 tokens, float16")
+    ax.set(xlabel="GB of cache for 8192 tokens, float16", xlim=(0, 1.25 * gigabytes.max(axis=None)))
     ax.invert_yaxis()
     return ax
 
@@ -423,7 +386,7 @@ def joint_histogram(expected: np.ndarray, counts: Mapping[str, np.ndarray]) -> n
         ax.set_xlabel("outcome")
     panels[-1].set_title("◇ exact", loc="right", fontsize=9)
     panels[0].set(ylabel="frequency", xlim=(-0.8, len(expected) - 0.2))
-    _whole_ticks(panels[0])
+    panels[0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return panels
 
 
@@ -438,11 +401,10 @@ def residual(p: Sequence[float], q: Sequence[float]) -> np.ndarray:
     _label_longest(draw_bars(one, tokens + 0.2, p, (BLUE, ""), 0.38), "target p")
     outline = {"color": "white", "edgecolor": GRAY, "ls": ":", "lw": np.where(q > p, 1, 0)}
     _label_longest(two.barh(tokens, q - both, 0.7, both, **outline), "rejected")
-    for ax in (two, three):
+    for ax in (three, two):
         draw_bars(ax, tokens, both, (GREEN, ""), 0.7)
-        extra = draw_bars(ax, tokens, p - both, (PURPLE, "xxx"), 0.7, both)
-        if ax is two:
-            _label_longest(extra, "from the residual")
+        from_residual = draw_bars(ax, tokens, p - both, (PURPLE, "xxx"), 0.7, both)
+    _label_longest(from_residual, "from the residual")
     if both.any():
         _note(two, "accepted", 0, both.argmax())
     three.plot(p, tokens, "D", color=INK, mfc="white", ms=5)
@@ -464,36 +426,31 @@ def _label_longest(bars, label: str) -> None:
         _note(bar.axes, label, x, y)
 
 
-def splice_strips(lengths: Sequence[int], question: int, recomputed: float = 0.15) -> Axes:
+def splice_strips(lengths: Sequence[int], question: int) -> Axes:
     """What each arm of splicing does with the tokens of pieces and question, one strip per arm."""
     fills = {"read": (ORANGE, "///"), "loaded": (SKY, ""), "moved": (GREEN, "")}
     fills["wrong position"] = (RED, "xx")
-    arms = {  # what happens to the first piece, and to each later one
-        "full": ("read", "read"),
-        "prefix": ("loaded", "read"),
-        "concat": ("loaded", "wrong position"),
-        "shift": ("loaded", "moved"),
-        "recompute": ("loaded", "moved"),
-    }
+    arms = ("full", "prefix", "concat", "shift", "recompute")
+    of_first = ("read", "loaded", "loaded", "loaded", "loaded")
+    of_later = ("read", "read", "wrong position", "moved", "moved")
     ax = axes(width=7.2, height=2.9)[0]
     starts = np.cumsum([0, *lengths])
-    widths = [*lengths, question]
-    middles = starts + np.divide(widths, 2)
+    middles = starts + np.divide([*lengths, question], 2)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
-    for y, (first, later) in enumerate(arms.values()):
+    for y, (first, later) in enumerate(zip(of_first, of_later, strict=True)):
         kinds = [first, *[later] * (len(lengths) - 1), "read"]
-        for kind, start, width, x in zip(kinds, starts, widths, middles, strict=True):
-            draw_bars(ax, y, width - 0.8, fills[kind], 0.62, start)
+        for kind, start, x in zip(kinds, starts, middles, strict=True):
+            draw_bars(ax, y, 2 * (x - start) - 0.8, fills[kind], 0.62, start)
             _text(ax, x, y, kind, bbox=box)
-    n = round(recomputed * (starts[-1] - starts[1]))
-    spots = np.linspace(starts[1], starts[-1], n + 2)[1:-1]
+    n_recomputed = round(0.15 * (starts[-1] - starts[1]))
+    spots = np.linspace(starts[1], starts[-1], n_recomputed + 2)[1:-1]
     ax.bar(spots, 0.62, 0.9, len(arms) - 1.31, color=ORANGE, lw=0)
     for i, x in enumerate(middles):
         head = f"piece {i + 1}" if i < len(lengths) else "question"
         _text(ax, x, -0.72, head, color=GRAY)
     ax.set_yticks(range(len(arms)), arms)
-    ax.set(xlabel="position in the prompt", xlim=(-1, starts[-1] + question))
-    ax.set_ylim(len(arms) - 0.5, -0.95)
+    limits = {"xlim": (-1, starts[-1] + question), "ylim": (len(arms) - 0.5, -0.95)}
+    ax.set(xlabel="position in the prompt", **limits)
     return ax
 
 
@@ -507,8 +464,8 @@ def token_differences(difference: Sequence, starts: Sequence[int], chosen: Itera
     for number, start in enumerate(starts):
         ax.axvline(start - 0.5, color=GRAY, lw=0.8, ls=":")
         _note(ax, f"piece {number + 1}", start, 1.1 * top, GRAY)
-    ax.set(xlabel="token", ylabel="difference", xlim=(-0.5, len(tokens) - 0.5))
-    ax.set_ylim(0, 1.16 * top)
+    limits = {"xlim": (-0.5, len(tokens) - 0.5), "ylim": (0, 1.16 * top)}
+    ax.set(xlabel="token", ylabel="difference", **limits)
     ax.set_title("computed again", loc="right", fontsize=9, color=RED)
     return ax
 
@@ -544,57 +501,47 @@ def gates(logits: Tensor, changes: Tensor) -> np.ndarray:
         ax.axhline(0, color=INK, lw=0.8)
         _title(ax, title)
         ax.set(xlabel="layer of the receiver", ymargin=0.15)
-        _whole_ticks(ax)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return panels
 
 
 # Heat maps
 
 
-def cache_picture(matrices: Maps, tokens: Sequence[str]) -> np.ndarray:
-    """Keys or values of one head, (T, D), with a scale each and the tokens beside their rows."""
-    panels = draw_heat_maps(matrices, height=0.7 + 0.17 * len(tokens), sharey=True)
-    for ax in panels:
-        ax.set_xlabel("dimension of the head")
-        ax.figure.colorbar(ax.images[0], ax=ax, shrink=0.8)
-    panels[0].set_yticks(range(len(tokens)), tokens, fontsize=7)
-    return panels
+def cache_picture(matrices: Maps, tokens: Sequence[str], shared: bool = False) -> np.ndarray:
+    """Keys or values of one head, (T, D), with the tokens beside their rows.
 
-
-def key_differences(keys: Maps, tokens: Sequence[str]) -> np.ndarray:
-    """Keys or values, (T, D) each, on one color scale, with the tokens beside their rows."""
-    limit = max(matrix.abs().max().item() for matrix in keys.values())
+    Args:
+        shared: one color scale for all, and not one for each.
+    """
+    limit = max(matrix.abs().max().item() for matrix in matrices.values())
+    limits = (-limit, limit) if shared else ()
     height = 0.7 + 0.17 * len(tokens)
-    panels = draw_heat_maps(keys, (-limit, limit), width=8.2, height=height, sharey=True)
+    panels = draw_heat_maps(matrices, limits, width=7.4, height=height, sharey=True)
     panels[0].set_yticks(range(len(tokens)), tokens, fontsize=7)
-    panels[0].figure.supxlabel("dimension", fontsize=10)
-    panels[0].figure.colorbar(panels[0].images[0], ax=panels, shrink=0.8, pad=0.02)
+    panels[0].figure.supxlabel("dimension of the head", fontsize=10)
+    for ax in panels[:1] if shared else panels:
+        ax.figure.colorbar(ax.images[0], ax=panels if shared else ax, shrink=0.8)
     return panels
 
 
-def similarity_maps(maps: Maps, ylabel: str, xlabel: str) -> np.ndarray:
-    """CKA of each pair of layers, (K, L) each, side by side on one scale."""
+def score_maps(
+    maps: Maps, ylabel: str, xlabel: str, rows: Sequence = (), columns: Sequence = ()
+) -> np.ndarray:
+    """Scores between 0 and 1 side by side on one scale, such as CKA of each pair of layers.
+
+    Args:
+        rows, columns: names of the matrices' rows and columns, where they are not 0, 1, 2 ...
+    """
     height = 0.9 + 0.24 * max(map(len, maps.values()))
     panels = draw_heat_maps(maps, (0, 1.6), width=7.8, height=height)
-    for ax, (rows, columns) in zip(panels, (m.shape for m in maps.values()), strict=True):
-        if columns <= 12:  # otherwise the numbers would not fit
-            _write_cells(ax)
-        ax.set_xticks(range(0, columns, 1 + columns // 13))
-        ax.set_yticks(range(0, rows, 1 + rows // 13))
+    for ax in panels:
+        ax.locator_params(integer=True, nbins=13)
+        if len(rows):
+            ax.set_xticks(range(len(columns)), columns)
+            ax.set_yticks(range(len(rows)), rows)
         ax.set_xlabel(xlabel)
     panels[0].set_ylabel(ylabel)
-    return panels
-
-
-def needle_maps(maps: Maps, lengths: Sequence[int], depths: Sequence[int]) -> np.ndarray:
-    """Fraction answered, (lengths, depths), by facts in the passage and depth, per arm."""
-    panels = draw_heat_maps(maps, (0, 1.8), width=2.6 * len(maps), height=2.3, sharey=True)
-    for ax in panels:
-        _write_cells(ax)
-        ax.set_xticks(range(len(depths)), depths)
-        ax.set_xlabel("depth (%)")
-    panels[0].set_yticks(range(len(lengths)), lengths)
-    panels[0].set_ylabel("facts")
     return panels
 
 
@@ -633,20 +580,20 @@ def token_links(
         ways: entries (student token, teacher token, weight), by name.
     """
     panels = axes(width=8.2, height=2.5 * len(ways), rows=len(ways), sharex=True)
-    above, below = np.linspace(0, 1, len(teacher)), np.linspace(0, 1, len(student))
-    colors = [np.repeat(SEGMENT_COLORS, np.diff(ends)) for ends in borders]
+    teacher_colors, colors = (np.repeat(SEGMENT_COLORS, np.diff(ends)) for ends in borders)
+    above = np.linspace(0, 1, len(teacher))
+    below = np.linspace(0, 1, len(student))
+    style = {"rotation": 90, "fontsize": 5.5, "ha": "center"}
     for ax, (name, entries) in zip(panels, ways.items(), strict=True):
         for i, j, weight in entries:
-            style = {"color": colors[1][i], "lw": 1.6, "alpha": max(0.15, weight)}
-            ax.plot([below[i], above[j]], [0, 1], **style)
-        for x, tokens, color, y, va in (
-            (above, teacher, colors[0], 1, "bottom"),
-            (below, student, colors[1], 0, "top"),
-        ):
-            ax.scatter(x, np.full(len(x), y), c=color, marker="s", s=14, zorder=3)
-            for place, token in zip(x, tokens, strict=True):
-                options = {"rotation": 90, "fontsize": 5.5, "ha": "center", "va": va}
-                ax.text(place, 1.12 * y - 0.06, token, **options)
+            alpha = max(0.15, weight)
+            ax.plot([below[i], above[j]], [0, 1], color=colors[i], lw=1.6, alpha=alpha)
+        ax.scatter(above, np.ones(len(above)), c=teacher_colors, marker="s", s=14, zorder=3)
+        ax.scatter(below, np.zeros(len(below)), c=colors, marker="s", s=14, zorder=3)
+        for x, token in zip(above, teacher, strict=True):
+            ax.text(x, 1.06, token, va="bottom", **style)
+        for x, token in zip(below, student, strict=True):
+            ax.text(x, -0.06, token, va="top", **style)
         ax.set(ylim=(-0.5, 1.5), xlim=(-0.01, 1.01), xticks=[])
         ax.set_yticks([0, 1], ["student", "teacher"])
         _title(ax, name)
@@ -702,32 +649,33 @@ def token_view(rounds: Sequence[Round], tokenizer: PreTrainedTokenizerBase, row:
         <div><u>A</u><s>n</s><b>.</b></div>
     """
     key = "<u>drafted, accepted</u> <s>drafted, rejected</s> <b>the target's own</b>"
-    lines, drafted, accepted, corrected = [], 0, 0, 0
+    lines = []
+    drafted = 0
     for r in rounds:
         if not r.tokens[row]:
             continue
-        matched, extra = r.tokens[row][: r.accepted[row]], r.tokens[row][r.accepted[row] :]
+        matched = r.tokens[row][: r.accepted[row]]
+        extra = r.tokens[row][r.accepted[row] :]
         guesses = [token for token in r.drafted[row] if token >= 0]
+        drafted += len(guesses)
         # A text that ends with an accepted token rejects none.
         rejected = guesses[len(matched) :] if extra else []
         line = ""
         for tag, ids in {"u": matched, "s": rejected, "b": extra}.items():
             line += "".join(f"<{tag}>{_token_html(i, tokenizer)}</{tag}>" for i in ids)
         lines.append(f"<div>{line}</div>")
-        drafted += len(guesses)
-        accepted += len(matched)
-        corrected += len(extra)
+    accepted = "".join(lines).count("<u>")
     alt = f"One text in {len(lines)} rounds: {drafted} tokens drafted, {accepted} of them accepted;"
-    lines = [f'<div class="key">{key}</div>', *lines]
-    return _figure("kv-tokens", f"{alt} {corrected} of the target's own.", lines)
+    alt += f" {''.join(lines).count('<b>')} of the target's own."
+    return _figure("kv-tokens", alt, [f'<div class="key">{key}</div>', *lines])
 
 
 def _figure(name: str, alt: str, lines: Sequence[str]) -> HTML:
     from IPython.display import HTML
 
-    style = f"<style>\n{TOKEN_STYLE.read_text()}</style>"
+    style = (Path(__file__).with_name("widgets") / "tokens.css").read_text()
     start = f'<div class="{name}" role="figure" aria-label="{alt}">'
-    return HTML("\n".join([style, start, *lines, "</div>"]))
+    return HTML("\n".join([f"<style>\n{style}</style>", start, *lines, "</div>"]))
 
 
 def _token_html(token: int, tokenizer: PreTrainedTokenizerBase) -> str:

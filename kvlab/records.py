@@ -70,8 +70,6 @@ class Record:
     @property
     def letter(self) -> str:
         """The letter of the right choice: A is the first."""
-        if not self.choices:
-            raise ValueError(f"{self.question[:60]!r} has no choices: use its answer.")
         return ascii_uppercase[self.choices.index(self.answer)]
 
 
@@ -96,9 +94,7 @@ def messages(record: Record) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": solution}]
 
 
-def read_records(
-    name: str, source: str | Path | Iterable[Row], split: str = "train"
-) -> list[Record]:
+def read_records(name: str, source: str | Path | Iterable, split: str = "train") -> list[Record]:
     """Records of a data set, from a file, the Hugging Face hub or rows in memory.
 
     Records that lack a question, an answer or (in data sets with contexts) a context are left out,
@@ -122,31 +118,25 @@ def read_records(
         ('Rome',)
     """
     if name not in DATA_SETS:
-        expected = ", ".join(DATA_SETS)
-        raise ValueError(f"There are no records of kind {name!r}: expected one of {expected}.")
+        raise ValueError(f"No records of kind {name!r}: expected one of {', '.join(DATA_SETS)}.")
     data_set = DATA_SETS[name]
-    records, n_left_out = [], 0
     label, rows = _open_source(source, split)
+    records = []
     for number, row in enumerate(rows, start=1):
         for place, item in _unnest(f"{label}, row {number}", row, data_set.nested):
             with _naming(place):
-                record = data_set.to_record(item)
-            if record is None:
-                continue
-            needed = [record.question, "".join(record.answers)]
-            if data_set.has_context:
-                needed.append(record.context)
-            if all(text.strip() for text in needed):
-                records.append(record)
-            else:
-                n_left_out += 1
-    if n_left_out:
-        warnings.warn(
-            f"{label}: {n_left_out} of {n_left_out + len(records)} records are left out, "
-            "which lack a question, an answer or a context.",
-            stacklevel=2,
-        )
-    return records
+                records.append(data_set.to_record(item))
+    records = [record for record in records if record is not None]
+    complete = []
+    for record in records:
+        has_context = record.context.strip() or not data_set.has_context
+        if has_context and record.question.strip() and "".join(record.answers).strip():
+            complete.append(record)
+    if len(complete) < len(records):
+        counts = f"{len(records) - len(complete)} of {len(records)} records are left out"
+        text = f"{label}: {counts}, which lack a question, an answer or a context."
+        warnings.warn(text, stacklevel=2)
+    return complete
 
 
 # -- how a row becomes a record
@@ -286,19 +276,20 @@ def _arc_record(row: Row) -> Record:
 
 
 def _gpqa_record(row: Row) -> Record:
-    fields = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-    choices = [row[field].strip() for field in fields]
-    return _shuffled_record(row["Question"].strip(), choices[0], choices)
+    answer = row["Correct Answer"].strip()
+    wrong = [row[f"Incorrect Answer {i}"].strip() for i in (1, 2, 3)]
+    return _shuffled_record(row["Question"].strip(), answer, [answer, *wrong])
 
 
 def _truthfulqa_record(row: Row) -> Record:
+    """The original file has {text: label}; the hub has a list of texts and one of labels."""
     targets = row["mc1_targets"]
-    if "choices" not in targets:  # the original file has {text: label}
-        targets = {"choices": list(targets), "labels": list(targets.values())}
-    choices, labels = targets["choices"], targets["labels"]
-    if len(labels) != len(choices) or labels.count(1) != 1:
-        raise ValueError(f"the labels are {labels}, expected one per choice, and a single 1")
-    return _shuffled_record(row["question"], choices[labels.index(1)], choices)
+    if "choices" in targets:
+        targets = dict(zip(targets["choices"], targets["labels"], strict=True))
+    answers = [text for text, label in targets.items() if label == 1]
+    if len(answers) != 1:
+        raise ValueError(f"the labels are {list(targets.values())}, expected a single 1")
+    return _shuffled_record(row["question"], answers[0], list(targets))
 
 
 def _cmmlu_record(row: Row) -> Record:
@@ -310,9 +301,7 @@ def _ceval_record(row: Row) -> Record:
     return _cmmlu_record({**row, "Question": row["question"], "Answer": row["answer"]})
 
 
-def _choice_record(
-    question: str, choices: list[str], labels: Iterable[str], label: str, context: str = ""
-) -> Record:
+def _choice_record(question: str, choices: list, labels, label, context: str = "") -> Record:
     labels, label = list(labels), str(label).strip()
     if not isinstance(choices, list) or len(choices) != len(labels) or label not in labels:
         raise ValueError(f"{label!r} is not one of {labels}, the labels of the choices {choices}")
@@ -422,9 +411,7 @@ def _open_source(source: str | Path | Iterable[Row], split: str) -> tuple[str, I
     if path.is_file():
         return str(path), datasets.load_dataset("parquet", data_files=str(path), split="train")
     if path.suffix in (".json", ".jsonl", ".csv", ".parquet"):
-        raise ValueError(
-            f"There is no file {path}: give one as the data set's authors published it."
-        )
+        raise ValueError(f"There is no file {path}: give one as its authors published it.")
     rows = datasets.load_dataset(*str(source).split(":"), split=split)
     return f"{source}, split {split!r}", rows
 
@@ -488,10 +475,8 @@ def _json_pairs(path: Path) -> list[dict[str, str]]:
     records = []
     for number, row in enumerate(_json_rows(path), 1):
         with _naming(f"{path}, row {number}"):
-            record = {"question": row["question"]}
-            for field in ("answer", "domain", "id"):
-                if row.get(field) is not None:
-                    record[field] = row[field]
+            others = [f for f in ("answer", "domain", "id") if row.get(f) is not None]
+            record = {field: row[field] for field in ("question", *others)}
             _require_words(list(record.values()))
         records.append(record)
     return records

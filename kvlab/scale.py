@@ -11,19 +11,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from kvlab.cache import bytes_per_token
 from kvlab.lab import models as lab
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -65,25 +61,24 @@ class Scale:
             >>> Scale.current().name in PRESETS
             True
         """
-        name = os.environ.get("KVLAB_SCALE") or _preset_for_device()
+        has_cuda = torch.cuda.is_available()
+        fitting = "tiny"
+        if has_cuda:
+            memory = torch.cuda.get_device_properties(0).total_memory
+            fitting = "full" if memory > 70e9 else "t4"
+        name = os.environ.get("KVLAB_SCALE") or fitting
         if name not in PRESETS:
             raise ValueError(f"KVLAB_SCALE is {name!r}; expected one of {', '.join(PRESETS)}.")
         # The lab models are so small that a GPU only adds latency to each step.
         device, dtype = "cpu", torch.float32
         if name == "tiny":
             torch.set_num_threads(min(torch.get_num_threads(), 2))
-        else:
-            device, dtype = _device(), torch.float16
-            if device == "cpu":
-                raise ValueError(
-                    f"KVLAB_SCALE is {name!r}, which needs a GPU; found none. Use KVLAB_SCALE=tiny."
-                )
-            if (
-                name == "full"
-                and device == "cuda"
-                and torch.cuda.is_bf16_supported(including_emulation=False)
-            ):
+        elif has_cuda or torch.backends.mps.is_available():
+            device, dtype = "cuda" if has_cuda else "mps", torch.float16
+            if name == "full" and has_cuda and torch.cuda.is_bf16_supported(False):
                 dtype = torch.bfloat16
+        else:
+            raise ValueError(f"KVLAB_SCALE is {name!r}, which needs a GPU. Use KVLAB_SCALE=tiny.")
         scale = cls(name=name, device=device, dtype=dtype, **PRESETS[name])
         torch.manual_seed(scale.seed)
         logging.disable_progress_bar()
@@ -91,20 +86,14 @@ class Scale:
 
     def load(self, role: str) -> PreTrainedModel:
         """The model of a role ("target", "draft", "teacher", "student"), frozen, on the device."""
-        name = getattr(self, role)
-        if name in lab.NAMES:
-            return lab.load_model(name, self.device, self.dtype).requires_grad_(False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=self.dtype)
-        return model.to(self.device).eval().requires_grad_(False)
+        model = lab.load_model(getattr(self, role), self.dtype)
+        return model.to(self.device).requires_grad_(False)
 
     def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
         """The tokenizer of a role's model."""
-        name = getattr(self, role)
-        if name in lab.NAMES:
-            return lab.load_tokenizer(name)
-        return AutoTokenizer.from_pretrained(name)
+        return lab.load_tokenizer(getattr(self, role))
 
-    def load_embedder(self) -> SentenceTransformer:
+    def load_embedder(self) -> torch.nn.Module:
         """The sentence embedder, on the device."""
         return lab.load_embedder(self.embedder, self.device)
 
@@ -123,28 +112,26 @@ class Scale:
             True
         """
         if chapter not in self.needs:
-            raise ValueError(
-                f"There is no chapter {chapter!r}; expected one of {', '.join(self.needs)}."
-            )
-        need, size = self.needs[chapter], self.dtype.itemsize
+            raise ValueError(f"No chapter {chapter!r}; expected one of {', '.join(self.needs)}.")
+        need = self.needs[chapter]
+        size = self.dtype.itemsize
         positions = need.batch * need.tokens
-        frozen = [config_of(getattr(self, role)) for role in need.frozen]
-        weights = sum(parameters(config) for config in frozen) * size
-        cache = sum(positions * bytes_per_token(config, self.dtype) for config in frozen)
-        trained, activations = need.added, 0.0
+        parts = dict.fromkeys(("weights", "training", "cache", "activations"), 0.0)
+        for role in need.frozen:
+            config = config_of(getattr(self, role))
+            parts["weights"] += parameters(config) * size
+            parts["cache"] += positions * bytes_per_token(config, self.dtype)
+        parts["training"] = 16 * need.added
         if need.trains or need.added:
             config = config_of(getattr(self, need.trains or need.frozen[0]))
             layers = need.layers or config.num_hidden_layers
             if need.trains:
-                trained += parameters(config, layers)
+                parts["training"] += 16 * parameters(config, layers)
             if need.layers:  # the embedding of the copy is not trained
-                shell = parameters(config, layers=0)
-                trained -= shell
-                weights += shell * size
+                parts["training"] -= 16 * parameters(config, 0)
+                parts["weights"] += size * parameters(config, 0)
             per_position = config.hidden_size * (layers + 17) * size + 12 * config.vocab_size
-            activations = positions * per_position
-        parts = {"weights": weights, "training": 16 * trained}
-        parts |= {"cache": cache, "activations": activations}
+            parts["activations"] = positions * per_position
         parts["total"] = sum(parts.values())
         return {part: value / 1e9 for part, value in parts.items()}
 
@@ -189,18 +176,6 @@ def parameters(config: PreTrainedConfig, layers: int | None = None) -> int:
         config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _preset_for_device() -> str:
-    if not torch.cuda.is_available():
-        return "tiny"
-    return "full" if torch.cuda.get_device_properties(0).total_memory > 70e9 else "t4"
 
 
 _FILE = yaml.safe_load(Path(__file__).with_name("scales.yaml").read_text(encoding="utf-8"))

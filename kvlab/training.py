@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,11 +18,10 @@ from typing import Literal
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import set_seed, tqdm
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import get_wsd_schedule
 
 from kvlab.files import write_tensors
@@ -113,22 +112,17 @@ def fit(
     settings = FitSettings(**settings)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _require_trainable(trainable, loader, settings)
-    accelerator = _make_accelerator(settings)
-    set_seed(settings.seed)
-    optimizer = _make_optimizer(trainable, settings)
-    schedule = _make_schedule(optimizer, settings)
+    accelerator = _new_accelerator(settings)
+    optimizer, schedule = _make_optimizer(trainable, settings)
     run = asdict(settings) | {"betas": list(settings.betas), "batch_size": loader.batch_size}
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    wrapped.train()
     optimizer.zero_grad()  # an interrupted run may have left gradients
     history = []
     if checkpoint and Path(checkpoint).exists():
         history = _resume(Path(checkpoint), trainable, optimizer, schedule, run)
     batches = _endless(loader, skip=len(history) * settings.accumulate)
-    quiet = not accelerator.is_local_main_process
-    name = type(model).__name__
-    bar = tqdm(total=settings.steps, initial=len(history), desc=name, disable=quiet)
-    try:
+    bar = tqdm(total=settings.steps, initial=len(history), desc=type(model).__name__)
+    with _training_mode(model, wrapped, accelerator), bar:
         for step in range(len(history) + 1, settings.steps + 1):
             started = time.perf_counter()
             group = list(islice(batches, settings.accumulate))
@@ -137,10 +131,9 @@ def fit(
             if on_step:
                 on_step(step)
             loss_weights = loss_weight_schedule(step) if loss_weight_schedule else {}
-            weighted = _with_loss_weights(losses, loss_weights) if loss_weights else losses
             logged = [*trainable.values()] if shares_every and step % shares_every == 0 else []
             entry = {"step": step}
-            entry |= _backward(accelerator, wrapped, weighted, group, weight, logged)
+            entry |= _backward(accelerator, wrapped, losses, group, weight, loss_weights, logged)
             _require_finite(entry)
             entry["grad_norm"] = float(
                 accelerator.clip_grad_norm_(trainable.values(), settings.clip)
@@ -161,13 +154,19 @@ def fit(
                 model.train()
             if checkpoint and accelerator.is_main_process:
                 _save_run(Path(checkpoint), trainable, optimizer, schedule, run, history)
+    return history
+
+
+@contextmanager
+def _training_mode(model: nn.Module, wrapped: nn.Module, accelerator: Accelerator):
+    wrapped.train()
+    try:
+        yield
     finally:
-        bar.close()
         # Else the model's forward would stay in autocast, and the next call would take it as prepared.
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         vars(wrapped).pop("_is_accelerate_prepared", None)
         model.eval()
-    return history
 
 
 def _require_trainable(trainable: dict, loader: DataLoader, settings: FitSettings) -> None:
@@ -175,9 +174,9 @@ def _require_trainable(trainable: dict, loader: DataLoader, settings: FitSetting
         raise ValueError("The model has no parameter that requires a gradient: unfreeze some.")
     halves = [name for name, p in trainable.items() if p.dtype in (torch.float16, torch.bfloat16)]
     if halves:
+        hint = "keep weights in float32 (model.float()), and pass precision='fp16' or 'bf16'"
         raise ValueError(
-            f"{len(halves)} trainable parameters are in half precision (first: {halves[0]}): keep trained "
-            "weights in float32 (model.float()) and pass precision='fp16' or 'bf16' for the arithmetic."
+            f"{len(halves)} parameters are in half precision ({halves[0]}, ...): {hint}."
         )
     if len(loader) == 0:
         raise ValueError("The loader has no batch: is batch_size larger than the data set?")
@@ -187,35 +186,27 @@ def _require_trainable(trainable: dict, loader: DataLoader, settings: FitSetting
         )
 
 
-def _make_accelerator(settings: FitSettings) -> Accelerator:
+def _new_accelerator(settings: FitSettings) -> Accelerator:
     AcceleratorState._reset_state()  # a notebook calls fit again, perhaps with another precision
-    config = DataLoaderConfiguration(
-        split_batches=True, use_seedable_sampler=True, data_seed=settings.seed
-    )
+    set_seed(settings.seed)
+    data = {"split_batches": True, "use_seedable_sampler": True, "data_seed": settings.seed}
+    config = DataLoaderConfiguration(**data)
     return Accelerator(mixed_precision=settings.precision, dataloader_config=config)
 
 
-def _make_optimizer(trainable: dict, settings: FitSettings) -> torch.optim.Optimizer:
-    """Return AdamW that decays matrices, and leaves biases, norms and gates to the data."""
+def _make_optimizer(trainable: dict, settings: FitSettings):
+    """Return AdamW, which decays matrices and leaves biases, norms and gates to the data, and its schedule."""
     decayed, free = [], []
     for name, parameter in trainable.items():
         decays = parameter.ndim >= 2 and "norm" not in name and not name.endswith("bias")
         (decayed if decays else free).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
-
-
-def _make_schedule(optimizer: torch.optim.Optimizer, settings: FitSettings):
-    return get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=min(settings.warmup, settings.steps // 2),
-        num_decay_steps=round(settings.decay * settings.steps),
-        num_training_steps=settings.steps,
-        decay_type="linear",
-    )
+    groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+    options = {"lr": settings.learning_rate, "betas": settings.betas}
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, **options)
+    warmup = min(settings.warmup, settings.steps // 2)
+    falling = round(settings.decay * settings.steps)
+    stages = {"num_training_steps": settings.steps, "decay_type": "linear"}
+    return optimizer, get_wsd_schedule(optimizer, warmup, falling, **stages)
 
 
 def _endless(loader: DataLoader, skip: int) -> Iterator[Mapping[str, Tensor]]:
@@ -225,16 +216,6 @@ def _endless(loader: DataLoader, skip: int) -> Iterator[Mapping[str, Tensor]]:
         loader.set_epoch(epoch)
         yield from skip_first_batches(loader, skip) if skip else loader
         epoch, skip = epoch + 1, 0
-
-
-def _with_loss_weights(losses: Losses, loss_weights: Mapping[str, float]) -> Losses:
-    def weighted(model, batch):
-        named = dict(losses(model, batch))
-        for name, factor in loss_weights.items():
-            named[name] = named[name] * factor
-        return named
-
-    return weighted
 
 
 def _gradient_shares(named: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, float]:
@@ -262,7 +243,7 @@ def _batch_weights(group: Sequence, weight: Weight | None, device) -> tuple[Tens
     return torch.stack(rows), names
 
 
-def _backward(accelerator, model, losses, group, weight, logged) -> dict[str, float]:
+def _backward(accelerator, model, losses, group, weight, loss_weights, logged) -> dict[str, float]:
     """Backward through the batches of a step; returns losses averaged by weight over batches and processes."""
     weights, names = _batch_weights(group, weight, accelerator.device)
     total = accelerator.reduce(weights.sum(0), reduction="sum").clamp_min(1e-9)
@@ -272,7 +253,9 @@ def _backward(accelerator, model, losses, group, weight, logged) -> dict[str, fl
     for i, batch in enumerate(group):
         last = i == len(group) - 1
         with model.no_sync() if not last and hasattr(model, "no_sync") else nullcontext():
-            named = losses(model, batch)
+            named = dict(losses(model, batch))
+            for name, factor in loss_weights.items():
+                named[name] = named[name] * factor
             if logged and i == 0:
                 scale = (
                     accelerator.scaler.get_scale() if accelerator.scaler else 1.0

@@ -51,26 +51,25 @@ print(scale.describe("00_start_here"))
 # %% [markdown]
 # ## The question
 #
-# A language model that answers a question about a text first reads the text. It turns every token, in every layer, into
-# a *key* (what this token can be found by) and a *value* (what it has to say). When the next token is computed, its
-# *query* is compared with all the keys, and the values are averaged by how well they match:
+# A language model that answers a question about a text first reads the text.
+# It turns every token, in every layer, into a *key* (what this token can be found by) and a *value* (what it contributes).
+# When the next token is computed, its *query* is compared with all the keys, and the values are averaged by how well they match:
 #
 # $$ \mathrm{attention}(q) = \sum_{t} \frac{e^{q \cdot k_t / \sqrt{D}}}{\sum_{s} e^{q \cdot k_s / \sqrt{D}}}\; v_t $$
 #
-# A token's key and value depend only on the token, its position and what stands before it. So once computed they need never be computed again: they are
-# kept, and that is the **KV cache**. Reading the text is called {term}`prefill`; making new tokens, one at a time, is
-# called {term}`decoding <decode>`.
+# A token's key and value depend only on the token, its position and what stands before it.
+# So once computed they need never be computed again: they are kept, and that is the **KV cache**.
+# Reading the text is called {term}`prefill`; making new tokens, one at a time, is called {term}`decoding <decode>`.
 #
-# Most programs throw the cache away when the answer is done. This book asks what becomes possible when it is kept: when a
-# cache is a *value*, which can be stored, cut, joined, shrunk, moved and given to another model. This first chapter puts
-# one into your hands.
+# Most programs throw the cache away when the answer is done.
+# This book asks what becomes possible when it is kept: when a cache is a *value*, which can be stored, cut, joined, shrunk, moved and given to another model.
+# This first chapter puts one into your hands.
 
 # %% [markdown]
 # ## The models of this book
 #
-# At scale `tiny` we use models that were trained for this book: small enough for a laptop, but taught to really look up
-# facts in a passage, to solve word problems step by step, and (the larger two) to recite an FAQ. Here is one at work, on
-# a passage that we make up.
+# At scale `tiny` we use models that were trained for this book: small enough for a laptop, but taught to really look up facts in a passage, to solve word problems step by step, and (the larger two) to recite an FAQ.
+# Here is one at work, on a passage that we make up.
 
 # %%
 model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
@@ -88,8 +87,9 @@ questions = [
 ]
 
 # %% [markdown]
-# A conversation is a list of messages. The tokenizer's chat template turns it into text, and the text into ids of shape
-# (1, tokens). The passage is the system's message, and the question the user's.
+# A conversation is a list of messages.
+# The tokenizer's chat template turns it into text, and the text into ids of shape (1, tokens).
+# The passage is the system's message, and the question the user's.
 
 # %%
 def encode(messages, **options):
@@ -118,9 +118,12 @@ for question in questions:
     print(f"{question:28} {words(output[0, prompt.shape[1] :])}")
 
 # %% [markdown]
-# Three models make up the lab. `lab-target` is deep and knows the FAQ. `lab-draft` has two layers: fast, and often wrong.
-# `lab-teacher` has another width, another number of heads and a tokenizer of its own. This is what they can do, measured now,
-# with 95 % bootstrap intervals. Passages and problems are held out from training; the FAQ is asked as it was learned.
+# Three models make up the lab.
+# `lab-target` is deep and knows the FAQ.
+# `lab-draft` has two layers: fast, and often wrong.
+# `lab-teacher` has another width, another number of heads and a tokenizer of its own.
+# This is what they can do, measured now, with 95 % bootstrap intervals.
+# Passages and problems are held out from training; the FAQ is asked as it was learned.
 
 # %% mystnb={"image": {"alt": "Dot plot of the fraction of held-out tasks that the target, the draft and the teacher get right, with intervals."}}
 from kvlab.lab.report import report
@@ -138,8 +141,8 @@ for name in lab.NAMES:
 plots.lab_report(figures, tasks, ["target", "draft", "teacher"]);
 
 # %% [markdown]
-# (An interval without width says only that all twenty questions agreed.) A gap between the draft and the target is what several chapters live on: a draft that were always right would need
-# no target, and a draft that were always wrong would be no use.
+# (An interval without width says only that all twenty questions agreed.)
+# A gap between the draft and the target is what several chapters live on: a draft that were always right would need no target, and a draft that were always wrong would be no use.
 
 # %% [markdown]
 # ## What prefill and decoding cost
@@ -173,9 +176,10 @@ def continue_from(prefix, steps):
 print(words(continue_from(prefix, 8)))
 
 # %% [markdown]
-# Without a cache, each new token would have to read everything before it again. With one, a step computes the keys and
-# values of a single token and *looks at* the rest. So one way the cost of a token grows with the text, and the other way it is
-# almost flat. Is that what happens?
+# Without a cache, each new token would have to read everything before it again.
+# With one, a step computes the keys and values of a single token and *looks at* the rest.
+# So one way the cost of a token grows with the text, and the other way it is almost flat.
+# Is that what happens?
 
 # %%
 @torch.inference_mode()
@@ -202,16 +206,17 @@ step(1)  # the first call warms up
 costs = {"read all again": [], "use the cache": []}
 for n in lengths:
     again = seconds(lambda: model(text[:, : n + 1], logits_to_keep=1))
-    costs["read all again"].append(again)
-    costs["use the cache"].append(step(n))
+    costs["read all again"].append(1000 * again)
+    costs["use the cache"].append(1000 * step(n))
 
 # %% mystnb={"image": {"alt": "Milliseconds for the next token against tokens already read: rising steeply without a cache, nearly flat with one."}}
-plots.decode_cost(costs, lengths);
+labels = ("tokens already read", "milliseconds for the next token")
+plots.lines(lengths, costs, *labels, ylim=(0, None));
 
 # %% [markdown]
-# The two meet where there is nothing to read again. What is left there is a fixed cost of going through the layers at all: on a small
-# model, starting each operation; on a large one, loading the weights. It is paid once a step, however many tokens the step
-# looks at:
+# The two meet where there is nothing to read again.
+# What is left there is a fixed cost of going through the layers at all: on a small model, starting each operation; on a large one, loading the weights.
+# It is paid once per step, however many tokens the step looks at:
 
 # %%
 for k in (1, 4, 8):
@@ -233,7 +238,7 @@ for i in (0, len(cache.layers) - 1):
     print(f"layer {i:2}: {shapes}, {keys.dtype}")
 
 # %% [markdown]
-# Here is the cache of the first three sentences: one head of a middle layer, a row for each token.
+# Here is the cache of the first three sentences: one head of a middle layer, one row per token.
 
 # %% mystnb={"image": {"alt": "Heat maps of the keys and values of one head, a row for each token; no pattern is plain to the eye."}}
 opening = ". ".join(passage.split(". ")[:3]) + "."
@@ -244,9 +249,11 @@ pictures = {"keys": layer.keys[0, 0], "values": layer.values[0, 0]}
 plots.cache_picture(pictures, tokens);
 
 # %% [markdown]
-# Not much can be read from it by eye: what a number means is between this head's keys and its own queries. One thing can be
-# made visible, and it matters in every chapter. Let the text be a single word, again and again. In the first layer
-# a value depends on the word alone, so all rows are equal. The keys are not: each carries its *position*.
+# Not much can be read from it by eye: what a number means is between this head's keys and its own queries.
+# One thing can be made visible, and it matters in every chapter.
+# Let the text be a single word, again and again.
+# In the first layer a value depends on the word alone, so all rows are equal.
+# The keys are not: each carries its *position*.
 
 # %% mystnb={"image": {"alt": "Heat maps for one word repeated: stored keys show waves along the positions, keys turned back and values are the same in every row."}}
 bread = tokenizer(" bread", add_special_tokens=False).input_ids
@@ -261,13 +268,14 @@ pictures = {
 plots.cache_picture(pictures, places.tolist());
 
 # %% [markdown]
-# The waves on the left are the position: fast ones in the first columns, slow ones further right, and again in the second half of the
-# head. We will come to them after a question of size.
+# The waves on the left are the position: fast ones in the first columns, slow ones further right, and again in the second half of the head.
+# We will come to them after a question of size.
 
 # %% [markdown]
 # ## How large it is
 #
-# The shapes give the size. For $L$ layers, $H_{kv}$ KV heads and heads of size $D$, at $b$ bytes a number:
+# The shapes give the size.
+# For $L$ layers, $H_{kv}$ KV heads and heads of size $D$, at $b$ bytes per number:
 #
 # $$ \text{bytes per token} = 2\, L\, H_{kv}\, D\, b $$ (bytes-per-token)
 
@@ -280,8 +288,8 @@ print(f"{predicted} bytes a token by the formula, {measured:.0f} measured")
 assert predicted == measured == bytes_per_token(c, model.dtype)
 
 # %% [markdown]
-# Query heads do not appear in {eq}`bytes-per-token`: in {term}`grouped-query attention <GQA>` {cite}`ainslie2023gqa` several of them share one KV
-# head. For models that people use, at 8192 tokens in half precision:
+# Query heads do not appear in {eq}`bytes-per-token`: in {term}`grouped-query attention <GQA>` {cite}`ainslie2023gqa` several of them share one KV head.
+# For models that people use, at 8192 tokens in half precision:
 
 # %% mystnb={"image": {"alt": "Bars of cache size for 8192 tokens of four public models, with KV heads as they are and with one KV head for each query head."}}
 from kvlab.scale import config_of
@@ -297,13 +305,14 @@ for name, c in configs.items():
 plots.cache_sizes(sizes);
 
 # %% [markdown]
-# That is for one text. A knowledge base of a thousand such texts is a question of disks and bandwidth, and a cache ten times smaller
-# is worth a method of its own. Both will have a chapter.
+# That is for one text.
+# A knowledge base of a thousand such texts is a question of disks and bandwidth, and a cache ten times smaller is worth a method of its own.
+# Both will have a chapter.
 #
-# ## Where it stands
+# ## Keys carry positions
 #
-# A key knows its position. {term}`RoPE` {cite}`su2021roformer` takes the coordinates of a key in pairs and turns pair $i$ of a
-# token at position $m$ by the angle $m\,\theta_i$:
+# A key knows its position.
+# {term}`RoPE` {cite}`su2021roformer` takes the coordinates of a key in pairs and turns pair $i$ of a token at position $m$ by the angle $m\,\theta_i$:
 #
 # $$
 # \begin{pmatrix} k'_i \\ k'_{i+D/2} \end{pmatrix} =
@@ -311,9 +320,10 @@ plots.cache_sizes(sizes);
 # \begin{pmatrix} k_i \\ k_{i+D/2} \end{pmatrix}, \qquad \theta_i = \text{base}^{-2i/D}
 # $$
 #
-# Queries are turned the same way, so that a score $q \cdot k$ depends only on how far the two stand apart. Turning is
-# linear, and angles add up. Hence a stored key can be moved by $n$ positions by turning it by $n\,\theta_i$ more, whatever position it
-# was made at. In code:
+# Queries are turned the same way, so that a score $q \cdot k$ depends only on how far apart the two are.
+# Turning is linear, and angles add up.
+# Hence a stored key can be moved by $n$ positions by turning it by $n\,\theta_i$ more, whatever position it was made at.
+# In code:
 
 # %%
 def moved(keys, by, theta):
@@ -333,8 +343,9 @@ by_kvlab = shift(cache, 100, rotary_of(model)).layers[0].keys
 print("largest difference:", (by_hand - by_kvlab.float()).abs().max().item())
 
 # %% [markdown]
-# Is it right? Prefill the same tokens *at* position 100 and compare. In the first layer the keys depend on nothing but token and
-# position, so there moving must give exactly the keys that the model would have made.
+# Is it right?
+# Prefill the same tokens *at* position 100 and compare.
+# In the first layer the keys depend on nothing but token and position, so there moving must give exactly the keys that the model would have made.
 
 # %%
 there = prefill(model, prompt, position=100).cache
@@ -355,8 +366,9 @@ back = shift(shift(cache, 100, rotary_of(model)), -100, rotary_of(model))
 print("there and back:", (back.layers[0].keys - first).abs().max().item())
 
 # %% [markdown]
-# Break it yourself: turn by 99 instead of 100, or swap a sign in `moved`, and the assertion fails. The next figure shows what the
-# rotation is for. Take any two vectors, here two keys of the model; call one a query, and move them.
+# Break it yourself: turn by 99 instead of 100, or swap a sign in `moved`, and the assertion fails.
+# The next figure shows what the rotation is for.
+# Take any two vectors, here two keys of the model; call one a query, and move them.
 
 # %% mystnb={"image": {"alt": "The score of a query and a key stays constant when both are moved together, and swings when only the key is moved."}}
 query = first[:, :1, -1:].float()
@@ -367,14 +379,14 @@ together = [moved(query, n, theta) * k for n, k in zip(steps, keys_moved)]
 alone = [query * k for k in keys_moved]
 scores = {"both moved": together, "only the key": alone}
 scores = {way: [s.sum().item() for s in list_] for way, list_ in scores.items()}
-plots.turned_scores(steps, scores);
+plots.lines(steps, scores, "positions moved", "query · key", height=2.6);
 
 # %% [markdown]
 # ## The number of entries is not the position
 #
-# When entries are dropped, the kept keys stay where they are. The next token still stands at the *old* end of the text, not at the
-# number of entries left; but `transformers` counts entries when nobody tells it otherwise. Let us drop the four sentences about the lamp and
-# Bruno, and ask on about Anna and Rosa.
+# When entries are dropped, the kept keys stay where they are.
+# The next token still belongs at the *old* end of the text, not at the number of entries left; but `transformers` counts entries unless it is given positions.
+# Let us drop the four sentences about the lamp and Bruno, and ask on about Anna and Rosa.
 
 # %%
 read = encode([read_passage])
@@ -403,7 +415,9 @@ def kl(p, q):
 
 
 # %% [markdown]
-# What should come out? The same as if the dropped entries were still there, but *hidden* by an attention mask. That is the exact reference:
+# What should come out?
+# The same as if the dropped entries were still there, but *hidden* by an attention mask.
+# That is the exact reference:
 
 # %%
 def hidden(question):
@@ -429,14 +443,16 @@ assert (errors["position kept"] < 0.05 * errors["entries counted"]).all()
 errors.rename_axis("largest error of a logit").map("{:.1e}".format)
 
 # %% [markdown]
-# Dropping does exactly what hiding does, if the position is kept. That is why `prefill` and `load` return a `Prefix`: the cache with its next position.
+# Dropping does exactly what hiding does, if the position is kept.
+# That is why `prefill` and `load` return a `Prefix`: the cache with its next position.
 # `select` does not change it, and `shift` moves it with the entries.
 
 # %% [markdown]
 # ## Read once, ask often
 #
-# A cache is a value: `prefill(model, ids, prefix)` leaves `prefix` as it is. So a text can be read once, and any number
-# of questions asked of it. Take a longer passage, one that no model of the lab has seen, and a dozen questions:
+# A cache is a value: `prefill(model, ids, prefix)` leaves `prefix` as it is.
+# So a text can be read once, and any number of questions asked of it.
+# Take a longer passage, one that no model of the lab has seen, and a dozen questions:
 
 # %%
 import random
@@ -489,8 +505,8 @@ print("answers right:", sum(right), "of", len(right))
 # ## Keep it
 #
 # A saved cache is one safetensors file: tensors, the next position, a checksum, and a fingerprint of the model that made it.
-# A cache is right only for the model that made it; after a step of training it is already a little wrong. `load` compares sizes,
-# rotation and a sample of every weight tensor, and refuses a cache of another model.
+# A cache is right only for the model that made it; after a step of training it is already a little wrong.
+# `load` compares sizes, rotation and a sample of every weight tensor, and refuses a cache of another model.
 
 # %%
 from kvlab import cache as kv
@@ -533,8 +549,9 @@ attempt(file, scale.load("draft"))
 # ```{exercise-start} A budget
 # :label: ex-budget
 # ```
-# *Easy, 5 minutes.* How many tokens of cache fit into 1 GB ($10^9$ bytes) at half precision, for Qwen3-14B and for Qwen2-7B-Instruct? Which
-# entry of their configurations (in `configs`) makes most of the difference?
+# *Easy, 5 minutes.*
+# How many tokens of cache fit into 1 GB ($10^9$ bytes) at half precision, for Qwen3-14B and for Qwen2-7B-Instruct?
+# Which entry of their configurations (in `configs`) makes most of the difference?
 # ```{exercise-end}
 # ```
 
@@ -559,8 +576,10 @@ for name in ("Qwen3-14B", "Qwen2-7B-Instruct"):
 # ```{exercise-start} Beyond the first layer
 # :label: ex-deeper
 # ```
-# *Medium, 10 minutes.* We compared moved keys with prefilled ones in the first layer. Compare them in all layers, for the whole prompt moved by 100,
-# and then for the question alone, prefilled without the passage. Where does moving stop being exact, and why?
+# *Medium, 10 minutes.*
+# We compared moved keys with prefilled ones in the first layer.
+# Compare them in all layers, for the whole prompt moved by 100, and then for the question alone, prefilled without the passage.
+# Where does moving stop being exact, and why?
 # ```{exercise-end}
 # ```
 
@@ -588,8 +607,9 @@ errors = {
 pd.DataFrame(errors).rename_axis("layer").round(5)
 
 # %% [markdown]
-# Moving the whole text changes no distance between tokens, so up to rounding it is exact in every layer. A question prefilled alone has not
-# seen the passage: its keys are right in the first layer and far off above it, as the second column says. {term}`Splicing <splice>` caches is that approximation, and chapter 01 measures it.
+# Moving the whole text changes no distance between tokens, so up to rounding it is exact in every layer.
+# A question prefilled alone has not seen the passage: its keys are right in the first layer and far off above it, as the second column says.
+# {term}`Splicing <splice>` caches is that approximation, and chapter 01 measures it.
 # ````{solution-end}
 # ````
 
@@ -597,7 +617,8 @@ pd.DataFrame(errors).rename_axis("layer").round(5)
 # ```{exercise-start} Do without the sink
 # :label: ex-sink
 # ```
-# *Medium, 10 minutes.* Large models send much attention to the first token, whatever it says: an {term}`attention sink`
+# *Medium, 10 minutes.*
+# Large models send much attention to the first token, whatever it says: an {term}`attention sink`
 # {cite}`xiao2023streamingllm`. Does the lab model? Drop the first entry of `whole` and keep all others. How far does the distribution of the
 # answer move (use `kl`), compared with dropping any other single entry?
 # ```{exercise-end}
@@ -621,8 +642,8 @@ for i in order[:4]:
     print(f"without {tokenizer.decode(read[0, i])!r}: {moves[i]:.1e} nats")
 
 # %% [markdown]
-# The entries that matter most for this question are those that hold its answer and what could be taken for it. The first is not among
-# them: a model this small has learned no sink.
+# The entries that matter most for this question are those that hold its answer and what could be taken for it.
+# The first is not among them: a model this small has learned no sink.
 # ````{solution-end}
 # ````
 
@@ -630,7 +651,7 @@ for i in order[:4]:
 # ## Takeaways
 #
 # - Prefill makes a cache, decoding spends it: a new token no longer pays for reading the text again, only for looking at it.
-# - Size is $2 L H_{kv} D b$ a token. Query heads do not count.
+# - Size is $2 L H_{kv} D b$ per token. Query heads do not count.
 # - Keys carry their position by rotation. Moving is exact for the keys; what a token has *seen* cannot be moved.
 # - The number of entries is not the next position: pass it on.
 # - A cache belongs to one model. `load` checks that; everything else checks only shapes.

@@ -200,7 +200,7 @@ pictures = {
 # %% mystnb={"image": {"alt": "Heat maps of one head's keys of the same item: read alone, read after another item, and their differences before and after turning the keys; the last is much paler."}}
 words = [tokenizer.decode(i) for i in item.input_ids[:24]]
 first = {name: keys[:24] for name, keys in pictures.items()}
-plots.key_differences(first, words);
+plots.cache_picture(first, words, shared=True);
 
 # %%
 sizes = {name: keys.float().norm().item() for name, keys in pictures.items()}

@@ -349,7 +349,8 @@ for level in levels:
         log_q, log_p = leaf.log_softmax(-1), sure.log_softmax(-1)
         loss = losses.DISTANCES[name](log_q, log_p)
         pulls[name].append(torch.autograd.grad(loss, leaf)[0].norm().item())
-plots.loss_gradients(levels, pulls);
+labels = ("acceptance α of the draft", "norm of the gradient")
+plots.lines(levels, pulls, *labels, xscale="log", yscale="log");
 
 # %% [markdown]
 # Where acceptance is small, total variation has hardly any gradient: it does not leave a cold start.

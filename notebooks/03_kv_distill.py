@@ -544,7 +544,7 @@ maps = {label: np.empty((len(lengths), len(depths))) for label in arms.values()}
 for arm, label in arms.items():
     for i, n in enumerate(lengths):
         maps[label][i] = [results[f"needle_{arm}_{n}_{depth}"].value for depth in depths]
-plots.needle_maps(maps, lengths, depths);
+plots.score_maps(maps, "facts", "depth (%)", lengths, depths);
 
 # %% [markdown]
 # ## Keep it

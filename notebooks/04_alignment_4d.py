@@ -238,7 +238,7 @@ what = ("hidden", "keys", "values")
 maps = {w: align.similar_layers(student, texts, teacher, others, w) for w in what}
 
 # %% mystnb={"image": {"alt": "Three tables of CKA between student layers and teacher layers, for hidden states, keys and values."}}
-plots.similarity_maps(maps, "student layer", "teacher layer")
+plots.score_maps(maps, "student layer", "teacher layer")
 chosen = layer_map(maps["hidden"], k=2)
 for layer, (layers, weights) in enumerate(zip(chosen.indices.tolist(), chosen.weights.tolist())):
     print(f"student layer {layer}: teacher layers {layers}, weights {np.round(weights, 2)}")
@@ -253,7 +253,7 @@ likeness = {"with itself": align.similar_layers(student, texts, student, texts)}
 if scale.name == "tiny":
     deeper = align.similar_layers(student, texts, scale.load("target"), texts)
     likeness["with the deeper one"] = deeper
-plots.similarity_maps(likeness, "student layer", "layer")
+plots.score_maps(likeness, "student layer", "layer")
 assert torch.allclose(likeness["with itself"].diagonal(), torch.ones(1).double())
 
 # %% [markdown]
@@ -308,7 +308,8 @@ sample = next(aligned(texts[short_one : short_one + 1], others[short_one : short
 layer = student.config.num_hidden_layers - 1
 views = {"the student's own": sample[1].values[0, layer]}
 views |= {f"teacher, {n}": p(sample[0]).values[0, layer].detach() for n, p in projectors.items()}
-plots.key_differences(views, [tokenizer.decode(i) for i in texts[short_one].input_ids]);
+pieces = [tokenizer.decode(i) for i in texts[short_one].input_ids]
+plots.cache_picture(views, pieces, shared=True);
 
 # %% [markdown]
 # The ridge map finds some of the student's pattern in the teacher's numbers, and leaves out the rest, so it is paler. A linear map between models that were trained separately, with different tokens, explains only a part.

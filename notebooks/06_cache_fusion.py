@@ -217,9 +217,9 @@ assert abs(at_zero["gumbel"] - (1 - np.exp(-1))) < 0.02
 # %%
 others = scale.load_tokenizer("teacher")
 question = [{"role": "user", "content": "How many biscuits?"}]
-for keep in ("all", "longest"):
-    aligned = fuse.align_tokens(tokenizer, others, question, keep=keep)
-    print(f"{keep}:")
+for longest in (False, True):
+    aligned = fuse.align_tokens(tokenizer, others, question, longest)
+    print("longest:" if longest else "all:")
     if aligned.token_weights is None:
         print("  both models have the same tokens")
         continue

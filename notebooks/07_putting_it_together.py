@@ -142,7 +142,7 @@ for name, form in forms.items():
 
 
 # %%
-scores = chosen.scores[0].float().tolist()
+scores = distiller.scores(ids.to(target.device))[0].float().tolist()
 plots.score_view(document.tolist(), {"kept": (scores, kept.tolist())}, tokenizer)
 
 # %% [markdown]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted((ROOT / "tests/benchmarks").glob("*.py"))
+SCRIPTS = sorted((ROOT / "tests/benchmarks").glob("[a-z]*.py"))
 PROMISED = {
     "lab": {
         *(

@@ -48,7 +48,7 @@ def training_of(train, monkeypatch):
             pytest.skip("trained")
 
         with monkeypatch.context() as patch:
-            patch.setattr("kvlab.commands.distill.train_distiller", stop)
+            patch.setattr("kvlab.distill.train_distiller", stop)
             with pytest.raises(pytest.skip.Exception):
                 train("distiller", *options)
         return calls[0]
@@ -172,11 +172,11 @@ def test_held_out_contexts_are_not_trained_on(training_of, train, squad, monkeyp
 
     contexts = []
 
-    def stop(model, tokenizer, records, **_):
+    def stop(model, tokenizer, records, *_, **__):
         contexts.extend(records)
         pytest.skip("compared")
 
-    monkeypatch.setattr("kvlab.commands.distill.compression_scores", stop)
+    monkeypatch.setattr("kvlab.distill.compression_scores", stop)
     with pytest.raises(pytest.skip.Exception):
         train("held", *options)
     assert len(contexts) == 1
@@ -403,9 +403,17 @@ def test_choices_and_long_answers_have_scores_of_their_own(compare, tiny):
 @pytest.mark.parametrize(
     ("command", "options", "sentence"),
     [
-        (TRAIN, ["--retention", "0.8", "0.1"], "retention is 0.8 0.1, expected two fractions in"),
-        (TRAIN, ["--retention", "0.5"], "retention is 0.5, expected two fractions"),
-        (TRAIN, ["--retention", "0.1", "1.5"], "retention is 0.1 1.5, expected two fractions in"),
+        (
+            TRAIN,
+            ["--retention", "0.8", "0.1"],
+            r"retention is \[0.8, 0.1\], expected two fractions in",
+        ),
+        (TRAIN, ["--retention", "0.5"], r"retention is \[0.5\], expected two fractions"),
+        (
+            TRAIN,
+            ["--retention", "0.1", "1.5"],
+            r"retention is \[0.1, 1.5\], expected two fractions in",
+        ),
         (TRAIN, ["--forward_share", "1.5"], "forward_share is 1.5, expected a fraction in"),
         (TRAIN, ["--batch_size", "0"], "batch_size is 0, expected a"),
         (TRAIN, ["--questions", "0"], "questions is 0, expected a"),
@@ -435,7 +443,7 @@ def test_a_mistake_in_compression_is_a_sentence_before_any_work(
 
 
 def test_a_folder_without_a_distiller_is_a_sentence(tiny):
-    with pytest.raises(SystemExit, match=r"^kvlab: none has no kvdistill.json"):
+    with pytest.raises(SystemExit, match=r"^kvlab: .*none/kvdistill.json"):
         main([*COMPARE, "--distiller", "none", "--base_model", "lab-draft", "--contexts", "1"])
 
 

@@ -17,10 +17,11 @@ from kvlab import fuse as fuse_module
 from kvlab import lab, layers, training
 from kvlab.cache import from_tensor, to_tensor
 from kvlab.cli import main
-from kvlab.fuse import Fuser, Settings, Size
+from kvlab.fuse import Fuser, FuserArm, Settings, Size
 from kvlab.generation import encode
 from kvlab.lab import corpora
 from kvlab.lab.report import problems
+from kvlab.models import fingerprint
 from kvlab.records import messages, read_records
 from kvlab.scale import Scale
 from kvlab.speculate import FusedProposer, ModelProposer, Sampling, generate, summarize
@@ -38,21 +39,30 @@ def fuse(trained):
 
 @pytest.fixture
 def fusible(tiny, monkeypatch):
-    """Return a function that runs train-fuser without training: arguments of training, test prompts."""
+    """Return a function that runs train-fuser without training.
+
+    It returns the arm, the untrained fuser, the examples, the options of `fit`, and test prompts.
+    """
+    train = FuserArm.train
 
     def run(*options, name="fusible"):
         calls = []
 
-        def train(*args, **more):
-            calls.append((*args, more))
+        def train_arm(arm, *args, **more):
+            calls.append(arm)
+            return train(arm, *args, **more)
+
+        def fit(fuser, loader, losses, **more):
+            calls.extend((fuser, loader.dataset, more | {"batch_size": loader.batch_size}))
             return []
 
-        def measure(*args):
-            calls.append(args[1])
+        def measure(target, prompts, *_, **more):
+            calls.append(prompts)
             pytest.skip("measured")
 
         with monkeypatch.context() as patch:
-            patch.setattr("kvlab.fuse.train_fuser", train)
+            patch.setattr(FuserArm, "train", train_arm)
+            patch.setattr("kvlab.fuse.fit", fit)
             patch.setattr("kvlab.commands.fuse.measure_fusion", measure)
             with pytest.raises(pytest.skip.Exception):
                 main([*FUSED, "--output_dir", name, *options])
@@ -146,13 +156,15 @@ def test_a_fuser_is_saved_with_what_it_was_measured_at(control, fuse, tiny):
 def test_a_fuser_learns_the_large_models_answers_from_the_sharer_of_its_control(
     control, sharer, fusible
 ):
-    (fuser, draft, shares, examples, more), _ = fusible("--control", control, "--seed", "3")
-    assert (draft.config.num_hidden_layers, shares.config) == (2, lab.load(sharer).config)
-    assert (fuser.receiver, fuser.sharer) == (Size.of(draft.config), Size.of(shares.config))
+    arm, fuser, examples, more, _ = fusible("--control", control, "--seed", "3")
+    models = {"receiver": lab.load("lab-draft"), "sharer": lab.load(sharer)}
+    assert fuser.trained_for == {name: fingerprint(model) for name, model in models.items()}
+    assert (fuser.receiver, fuser.sharer) == tuple(Size.of(m.config) for m in models.values())
     options = {"hidden": 16, "dropout": 0.0, "gate": 4.0, "use_sharer": control != "matched"}
     assert fuser.settings == Settings(**options)
     options = {"steps": 2, "batch_size": 4, "learning_rate": 0.05, "accumulate": 1}
-    assert more | options | {"precision": "no", "seed": 3, "decode": True} == more
+    assert more | options | {"precision": "no", "seed": 3} == more
+    assert arm.decode
     target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
     prompts = token_ids(corpora.Requests(8, seed=3))
     answers = drafts.generate_targets(target, tokenizer, prompts, max_new_tokens=12)
@@ -165,17 +177,19 @@ def test_a_fuser_learns_the_large_models_answers_from_the_sharer_of_its_control(
 def test_a_fuser_is_made_as_asked_and_starts_by_the_seed(fusible):
     options = "--dropout 0.2 --gate -1 --keys rotated --noise gumbel --layer_map proportional"
     options += " --no_decode_fusion"
-    (fuser, *_, more), _ = fusible(*options.split(), "--accumulate", "2", "--precision", "bf16")
+    training = ["--accumulate", "2", "--precision", "bf16"]
+    arm, fuser, _, more, _ = fusible(*options.split(), *training)
     assert fuser.settings == Settings(16, 0.2, "rotated", "gumbel", -1.0)
     assert torch.equal(fuser.layer_map.indices, layers.proportional(2, 12).indices)
-    assert more | {"decode": False, "accumulate": 2, "precision": "bf16"} == more
+    assert more | {"accumulate": 2, "precision": "bf16"} == more
+    assert not arm.decode
     starts = []
     for seed, name, indices in (
         ("0", "last", [10, 11]),
         ("0", "first", [0, 1]),
         ("1", "first", [0, 1]),
     ):
-        fuser = fusible("--seed", seed, "--layer_map", name)[0][0]
+        fuser = fusible("--seed", seed, "--layer_map", name)[1]
         assert fuser.layer_map.indices.flatten().tolist() == indices
         starts.append(fuser.input_proj.weight)
     assert torch.equal(starts[0], starts[1])
@@ -186,7 +200,7 @@ def test_held_out_contexts_are_not_fused_to_learn_and_are_the_same_for_every_see
     options = ["--data", "squad", "--source", squad, "--heldout", "2", "--prompts", "5"]
     records, tokenizer, runs = read_records("squad", squad), lab.load_tokenizer("lab-target"), []
     for seed in "12":
-        (*_, examples, _), heldout = fusible(*options, "--seed", seed)
+        *_, examples, _, heldout = fusible(*options, "--seed", seed)
         texts = [tokenizer.decode(ids) for ids in heldout]
         contexts = {r.context for r in records for text in texts if r.context in text}
         assert len(heldout) == len(contexts) == 2
@@ -197,14 +211,14 @@ def test_held_out_contexts_are_not_fused_to_learn_and_are_the_same_for_every_see
         runs.append((heldout, learned))
     assert runs[0][0] == runs[1][0]
     assert runs[0][1] != runs[1][1]
-    (*_, examples, _), _ = fusible(*options[:-2], "--prompts", "99")
+    *_, examples, _, _ = fusible(*options[:-2], "--prompts", "99")
     assert len(examples) == len(rest)
 
 
 def test_a_fuser_that_was_killed_goes_on_and_ends_the_same(fuse, tiny, monkeypatch):
     options = ["--steps", "3", "--heldout", "1", "--max_new_tokens", "4"]
     fuse("whole", *options)
-    save, fit, steps = training._save, training.fit, []
+    save, fit, steps = training._save_run, training.fit, []
 
     def killed(*state):
         save(*state)
@@ -214,7 +228,7 @@ def test_a_fuser_that_was_killed_goes_on_and_ends_the_same(fuse, tiny, monkeypat
         return fit(model, loader, lambda *batch: steps.append(1) or losses(*batch), **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", killed)
+        patch.setattr(training, "_save_run", killed)
         patch.setattr(fuse_module, "fit", lambda *args, **more: fit(*args, **more | {"every": 2}))
         with pytest.raises(KeyboardInterrupt):
             fuse("killed", *options)
@@ -230,10 +244,10 @@ def test_a_fuser_that_was_killed_goes_on_and_ends_the_same(fuse, tiny, monkeypat
 def test_a_fuser_of_other_settings_begins_anew(fusible):
     changes = ["", "--hidden 32", "--no_decode_fusion", "--prompts 9", "--max_new_tokens 9"]
     changes += ["--base_model lab-target", "--teacher_model lab-draft"]
-    checkpoints = [fusible(*change.split())[0][-1]["checkpoint"] for change in changes]
+    checkpoints = [fusible(*change.split())[3]["checkpoint"] for change in changes]
     assert len({*checkpoints}) == len(changes)
-    assert fusible("--heldout", "1", "--gamma", "2")[0][-1]["checkpoint"] == checkpoints[0]
-    assert fusible(name="other")[0][-1]["checkpoint"].parts[1:] == checkpoints[0].parts[1:]
+    assert fusible("--heldout", "1", "--gamma", "2")[3]["checkpoint"] == checkpoints[0]
+    assert fusible(name="other")[3]["checkpoint"].parts[1:] == checkpoints[0].parts[1:]
 
 
 def test_answers_that_end_at_once_are_not_measured(fuse, monkeypatch):
@@ -259,7 +273,9 @@ def test_answers_that_end_at_once_are_not_measured(fuse, monkeypatch):
 def test_of_two_processes_one_measures_and_writes(tiny, capsys, monkeypatch):
     other = SimpleNamespace(is_main_process=False)
     monkeypatch.setattr("kvlab.commands.fuse.PartialState", lambda **_: other)
-    monkeypatch.setattr("kvlab.commands.fuse.measure_fusion", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(
+        "kvlab.commands.fuse.measure_fusion", lambda *_, **more: pytest.fail("measured")
+    )
     main([*FUSED, "--output_dir", "fuser"])
     assert capsys.readouterr().out == ""
     assert not list((tiny / "fuser").glob("*.json"))
@@ -276,7 +292,7 @@ def test_of_two_processes_one_measures_and_writes(tiny, capsys, monkeypatch):
                 strict=True,
             )
         ),
-        ("--max_new_tokens 1", "max_new_tokens is 1, expected at least 2"),
+        ("--max_new_tokens 1", "max_new_tokens is 1, expected 2 or more"),
         ("--learning_rate -1", "learning_rate is -1.0, expected 0 or more"),
         ("--hidden 0", r"The settings are .*hidden=0, .* expected hidden from 1"),
         ("--dropout 1", r"The settings are .*dropout=1\.0, .* expected hidden from 1, dropout in"),
@@ -296,7 +312,7 @@ def test_of_two_processes_one_measures_and_writes(tiny, capsys, monkeypatch):
             "--base_model lab-teacher",
             "The two models' tokenizers differ .lab-target has 1536 tokens, lab-teacher 640",
         ),
-        ("--output_dir squad.json", "squad.json is a file: give the name of a folder"),
+        ("--output_dir squad.json", "squad.json is a file: give a folder"),
     ],
 )
 def test_a_mistake_in_fusing_is_a_sentence_before_any_work(
@@ -419,10 +435,7 @@ def test_a_fuser_for_other_models_is_a_sentence(tiny):
     ("options", "message"),
     [
         ("--fuser_checkpoint none", r".*No such file or directory: 'none/fuser\.json'"),
-        (
-            "--fuser_checkpoint broken",
-            "broken holds a fuser of format version None, expected 1 to 2",
-        ),
+        ("--fuser_checkpoint broken", "broken has a fuser of version None, expected 1 or 2"),
         (
             "--no_prefill_fusion",
             "Without a fuser nothing is fused: give --fuser_checkpoint, or leave",

@@ -214,9 +214,6 @@ def test_records_of_the_chatterbot_corpus(build, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "float12"], "dtype is 'float12', expected the name of one, such as float16"),
-        (["--dtype", "nn"], "dtype is 'nn', expected the name of one"),
-        (["--dtype", "int8"], "dtype is torch.int8, expected a floating one"),
         (["--keep", "keys"], r"keep is \['keys'\], expected a list of one or both"),
         (["--records", "none.jsonl"], ".*No such file or directory: 'none.jsonl'"),
         (["--language", "fr"], "There is no FAQ in 'fr': expected 'en' or 'zh'"),
@@ -228,6 +225,13 @@ def test_a_mistake_in_building_is_a_sentence(options, message, monkeypatch, tmp_
     with pytest.raises(SystemExit, match=f"^kvlab: {message}"):
         main(["build-cache", "--base_model", "lab-draft", *options])
     assert not (tmp_path / "knowledge").exists()
+
+
+def test_a_type_that_cannot_be_stored_is_a_wrong_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["build-cache", "--dtype", "int8"])
+    assert stop.value.code == 2
+    assert "bfloat16" in capsys.readouterr().err
 
 
 def test_records_without_answers_need_the_model_to_answer(build):

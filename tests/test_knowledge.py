@@ -71,11 +71,8 @@ class Bag:
     def __init__(self, width=64, start=0):
         self.width, self.start = width, start
 
-    def encode(
-        self, sentences, *, normalize_embeddings, convert_to_tensor, show_progress_bar=False
-    ):
+    def encode(self, sentences, *, normalize_embeddings, show_progress_bar=False):
         assert normalize_embeddings
-        assert convert_to_tensor
         counts = torch.zeros(len(sentences), self.width)
         for row, sentence in zip(counts, sentences, strict=True):
             for word in re.findall(r"\w+", sentence.casefold()):
@@ -118,12 +115,15 @@ def test_two_arms_are_the_prefill_of_everything(tiny_model, family, rope, arm):
 
 @every_family
 @pytest.mark.parametrize("early", [1, 2, 3])
-def test_computing_all_again_is_exact_and_computing_none_is_shift_above(tiny_model, family, early):
+def test_computing_all_again_is_exact_and_computing_none_is_shift_above(
+    tiny_model, family, early, monkeypatch
+):
+    monkeypatch.setattr(knowledge, "EARLY_LAYERS", early)
     model = tiny_model(family, "yarn", torch.float64)
     prefixes, true = prefill_each(model), prefill(model, FLAT).cache
-    again = splice(model, prefixes, "recompute", fraction=1.0, early_layers=early)
+    again = splice(model, prefixes, "recompute", fraction=1.0)
     near(again.cache, true, 1e-9)
-    none = splice(model, prefixes, "recompute", fraction=0, early_layers=early).cache
+    none = splice(model, prefixes, "recompute", fraction=0).cache
     moved = splice(model, prefixes, "shift").cache
     torch.testing.assert_close(
         tensors(none)[: 2 * early], tensors(true)[: 2 * early], rtol=0, atol=1e-9
@@ -210,17 +210,9 @@ def test_a_splice_has_its_text_and_leaves_its_prefixes_alone(tiny_model, arm, te
         assert prefix.cache.get_seq_length() == len(ids)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"arm": "blend"}, "'blend'.*full, prefix, concat, shift, recompute"),
-        ({"early_layers": 0}, "layers is 0, expected 1 to 3"),
-        ({"early_layers": 4}, "layers is 4, expected 1 to 3"),
-    ],
-)
-def test_wrong_arguments_of_a_splice(tiny_model, arguments, words):
-    with pytest.raises(CacheError, match=words):
-        splice(tiny_model(), prefill_each(tiny_model()), **arguments)
+def test_an_unknown_arm_is_refused(tiny_model):
+    with pytest.raises(CacheError, match=r"'blend'.*full, prefix, concat, shift, recompute"):
+        splice(tiny_model(), prefill_each(tiny_model()), "blend")
 
 
 def test_prefixes_that_do_not_fit_are_refused(tiny_model):
@@ -471,10 +463,7 @@ def test_what_is_there_is_skipped(make, tokenizer, model):
         ({"question": "What?", "answer": 5}, "Record 1 has 'answer' = 5"),
         ({"question": "What?", "answer": "That.", "id": "why"}, "Two items have the id 'why'"),
         ({"question": "What?", "answer": "That.", "id": "new"}, "Two items have the id 'new'"),
-        (
-            {"question": "What?", "answer": "long " * 300},
-            "the model reads up to 256: make it shorter",
-        ),
+        ({"question": "What?", "answer": "long " * 300}, "tokens, the model reads 256"),
     ],
     ids=str,
 )
@@ -572,9 +561,7 @@ def test_an_export_does_not_mix_what_does_not_fit(make, tmp_path):
     store, other = make(), make(MORE, "other", dtype=torch.float16)
     mine = make([{"question": "Why?", "answer": "No.", "id": store.items[0].id}], "mine")
     before = [listing(s.folder) for s in (other, mine)]
-    with pytest.raises(
-        CacheError, match=r"settings of .* are others: give a new or an empty folder"
-    ):
+    with pytest.raises(CacheError, match=r"a store with other settings: give an empty folder"):
         store.export(other.folder)
     with pytest.raises(CacheError, match="Two items have the id"):
         store.export(mine.folder)
@@ -700,7 +687,7 @@ def test_a_store_keeps_its_settings(make):
     store = make()
     before = listing(store.folder)
     for other in ({"keep": ("hidden",)}, {"dtype": torch.float16}):
-        with pytest.raises(CacheError, match=r"was built with .*: use another folder"):
+        with pytest.raises(CacheError, match=r"keeps .*: use a new folder"):
             make(MORE, **other)
     assert listing(store.folder) == before
 
@@ -720,7 +707,7 @@ def test_the_ranking_is_that_of_brute_force(make, small_shards, k, domain):
     ]:
         cosines = (
             knowledge._embed(BAG, [r["question"] for r in [*RECORDS, *MORE]]).numpy()
-            @ BAG.encode([question], normalize_embeddings=True, convert_to_tensor=True)[0].numpy()
+            @ BAG.encode([question], normalize_embeddings=True)[0].numpy()
         )
         allowed = np.array([domain in (None, r.get("domain", "")) for r in [*RECORDS, *MORE]])
         want = np.sort(cosines[allowed & (cosines >= 0.3)])[::-1][:k]
@@ -839,14 +826,17 @@ def test_a_store_belongs_to_its_tokenizer_and_template(store, tokenizer):
 
 def test_a_store_belongs_to_its_embedder(store, make):
     before = listing(store.folder)
-    for other, words in ((Bag(32), "with its own embedder"), (Bag(start=7), "load it with that")):
+    for other, words in (
+        (Bag(32), "the store's own embedder"),
+        (Bag(start=7), "load it with that"),
+    ):
         with pytest.raises(CacheError, match=f"embedder.*{words}"):
             load(store, embedder=other)
     without = load(store, embedder=None)
     assert without.retrieve("where does anna live", exact=True)[0].item.answer == "Rome"
-    with pytest.raises(CacheError, match="load the store with its own embedder"):
+    with pytest.raises(CacheError, match="the store's own embedder"):
         without.retrieve("where does anna live")
-    with pytest.raises(CacheError, match="load the store with its own embedder"):
+    with pytest.raises(CacheError, match="the store's own embedder"):
         without.add(MORE)
     assert listing(store.folder) == before
     bare = make(name="bare", embedder=None)
@@ -878,7 +868,7 @@ def test_a_damaged_shard_is_named(store, kind):
     before = listing(store.folder)
     name = data_of(store, store.items[2])
     for attempt in (load, lambda store: store.add(MORE)):
-        with pytest.raises(CacheError, match=f"{name} or its index is .*damaged.*from a backup"):
+        with pytest.raises(CacheError, match=f"{name} or its index is .*damaged: use a backup"):
             attempt(store)
     assert listing(store.folder) == before
     path.write_bytes(backup)
@@ -929,7 +919,7 @@ def test_no_changed_byte_of_a_header_gives_other_tensors(make, dtype):
 def test_a_shard_that_vanishes_after_opening_is_named(store):
     path = data_of(store, store.items[0])
     path.unlink()
-    with pytest.raises(CacheError, match=f"in {path} is missing or damaged.*from a backup"):
+    with pytest.raises(CacheError, match=f"in {path} is missing or damaged: use a backup"):
         store.read(store.items[0])
     assert store.read(store.items[2]).cache is not None
 
@@ -975,9 +965,7 @@ def test_another_format_version_is_refused(store):
     del manifest["checksum"]
     manifest["version"] = 2
     path.write_text(json.dumps({"checksum": knowledge._json_hash(manifest), **manifest}))
-    with pytest.raises(
-        CacheError, match=f"{store.folder} has format version 2, this kvlab reads 1: use the kvlab"
-    ):
+    with pytest.raises(CacheError, match=f"{store.folder} has format version 2, expected 1"):
         load(store)
 
 
@@ -1009,7 +997,7 @@ def test_a_folder_that_holds_something_else(make, tmp_path, model, tokenizer):
         make(name="other").export(folder)
     assert listing(folder) == {"letter.txt": b"Dear Anna"}
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FileExistsError):
         make(name="file")
 
 
@@ -1208,7 +1196,7 @@ def test_meeting_another_damaged_shard_leaves_a_store_as_it_was(store):
     path = index_of(other, other.items[-1])
     content = path.read_bytes()
     flip(path)
-    with pytest.raises(CacheError, match="or its index is missing, damaged or cut short"):
+    with pytest.raises(CacheError, match="or its index is missing or damaged"):
         store.add([RECORDS[0]])
     assert store.items == items
     assert len(store.embeddings) == len(items)
@@ -1513,14 +1501,14 @@ def test_an_export_of_compressed_items_is_the_same(make, model, tmp_path):
 
 def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tmp_path):
     store, first = make(compress=halved(model)), halved(model)
-    with pytest.raises(CacheError, match=r"evicted entries cannot be recomputed: use 'shift'"):
+    with pytest.raises(CacheError, match=r"Evicted entries cannot be recomputed: use 'shift'"):
         store.splice(store.items[:2], "recompute")
     by_head = lambda ids: dataclasses.replace(first(ids), positions=torch.zeros(2, 1, 2, 3))
-    with pytest.raises(CacheError, match=r"positions \(2, 1, 2, 3\) .*the same for all heads"):
+    with pytest.raises(CacheError, match=r"positions, next \(\(2, 1, 2, 3\), .*expected \(\(1, "):
         make(name="by_head", compress=by_head)
     moved = lambda ids: dataclasses.replace(first(ids), next_position=3)
-    with pytest.raises(CacheError, match=r"next 3, expected .*, not moved"):
+    with pytest.raises(CacheError, match=r"compress returned positions, next \(.*, 3\): expected"):
         make(name="moved", compress=moved)
     draft = KnowledgeDraft.cut(model, "first:1", knowledge="kv")
-    with pytest.raises(ValueError, match="compressed caches, which drafts do not read"):
+    with pytest.raises(ValueError, match="Drafts do not read compressed caches"):
         draft.read(store, store.items[0])

@@ -63,12 +63,6 @@ def test_axes_are_in_the_books_style_and_leave_other_figures_alone():
     ) == before
 
 
-def test_decode_cost_is_in_milliseconds_with_labels_on_the_lines():
-    ax = plots.decode_cost({"again": [0.1, 0.2], "cache": [0.01, 0.01]}, [64, 128])
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[100, 200], [10, 10]]
-    assert sorted(texts(ax)) == ["again", "cache"]
-
-
 def test_cache_picture_is_centered_on_zero():
     matrix = torch.tensor([[-1.0, 3.0], [0.0, 2.0]])
     one, two = plots.cache_picture({"keys": matrix, "values": matrix / 2}, ["a", "b"])
@@ -83,11 +77,6 @@ def test_cache_sizes_has_a_bar_for_each_number():
     ax = plots.cache_sizes(sizes)
     assert [bar.get_width() for bar in ax.patches] == [2, 4, 1, 0.5]
     assert texts(ax) == ["2.00  alone", "4.00", "1.00  shared", "0.50"]
-
-
-def test_turned_scores_draws_one_line_per_way():
-    ax = plots.turned_scores([0, 1], {"both": [1, 1], "key": [1, 0]})
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 1], [1, 0]]
 
 
 def test_lab_report_shows_value_and_interval_of_each_model():
@@ -115,12 +104,11 @@ def test_colors_are_apart_in_lightness_or_hue():
 
 
 def test_apart_moves_only_what_overlaps_and_stays_in_bounds():
-    assert plots._apart([1, 5], [1, 1], 0, 9).tolist() == [1, 5]
-    assert plots._apart([4, 4, 4], [1, 1, 1], 0, 9).tolist() == [3, 4, 5]
-    assert plots._apart([0, 9], [2, 4], 0, 9).tolist() == [1, 7]
-    sizes, moved = np.array([1, 2, 3]), plots._apart([9, 9, 9], [1, 2, 3], 0, 9)
-    assert moved[-1] + 1.5 == 9
-    assert (np.diff(moved) >= (sizes[1:] + sizes[:-1]) / 2).all()
+    assert plots._apart(np.array([0.1, 0.5]), 0.25).tolist() == [0.1, 0.5]
+    assert plots._apart(np.array([0.5, 0.5, 0.5]), 0.25).tolist() == [0.25, 0.5, 0.75]
+    assert plots._apart(np.array([0.0, 1.0]), 0.25).tolist() == [0, 1]
+    assert plots._apart(np.array([1.0, 1.0, 1.0]), 0.25).tolist() == [0.5, 0.75, 1]
+    assert plots._apart(np.array([0.0, 0.0]), 0.25).tolist() == [0, 0.25]
 
 
 def test_acceptance_by_position_draws_both_meanings_with_labels_apart():
@@ -355,7 +343,7 @@ def test_speed_ratios_show_each_figure_with_its_interval():
 
 
 def test_splice_strips_have_a_strip_per_arm_and_end_with_the_question():
-    ax = plots.splice_strips([40, 30], question=10, recomputed=0.1)
+    ax = plots.splice_strips([40, 20], question=10)
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "full",
         "prefix",
@@ -365,10 +353,10 @@ def test_splice_strips_have_a_strip_per_arm_and_end_with_the_question():
     ]
     wide = [bar for container in ax.containers for bar in container if bar.get_width() > 1]
     assert len(wide) == 5 * 3
-    assert max(bar.get_x() + bar.get_width() for bar in wide) <= 80
+    assert max(bar.get_x() + bar.get_width() for bar in wide) <= 70
     again = [bar for container in ax.containers for bar in container if bar.get_width() < 1]
-    assert len(again) == 3  # a tenth of the 30 tokens after the first piece
-    assert all(bar.get_x() >= 40 and bar.get_x() + bar.get_width() <= 70 for bar in again)
+    assert len(again) == 3  # 15 % of the 20 tokens after the first piece
+    assert all(bar.get_x() >= 40 and bar.get_x() + bar.get_width() <= 60 for bar in again)
     words = texts(ax)
     assert words[:3] == ["read"] * 3
     assert words[-3:] == ["piece 1", "piece 2", "question"]
@@ -416,13 +404,13 @@ def test_reading_or_loading_is_in_milliseconds_on_two_logarithmic_scales():
     assert sorted(texts(ax)) == ["load it", "read it"]
 
 
-def test_key_differences_share_one_scale_of_colors():
+def test_a_shared_cache_picture_has_one_scale_of_colors():
     keys = {
         "alone": torch.ones(3, 4),
         "behind": 5 * torch.ones(3, 4),
         "difference": torch.zeros(3, 4),
     }
-    places = plots.key_differences(keys, ["a", "b", "c"])
+    places = plots.cache_picture(keys, ["a", "b", "c"], shared=True)
     assert [ax.get_title("left") for ax in places] == list(keys)
     assert {ax.images[0].get_clim() for ax in places} == {(-5.0, 5.0)}
     assert [label.get_text() for label in places[0].get_yticklabels()] == ["a", "b", "c"]
@@ -437,13 +425,6 @@ def test_cut_layers_number_the_layers_that_are_taken():
         "uniform:2",
     ]
     assert ax.collections[0].get_array().tolist() == [[1] * 4, [2, 2, 0, 0], [2, 0, 0, 2]]
-
-
-def test_loss_gradients_draw_each_loss_on_two_logarithmic_scales():
-    ax = plots.loss_gradients([0.01, 0.1], {"kl": [1.0, 0.9], "tv": [0.01, 0.1]})
-    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-    assert [list(line.get_ydata()) for line in ax.lines] == [[1.0, 0.9], [0.01, 0.1]]
-    assert sorted(texts(ax)) == ["kl", "tv"]
 
 
 def test_with_and_without_puts_each_question_against_the_diagonal():
@@ -468,7 +449,7 @@ def test_retention_curves_show_each_method_and_the_full_cache_with_labels_that_s
     one = {2: (0.1, 0.05, 0.15), 25: (0.9, 0.8, 1.0), 50: (0.95, 0.9, 1.0)}
     two = {2: (0.0, 0.0, 0.1), 25: (0.3, 0.2, 0.4), 50: (0.94, 0.9, 1.0)}
     ax = plots.retention_curves({"learned": one, "a score": two}, full=0.97)
-    full, *curves = ax.lines
+    *curves, full = ax.lines
     assert [list(line.get_ydata()) for line in curves] == [[0.1, 0.9, 0.95], [0.0, 0.3, 0.94]]
     assert [list(line.get_xdata()) for line in curves] == [[2, 25, 50]] * 2
     assert list(full.get_ydata()) == [0.97, 0.97]
@@ -477,9 +458,9 @@ def test_retention_curves_show_each_method_and_the_full_cache_with_labels_that_s
     assert on_card(ax)
 
 
-def test_needle_maps_write_each_share_into_its_place():
+def test_score_maps_with_names_write_each_number_into_its_place():
     maps = {"all": np.array([[1.0, 0.5]]), "some": np.array([[0.25, 0.0]])}
-    one, two = plots.needle_maps(maps, lengths=(8,), depths=(0, 100))
+    one, two = plots.score_maps(maps, "facts", "depth", (8,), (0, 100))
     assert texts(one) == ["1.00", ".50"]
     assert texts(two) == [".25", ".00"]
     assert [t.get_position() for t in two.texts] == [(0, 0), (1, 0)]
@@ -521,8 +502,8 @@ def test_token_links_join_a_student_token_to_what_it_is_made_of():
     assert texts(one) == ["a", "b", "c", "x", "y"]
 
 
-def test_similarity_maps_write_each_number_and_share_their_colors():
-    one, two = plots.similarity_maps(
+def test_score_maps_write_each_number_and_share_their_colors():
+    one, two = plots.score_maps(
         {"keys": torch.tensor([[1.0, 0.25]]), "values": torch.tensor([[0.5, -0.1]])},
         "student",
         "teacher",

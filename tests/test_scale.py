@@ -136,7 +136,7 @@ def layers_size(layers):
 
 
 def test_an_unknown_chapter_is_refused():
-    with pytest.raises(ValueError, match=r"no chapter '99'; expected one of 00_start_here"):
+    with pytest.raises(ValueError, match=r"No chapter '99'; expected one of 00_start_here"):
         preset("tiny").memory("99")
 
 
@@ -164,9 +164,7 @@ def test_an_unknown_name_is_refused_with_the_choices(monkeypatch):
 @pytest.mark.parametrize("name", ["t4", "full"])
 def test_a_scale_that_needs_a_gpu_says_so(monkeypatch, no_gpu, name):
     monkeypatch.setenv("KVLAB_SCALE", name)
-    with pytest.raises(
-        ValueError, match=f"'{name}', which needs a GPU; found none. Use KVLAB_SCALE=tiny"
-    ):
+    with pytest.raises(ValueError, match=f"'{name}', which needs a GPU. Use KVLAB_SCALE=tiny"):
         Scale.current()
 
 

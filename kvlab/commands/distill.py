@@ -2,9 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,17 +11,12 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
+from kvlab import distill as chapter
 from kvlab.commands import shared as common
 from kvlab.compress import AWARE, METHODS, count_kept
-from kvlab.distill import (
-    DistillDataset,
-    KVDistiller,
-    compression_figures,
-    compression_scores,
-    train_distiller,
-)
+from kvlab.distill import KVDistiller
 from kvlab.evaluate import run_info
-from kvlab.lab import corpora
+from kvlab.lab.corpora import Readings
 from kvlab.speculate import generate
 
 LONG = ("self_instruct", "p3", "long_alpaca")  # data whose answers are texts, not spans
@@ -36,7 +29,7 @@ def distill(
     output_dir: Path = Path("distiller"),
     width: int = 1024,
     row: int = 1536,
-    retention: tuple[float, float] = (0.001, 0.8),
+    retention: list[float] | None = None,
     forward_share: float = 0.6,
     instruction: float = 0.0,
     questions: int = 8,
@@ -67,7 +60,7 @@ def distill(
         width: Width of the scorer's hidden layer.
         row: Longer contexts are read in chunks of this many tokens, which do not attend to each
             other.
-        retention: Bounds of the fraction to keep, drawn for each batch, e.g. --retention 0.001 0.8
+        retention: Bounds of the fraction to keep, drawn for each batch. Default: 0.001 0.8.
         forward_share: Weight of KL(p||q) in the loss; KL(q||p) has the rest.
         instruction: Weight of the questions' tokens in the loss; answers have 1.
         questions: Most questions about one context in one example, and in the comparison.
@@ -87,70 +80,51 @@ def distill(
     scale = common.scale_with_target(base_model)
     counts = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate}
     common.require_counts(contexts=contexts, questions=questions, **counts)
-    _require_fractions(forward_share, retention)
-    if data == "lab":
-        heldout_records = common.lab_passages(contexts, questions, seed, source)
-        readings = corpora.Readings(steps * batch_size * accumulate, questions=questions, seed=seed)
-        texts, digests = vars(readings), []
-    else:
-        records = common.load_records(data, source, split)
-        readings, heldout_records = _split_records(records, heldout, questions, seed)
-        texts = [common.short_digest(str(reading)) for reading in readings]
-        digests = [common.short_digest(rows[0].context) for rows in heldout_records]
-    if len(readings) < batch_size:
-        raise ValueError(
-            f"{len(readings)} examples are fewer than a batch of {batch_size}: give a source that "
-            "has more, or a smaller batch_size."
-        )
-    main = PartialState(cpu=scale.device == "cpu").is_main_process  # gives each process its own GPU
-    model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
-    torch.manual_seed(seed)
-    distiller = KVDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
-    if main:
-        print(f"Training: {len(readings)} examples. Held out: {_count(heldout_records)}.")
-    training = counts | {"retention": list(retention), "forward_share": forward_share}
-    training |= {"learning_rate": learning_rate, "precision": precision, "seed": seed}
-    run = output_dir / common.run_name(
-        model, asdict(distiller.settings), training, instruction, texts
-    )
-    training["checkpoint"] = run / "checkpoint.safetensors"
-    history = train_distiller(
-        distiller, DistillDataset(tokenizer, readings, instruction), **training
-    )
-    if main:
-        distiller.save_pretrained(output_dir)
-        arms = {"methods": ["distill"], "retention": [0.5, 0.25, 0.1], "distiller": distiller}
-        arms |= {"long_answers": data in LONG, "seed": seed}
-        result = {
-            "settings": common.command_settings(
-                base_model=scale.target, **asdict(distiller.settings)
-            ),
-            "heldout": digests,
-            "figures": _compare(model, tokenizer, heldout_records[:contexts], **arms),
-            **run_info(),
-            "history": history,
-        }
-        print(common.write_json(output_dir / "training.json", result))
-
-
-def _require_fractions(forward_share: float, retention: Sequence[float]) -> None:
+    retention = retention or [0.001, 0.8]
     if not 0 <= forward_share <= 1:
         raise ValueError(f"forward_share is {forward_share}, expected a fraction in [0, 1].")
     if len(retention) != 2 or not 0 < retention[0] <= retention[1] <= 1:
-        raise ValueError(
-            f"retention is {' '.join(map(str, retention))}, expected two fractions in (0, 1], the "
-            "lower first, such as 0.001 0.8."
-        )
+        raise ValueError(f"retention is {retention}, expected two fractions in (0, 1], in order.")
+    if data == "lab":
+        test_records = common.lab_passages(contexts, questions, seed, source)
+        readings = Readings(steps * batch_size * accumulate, questions=questions, seed=seed)
+    else:
+        records = common.load_records(data, source, split)
+        readings, test_records = _split_records(records, heldout, questions, seed)
+    if len(readings) < batch_size:
+        raise ValueError(f"{len(readings)} examples are fewer than a batch of {batch_size}.")
+    state = PartialState(cpu=scale.device == "cpu")  # gives each process its own GPU
+    model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
+    torch.manual_seed(seed)
+    distiller = KVDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
+    training = counts | {"retention": retention, "forward_share": forward_share}
+    training |= {"learning_rate": learning_rate, "precision": precision, "seed": seed}
+    settings = asdict(distiller.settings)
+    run = output_dir / common.run_name(model, settings, training, instruction, repr(readings))
+    training["checkpoint"] = run / "checkpoint.safetensors"
+    state.print(f"Training: {len(readings)} examples. Held out: {_count(test_records)}.")
+    examples = chapter.DistillDataset(tokenizer, readings, instruction)
+    history = chapter.train_distiller(distiller, examples, **training)
+    if state.is_main_process:
+        settings |= {"base_model": scale.target, "retention": retention}
+        distiller.save_pretrained(output_dir)
+        options = {"distiller": distiller, "long_answers": data in LONG, "seed": seed}
+        arms = ["distill"], [0.5, 0.25, 0.1]
+        figures = _compare(model, tokenizer, test_records[:contexts], *arms, **options)
+        result = {"settings": common.command_settings(**settings)}
+        result["heldout"] = [common.short_digest(rows[0].context) for rows in test_records]
+        result |= {"figures": figures, **run_info(), "history": history}
+        print(common.write_json(output_dir / "training.json", result))
 
 
-def _split_records(
-    records: dict[str, list], heldout: float, questions: int, seed: int
-) -> tuple[list[tuple[str, list[tuple[str, str]]]], common.Contexts]:
+def _split_records(records: dict[str, list], heldout: float, questions: int, seed: int) -> tuple:
     """Contexts with questions and answers to train on, and the records of held-out contexts."""
     heldout_contexts = common.sample_heldout([*records], heldout, seed)
     readings = []
-    for context in [c for c in records if c not in set(heldout_contexts)]:
-        turns = [(record.question, record.answer) for record in records[context]]
+    for context, rows in records.items():
+        if context in heldout_contexts:
+            continue
+        turns = [(record.question, record.answer) for record in rows]
         for start in range(0, len(turns), questions):
             readings.append((context, turns[start : start + questions]))
     return readings, [records[context][:questions] for context in heldout_contexts]
@@ -204,74 +178,57 @@ def eval_compression(
         base_model: The model that answers. Default: the scale's target.
     """
     scale = common.scale_with_target(base_model)
-    methods = _method_names(methods, distiller)
-    retention = retention or [1.0, 0.5, 0.25, 0.1, 0.05, 0.02]
+    choices = [*METHODS, *AWARE] if distiller is None else ["distill", *METHODS, *AWARE]
+    methods = list(dict.fromkeys(methods or choices))  # each once
+    for name in methods:
+        if name not in choices:
+            expected = f"expected some of {', '.join(choices)} (distill needs a distiller)"
+            raise ValueError(f"There is no method {name}: {expected}.")
     common.require_counts(contexts=contexts, questions=questions, max_new_tokens=max_new_tokens)
+    retention = retention or [1.0, 0.5, 0.25, 0.1, 0.05, 0.02]
     for fraction in retention:
         count_kept(1, fraction)
     if data == "lab":
         records = common.lab_passages(contexts, questions, seed, source)
     else:
-        records = _test_records(data, source, split, distiller, contexts, seed)
-        records = [rows[:questions] for rows in records]
+        records = _test_records(common.load_records(data, source, split), distiller)
+        if not records:
+            raise ValueError(f"There is no record in {source}: give a source that has some.")
+        sample = random.Random(seed).sample([*records], min(contexts, len(records)))
+        records = [records[context][:questions] for context in sample]
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
     print(f"Comparing answers on: {_count(records)}.")
-    settings = common.command_settings(
-        base_model=scale.target, methods=methods, retention=retention
-    )
+    resolved = {"base_model": scale.target, "methods": methods, "retention": retention}
+    settings = common.command_settings(**resolved)
     if distiller is not None:
         distiller = KVDistiller.from_pretrained(distiller, model)
-    arms = {"methods": methods, "retention": retention, "distiller": distiller, "shared": shared}
-    arms |= {"long_answers": data in LONG, "seed": seed, "max_new_tokens": max_new_tokens}
-    figures = _compare(model, tokenizer, records, **arms)
+    options = {"distiller": distiller, "shared": shared, "long_answers": data in LONG, "seed": seed}
+    options["max_new_tokens"] = max_new_tokens
+    figures = _compare(model, tokenizer, records, methods, retention, **options)
     if save_results:
-        name = f"eval_compression_{datetime.now():%Y%m%d_%H%M%S}.json"
         result = {"settings": settings, "figures": figures, **run_info()}
-        print(common.write_json(output_dir / name, result))
+        print(common.write_json(common.timed_name(output_dir, "eval_compression"), result))
 
 
-def _method_names(methods: Sequence[str] | None, distiller: Path | None) -> list[str]:
-    choices = [*METHODS, *AWARE] if distiller is None else ["distill", *METHODS, *AWARE]
-    for name in methods or ():
-        if name not in choices:
-            hint = "; distill needs a distiller, which `kvlab distill` makes" * (name == "distill")
-            raise ValueError(
-                f"There is no method {name}: expected some of {', '.join(choices)}{hint}."
-            )
-    return choices if methods is None else list(dict.fromkeys(methods))
+def _test_records(records: dict[str, list], distiller: Path | None) -> dict[str, list]:
+    """The records held out of the distiller's training, or all if it saw none of them."""
+    training = distiller and distiller / "training.json"
+    if not training or not training.is_file():
+        return records
+    digests = json.loads(training.read_text("utf-8"))["heldout"]
+    heldout = {c: rows for c, rows in records.items() if common.short_digest(c) in digests}
+    return heldout or records
 
 
-def _test_records(
-    data: str, source: str | None, split: str, distiller: Path | None, contexts: int, seed: int
-) -> common.Contexts:
-    """Records of some contexts; of those held out of the distiller's training, if there are any."""
-    records = common.load_records(data, source, split)
-    if not records:
-        raise ValueError(f"There is no record in {source}: give a source that has some.")
-    training = (distiller or Path()) / "training.json"
-    if distiller and training.is_file():
-        heldout = json.loads(training.read_text("utf-8"))["heldout"]
-        heldout_records = {
-            c: rows for c, rows in records.items() if common.short_digest(c) in heldout
-        }
-        records = heldout_records or records
-    sample = random.Random(seed).sample([*records], min(contexts, len(records)))
-    return [records[context] for context in sample]
-
-
-def _compare(
-    model, tokenizer, records: common.Contexts, seed: int, max_new_tokens: int = 64, **options
-) -> list[dict]:
+def _compare(model, tokenizer, records, methods, retention, seed, max_new_tokens=64, **options):
     """Print a table of methods that do not know the question and one of those that do."""
     torch.manual_seed(seed)
-    answer = partial(generate, model, max_new_tokens=max_new_tokens)
-    scores = compression_scores(model, tokenizer, records, generate=answer, **options)
-    figures = compression_figures(scores)
-    rows = {}
-    for f in figures:
-        cell = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**f)
-        rows.setdefault((f["method"], f["retention"]), {})[f["score"]] = cell
-    table = pd.DataFrame(rows).T.rename_axis(["method", "retention"])
+    options["generate"] = partial(generate, model, max_new_tokens=max_new_tokens)
+    scores = chapter.compression_scores(model, tokenizer, records, methods, retention, **options)
+    figures = chapter.compression_figures(scores)
+    table = pd.DataFrame(figures)
+    table["cell"] = table.apply("{value:.3f} [{low:.3f}, {high:.3f}]".format_map, axis=1)
+    table = table.set_index(["method", "retention", "score"])["cell"].unstack(sort=False)
     method = table.index.get_level_values("method")
     tables = {
         "Compressed without the question": table[~method.isin(AWARE)],

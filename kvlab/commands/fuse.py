@@ -66,17 +66,21 @@ def train_fuser_command(
         **options: Of `kvlab.fuse.FuserArm`.
     """
     arm = FuserArm(use_sharer=True, decode=not no_decode_fusion, **options)
-    _require_possible(arm, output_dir, max_new_tokens)
-    shared.require_counts(heldout=heldout, gamma=gamma, prompts=prompts or 1)
+    shared.require_counts(heldout=heldout, gamma=gamma, prompts=prompts or 1, steps=arm.steps)
+    shared.require_counts(batch_size=arm.batch_size, accumulate=arm.accumulate)
+    if max_new_tokens < 2:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 2 or more.")
+    if arm.learning_rate < 0:
+        raise ValueError(f"learning_rate is {arm.learning_rate}, expected 0 or more.")
+    if output_dir.is_file():
+        raise ValueError(f"{output_dir} is a file: give a folder as output_dir.")
     scale = Scale.current()
     scale = replace(scale, draft=base_model or scale.draft, target=teacher_model or scale.target)
     tokenizer = shared.load_shared_tokenizer(scale)
     texts, heldout_texts = _requests(data, source, split, prompts, heldout, arm.seed)
     if len(texts) < arm.batch_size:
-        raise ValueError(
-            f"{len(texts)} prompts are less than a batch of {arm.batch_size}: give more, or a "
-            "smaller batch_size."
-        )
+        batch = f"a batch of {arm.batch_size}: give more, or a smaller batch_size"
+        raise ValueError(f"{len(texts)} prompts are less than {batch}.")
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process  # gives each process its GPU
     draft, target = scale.load("draft"), scale.load("target")
     training_ids = [encode(tokenizer, text) for text in texts]
@@ -91,16 +95,14 @@ def train_fuser_command(
     if not is_main:
         return
     fuser.save_pretrained(output_dir)
-    heldout_ids = [encode(tokenizer, text) for text in heldout_texts]
+    tests = [encode(tokenizer, text) for text in heldout_texts]
     proposers = fusion_proposers(draft, target, fuser, arm.control)
-    scores = measure_fusion(target, heldout_ids, proposers, gamma, max_new_tokens)
+    scores = measure_fusion(target, tests, proposers, gamma=gamma, max_new_tokens=max_new_tokens)
+    conditions = f"{heldout} held-out prompts, greedy, gamma {gamma}"
     figures = []
     for name, rows in scores.dropna(subset="acceptance").groupby("arm", sort=False):
-        conditions = f"{heldout} held-out prompts, greedy, gamma {gamma}"
         figures.append(figure(f"acceptance_{name}", rows["acceptance"], "fraction", conditions))
-    print(
-        shared.figures_table(figures) if figures else "Nothing was guessed: answers are one token."
-    )
+    print(shared.figures_table(figures) if figures else "Nothing was guessed.")
     result = {
         "settings": shared.command_settings(base_model=scale.draft, teacher_model=scale.target),
         "gates": fuser.gate_logits().tolist(),
@@ -109,19 +111,6 @@ def train_fuser_command(
         "history": history,
     }
     print(shared.write_json(output_dir / "training.json", result | run_info()))
-
-
-def _require_possible(arm: FuserArm, output_dir: Path, max_new_tokens: int) -> None:
-    counts = {"steps": arm.steps, "batch_size": arm.batch_size, "accumulate": arm.accumulate}
-    shared.require_counts(**counts)
-    if max_new_tokens < 2:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens}, expected at least 2: the first is free."
-        )
-    if arm.learning_rate < 0:
-        raise ValueError(f"learning_rate is {arm.learning_rate}, expected 0 or more.")
-    if output_dir.is_file():
-        raise ValueError(f"{output_dir} is a file: give the name of a folder as output_dir.")
 
 
 def _requests(
@@ -135,10 +124,8 @@ def _requests(
     records = shared.load_records(data, source, split)
     contexts = random.Random(0).sample([*records], len(records))
     if len(contexts) <= heldout:
-        raise ValueError(
-            f"There are {len(records)} contexts, {heldout} to hold out: give a source that has "
-            "more, or a smaller heldout."
-        )
+        hint = "give a source that has more, or a smaller heldout"
+        raise ValueError(f"There are {len(records)} contexts, {heldout} to hold out: {hint}.")
     heldout_texts = [messages(records[context][0])[:1] for context in contexts[:heldout]]
     texts = []
     for context in contexts[heldout:]:
@@ -149,33 +136,31 @@ def _requests(
 
 def fusion_proposers(
     draft: PreTrainedModel, target: PreTrainedModel, fuser: Fuser, control: str = "none"
-) -> dict[str, Callable[[], ModelProposer]]:
+) -> dict[str, Callable]:
     """The draft alone, and with its cache fused: in the prompt, in accepted tokens, or in both."""
     fuse = (lambda own, _: fuser(own, own)) if control == "self" else fuser
     fused = partial(FusedProposer, draft, target, fuse)
-    return {
-        "none": partial(ModelProposer, draft),
-        "prefill": partial(fused, decode=False),
-        "decode": partial(fused, prefill=False),
-        "both": fused,
-    }
+    ways = {"prefill": partial(fused, decode=False), "decode": partial(fused, prefill=False)}
+    return {"none": partial(ModelProposer, draft), **ways, "both": fused}
 
 
 def measure_fusion(
-    target: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    proposers: Mapping[str, Callable[[], ModelProposer | None]],
-    gamma: int,
-    max_new_tokens: int,
+    target: PreTrainedModel, prompts: Sequence, proposers: Mapping[str, Callable], **options
 ) -> pd.DataFrame:
-    """Decode each prompt with each proposer in turn: one row each, with summary and tokens."""
+    """Decode each prompt with each proposer in turn: one row each, with summary and tokens.
+
+    Args:
+        target: The model that verifies.
+        prompts: Token ids.
+        proposers: Functions that make a proposer, or None, by the name of the arm.
+        **options: Of `kvlab.speculate.generate`.
+    """
     rows = []
     for number, ids in enumerate(tqdm(prompts, desc="prompts")):
         for arm, make_proposer in proposers.items():
             started = time.perf_counter()
-            proposer = make_proposer()
-            output = generate(target, [ids], proposer, gamma=gamma, max_new_tokens=max_new_tokens)
+            output = generate(target, [ids], make_proposer(), **options)
             row = {"prompt": number, "arm": arm, "end_to_end": time.perf_counter() - started}
-            tokens = output.tokens[0].tolist()
-            rows.append(asdict(summarize(output.rounds)) | row | {"tokens": tokens})
+            row["tokens"] = output.tokens[0].tolist()
+            rows.append(asdict(summarize(output.rounds)) | row)
     return pd.DataFrame(rows)

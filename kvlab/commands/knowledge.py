@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,7 +27,7 @@ def build_cache(
     generate_answers: bool = False,
     max_new_tokens: int = 128,
     keep: list[str] | None = None,
-    dtype: str | None = None,
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None,
     base_model: str | None = None,
     language: str = "en",
     batch_size: int = 8,
@@ -45,20 +44,18 @@ def build_cache(
         max_new_tokens: Of a generated answer.
         keep: kv (keys and values), hidden (last hidden states), or both, e.g. --keep kv hidden.
             Default: kv.
-        dtype: Of the stored tensors, e.g. float16. Default: that of the model.
+        dtype: Of the stored tensors. Default: that of the model.
         base_model: The model: a lab model, a hub name or a folder. Default: the scale's target.
         language: Of the lab's FAQ, en or zh.
         batch_size: Of prefill and of generation.
     """
-    torch_dtype = getattr(torch, dtype, None) if dtype else None
-    if dtype and not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"dtype is {dtype!r}, expected the name of one, such as float16.")
     items = read_faq(records) if records else lab.faq(language)
     scale = scale_with_target(base_model)
     # Before loading: it gives each process its own GPU.
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process
     models = scale.load("target"), scale.load_tokenizer("target"), scale.load_embedder()
-    cache = KnowledgeCache.build(store, [], *models, keep=keep or ("kv",), dtype=torch_dtype)
+    settings = {"keep": keep or ("kv",), "dtype": getattr(torch, dtype) if dtype else None}
+    cache = KnowledgeCache.build(store, [], *models, **settings)
     size = cache.estimate(items, generate_answers, max_new_tokens) / 1e6
     if is_main:
         bound = "at most " if generate_answers else ""
@@ -70,17 +67,12 @@ def build_cache(
         print(cache.summary().round(2).to_string())
     if is_main and per_domain:
         print()
-        _export_domains(cache)
-
-
-def _export_domains(store: KnowledgeCache) -> None:
-    """Make or update a store for each domain, beside the store of all."""
-    folder = store.folder.resolve()
-    for domain in store.domains:
-        # Any text becomes a folder name of its own.
-        name = re.sub(r"[^\w -]", lambda match: f"%{ord(match[0]):02X}", domain)
-        copy = store.export(folder.with_name(f"{folder.name}-{name}"), domain)
-        print(f"{copy.folder.name}: {len(copy)} items")
+        folder = cache.folder.resolve()
+        for domain in cache.domains:
+            # Any text becomes a folder name of its own.
+            name = re.sub(r"[^\w -]", lambda match: f"%{ord(match[0]):02X}", domain)
+            copy = cache.export(folder.with_name(f"{folder.name}-{name}"), domain)
+            print(f"{copy.folder.name}: {len(copy)} items")
 
 
 def ask(
@@ -122,8 +114,7 @@ def ask(
         hits = cache.retrieve(question, k, threshold, domain, exact)
         print(question)
         for item, score in hits:
-            domain_name = item.domain or "none"
-            print(f"    found: {item.question} (domain {domain_name}, score {score:.2f})")
+            print(f"    found: {item.question} (domain {item.domain or 'none'}, score {score:.2f})")
         if not hits:
             print(f"    not in the store: {miss}")
         table = _compare_ways(cache, question, [hit.item for hit in hits], arm, max_new_tokens)
@@ -133,26 +124,22 @@ def ask(
         print()
 
 
-def _compare_ways(
-    store: KnowledgeCache, question: str, items: Sequence[Item], arm: str, max_new_tokens: int
-) -> pd.DataFrame:
-    """One row per way to answer; without items only the first."""
+def _compare_ways(store: KnowledgeCache, question: str, items, arm: str, max_new_tokens: int):
+    """A table with a row per way to answer; without items only the first."""
     alone = encode(store.tokenizer, [{"role": "user", "content": question}])
-    # Of each way: its prefix, the ids that follow it, tokens prefilled for it, tokens loaded.
+    # Of each way: what makes its prefix, the ids that follow, tokens prefilled, tokens loaded.
     ways = {"question alone": (lambda: None, alone, 0, 0)}
     if items:
-        later, sizes = store.prompt(question), [len(item.input_ids) for item in items]
-        last = items[0].input_ids[items[0].answer_start - 1 : items[0].answer_start]
-        as_text, from_store = (
-            partial(store.splice, items, "full"),
-            partial(store.splice, items, arm),
-        )
+        later = store.prompt(question)
+        sizes = [len(item.input_ids) for item in items]
+        used = CACHES_USED.get(arm, len(items))
+        prefilled = sum(sizes[1:]) if arm == "recompute" else sum(sizes[used:])
+        ways["knowledge as text"] = (partial(store.splice, items, "full"), later, sum(sizes), 0)
+        splice = partial(store.splice, items, arm)
+        ways["knowledge from the store"] = (splice, later, prefilled, sum(sizes[:used]))
+        last = items[0].input_ids[items[0].answer_start - 1]
         stored_question = partial(_stored_question, store, items[0])
-        exact_count = 1 if arm == "recompute" else CACHES_USED.get(arm, len(items))
-        prefilled, loaded = sum(sizes[exact_count:]), sum(sizes[: CACHES_USED.get(arm)])
-        ways["knowledge as text"] = (as_text, later, sum(sizes), 0)
-        ways["knowledge from the store"] = (from_store, later, prefilled, loaded)
-        ways["the stored question itself"] = (stored_question, last, 0, sizes[0])
+        ways["the stored question itself"] = (stored_question, [last], 0, sizes[0])
     rows = {}
     for way, (begin, ids, prefilled, loaded) in ways.items():
         seconds = []

@@ -104,11 +104,11 @@ def faq_document(rng: random.Random, reworded: float = 0.0) -> list[dict[str, st
 
 def sample_document(rng: random.Random) -> list[dict[str, str]]:
     """A training document, in equal parts reading and arithmetic (for tokenizer training)."""
-    if rng.random() < 0.5:
-        n_facts = rng.randint(2, 16)
-        kinds = rng.choices(list(worlds.QUESTIONS), weights=Mix.kinds, k=4)
-        return worlds.reading_document(rng, n_facts, kinds)
-    return _problem(rng, 1, 5)
+    if rng.random() >= 0.5:
+        return _problem(rng, 1, 5)
+    n_facts = rng.randint(2, 16)
+    kinds = rng.choices(list(worlds.QUESTIONS), weights=Mix.kinds, k=4)
+    return worlds.reading_document(rng, n_facts, kinds)
 
 
 def _problem(rng: random.Random, fewest: int, most: int) -> list[dict[str, str]]:
@@ -244,12 +244,7 @@ class Wordings(IndexedItems):
 
 
 def blanked(
-    tokenizer: PreTrainedTokenizerBase,
-    n: int,
-    facts: tuple[int, int] = (8, 16),
-    seed: int = 0,
-    test: bool = False,
-    kind: str = "free",
+    tokenizer: PreTrainedTokenizerBase, n: int, facts=(8, 16), seed=0, test=False, kind="free"
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """`n` prompts of a passage and a question: ids (T,) with blanks, ids (T,), the answer's ids.
 
@@ -267,7 +262,8 @@ def blanked(
         >>> len(blanks) == len(ids), 0 < int((blanks != ids).sum()) < len(ids) / 2
         (True, True)
     """
-    rng, prompts = random.Random(f"blanked:{facts}:{seed}:{test}"), []
+    rng = random.Random(f"blanked:{facts}:{seed}:{test}")
+    prompts = []
     blank = tokenizer(" unknown", add_special_tokens=False).input_ids[0]
     for _ in range(n):
         passage = worlds.make_passage(rng, rng.randint(*facts), test)
@@ -339,12 +335,7 @@ class Rows(IndexedItems):
         return ids
 
     def tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """The ids of `tokenizer.apply_chat_template(messages)`, without its overhead."""
-        text = ""
-        for message in messages:
-            text += f"<|{message['role']}|> {message['content']}"
-            if message["role"] == "assistant":
-                text += "<|end|>"
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         return self.tokenizer.backend_tokenizer.encode(text).ids
 
     def weights(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -4,14 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 MODELS = Path(__file__).parent / "models"
 NAMES = ("lab-target", "lab-draft", "lab-teacher")
@@ -51,10 +46,9 @@ def grow(model: PreTrainedModel, n_layers: int) -> PreTrainedModel:
     old = model.config.num_hidden_layers
     if n_layers % old:
         raise ValueError(f"Cannot grow {old} layers to {n_layers}; expected a multiple of {old}.")
-    config = type(model.config)(
-        **model.config.to_dict() | {"num_hidden_layers": n_layers, "layer_types": None}
-    )
-    grown, copies = type(model)(config).eval(), n_layers // old
+    changes = {"num_hidden_layers": n_layers, "layer_types": None}
+    grown = Qwen3ForCausalLM(Qwen3Config(**model.config.to_dict() | changes)).eval()
+    copies = n_layers // old
     grown.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
     grown.model.norm.load_state_dict(model.model.norm.state_dict())
     for i, layer in enumerate(grown.model.layers):
@@ -65,16 +59,14 @@ def grow(model: PreTrainedModel, n_layers: int) -> PreTrainedModel:
     return grown
 
 
-def load_model(
-    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """A trained lab model, in evaluation mode.
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A trained lab model, or one from the hub or a folder by its name, in evaluation mode.
 
     Example:
         >>> load_model("lab-target").config.num_hidden_layers
         12
     """
-    return AutoModelForCausalLM.from_pretrained(_folder(name), dtype=dtype).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(_folder_of(name), dtype=dtype).eval()
 
 
 def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> torch.nn.Module:
@@ -86,20 +78,18 @@ def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> torch.nn.Module:
     """
     from sentence_transformers import SentenceTransformer  # slow to import
 
-    return SentenceTransformer(str(MODELS / name) if name == EMBEDDER else name, device=device)
+    return SentenceTransformer(str(_folder_of(name)), device=device)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a lab model.
+    """The tokenizer of a model, by the model's name.
 
     Example:
         >>> load_tokenizer("lab-target")("Anna lives in Paris.").input_ids == []
         False
     """
-    return AutoTokenizer.from_pretrained(_folder(name))
+    return AutoTokenizer.from_pretrained(_folder_of(name))
 
 
-def _folder(name: str) -> Path:
-    if name not in NAMES:
-        raise ValueError(f"There is no lab model {name!r}; expected one of {', '.join(NAMES)}.")
-    return MODELS / name
+def _folder_of(name: str) -> str | Path:
+    return MODELS / name if name in (*NAMES, EMBEDDER) else name

@@ -34,9 +34,8 @@ class Stage:
 
 SHORT = Mix(row=192, repetition=0.22, arithmetic=0.25, easy=0.6)
 MIXED = replace(SHORT, repetition=0.18, arithmetic=0.34, faq=0.06, easy=0.5)
-LONG = Mix(
-    row=320, repetition=0.04, arithmetic=0.30, faq=0.10, facts=(4, 40), questions=10, easy=0.2
-)
+LONG = replace(SHORT, row=320, repetition=0.04, arithmetic=0.3, faq=0.1, facts=(4, 40))
+LONG = replace(LONG, questions=10, easy=0.2)
 LOOKUP = replace(LONG, repetition=0.03, arithmetic=0.2, faq=0.08, facts=(8, 40), questions=12)
 LOOKUP = replace(LOOKUP, kinds=(75, 0, 15, 10), easy=0.0)
 FAQ = replace(LOOKUP, repetition=0.02, arithmetic=0.13, faq=0.45, reworded=0.8)
@@ -54,9 +53,7 @@ STAGES = {
 }
 
 
-def train_lab_model(
-    name: str, work: Path = Path("lab-runs"), out: Path = models.MODELS, seed: int = 0
-) -> Path:
+def train_lab_model(name: str, work: Path, out: Path, seed: int = 0) -> Path:
     """Train one lab model from scratch and write it, in float16, with its tokenizer to `out/name`.
 
     Args:
@@ -72,17 +69,10 @@ def train_lab_model(
         if stage.layers != model.config.num_hidden_layers:
             model = models.grow(model, stage.layers)
         rows = Rows(tokenizer, stage.mix, stage.steps * stage.batch, seed=seed + number)
-        fit(
-            model,
-            DataLoader(rows, batch_size=stage.batch),
-            _losses,
-            steps=stage.steps,
-            learning_rate=stage.learning_rate,
-            weight=lambda batch: batch["weights"][:, 1:].sum(),
-            checkpoint=work / f"{name}-{number}.safetensors",
-            every=100,
-            seed=seed,
-        )
+        loader = DataLoader(rows, batch_size=stage.batch)
+        settings = {"steps": stage.steps, "learning_rate": stage.learning_rate, "every": 100}
+        settings["checkpoint"] = work / f"{name}-{number}.safetensors"
+        fit(model, loader, _losses, weight=_answer_weight, seed=seed, **settings)
     model.to(torch.float16).save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
     return out / name
@@ -93,7 +83,11 @@ def _losses(model, batch):
     return {"ce": cross_entropy(logits, batch["input_ids"], batch["weights"])}
 
 
-def train_embedder(out: Path = models.MODELS, seed: int = 0, steps: int = 400) -> Path:
+def _answer_weight(batch):
+    return batch["weights"][:, 1:].sum()
+
+
+def train_embedder(out: Path, steps: int = 400) -> Path:
     """Train the lab's sentence embedder and write it to `out/lab-embedder`; takes seconds.
 
     Each token of the lab's tokenizer has a vector, and a question is the mean of its tokens'
@@ -107,7 +101,7 @@ def train_embedder(out: Path = models.MODELS, seed: int = 0, steps: int = 400) -
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     words = train_tokenizer(*TOKENIZERS["lab-target"]).backend_tokenizer
     words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend(" ")])
     table = StaticEmbedding(words, embedding_weights=0.1 * torch.randn(words.get_vocab_size(), 128))
@@ -116,9 +110,9 @@ def train_embedder(out: Path = models.MODELS, seed: int = 0, steps: int = 400) -
     def collate(rows):
         return {name: table.preprocess([row[name] for row in rows]) for name in rows[0]}
 
-    loader = DataLoader(Wordings(steps, seed), batch_size=len(faq()), collate_fn=collate)
+    loader = DataLoader(Wordings(steps), batch_size=len(faq()), collate_fn=collate)
     schedule = {"warmup": 0, "decay": 1.0, "learning_rate": 0.02, "weight_decay": 0.0}
-    fit(embedder, loader, _ranking_loss, steps=steps, every=steps, seed=seed, **schedule)
+    fit(embedder, loader, _ranking_loss, steps=steps, every=steps, **schedule)
     folder = out / models.EMBEDDER
     embedder.save_pretrained(str(folder), create_model_card=False)
     # Older releases of sentence-transformers know the module under this name too.
@@ -135,6 +129,6 @@ def _ranking_loss(embedder, batch):
     candidates = torch.cat([vectors["wording"], vectors["other"]])
     scores = 10 * vectors["question"] @ candidates.T  # (n, 2 n), the matches on the diagonal
     labels = torch.arange(len(scores))
-    loss = functional.cross_entropy(scores, labels)
-    loss = loss + functional.cross_entropy(scores.T[labels], labels)
-    return {"ranking": loss / 2}
+    forward = functional.cross_entropy(scores, labels)
+    backward = functional.cross_entropy(scores.T[labels], labels)
+    return {"ranking": (forward + backward) / 2}

@@ -126,6 +126,8 @@ def report(
         >>> report("lab-draft", n=1, tasks=["reading"])[0]["name"]
         'draft_reading'
     """
+    if name not in models.NAMES:
+        raise ValueError(f"no lab model {name!r}; expected one of {', '.join(models.NAMES)}")
     model = models.load_model(name)
     tokenizer = models.load_tokenizer(name)
     role, figures = name.removeprefix("lab-"), []
@@ -135,9 +137,7 @@ def report(
         if task == "arithmetic":
             parts = np.split(values, len(PROBLEMS))
             for (steps, style), part in zip(PROBLEMS, parts, strict=True):
-                task_name = f"{role}_arithmetic_{steps}_{style}"
-                conditions = (
-                    f"held-out problems of {steps} steps, {style} style, final answer right"
-                )
-                figures.append(figure(task_name, part, "fraction", conditions))
+                name = f"{role}_arithmetic_{steps}_{style}"
+                text = f"held-out problems of {steps} steps, {style} style, final answer right"
+                figures.append(figure(name, part, "fraction", text))
     return figures

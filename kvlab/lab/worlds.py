@@ -8,14 +8,15 @@ or models. Its words and sentences are in `data/worlds.json`.
 
 import hashlib
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 _DATA = json.loads((Path(__file__).parent / "data" / "worlds.json").read_text("utf-8"))
 NAMES = _DATA["names"]
 THINGS = _DATA["things"]
 FRUITS = _DATA["fruits"]
+Conversation = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Fact:
     attribute: str
     value: str
 
-    def statement(self, rng: random.Random) -> str:
+    def statement(self, rng: Random) -> str:
         return rng.choice(RELATIONS[self.attribute].statements).format(s=self.subject, v=self.value)
 
-    def question(self, rng: random.Random) -> str:
+    def question(self, rng: Random) -> str:
         return rng.choice(RELATIONS[self.attribute].questions).format(s=self.subject)
 
 
@@ -62,11 +63,11 @@ class Passage:
     text: str
 
 
-def make_passage(rng: random.Random, n_facts: int, test: bool = False) -> Passage:
+def make_passage(rng: Random, n_facts: int, test: bool = False) -> Passage:
     """A passage of `n_facts` facts about random people and things, about two per subject.
 
     Example:
-        >>> make_passage(random.Random(0), 2).text.count(".")
+        >>> make_passage(Random(0), 2).text.count(".")
         2
     """
     n_subjects = max(2, round(n_facts / 2.2))
@@ -86,13 +87,13 @@ def make_passage(rng: random.Random, n_facts: int, test: bool = False) -> Passag
     return Passage(tuple(facts), " ".join(f.statement(rng) for f in facts))
 
 
-def ask_free(rng: random.Random, passage: Passage) -> tuple[str, str]:
+def ask_free(rng: Random, passage: Passage) -> tuple[str, str]:
     """A question that one fact answers: (question, answer)."""
     fact = rng.choice(passage.facts)
     return fact.question(rng), fact.value
 
 
-def ask_choice(rng: random.Random, passage: Passage) -> tuple[str, str]:
+def ask_choice(rng: Random, passage: Passage) -> tuple[str, str]:
     """The same with four options; the answer is a letter."""
     fact = rng.choice(passage.facts)
     wrong = [v for v in RELATIONS[fact.attribute].values if v != fact.value]
@@ -104,7 +105,7 @@ def ask_choice(rng: random.Random, passage: Passage) -> tuple[str, str]:
     return question, LETTERS[options.index(fact.value)]
 
 
-def ask_unanswerable(rng: random.Random, passage: Passage) -> tuple[str, str]:
+def ask_unanswerable(rng: Random, passage: Passage) -> tuple[str, str]:
     """A question that the passage leaves open, mostly about its subjects; the answer: "unknown"."""
     stated = {(f.subject, f.attribute) for f in passage.facts}
     subjects = sorted({f.subject for f in passage.facts}) if rng.random() < 0.7 else NAMES + THINGS
@@ -121,7 +122,7 @@ def _attributes(subject: str) -> list[str]:
     return list(PEOPLE if subject in NAMES else OBJECTS)
 
 
-def ask_about(rng: random.Random, passage: Passage) -> tuple[str, str]:
+def ask_about(rng: Random, passage: Passage) -> tuple[str, str]:
     """An open request; order and wording of the answer are free, so samples of a model vary."""
     subject = rng.choice(passage.facts).subject
     facts = [f for f in passage.facts if f.subject == subject]
@@ -139,12 +140,12 @@ QUESTIONS = {
 
 
 def reading_document(
-    rng: random.Random, n_facts: int, kinds: list[str], test: bool = False, parts: int = 1
-) -> list[dict[str, str]]:
+    rng: Random, n_facts: int, kinds: list[str], test: bool = False, parts: int = 1
+) -> Conversation:
     """A passage (in `parts` system messages) and one question of each kind named.
 
     Example:
-        >>> [m["role"] for m in reading_document(random.Random(0), 4, ["free"])]
+        >>> [m["role"] for m in reading_document(Random(0), 4, ["free"])]
         ['system', 'user', 'assistant']
     """
     passage = make_passage(rng, n_facts, test)
@@ -182,11 +183,11 @@ class Problem:
         return values
 
 
-def make_problem(rng: random.Random, n_steps: int, test: bool = False) -> Problem:
+def make_problem(rng: Random, n_steps: int, test: bool = False) -> Problem:
     """A random problem of `n_steps` steps from the training or the test side.
 
     Example:
-        >>> len(make_problem(random.Random(0), 3).steps)
+        >>> len(make_problem(Random(0), 3).steps)
         3
     """
     while True:
@@ -204,19 +205,18 @@ def make_problem(rng: random.Random, n_steps: int, test: bool = False) -> Proble
             return problem
 
 
-def arithmetic_document(
-    rng: random.Random, n_steps: int, style: str, test: bool = False
-) -> list[dict[str, str]]:
+def arithmetic_document(rng: Random, n_steps: int, style: str, test: bool = False) -> Conversation:
     """A word problem and its solution, reasoned in one of two styles and closed by "Answer: n".
 
     Example:
-        >>> arithmetic_document(random.Random(0), 2, "short")[1]["content"].split()[-2]
+        >>> arithmetic_document(Random(0), 2, "short")[1]["content"].split()[-2]
         'Answer:'
     """
-    problem, name, noun = make_problem(rng, n_steps, test), rng.choice(NAMES), rng.choice(FRUITS)
-    story, reasoning = [f"{name} has {problem.start} {noun}."], []
-    if style == "long":
-        reasoning.append(f"{name} starts with {problem.start} {noun}.")
+    problem = make_problem(rng, n_steps, test)
+    name = rng.choice(NAMES)
+    noun = rng.choice(FRUITS)
+    story = [f"{name} has {problem.start} {noun}."]
+    reasoning = [f"{name} starts with {problem.start} {noun}."] if style == "long" else []
     values = problem.values()
     for (operator, n), before, after in zip(problem.steps, values, values[1:], strict=False):
         event, explanation = rng.choice(CHANGES[operator])
@@ -236,7 +236,7 @@ _VALUES = [value for relation in RELATIONS.values() for value in relation.values
 WORDS = tuple(dict.fromkeys(NAMES + THINGS + FRUITS + _VALUES))
 
 
-def repetition_document(rng: random.Random, n_words: int) -> list[dict[str, str]]:
+def repetition_document(rng: Random, n_words: int) -> Conversation:
     """A list of random words, to be repeated."""
     text = " ".join(rng.choices(WORDS, k=n_words))
     return [{"role": "system", "content": text}, {"role": "assistant", "content": text}]

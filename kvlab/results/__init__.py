@@ -6,12 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-FOLDER = Path(__file__).parent
+import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,7 @@ class Results(dict[str, Figure]):
         self.seconds: float = run["seconds"]
 
     def __missing__(self, name: str) -> Figure:
-        stem = name.split("_")[0]
-        near = [other for other in self if stem in other] or list(self)
+        near = [other for other in self if name.split("_")[0] in other] or list(self)
         raise KeyError(f"There is no figure {name!r}; expected one such as {', '.join(near[:8])}.")
 
     def intervals(self, labels: Mapping[str, str]) -> dict[str, tuple[float, float, float]]:
@@ -80,20 +75,15 @@ class Results(dict[str, Figure]):
             >>> results("distill").table(rows).columns.tolist()
             ['25 % (fraction)', '10 % (fraction)']
         """
-        import pandas as pd
-
-        units, cells = {}, {}
+        table = pd.DataFrame(index=list(rows))
+        units = {}
         for label, names in rows.items():
-            cells[label] = {}
             for column, name in names.items():
                 unit = units.setdefault(column, self[name].unit)
                 if self[name].unit != unit:
-                    raise ValueError(
-                        f"Column {column!r} has figures in {unit} and in {self[name].unit}; "
-                        "expected one unit per column."
-                    )
-                cells[label][f"{column} ({unit})"] = format(self[name], spec)
-        return pd.DataFrame.from_dict(cells, orient="index").fillna("")
+                    raise ValueError(f"{column!r} has figures in {unit} and in {self[name].unit}.")
+                table.loc[label, f"{column} ({unit})"] = format(self[name], spec)
+        return table.fillna("")
 
 
 def results(name: str) -> Results:
@@ -109,11 +99,9 @@ def results(name: str) -> Results:
         >>> results("distill")["em_distill_25"].unit
         'fraction'
     """
-    path = FOLDER / f"{name}.json"
+    path = Path(__file__).with_name(f"{name}.json")
     if not path.exists():
-        names = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
-        raise FileNotFoundError(
-            f"There are no results {name!r}; expected one of {names}. To write them, run "
-            f"`python tests/benchmarks/{name}.py --out kvlab/results/{name}.json`."
-        )
+        names = ", ".join(sorted(file.stem for file in path.parent.glob("*.json")))
+        command = f"python tests/benchmarks/{name}.py --out kvlab/results/{name}.json"
+        raise FileNotFoundError(f"No {name!r}; expected one of {names}. Or run `{command}`.")
     return Results(json.loads(path.read_text(encoding="utf-8")))

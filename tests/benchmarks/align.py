@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _benchmark import benchmark
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,7 +32,7 @@ from kvlab.align import (
     solved,
     train_arm,
 )
-from kvlab.evaluate import benchmark, figure
+from kvlab.evaluate import figure
 from kvlab.lab import models
 from kvlab.lab.corpora import Solutions
 from kvlab.layers import layer_map, proportional, save_layer_map

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from _benchmark import benchmark
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -31,7 +32,7 @@ from kvlab.distill import (
     encode_question,
     train_distiller,
 )
-from kvlab.evaluate import benchmark, figure, log_likelihoods
+from kvlab.evaluate import figure, log_likelihoods
 from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
 from kvlab.models import fingerprint

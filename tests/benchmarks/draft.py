@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from _benchmark import benchmark
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import draft, lab
 from kvlab.draft import DraftExample, KnowledgeDraft, KnowledgeDraftConfig
-from kvlab.evaluate import benchmark, figure
+from kvlab.evaluate import figure
 from kvlab.generation import encode
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from _benchmark import benchmark
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from kvlab import lab
 from kvlab.cache import prefill
 from kvlab.commands.fuse import fusion_proposers, measure_fusion
 from kvlab.commands.shared import scale_defaults
-from kvlab.evaluate import benchmark, figure
+from kvlab.evaluate import figure
 from kvlab.fuse import (
     Aligned,
     Fuser,
@@ -39,6 +40,7 @@ from kvlab.lab.corpora import Requests, Solutions, blanked
 from kvlab.speculate import ModelProposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS, PROMPTS = Path("lab-runs/fuse"), 4, 96, 2, 2400
+DECODING = {"gamma": GAMMA, "max_new_tokens": NEW}
 PUBLISHED = {"keys": "rotated", "noise": "gumbel", "gate": 0.0, "dropout": 0.1, "decode": False}
 ARMS = {  # what changes, and with how many seeds; "tuned" also trains the draft
     "fused": ({}, 3),
@@ -110,7 +112,7 @@ def run(name: str, seed: int, quick: bool, folder: Path) -> None:
     losses = [[entry["step"], entry["ce"], entry["seconds"]] for entry in history]
     (place / "history.json").write_text(json.dumps(losses))
     proposers = {"plain": lambda: None} | fusion_proposers(draft, target, fuser, arm.control)
-    scores = measure_fusion(target, requests(quick), proposers, GAMMA, NEW)
+    scores = measure_fusion(target, requests(quick), proposers, **DECODING)
     (place / "scores.json").write_text(scores.to_json(orient="records"))
 
 
@@ -370,10 +372,10 @@ def speed_figures(fuser: Fuser, quick: bool) -> list[dict]:
     draft, target, _ = models()
     proposers = {"plain": lambda: None, **fusion_proposers(draft, target, fuser)}
     prompts = requests(quick)[:40]
-    measure_fusion(target, prompts[:1], proposers, GAMMA, NEW)  # warms up
+    measure_fusion(target, prompts[:1], proposers, **DECODING)  # warms up
     runs = []
     for _ in range(1 if quick else 3):
-        runs.append(measure_fusion(target, prompts, proposers, GAMMA, NEW))
+        runs.append(measure_fusion(target, prompts, proposers, **DECODING))
     runs = pd.concat(runs)
     seconds = runs.groupby(["prompt", "arm"])[["seconds", "end_to_end"]].median().unstack("arm")
     told, figures = f"{TOLD}, {THREADS} threads, in turn, the median of 3; n is prompts", []
@@ -430,7 +432,7 @@ def elsewhere_figures(fuser: Fuser, quick: bool) -> list[dict]:
     texts = [
         encode(tokenizer, long[:1]) for _, long in Solutions(2 if quick else 60, (3, 5), test=True)
     ]
-    scores = measure_fusion(target, texts, fusion_proposers(draft, target, fuser), GAMMA, NEW)
+    scores = measure_fusion(target, texts, fusion_proposers(draft, target, fuser), **DECODING)
     told = (
         "held-out word problems of 3 to 5 steps, which the fuser was not trained on; n is prompts"
     )

@@ -22,20 +22,21 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from _benchmark import benchmark
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
 from kvlab.cache import Prefix, join, nbytes, prefill, select, shift
-from kvlab.evaluate import benchmark, figure
+from kvlab.evaluate import figure
 from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Embedder, Item, KnowledgeCache, splice
 from kvlab.lab import corpora, worlds
 from kvlab.lab.models import make
 from kvlab.lab.report import questions
 from kvlab.models import CacheError, rotary_of
-from kvlab.records import faq
+from kvlab.records import read_faq
 from kvlab.scale import config_of
 
 THREADS, SHARES, TOKENS, BIG = 2, (0, 5, 15, 30, 100), 512, "Qwen/Qwen3-0.6B"
@@ -670,7 +671,7 @@ def large_faq_figures(s: Setup) -> list[dict]:
     """A public FAQ of many kinds of small talk, built, loaded and asked."""
     if not LARGE_FAQ.is_dir():
         return []
-    records, folder = faq(LARGE_FAQ), s.folder / "large_faq"
+    records, folder = read_faq(LARGE_FAQ), s.folder / "large_faq"
     records = records[:40] if s.quick else records
     parts, options = (s.target, s.tokenizer, s.embedder), {"dtype": torch.float16}
     store, built = clocked(KnowledgeCache.build, folder, records, *parts, **options)

@@ -3,9 +3,10 @@
 import time
 
 import torch
+from _benchmark import benchmark
 
 from kvlab import lab
-from kvlab.evaluate import benchmark, figure
+from kvlab.evaluate import figure
 from kvlab.lab.models import MODELS
 from kvlab.lab.report import questions, report
 

@@ -12,12 +12,13 @@ from unittest import mock
 
 import numpy as np
 import torch
+from _benchmark import benchmark
 from tqdm.auto import tqdm
 from transformers import CompileConfig, PreTrainedModel
 
 from kvlab import lab, speculate
 from kvlab.cache import clone, prefill
-from kvlab.evaluate import benchmark, chi_square, figure
+from kvlab.evaluate import chi_square, figure
 from kvlab.lab.models import make
 from kvlab.lab.report import heldout, problems
 from kvlab.speculate import (

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from _benchmark import benchmark
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kvlab import lab
 from kvlab.cache import Prefix, load, nbytes, prefill, save, select
 from kvlab.distill import KVDistiller
-from kvlab.evaluate import benchmark, figure
+from kvlab.evaluate import figure
 from kvlab.fuse import Fuser, Settings, Size
 from kvlab.generation import encode_parts
 from kvlab.lab.corpora import Requests
