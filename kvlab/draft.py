@@ -13,8 +13,7 @@ Three ways to read:
   parameters).
 
 A draft reads only the item's answer. Its entries get the positions of the answer in the draft's own
-text, so that the draft finds the next token by position as well as by content. `aligned=False`
-leaves positions out ("prefix": the whole item comes before the text, as if the draft had read it).
+text, so that the draft finds the next token by position as well as by content.
 
 >>> from kvlab import lab
 >>> target = lab.load("lab-target")
@@ -27,43 +26,43 @@ leaves positions out ("prefix": the whole item comes before the text, as if the 
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import rotate_half
 
 from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
 from kvlab.files import write_tensors
 from kvlab.generation import continuations
-from kvlab.losses import acceptance, distillation_losses
+from kvlab.losses import NAMES, acceptance, distillation_losses
 from kvlab.models import fingerprint, require_supported, rotary_of
 from kvlab.training import fit
 
 KINDS = ("vector", "kv", "prefix")
 ANSWERS_PER_FILE = 256
-GATE_SCALE = (
-    16.0  # AdamW moves a parameter by about the learning rate per step: too little to open a gate
-)
+BATCH_SIZE = 32  # of everything except training
+GATE_SCALE = 16.0  # AdamW moves a parameter by about its rate per step: too little to open a gate
+Layers = str | Sequence[int]
 
 
-def sample_layers(layers: str | Sequence[int], depth: int) -> list[int]:
+def sample_layers(layers: Layers, depth: int) -> list[int]:
     """Indices of the layers to copy from a model with `depth` layers.
 
     Args:
@@ -109,34 +108,24 @@ class KnowledgeDraftConfig(PreTrainedConfig):
         layers: indices of the target's layers that were copied.
         knowledge: None, "vector", "kv" or "prefix".
         transitions: whether a residual MLP replaces the layers left out between two copied ones.
-        aligned: whether knowledge gets the positions of the answer; False: no positions.
     """
 
     model_type = "knowledge_draft"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+    layers = ()
+    knowledge = None
+    transitions = False
 
-    def __init__(
-        self,
-        text_config=None,
-        layers=(),
-        knowledge=None,
-        transitions=False,
-        aligned=True,
-        **options,
-    ):
+    def __init__(self, text_config=None, **options):
+        if not options.get("aligned", True):  # an option of earlier versions
+            raise ValueError("aligned is False, expected True: train a new draft.")
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
-        self.layers = list(layers)
-        self.knowledge = knowledge
-        self.transitions = transitions
-        self.aligned = aligned
-        super().__init__(**options)
+        super().__init__(**options)  # sets the others
 
     @classmethod
-    def of(
-        cls, target: PreTrainedConfig, layers: str | Sequence[int] = "first:3", **options
-    ) -> "KnowledgeDraftConfig":
+    def of(cls, target: PreTrainedConfig, layers: Layers, **options) -> Self:
         """The configuration of a draft of a target with this configuration; options as for `cut`.
 
         Example:
@@ -153,7 +142,7 @@ class KnowledgeDraftConfig(PreTrainedConfig):
         text_config.num_hidden_layers = len(indices)
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = [text_config.layer_types[index] for index in indices]
-        return cls(text_config, indices, **options)
+        return cls(text_config, layers=indices, **options)
 
 
 class Reader(nn.Module):
@@ -183,13 +172,10 @@ class Reader(nn.Module):
         keys = self.key_norm(self._heads(self.key(states)))
         return torch.stack((keys, self._heads(self.value(states)))).transpose(2, 3)
 
-    def forward(self, hidden, keys, values, mask, rotary) -> Tensor:
+    def forward(self, hidden: Tensor, entries: Tensor, mask: Tensor, rotary) -> Tensor:
         query = self.query_norm(self._heads(self.query(self.norm(hidden))))
-        query = query.transpose(1, 2)  # (B, H, T, D)
-        if rotary:
-            query = _rotate(query, *rotary)
-        keys = keys.to(query.dtype)  # under autocast
-        values = values.to(query.dtype)
+        query = _rotate(query.transpose(1, 2), *rotary)  # (B, H, T, D)
+        keys, values = entries.to(query.dtype)  # under autocast
         mask = mask[:, None, None]
         read = scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
         return GATE_SCALE * self.gate * self.output(read.transpose(1, 2).flatten(2))
@@ -233,22 +219,19 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
     def __init__(self, config: KnowledgeDraftConfig):
         super().__init__(config)
         self.plain = AutoModelForCausalLM.from_config(config.text_config)
-        self.transitions = nn.ModuleList()
-        if config.transitions:
-            self.transitions.extend(Transition(config.text_config) for _ in config.layers[1:])
+        gaps = config.layers[1:] if config.transitions else ()
+        self.transitions = nn.ModuleList(Transition(config.text_config) for _ in gaps)
         self.readers = self._copied_attention()
         self._knowledge = None  # keys and values (n, 2, B, H_kv, S, D), and their mask (B, S)
         self.post_init()
 
     @classmethod
-    def cut(
-        cls, target: PreTrainedModel, layers: str | Sequence[int] = "first:3", **options
-    ) -> "KnowledgeDraft":
+    def cut(cls, target: PreTrainedModel, layers: Layers = "first:3", **options) -> Self:
         """Copy layers, embedding, final norm and head of a target. The target does not change.
 
         Args:
             layers: "first:N", "uniform:N", or indices.
-            options: knowledge, transitions and aligned, see `KnowledgeDraftConfig`.
+            options: knowledge and transitions, see `KnowledgeDraftConfig`.
 
         Raises:
             ValueError: layers or a way to read that do not exist, or a target that is not a
@@ -259,9 +242,10 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         draft.init_weights()
         cast(draft.to(target.device), target.dtype)
         decoder = target.base_model
-        for copied, index in zip(draft._layers, draft.config.layers, strict=True):
+        plain = draft.plain.base_model
+        for copied, index in zip(plain.layers, draft.config.layers, strict=True):
             copied.load_state_dict(decoder.layers[index].state_dict())
-        draft.plain.base_model.norm.load_state_dict(decoder.norm.state_dict())
+        plain.norm.load_state_dict(decoder.norm.state_dict())
         draft.get_input_embeddings().load_state_dict(target.get_input_embeddings().state_dict())
         draft.get_output_embeddings().load_state_dict(target.get_output_embeddings().state_dict())
         draft.readers = draft._copied_attention()
@@ -269,10 +253,9 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         return draft.eval()
 
     def _copied_attention(self) -> nn.ModuleList:
-        if self.config.knowledge not in ("vector", "kv"):
-            return nn.ModuleList()
-        projects = self.config.knowledge == "vector"
-        return nn.ModuleList(Reader(layer, projects) for layer in self._layers)
+        kind = self.config.knowledge
+        layers = self.plain.base_model.layers if kind in ("vector", "kv") else ()
+        return nn.ModuleList(Reader(layer, projects=kind == "vector") for layer in layers)
 
     def _init_weights(self, module: nn.Module) -> None:
         if getattr(module, "starts_at_zero", False):
@@ -286,10 +269,6 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
     def compilable(self) -> bool:
         """Whether `kvlab.speculate.Runner` can compile it: hooks run readers and transitions."""
         return not (len(self.readers) or len(self.transitions))
-
-    @property
-    def _layers(self) -> nn.ModuleList:
-        return self.plain.base_model.layers
 
     def get_output_embeddings(self) -> nn.Module:
         return self.plain.get_output_embeddings()
@@ -305,15 +284,12 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
             return store.hidden_states(item)[0, item.answer_start :]
         if item.kept:
             raise ValueError("Drafts do not read compressed caches: build a store without.")
-        start = 0 if kind == "prefix" and not self.config.aligned else item.answer_start
-        positions = torch.arange(start, len(item.input_ids), device=store.model.device)
+        positions = torch.arange(item.answer_start, len(item.input_ids), device=store.model.device)
         cache = select(store.read(item).cache, positions)
         cache = unrotate(cache, positions, rotary_of(store.model))
         return to_tensor(cache)[self.config.layers][:, :, 0]
 
-    def with_knowledge(
-        self, store, items: Sequence, starts: Sequence[int]
-    ) -> tuple["KnowledgeDraft", list[Prefix | None] | None]:
+    def with_knowledge(self, store, items: Sequence, starts: Sequence[int]) -> tuple:
         """A draft that reads an item in each row, and the prefixes that it needs.
 
         Keys and values are computed here, once. The returned draft shares all weights with this
@@ -324,6 +300,9 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
             store: the `KnowledgeCache` of the items.
             items: the item of each row, or None for a row without knowledge.
             starts: the position of the answer in each row: the number of prompt tokens.
+
+        Returns:
+            The draft, and for "prefix" a `Prefix` (or None) for each row; otherwise None.
 
         Example:
             >>> import tempfile
@@ -344,27 +323,25 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
             return self, None
         with torch.no_grad():
             entries, mask = self._entries(knowledge)
-        if self.config.knowledge == "prefix":
-            return self, [self._prefix(entries[:, :, [row]], mask[row]) for row in range(len(mask))]
-        return self._reading(entries, mask), None
+        if self.config.knowledge != "prefix":
+            return self._reading(entries, mask), None
+        prefixes = []
+        for row, count in enumerate(mask.sum(1).tolist()):
+            cache = from_tensor(entries[:, :, [row], :, :count])
+            prefixes.append(Prefix(cache, next_position=0) if count else None)
+        return self, prefixes
 
-    def for_row(self, row: int) -> "KnowledgeDraft":
+    def for_row(self, row: int) -> Self:
         """A draft that reads the knowledge of one row."""
         if self._knowledge is None:
             return self
         entries, mask = self._knowledge
         return self._reading(entries[:, :, [row]], mask[[row]])
 
-    def _reading(self, entries: Tensor, mask: Tensor) -> "KnowledgeDraft":
+    def _reading(self, entries: Tensor, mask: Tensor) -> Self:
         reader = copy.copy(self)
         reader._knowledge = entries, mask
         return reader
-
-    def _prefix(self, entries: Tensor, mask: Tensor) -> Prefix | None:
-        count = int(mask.sum())
-        if count == 0:
-            return None
-        return Prefix(from_tensor(entries[..., :count, :]), 0 if self.config.aligned else count)
 
     def _entries(self, knowledge: Knowledge) -> tuple[Tensor, Tensor]:
         """Keys and values (n, 2, B, H_kv, S, D), rotated to their positions, and their mask (B, S)."""
@@ -374,12 +351,9 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
             entries = torch.stack([reader.project(states) for reader in self.readers])
         else:
             entries = states.permute(1, 2, 0, 3, 4, 5)
-        if self.config.aligned or self.config.knowledge == "prefix":
-            positions = torch.arange(mask.shape[1], device=self.device)[None]
-            if self.config.aligned:
-                positions = positions + knowledge.start.to(self.device)[:, None]
-            rotary = self.plain.base_model.rotary_emb(entries, positions)
-            entries = torch.stack((_rotate(entries[:, 0], *rotary), entries[:, 1]), 1)
+        positions = (knowledge.start[:, None] + torch.arange(mask.shape[1])).to(self.device)
+        rotary = self.plain.base_model.rotary_emb(entries, positions)
+        entries = torch.stack((_rotate(entries[:, 0], *rotary), entries[:, 1]), 1)
         if self.config.knowledge != "prefix":  # an entry of zeros: a head can attend to nothing
             entries = pad(entries, (0, 0, 1, 0))
             mask = pad(mask, (1, 0), value=True)
@@ -389,71 +363,59 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values=None,
-        knowledge: Knowledge | None = None,
-        logits_to_keep: int | Tensor = 0,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        knowledge=None,
+        logits_to_keep=0,
         **options,
-    ) -> CausalLMOutputWithPast:
+    ):
         """As any causal LM. `knowledge` is for training: it is projected in each call."""
         reading = self._knowledge if knowledge is None else self._entries(knowledge)
         if reading is not None and self.config.knowledge == "prefix":
             entries, mask = reading
-            past_key_values, reading = from_tensor(entries), None
+            reading = None
+            options["past_key_values"] = from_tensor(entries)
             if position_ids is None:
                 position_ids = torch.arange(input_ids.shape[1], device=mask.device)[None]
-            if not self.config.aligned:
-                position_ids = position_ids + mask.sum(1, keepdim=True)
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
             attention_mask = torch.cat((mask.to(attention_mask), attention_mask), 1)
+        options["logits_to_keep"] = logits_to_keep
         with self._hooks(reading):
-            return self.plain(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                logits_to_keep=logits_to_keep,
-                **options,
-            )
+            return self.plain(input_ids, attention_mask, position_ids, **options)
 
-    @contextmanager
-    def _hooks(self, reading: tuple[Tensor, Tensor] | None) -> Iterator[None]:
-        """Run readers and transitions after the layers of the plain model."""
+    def _hooks(self, reading: tuple[Tensor, Tensor] | None) -> ExitStack:
+        """Run readers and transitions after the layers of the plain model, within a `with`."""
 
         def after(i, layer, args, options, hidden):
             if reading is not None:
                 entries, mask = reading
-                rotary = options["position_embeddings"] if self.config.aligned else None
-                hidden = hidden + self.readers[i](hidden, *entries[i], mask, rotary)
+                rotary = options["position_embeddings"]
+                hidden = hidden + self.readers[i](hidden, entries[i], mask, rotary)
             if i < len(self.transitions):
                 hidden = hidden + self.transitions[i](hidden)
             return hidden
 
-        hooks = []
+        hooks = ExitStack()
         if reading is not None or len(self.transitions):
-            for i, layer in enumerate(self._layers):
-                hooks.append(layer.register_forward_hook(partial(after, i), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+            for i, layer in enumerate(self.plain.base_model.layers):
+                hook = layer.register_forward_hook(partial(after, i), with_kwargs=True)
+                hooks.enter_context(hook)
+        return hooks
 
 
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Change the dtype of a model's parameters; `to` would also round the rotary frequencies.
 
     Example:
         >>> from kvlab import lab
-        >>> cast(lab.load("lab-draft"), torch.float16).dtype
+        >>> cast(model := lab.load("lab-draft"), torch.float16)
+        >>> model.dtype
         torch.float16
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return model
 
 
 AutoConfig.register(KnowledgeDraftConfig.model_type, KnowledgeDraftConfig, exist_ok=True)
@@ -502,19 +464,17 @@ class DraftExample(NamedTuple):
     knowledge: Tensor | None = None
 
 
+Examples = Sequence[DraftExample]
+
+
 @torch.no_grad()
 def generate_targets(
-    target: PreTrainedModel,
-    tokenizer,
-    prompts: Sequence[list[int]],
-    folder: str | Path | None = None,
-    max_new_tokens: int = 128,
-    batch_size: int = 32,
+    target: PreTrainedModel, tokenizer, prompts: list[list[int]], folder=None, max_new_tokens=128
 ) -> list[DraftExample]:
     """Generate the target's greedy answers to prompts (token ids), with its last hidden states.
 
     Args:
-        folder: where answers are kept, in files of 256 named by a hash of target, prompts and
+        folder: where answers are kept (a path), in files of 256 named by a hash of target, prompts and
             length. Existing files are read instead. Under a launcher, the processes share the work
             if all can read the folder.
 
@@ -525,8 +485,7 @@ def generate_targets(
         >>> generate_targets(target, tokenizer, [prompt], max_new_tokens=4)[0].hidden_states.shape
         torch.Size([4, 128])
     """
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    load = partial(_load_or_generate, target, tokenizer, folder, **options)
+    load = partial(_load_or_generate, target, tokenizer, folder, max_new_tokens)
     starts = range(0, len(prompts), ANSWERS_PER_FILE)
     parts = [prompts[start : start + ANSWERS_PER_FILE] for start in starts]
     state = PartialState(cpu=target.device.type == "cpu")
@@ -540,47 +499,34 @@ def generate_targets(
     return examples
 
 
-def _load_or_generate(target, tokenizer, folder, prompts, max_new_tokens, batch_size):
+def _load_or_generate(target, tokenizer, folder, max_new_tokens, prompts) -> list[DraftExample]:
     """The answers to one file's prompts."""
-    weights = fingerprint(target)["weights"]
-    run = [weights, [list(prompt) for prompt in prompts], max_new_tokens, tokenizer.eos_token_id]
+    run = [fingerprint(target)["weights"], prompts, max_new_tokens, tokenizer.eos_token_id]
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()[:16]
     path = Path(folder or "") / f"answers-{digest}.safetensors"
     if folder and path.exists():
         tensors = load_file(path)
     else:
-        label = "the target's answers"
-        answers = continuations(target, tokenizer, prompts, max_new_tokens, batch_size, label)
-        texts = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            texts.append(torch.tensor([*prompt, *answer]))
+        answers = continuations(target, tokenizer, prompts, max_new_tokens)
+        texts = [
+            torch.tensor([*row, *answer]) for row, answer in zip(prompts, answers, strict=True)
+        ]
         starts = [len(prompt) for prompt in prompts]
-        tensors = {
-            "input_ids": torch.cat(texts),
-            "lengths": torch.tensor([len(text) for text in texts]),
-            "starts": torch.tensor(starts),
-            "hidden_states": torch.cat(_answer_states(target, texts, starts, batch_size)),
-        }
+        hidden = []
+        for first in range(0, len(texts), BATCH_SIZE):
+            rows = pad_sequence(texts[first : first + BATCH_SIZE], batch_first=True)  # on the right
+            output = target.base_model(input_ids=rows.to(target.device), use_cache=False)
+            for row, states in enumerate(output.last_hidden_state.cpu(), first):
+                hidden.append(states[starts[row] - 1 : len(texts[row]) - 1])
+        tensors = {"input_ids": torch.cat(texts), "hidden_states": torch.cat(hidden)}
+        tensors["lengths"] = torch.tensor([len(text) for text in texts])
+        tensors["starts"] = torch.tensor(starts)
         if folder:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, tensors)
     texts = tensors["input_ids"].split(tensors["lengths"].tolist())
-    starts = tensors["starts"].tolist()
     states = tensors["hidden_states"].split((tensors["lengths"] - tensors["starts"]).tolist())
-    return [DraftExample(*parts) for parts in zip(texts, starts, states, strict=True)]
-
-
-def _answer_states(target, texts, starts, batch_size) -> list[Tensor]:
-    """The last hidden states before each token of the answers."""
-    answers = []
-    batches = range(0, len(texts), batch_size)
-    for first in tqdm(batches, desc="the target's hidden states", delay=2, leave=False):
-        group = texts[first : first + batch_size]
-        rows = pad_sequence(group, batch_first=True).to(target.device)  # on the right: unseen
-        states = target.base_model(input_ids=rows, use_cache=False).last_hidden_state.cpu()
-        for row, text in enumerate(group):
-            answers.append(states[row, starts[first + row] - 1 : len(text) - 1].clone())
-    return answers
+    return list(map(DraftExample, texts, tensors["starts"].tolist(), states))
 
 
 def item_examples(items: Iterable) -> list[DraftExample]:
@@ -588,9 +534,7 @@ def item_examples(items: Iterable) -> list[DraftExample]:
     return [DraftExample(torch.tensor(item.input_ids), item.answer_start) for item in items]
 
 
-def attach(
-    draft: KnowledgeDraft, store, examples: Sequence[DraftExample], items: Sequence
-) -> list[DraftExample]:
+def attach(draft: KnowledgeDraft, store, examples: Examples, items: Sequence) -> list[DraftExample]:
     """Give each example the knowledge of its item (None: none). Each item is read once."""
     states = {None: None}
     attached = []
@@ -602,9 +546,7 @@ def attach(
     return attached
 
 
-def corrupt_knowledge(
-    examples: Sequence[DraftExample], drop: float = 0.3, swap: float = 0.15, seed: int = 0
-) -> list[DraftExample]:
+def corrupt_knowledge(examples: Examples, drop=0.3, swap=0.15, seed=0) -> list[DraftExample]:
     """Drop the knowledge of a fraction of the examples and swap that of another fraction.
 
     A draft that always reads the right item forgets how to draft without knowledge, and trusts a
@@ -626,39 +568,32 @@ def corrupt_knowledge(
     return corrupted
 
 
-def pad_draft_examples(examples: Sequence[DraftExample], hidden_size: int) -> dict[str, Tensor]:
+def pad_draft_examples(examples: Examples, hidden_size: int) -> dict:
     """A batch, padded on the right.
 
     Returns:
         input_ids, weights (1 for answer tokens) and distill_weights (1 for the target's own answer
-        tokens), all (B, T); hidden_states (B, T, d); the fields of `Knowledge` if an example has
-        knowledge.
+        tokens), all (B, T); hidden_states (B, T, d); knowledge (`Knowledge`) if an example has it.
     """
-    rows = []
-    for example in examples:
-        length = len(example.input_ids)
-        weights = (torch.arange(length) >= example.start).float()
-        hidden = torch.zeros(length, hidden_size)
+    input_ids = pad_sequence([example.input_ids for example in examples], batch_first=True)
+    weights = torch.zeros(input_ids.shape)
+    distill_weights = torch.zeros(input_ids.shape)
+    hidden = torch.zeros(*input_ids.shape, hidden_size)
+    for row, example in enumerate(examples):
+        answer = slice(example.start, len(example.input_ids))
+        weights[row, answer] = 1
         if example.hidden_states is not None:
-            hidden[example.start - 1 : length - 1] = example.hidden_states.float()
-        distill_weights = weights * (example.hidden_states is not None)
-        rows.append((example.input_ids, weights, distill_weights, hidden))
-    names = ("input_ids", "weights", "distill_weights", "hidden_states")
-    columns = zip(*rows, strict=True)
-    batch = {
-        name: pad_sequence(column, batch_first=True)
-        for name, column in zip(names, columns, strict=True)
-    }
-    starts = [example.start for example in examples]
-    knowledge = gather([example.knowledge for example in examples], starts)
-    return batch | knowledge._asdict() if knowledge else batch
+            distill_weights[row, answer] = 1
+            hidden[row, answer.start - 1 : answer.stop - 1] = example.hidden_states
+    batch = {"input_ids": input_ids, "weights": weights}
+    batch |= {"distill_weights": distill_weights, "hidden_states": hidden}
+    knowledge = gather([e.knowledge for e in examples], [e.start for e in examples])
+    return batch | {"knowledge": knowledge} if knowledge else batch
 
 
-def _logits(draft: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    options = {"input_ids": batch["input_ids"], "use_cache": False}
-    if "states" in batch:
-        options["knowledge"] = Knowledge(batch["states"], batch["mask"], batch["start"])
-    return draft(**options).logits
+def _logits(draft: nn.Module, batch: Mapping) -> Tensor:
+    knowledge = {"knowledge": batch["knowledge"]} if "knowledge" in batch else {}
+    return draft(input_ids=batch["input_ids"], use_cache=False, **knowledge).logits
 
 
 class Acceptance(NamedTuple):
@@ -672,12 +607,7 @@ class Acceptance(NamedTuple):
 
 
 @torch.inference_mode()
-def measure_acceptance(
-    draft: PreTrainedModel,
-    target: PreTrainedModel,
-    examples: Sequence[DraftExample],
-    batch_size: int = 32,
-) -> Acceptance:
+def measure_acceptance(draft: nn.Module, target: PreTrainedModel, examples: Examples) -> Acceptance:
     """The fraction of the tokens of the target's own answers that a draft would have had accepted.
 
     The draft guesses every token after the target's own tokens, in one call per batch. Speculative
@@ -687,10 +617,10 @@ def measure_acceptance(
     _require_targets(examples)
     head = target.get_output_embeddings()
     greedy, sampled = [], []
-    for first in range(0, len(examples), batch_size):
-        group = examples[first : first + batch_size]
+    for first in range(0, len(examples), BATCH_SIZE):
+        group = examples[first : first + BATCH_SIZE]
         batch = pad_draft_examples(group, target.config.hidden_size)
-        logits = _logits(draft, {name: part.to(draft.device) for name, part in batch.items()})
+        logits = _logits(draft, send_to_device(batch, draft.device))
         for row, example in enumerate(group):  # a vocabulary can be large: one text at a time
             q = logits[row, example.start : len(example.input_ids) - 1]
             if len(q):
@@ -701,7 +631,7 @@ def measure_acceptance(
     return Acceptance(np.array(greedy), np.array(sampled))
 
 
-def _require_targets(examples: Sequence[DraftExample]) -> None:
+def _require_targets(examples: Examples) -> None:
     own = sum(example.hidden_states is not None for example in examples)
     guessed = sum(len(example.input_ids) - example.start > 1 for example in examples)
     if own < len(examples) or not guessed:
@@ -724,18 +654,38 @@ def default_loss_weights(knowledge: str | None, stored_answers: bool) -> dict[st
     return {"ce": 1.0} | weights if stored_answers or knowledge != "kv" else weights
 
 
+@dataclass(frozen=True)
+class DraftSettings:
+    """How a draft is trained.
+
+    Args:
+        loss_weights: Weight of each loss (`kvlab.losses.distillation_losses`); by default those of
+            `default_loss_weights`.
+        epochs: Passes over all examples.
+        batch_size: Examples per batch.
+        learning_rate: Of AdamW.
+        accumulate: Batches per optimizer step.
+        precision: Precision of the arithmetic; weights are trained in float32.
+        seed: Random seed (shuffling).
+        every: Optimizer steps between checks on held-out answers; 0 is an epoch.
+        folder: Where checkpoint.safetensors, from which a stopped run goes on, and best.safetensors
+            are kept. Use one folder per run: it is not checked that examples and losses are the
+            same.
+    """
+
+    loss_weights: Mapping[str, float] | None = None
+    epochs: int = 5
+    batch_size: int = 8
+    learning_rate: float = 3e-5
+    accumulate: int = 1
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    seed: int = 0
+    every: int = 0
+    folder: str | Path | None = None
+
+
 def train_draft(
-    draft: KnowledgeDraft,
-    target: PreTrainedModel,
-    examples: Sequence[DraftExample],
-    heldout: Sequence[DraftExample],
-    *,
-    loss_weights: Mapping[str, float] | None = None,
-    epochs: int = 5,
-    batch_size: int = 8,
-    accumulate: int = 1,
-    folder: str | Path | None = None,
-    **options,
+    draft: KnowledgeDraft, target: PreTrainedModel, examples: Examples, heldout: Examples, **options
 ) -> list[dict[str, float]]:
     """Train a draft, and leave it with the checked weights that did best on `heldout`.
 
@@ -744,30 +694,21 @@ def train_draft(
             with knowledge (`attach`).
         heldout: the target's own answers to other questions. Their greedy acceptance decides which
             weights are kept.
-        loss_weights: the weight of each loss (`kvlab.losses.distillation_losses`); by default those of
-            `default_loss_weights`.
-        accumulate: batches per optimizer step.
-        folder: where checkpoint.safetensors, from which a stopped run goes on, and best.safetensors
-            are kept. Use one folder per run: it is not checked that examples and losses are the
-            same.
-        options: learning_rate (3e-5), every (steps between checks on `heldout`; an epoch), seed and
-            others of `fit`.
+        **options: of `DraftSettings`.
 
     Returns:
         The history of `fit`, with "acceptance" where it was checked.
     """
+    settings = DraftSettings(**options)
     targets_only = all(example.hidden_states is not None for example in examples)
-    if loss_weights is None:
-        loss_weights = default_loss_weights(draft.config.knowledge, not targets_only)
-    if "ce" not in loss_weights and not targets_only:
+    defaults = default_loss_weights(draft.config.knowledge, not targets_only)
+    weights = settings.loss_weights or defaults
+    if "ce" not in weights and not targets_only:
         raise ValueError("Some answers are not the target's own: give 'ce' a loss weight.")
-    steps = epochs * (len(examples) // batch_size) // accumulate
-    if steps < 1:
-        step = f"{batch_size} * {accumulate}"
-        raise ValueError(f"{len(examples)} examples are less than a step of {step}: give more.")
+    steps = settings.epochs * (len(examples) // settings.batch_size) // settings.accumulate
     _require_targets(heldout)
     state = PartialState(cpu=target.device.type == "cpu")  # before `fit`, which would take a GPU
-    if state.num_processes > 1 and not folder:
+    if state.num_processes > 1 and not settings.folder:
         raise ValueError("Several processes train this draft: give a folder that all can read.")
 
     def evaluate(model: KnowledgeDraft) -> dict[str, float]:
@@ -776,55 +717,40 @@ def train_draft(
             _keep_best(model, score, best)
         return {"acceptance": score}
 
-    with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        best = Path(place) / "best.safetensors"
-        checkpoint = Path(place) / "checkpoint.safetensors"
+    states = next((e.knowledge for e in examples if e.knowledge is not None), None)
+    rows = list(examples)
+    for i, example in enumerate(examples):
+        if example.knowledge is None and states is not None:
+            rows[i] = example._replace(knowledge=states[..., :0, :])  # processes run the same
+    collate = partial(pad_draft_examples, hidden_size=target.config.hidden_size)
+    loader = DataLoader(rows, settings.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    with TemporaryDirectory() as scratch:
+        folder = Path(settings.folder or scratch)
+        best = folder / "best.safetensors"
+        checkpoint = folder / "checkpoint.safetensors"
         if state.is_main_process and not checkpoint.exists():
             best.unlink(missing_ok=True)  # of a run that is not resumed
-        history = fit(
-            draft,
-            _loader(examples, batch_size, target.config.hidden_size),
-            partial(_draft_losses, target, loss_weights),
-            steps=steps,
-            warmup=max(1, steps // 20),
-            accumulate=accumulate,
-            weight=partial(_token_counts, loss_weights),
-            evaluate=evaluate,
-            checkpoint=checkpoint,
-            **{"learning_rate": 3e-5, "every": max(1, steps // epochs)} | options,
-        )
+        losses = partial(_draft_losses, target, weights)
+        options = {"learning_rate": settings.learning_rate, "precision": settings.precision}
+        options |= {"accumulate": settings.accumulate, "seed": settings.seed, "steps": steps}
+        options |= {"every": settings.every or max(1, steps // settings.epochs)}
+        options |= {"warmup": max(1, steps // 20), "checkpoint": checkpoint}
+        history = fit(draft, loader, losses, weight=_token_counts, evaluate=evaluate, **options)
         state.wait_for_everyone()
         draft.load_state_dict(load_file(best), strict=False)  # a tied weight has one name
     return history
 
 
 def _draft_losses(target, loss_weights, model, batch) -> dict[str, Tensor]:
-    head = target.get_output_embeddings()
     with torch.no_grad():
-        target_logits = head(batch["hidden_states"].to(target.dtype))
+        target_logits = target.get_output_embeddings()(batch["hidden_states"].to(target.dtype))
     inputs = [batch[name] for name in ("input_ids", "weights", "distill_weights")]
     return distillation_losses(loss_weights, _logits(model, batch), target_logits, *inputs)
 
 
-def _token_counts(loss_weights, batch) -> dict[str, Tensor]:
-    """The weight of a batch in each loss; "ce" first, which goes into the history."""
-    counts = {}
-    for name in sorted(loss_weights, key="ce".__ne__):
-        counts[name] = batch["weights" if name == "ce" else "distill_weights"].sum()
-    return counts
-
-
-def _loader(examples: Sequence[DraftExample], batch_size: int, hidden_size: int) -> DataLoader:
-    """Full batches; where one example has knowledge, each batch does, if only of no entries."""
-    states = next((e.knowledge for e in examples if e.knowledge is not None), None)
-    if states is not None:
-        nothing = states[..., :0, :]
-        examples = list(examples)
-        for i, example in enumerate(examples):
-            if example.knowledge is None:
-                examples[i] = example._replace(knowledge=nothing)
-    collate = partial(pad_draft_examples, hidden_size=hidden_size)
-    return DataLoader(examples, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+def _token_counts(batch) -> dict[str, Tensor]:
+    """The weight of a batch in each loss; "ce" is the first, which goes into the history."""
+    return dict.fromkeys(NAMES, batch["distill_weights"].sum()) | {"ce": batch["weights"].sum()}
 
 
 def _keep_best(draft: KnowledgeDraft, score: float, path: Path) -> None:
@@ -839,16 +765,12 @@ def _keep_best(draft: KnowledgeDraft, score: float, path: Path) -> None:
 
 
 def train_and_measure(
-    draft: KnowledgeDraft,
-    target: PreTrainedModel,
-    examples: Sequence[DraftExample],
-    heldout: Sequence[DraftExample],
-    **options,
+    draft: KnowledgeDraft, target: PreTrainedModel, examples: Examples, heldout: Examples, **options
 ) -> tuple[list[dict[str, float]], dict[str, Acceptance]]:
     """Train a draft, and measure it before, after, and after but without knowledge (the control).
 
     Args:
-        options: of `train_draft`.
+        **options: of `train_draft`.
 
     Returns:
         The history, and the acceptance on `heldout` of each arm.
@@ -866,10 +788,9 @@ def train_and_measure(
 # -- giving away
 
 
-def export(
-    draft: PreTrainedModel, folder: str | Path, tokenizer=None, vocab_size: int = 0
-) -> PreTrainedModel:
-    """Write a draft as a plain model directory for transformers and vLLM; return the model read back.
+@torch.no_grad()
+def export(draft: PreTrainedModel, folder: str | Path, tokenizer, vocab_size: int = 0) -> None:
+    """Write a draft as a plain model directory for transformers and vLLM, and check it.
 
     Args:
         draft: a KnowledgeDraft without cross-attention and transitions, or any causal LM.
@@ -884,43 +805,32 @@ def export(
         >>> import tempfile
         >>> from kvlab import lab
         >>> draft = KnowledgeDraft.cut(lab.load("lab-target"), "first:2")
+        >>> tokenizer = lab.load_tokenizer("lab-target")
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     type(export(draft, folder)).__name__
+        ...     export(draft, folder, tokenizer)
+        ...     type(AutoModelForCausalLM.from_pretrained(folder)).__name__
         'Qwen3ForCausalLM'
     """
     model = draft
     if isinstance(draft, KnowledgeDraft):
         if not draft.compilable:
-            raise ValueError(
-                "No other program knows the draft's cross-attention or transitions: save it with "
-                "save_pretrained, or cut one with knowledge None or 'prefix' and no transitions."
-            )
+            raise ValueError("Cross-attention and transitions are kvlab's: use save_pretrained.")
         model = draft.plain
     size = model.config.vocab_size
     if 0 < vocab_size < size:
-        sizes = f"The draft has {size} tokens, the target {vocab_size}"
-        raise ValueError(f"{sizes}, expected as many or more: use a draft of its family.")
+        raise ValueError(f"The draft has {size} tokens, the target {vocab_size}: use its family.")
     if vocab_size > size:
         model = copy.deepcopy(model)
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight[size:] = 0
-            model.get_output_embeddings().weight[size:] = 0
+        model.get_input_embeddings().weight[size:] = 0
+        model.get_output_embeddings().weight[size:] = 0
     model.save_pretrained(folder)
-    if tokenizer:
-        tokenizer.save_pretrained(folder)
-    plain, loading = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=model.dtype, output_loading_info=True
-    )
-    unmatched = {kind: keys for kind, keys in loading.items() if kind.endswith("_keys") and keys}
-    if unmatched:
-        raise ValueError(
-            f"{folder} does not hold the model's weights ({unmatched}): do not use it."
-        )
+    tokenizer.save_pretrained(folder)
+    options = {"dtype": model.dtype, "output_loading_info": True}
+    plain, loading = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if loading["missing_keys"] or loading["unexpected_keys"] or loading["mismatched_keys"]:
+        raise ValueError(f"{folder} does not hold the model's weights: do not use it.")
     plain.to(model.device)
     input_ids = torch.arange(min(size, 64), device=model.device)[None]
-    with torch.no_grad():
-        same = torch.allclose(model(input_ids).logits, plain(input_ids).logits, atol=1e-5)
-    if not same:
+    if not torch.allclose(model(input_ids).logits, plain(input_ids).logits, atol=1e-5):
         raise ValueError(f"{folder} gives other logits than the draft: do not use it.")
-    return plain

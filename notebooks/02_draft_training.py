@@ -447,7 +447,7 @@ part.gate.data.fill_(0.5 / GATE_SCALE)
 entries, mask = reader._entries(knowledge)  # at positions len(prompt) + j
 positions = torch.arange(5, device=device)[None] + len(prompt) - 2
 rotary = reader.plain.base_model.rotary_emb(hidden, positions)
-package = part(hidden, *entries[0], mask, rotary)
+package = part(hidden, entries[0], mask, rotary)
 part.gate.data.zero_()
 assert torch.allclose(0.5 * read, package, atol=1e-4)
 

@@ -1,27 +1,15 @@
 """`kvlab train-draft`: a draft from the first or sampled layers of a target, with knowledge."""
 
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel
 
 from kvlab import draft as drafts
-from kvlab.commands.shared import (
-    command_settings,
-    figures_table,
-    find_item,
-    open_store,
-    require_counts,
-    require_store,
-    run_name,
-    sample_heldout,
-    scale_with_target,
-    write_json,
-)
-from kvlab.draft import DraftExample, KnowledgeDraft
+from kvlab.commands import shared
+from kvlab.draft import DraftExample, DraftSettings, KnowledgeDraft
 from kvlab.evaluate import figure, run_info
 from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
@@ -45,13 +33,8 @@ def train_draft_command(
     made_up: int = 400,
     max_new_tokens: int = 128,
     losses: dict[str, float] | None = None,
-    epochs: int = 5,
-    batch_size: int = 8,
-    learning_rate: float = 3e-5,
-    accumulate: int = 1,
-    precision: Literal["no", "fp16", "bf16"] = "no",
-    seed: int = 0,
     base_model: str | None = None,
+    **options,
 ) -> None:
     """Cut a small draft from a model, and train it to guess that model's answers with a store's knowledge.
 
@@ -82,70 +65,79 @@ def train_draft_command(
         losses: Weight of each loss (ce, kl, reverse_kl, tv, log_alpha, lk_hybrid), e.g.
             --losses.kl 1 --losses.ce 0.5; without ce the draft learns only from the model's own
             answers. Default: ce 1, and kl 0.8, tv 0.3 for kv, kl 0.5, tv 0.3 for others.
-        epochs: Passes over all examples.
-        batch_size: Examples per batch.
-        learning_rate: Of AdamW.
-        accumulate: Batches per optimizer step.
-        precision: Precision of the arithmetic; weights are trained in float32.
-        seed: Random seed (held-out questions, shuffling, corrupted knowledge).
         base_model: Model that the store was built with. Default: the scale's target.
+        **options: Of `kvlab.draft.DraftSettings`.
     """
-    require_store(store, " --keep kv hidden")
-    require_counts(epochs=epochs, batch_size=batch_size, accumulate=accumulate)
+    shared.require_store(store, " --keep kv hidden")
     reads = None if knowledge == "none" else knowledge
     weights = dict(drafts.default_loss_weights(reads, True) if losses is None else losses)
     require_known_losses(weights)
+    settings = DraftSettings(loss_weights=weights, folder=None, **options)
+    counts = {"batch_size": settings.batch_size, "accumulate": settings.accumulate}
+    shared.require_counts(epochs=settings.epochs, **counts)
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 2.")
-    more_questions = read_prompts(questions) if questions else []
     others = read_prompts(other_prompts) if other_prompts else []
-    scale = scale_with_target(base_model)
+    scale = shared.scale_with_target(base_model)
     state = PartialState(cpu=scale.device == "cpu")  # before loading: each process gets its GPU
+<<<<<<< HEAD
     target = scale.load("target")
     tokenizer = scale.load_tokenizer("target")
     known = open_store(store, target, scale, reads, embed=reads is not None)
     pool, held = _split([item.question for item in known], more_questions, heldout, seed)
     torch.manual_seed(seed)
+=======
+    target, tokenizer = scale.load("target"), scale.load_tokenizer("target")
+    known = shared.open_store(store, target, tokenizer, scale, reads, embed=reads is not None)
+    pool, held = _split(known, questions, heldout, settings.seed)
+    torch.manual_seed(settings.seed)
+>>>>>>> draft
     draft = KnowledgeDraft.cut(target, layers, knowledge=reads, transitions=transitions).float()
-    answer = partial(_answers, known, folder=output_dir, max_new_tokens=max_new_tokens)
-    items = [find_item(known, text, threshold) if reads else None for text in pool]
-    answers = drafts.attach(draft, known, answer(pool), items)
+    items = [shared.find_item(known, text, threshold) if reads else None for text in pool]
+    answers = drafts.attach(draft, known, _answers(known, pool, output_dir, max_new_tokens), items)
     checks = [answers[pool.index(text)] for text in held]
     examples = [answers[i] for i, text in enumerate(pool) if text not in held]
     practice = []
     if "ce" in weights:  # the other losses compare with the model's own distributions
         examples += _stored_answers(draft, known, [i for i in known if i.question not in held])
-        practice = _made_up_answers(draft, known, output_dir / "made_up", made_up if reads else 0)
-    examples = [*drafts.corrupt_knowledge(examples, seed=seed), *answer(others), *practice]
-    options = {"loss_weights": weights, "epochs": epochs, "batch_size": batch_size, "seed": seed}
-    options |= {"learning_rate": learning_rate, "accumulate": accumulate, "precision": precision}
-    options["folder"] = output_dir / _run_name(draft, target, [*examples, *checks], options)
+        if reads and made_up:
+            practice = _made_up_answers(draft, known, output_dir / "made_up", made_up)
+    examples = drafts.corrupt_knowledge(examples, seed=settings.seed)
+    examples += [*_answers(known, others, output_dir, max_new_tokens), *practice]
+    training = asdict(settings)
+    cut = draft.config.layers, reads, transitions
+    run = shared.run_name(target, cut, training, _describe([*examples, *checks]))
+    training["folder"] = output_dir / run
     if state.is_main_process:
         print(f"{len(examples)} answers to learn from, {len(practice)} of them made up.")
-    history, arms = drafts.train_and_measure(draft, target, examples, checks, **options)
-    if state.is_main_process:
-        _save(draft, tokenizer, target.config.vocab_size, output_dir)
-        settings = command_settings(base_model=scale.target, losses=weights)
-        result = {"settings": settings, "heldout": held, **_report(arms, draft, target)}
-        print(write_json(output_dir / "training.json", result | {"history": history}))
+    history, arms = drafts.train_and_measure(draft, target, examples, checks, **training)
+    if not state.is_main_process:
+        return
+    _save(draft, tokenizer, target.config.vocab_size, output_dir)
+    options = shared.command_settings(base_model=scale.target, losses=weights)
+    parameters = {"draft": draft.num_parameters(), "target": target.num_parameters()}
+    result = {"settings": options, "heldout": held, "parameters": parameters, **run_info()}
+    result |= {"figures": _figures(arms), "history": history}
+    print("Parameters: draft {draft:,}, target {target:,}.".format(**parameters))
+    print(shared.write_json(output_dir / "training.json", result))
 
 
-def _split(
-    stored: list[str], more: list[str], fraction: float, seed: int
-) -> tuple[list[str], list[str]]:
-    """All questions, and those to hold out, which are of `more` if there are any."""
+def _split(store: KnowledgeCache, file: Path | None, fraction: float, seed: int) -> tuple:
+    """All questions, and those to hold out, which are of the file if there is one."""
+    stored = [item.question for item in store]
+    more = read_prompts(file) if file else []
     pool = list(dict.fromkeys([*stored, *more]))
-    heldout = sample_heldout(list(dict.fromkeys(more or stored)), fraction, seed)
+    heldout = shared.sample_heldout(list(dict.fromkeys(more or stored)), fraction, seed)
     if len(heldout) >= len(pool):
         counts = f"There are {len(pool)} questions, {len(heldout)} to hold out"
         raise ValueError(f"{counts}: add items to the store, or give --questions.")
     return pool, heldout
 
 
-def _answers(store: KnowledgeCache, texts: list[str], **options) -> list[DraftExample]:
+def _answers(store: KnowledgeCache, texts: list[str], *options) -> list[DraftExample]:
     """The model's own answers."""
     prompts = [encode(store.tokenizer, [{"role": "user", "content": text}]) for text in texts]
-    return drafts.generate_targets(store.model, store.tokenizer, prompts, **options)
+    return drafts.generate_targets(store.model, store.tokenizer, prompts, *options)
 
 
 def _stored_answers(draft: KnowledgeDraft, store: KnowledgeCache, items) -> list[DraftExample]:
@@ -153,25 +145,20 @@ def _stored_answers(draft: KnowledgeDraft, store: KnowledgeCache, items) -> list
     return drafts.attach(draft, store, examples, items) if draft.config.knowledge else examples
 
 
-def _made_up_answers(
-    draft: KnowledgeDraft, store: KnowledgeCache, folder: Path, count: int
-) -> list[DraftExample]:
+def _made_up_answers(draft, store: KnowledgeCache, folder: Path, count: int) -> list[DraftExample]:
     """Answers that a draft can only read, in a store like the given one."""
-    if count == 0:
-        return []
-    options = {"keep": store.keep, "dtype": store.dtype}
-    records = corpora.made_up(count)
-    practice = KnowledgeCache.build(folder, records, store.model, store.tokenizer, **options)
+    parts = corpora.made_up(count), store.model, store.tokenizer
+    practice = KnowledgeCache.build(folder, *parts, keep=store.keep, dtype=store.dtype)
     return _stored_answers(draft, practice, practice.items[:count])
 
 
-def _run_name(draft, target, examples: list[DraftExample], options: dict) -> str:
-    texts = []
+def _describe(examples: list[DraftExample]) -> list:
+    """What distinguishes the examples of one run from those of another."""
+    described = []
     for example in examples:
         shape = example.knowledge is not None and list(example.knowledge.shape)
-        texts.append([example.input_ids.tolist(), shape])
-    config = draft.config
-    return run_name(target, config.layers, config.knowledge, config.transitions, options, texts)
+        described.append([example.input_ids.tolist(), shape])
+    return described
 
 
 def _save(draft: KnowledgeDraft, tokenizer, vocab_size: int, folder: Path) -> None:
@@ -182,15 +169,11 @@ def _save(draft: KnowledgeDraft, tokenizer, vocab_size: int, folder: Path) -> No
         drafts.export(draft, folder / "plain", tokenizer, vocab_size)
 
 
-def _report(
-    arms: dict[str, drafts.Acceptance], draft: KnowledgeDraft, target: PreTrainedModel
-) -> dict:
-    """Print and return the measured figures."""
+def _figures(arms: dict[str, drafts.Acceptance]) -> list[dict]:
+    """Print and return the measured acceptance."""
     figures = []
     for arm, acceptance in arms.items():
         for way, values in acceptance._asdict().items():
             figures.append(figure(f"{arm}, {way}", values, "fraction", ACCEPTED))
-    parameters = {"draft": draft.num_parameters(), "target": target.num_parameters()}
-    print(f"{ACCEPTED.capitalize()} (95 % intervals):", figures_table(figures), sep="\n")
-    print("Parameters: draft {draft:,}, target {target:,}.".format(**parameters))
-    return {"figures": figures, "parameters": parameters, **run_info()}
+    print(f"{ACCEPTED.capitalize()} (95 % intervals):", shared.figures_table(figures), sep="\n")
+    return figures
