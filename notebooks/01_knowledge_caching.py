@@ -65,12 +65,14 @@ exact = model.dtype == torch.float32  # half precision rounds differently
 #
 # A help desk has fifty answers, and a language model that is asked about them all day.
 # Each time, a program puts the right answer into the prompt, and the model reads it again: the same tokens, through the same layers, with the same result.
-# Chapter 00 saved that result to a file. So why read twice?
+# Chapter 00 saved that result to a file.
+# So why read twice?
 #
 # Because three things are missing.
 # The file has to be *found*: the question comes in new words.
 # It has to be *trusted*: a cache from another model, or with one flipped bit, does not fail, it produces nonsense.
-# And it has to *fit*: a cache is not text. It was read with or without a text before it, at positions that are written into its keys.
+# And it has to *fit*: a cache is not text.
+# It was read with or without a text before it, at positions that are written into its keys.
 #
 # This chapter builds a {term}`knowledge cache` that can do all three.
 # The last of them, {term}`splice`, is the hardest.
@@ -130,7 +132,8 @@ for path in sorted((folder / "faq").rglob("*.*")):
 # ### Can it be trusted?
 #
 # The manifest holds the {term}`fingerprint` of the model (sizes, rotary frequencies, a hash of some numbers from every weight), and those of the tokenizer and the embedder.
-# Every item has a checksum of its own. Try to break it:
+# Every item has a checksum of its own.
+# Try to break it:
 
 # %%
 def refuses(action):
@@ -246,7 +249,8 @@ misses.style.format({"cosine": "{:.2f}"}).hide(axis="index")
 #
 # ### Knowing when there is none
 #
-# Some questions have no answer in the store. The nearest item is then wrong, however near it is.
+# Some questions have no answer in the store.
+# The nearest item is then wrong, however near it is.
 # So an item is a hit only above a {term}`threshold`.
 # Choosing it means weighing lost right items against wrong items given, and for that we need questions that the store does *not* answer.
 # We use half of them to choose the smallest threshold that lets at most one in twenty through, and the other half to report.
@@ -365,11 +369,13 @@ for ids in (*parts, question, answer):
     print(textwrap.fill(repr(tokenizer.decode(ids)), 76))
 
 # %% [markdown]
-# Rotating by an angle is linear, and two rotations add up: $R_{a+b} = R_a R_b$. So a key that was stored for position $m$ becomes the key for position $m + d$ by one more turn,
+# Rotating by an angle is linear, and two rotations add up: $R_{a+b} = R_a R_b$.
+# So a key that was stored for position $m$ becomes the key for position $m + d$ by one more turn,
 #
 # $$ k_{m+d} = R_d\, k_m, $$ (turn)
 #
-# exactly, from the rotated key alone. Values have no position.
+# exactly, from the rotated key alone.
+# Values have no position.
 # Shift every piece to its positions, join them, and the result looks like a cache of the whole passage:
 
 # %%
@@ -408,8 +414,8 @@ plots.token_differences(difference[1], starts, worst.tolist());
 
 # %% [markdown]
 # The difference is not spread evenly: a few tokens, mostly at the start of a piece, have much of it.
-# That is the idea of CacheBlend {cite}`yao2024cacheblend`: compute the early layers for all tokens, find those that differ most, and compute only those again
-# in the layers above, on top of the stored rest. `fraction=1.0` computes all again and must give the true cache; `fraction=0` corrects the early layers only.
+# That is the idea of CacheBlend {cite}`yao2024cacheblend`: compute the early layers for all tokens, find those that differ most, and compute only those again in the layers above, on top of the stored rest.
+# `fraction=1.0` computes all again and must give the true cache; `fraction=0` corrects the early layers only.
 
 # %%
 again = knowledge.splice(model, pieces, "recompute", fraction=1.0)
@@ -421,8 +427,7 @@ if exact:
 # %% [markdown]
 # ## Five ways, measured
 #
-# We measure four things for every passage and every arm: the distance of the next-token distributions, through question and answer, from those after reading it all ({term}`KL divergence`, in nats per token); whether the answer is right; the bytes
-# that would be loaded; and the time to the first token, once they are in memory.
+# We measure four things for every passage and every arm: the distance of the next-token distributions, through question and answer, from those after reading it all ({term}`KL divergence`, in nats per token); whether the answer is right; the bytes that would be loaded; and the time to the first token, once they are in memory.
 
 # %%
 @torch.inference_mode()
@@ -493,18 +498,21 @@ if exact:
 #
 # The gain in the last panel is small.
 # On a model as small as the lab's, much of a call's time goes into starting its operations, not into arithmetic.
-# Shifting saves most of the arithmetic, but less of the time. Recomputing makes two more calls, which here cost as much as it saves.
+# Shifting saves most of the arithmetic, but less of the time.
+# Recomputing makes two more calls, which here cost as much as it saves.
 # So when does a cache pay?
 #
 # ## When a cache pays
 #
-# Reading a token costs about two operations for each parameter of the model. Loading it costs the bytes of its keys and values.
+# Reading a token costs about two operations for each parameter of the model.
+# Loading it costs the bytes of its keys and values.
 # Both grow with the number of tokens, so one number decides: at which bandwidth does loading become as fast as reading?
 #
 # $$ \text{break-even bandwidth} = \frac{\text{bytes per token}}{\text{seconds to read a token}} $$ (breakeven)
 #
 # Measure it here, with items of growing length, from the file to the first token after one more token of question.
-# We take the median of several runs. After the first run the file is in the system's memory, so the disk itself is not measured:
+# We take the median of several runs.
+# After the first run the file is in the system's memory, so the disk itself is not measured:
 
 # %%
 def median_seconds(action, repeats=5):
@@ -596,7 +604,11 @@ print(measured.device, "- torch", measured.versions["torch"])
 # ```{exercise-start} Half the bytes
 # :label: ex-dtype
 # ```
-# *Easy, 10 minutes.* A store can keep float16 or bfloat16 where the model computes in float32. Both have the same size. Which costs less KL, and why? (`to_tensor(cache)` gives one tensor, `from_tensor` the cache again; prefix reuse of the whole passage is exact without rounding.)
+# *Easy, 10 minutes.*
+# A store can keep float16 or bfloat16 where the model computes in float32.
+# Both have the same size.
+# Which costs less KL, and why?
+# (`to_tensor(cache)` gives one tensor, `from_tensor` the cache again; prefix reuse of the whole passage is exact without rounding.)
 # ```{exercise-end}
 # ```
 
@@ -624,8 +636,10 @@ for dtype in (torch.float16, torch.bfloat16):
     print(dtype, "{:.1e} [{:.1e}, {:.1e}]".format(*bootstrap(cost)))
 
 # %% [markdown]
-# float16 spends its bits on precision, bfloat16 on range. Keys and values have no great range, so float16 is closer.
-# Both cost far less than any inexact splice above. (Where the model itself computes in half precision, storing that loses nothing.)
+# float16 spends its bits on precision, bfloat16 on range.
+# Keys and values have no great range, so float16 is closer.
+# Both cost far less than any inexact splice above.
+# (Where the model itself computes in half precision, storing that loses nothing.)
 # ````{solution-end}
 # ````
 
@@ -633,8 +647,10 @@ for dtype in (torch.float16, torch.bfloat16):
 # ```{exercise-start} How much to compute again
 # :label: ex-fraction
 # ```
-# *Easy, 10 minutes.* Draw the KL of "recompute" against the fraction of tokens computed again, from 0 to 1 (`compare` takes `fraction` and `arms`). Then choose the tokens at random instead of by their differences: kvlab chooses them by `difference.topk(...)`, and
-# `unittest.mock.patch.object` can put another `topk` into `torch.Tensor` for a while. Is *any* choice of as many tokens as good?
+# *Easy, 10 minutes.*
+# Draw the KL of "recompute" against the fraction of tokens computed again, from 0 to 1 (`compare` takes `fraction` and `arms`).
+# Then choose the tokens at random instead of by their differences: kvlab chooses them by `difference.topk(...)`, and `unittest.mock.patch.object` can put another `topk` into `torch.Tensor` for a while.
+# Is *any* choice of as many tokens as good?
 # ```{exercise-end}
 # ```
 
@@ -691,7 +707,11 @@ print("more than by difference:", interval(random - costs[some]))
 # ```{exercise-start} A question of order
 # :label: ex-order
 # ```
-# *Medium, 10 minutes.* Only the first piece is exact after a shift. Compare questions whose answer is in the first piece with those whose answer is in a later one. Is the KL different? What would you do with the item that retrieval ranks first?
+# *Medium, 10 minutes.*
+# Only the first piece is exact after a shift.
+# Compare questions whose answer is in the first piece with those whose answer is in a later one.
+# Is the KL different?
+# What would you do with the item that retrieval ranks first?
 # ```{exercise-end}
 # ```
 
@@ -747,4 +767,5 @@ with tempfile.TemporaryDirectory() as path:
     print(prefix.next_position, "tokens before the next question")
 
 # %% [markdown]
-# **Further reading**: CacheBlend {cite}`yao2024cacheblend`; prompts put together from cached modules {cite}`gim2024promptcache`; attention sinks {cite}`xiao2023streamingllm`. Next: a small model that *reads* this store while it drafts.
+# **Further reading**: CacheBlend {cite}`yao2024cacheblend`; prompts put together from cached modules {cite}`gim2024promptcache`; attention sinks {cite}`xiao2023streamingllm`.
+# Next: a small model that *reads* this store while it drafts.

@@ -64,7 +64,8 @@ folder = Path(tempfile.mkdtemp())
 #
 # Speculative decoding (chapter 05) needs a small model that guesses the next tokens of a large one.
 # Where does it come from?
-# If the family has a small model, we can try that. Chapter 05 did, and on the FAQ it was slower, because the small model had never read the FAQ.
+# If the family has a small model, we can try that.
+# Chapter 05 did, and on the FAQ it was slower, because the small model had never read the FAQ.
 # The other way is to make a draft out of the large model itself: copy a few of its layers, and train them to predict the large model's tokens.
 #
 # A small model cannot hold everything, though.
@@ -85,7 +86,8 @@ assert cuts["uniform:6"] == sample_layers("uniform:6", 28)
 plots.cut_layers(28, cuts);
 
 # %% [markdown]
-# `KnowledgeDraft.cut` copies layers, embedding, last norm and head. The result, `.plain`, is an ordinary causal LM, so the same cut can be written out as a loop over the target's own layers:
+# `KnowledgeDraft.cut` copies layers, embedding, last norm and head.
+# The result, `.plain`, is an ordinary causal LM, so the same cut can be written out as a loop over the target's own layers:
 
 # %%
 question = "What is a hash table?"
@@ -104,7 +106,9 @@ with torch.no_grad():
     assert torch.allclose(by_hand, cut(ids).logits, atol=1e-3)
 
 # %% [markdown]
-# And what does it write? Nothing useful. Each layer was trained on the output of the layer before it, and here it gets another input.
+# And what does it write?
+# Nothing useful.
+# Each layer was trained on the output of the layer before it, and here it gets another input.
 
 # %%
 def write_answer(model, question, tokens=40):
@@ -129,7 +133,8 @@ for name, model in {"target": target, "cut": cut}.items():
 # %% [markdown]
 # ### How many parameters is that?
 #
-# On the shape of Qwen3-0.6B, without loading anything (`meta` tensors have a shape and no numbers). A draft of few layers is mostly embedding:
+# On the shape of Qwen3-0.6B, without loading anything (`meta` tensors have a shape and no numbers).
+# A draft of few layers is mostly embedding:
 
 # %%
 from kvlab.scale import config_of, parameters
@@ -223,7 +228,8 @@ print(len(texts), "answers to questions,", len(others), "to word problems;")
 print(len(targets["train"]) - len(texts), "answers dropped")
 
 # %% [markdown]
-# How good is a guess? A draft with the distribution $q$ and a target with $p$ agree on a token that is drawn with probability
+# How good is a guess?
+# A draft with the distribution $q$ and a target with $p$ agree on a token that is drawn with probability
 #
 # $$\alpha = \sum_x \min(p(x), q(x)),$$
 #
@@ -282,7 +288,8 @@ assert weights_hash(target) == untouched
 # %% [markdown]
 # For seen items in new words, nearly all guesses are right: the draft has learned the answers by heart, as the target has.
 # (The target also answers many outside questions with an answer that the draft knows.)
-# For new items, most guesses fail. Look at the worst:
+# For new items, most guesses fail.
+# Look at the worst:
 
 # %%
 def watch(model, example, reading=None, gamma=6):
@@ -303,7 +310,8 @@ plots.token_view(rounds, tokenizer)
 # ## Which loss?
 #
 # When $q = p$, each of these has its minimum (0, except for `ce`), which a small draft never reaches.
-# They differ on the way. With $\alpha$ as above, and $\mathrm{TV} = 1 - \alpha$:
+# They differ on the way.
+# With $\alpha$ as above, and $\mathrm{TV} = 1 - \alpha$:
 #
 # | name | value for a token | its gradient asks the draft to |
 # |---|---|---|
@@ -314,7 +322,8 @@ plots.token_view(rounds, tokenizer)
 # | `log_alpha` | $-\log \alpha$ | be accepted, most of all where it is not |
 # | `lk_hybrid` | $\lambda\,\mathrm{KL} + (1-\lambda)\,\mathrm{TV}$, $\lambda = e^{-3\alpha}$ | KL first, acceptance later |
 #
-# The last two are from {cite}`samarin2026lk`; `tv` and both divergences were compared by {cite}`zhou2024distillspec`. Written out, and checked:
+# The last two are from {cite}`samarin2026lk`; `tv` and both divergences were compared by {cite}`zhou2024distillspec`.
+# Written out, and checked:
 
 # %%
 p, q = torch.randn(2, 5, 8, dtype=torch.float64).softmax(-1)
@@ -356,7 +365,8 @@ plots.lines(levels, pulls, *labels, xscale="log", yscale="log");
 # Where acceptance is small, total variation has hardly any gradient: it does not leave a cold start.
 # The gradient of $-\log\alpha$ is the same divided by $\alpha$, so it does not vanish.
 # (Where the target is sure of one token, $-\log\alpha$ equals KL: their lines cover each other.)
-# The effect on trained drafts takes many runs to measure. A benchmark makes them (`tests/benchmarks/draft.py`): one cut, each loss alone, the same texts and steps, several seeds.
+# The effect on trained drafts takes many runs to measure.
+# A benchmark makes them (`tests/benchmarks/draft.py`): one cut, each loss alone, the same texts and steps, several seeds.
 
 # %%
 results = kvlab.results("draft")
@@ -378,12 +388,14 @@ plots.splice_panels(panels);
 # %% [markdown]
 # ## Let it read
 #
-# The target *has* read the new items: they are in the store of chapter 01. A draft can look there while it drafts.
+# The target *has* read the new items: they are in the store of chapter 01.
+# A draft can look there while it drafts.
 # After each of its layers, we add a {term}`cross-attention` from its hidden states $h$ to an item's keys and values, multiplied by a gate:
 #
 # $$h \leftarrow h + g\, W_O\, \operatorname{softmax}\!\Big(\tfrac{(W_Q\,\mathrm{norm}(h))\,K^\top}{\sqrt{d}}\Big) V .$$
 #
-# $g$ starts at 0. So an untrained draft is the plain truncated model, bit for bit, whatever it gets to read.
+# $g$ starts at 0.
+# So an untrained draft is the plain truncated model, bit for bit, whatever it gets to read.
 # (In the code $g$ is 16 times a trained parameter, because the optimizer moves a parameter by little at each step.)
 # The three ways to read differ in the source of $K$ and $V$:
 #
@@ -512,7 +524,8 @@ pd.DataFrame(rows).T
 # Without an item it falls back to the other's acceptance, or a little below: the gain comes from reading.
 # Questions that no item answers gain nothing.
 #
-# Not every new question gains. This table has each question, the retrieved item, the target's answer, and the acceptance.
+# Not every new question gains.
+# This table has each question, the retrieved item, the target's answer, and the acceptance.
 
 # %%
 new_items = retrieve(questions["new"])
@@ -598,7 +611,8 @@ print(textwrap.fill(results["acceptance_kv"].conditions, 78))
 # ## In the loop
 #
 # `with_knowledge` reads the items from the store, computes their keys and values once, and returns two things for a proposer: a draft that shares all weights with the first, and (for "prefix") a prefix for its cache.
-# The text is the target's, as always. We check this again, on a few of the new questions.
+# The text is the target's, as always.
+# We check this again, on a few of the new questions.
 
 # %%
 def decode(example, proposer=None):
@@ -693,7 +707,10 @@ if target.dtype == torch.float32:
 # ```{exercise-start} By heart
 # :label: ex-heart
 # ```
-# *Easy, 5 minutes.* Train the plain draft on *all* questions, the answers of the new items included (`questions["new"]` stays out: these are the paraphrases it is texts_questions). What is its acceptance on new items now? When is reading worth its price?
+# *Easy, 5 minutes.*
+# Train the plain draft on *all* questions, the answers of the new items included (`questions["new"]` stays out: these are the paraphrases it is texts_questions).
+# What is its acceptance on new items now?
+# When is reading worth its price?
 # ```{exercise-end}
 # ```
 
@@ -710,7 +727,8 @@ scored = draft.measure_acceptance(by_heart, target, targets["new"]).greedy
 print("greedy acceptance on what was new:", shown(scored))
 
 # %% [markdown]
-# Fifty answers fit into three layers. Reading is worth its price for texts that cannot be trained on, because they are new or because there are too many.
+# Fifty answers fit into three layers.
+# Reading is worth its price for texts that cannot be trained on, because they are new or because there are too many.
 # ````{solution-end}
 # ````
 
@@ -718,7 +736,9 @@ print("greedy acceptance on what was new:", shown(scored))
 # ```{exercise-start} Which layer reads?
 # :label: ex-gates
 # ```
-# *Easy, 10 minutes.* Close the gates of `reader` one at a time (set `gate.data` to 0, and put it back). Which layer does the reading?
+# *Easy, 10 minutes.*
+# Close the gates of `reader` one at a time (set `gate.data` to 0, and put it back).
+# Which layer does the reading?
 # ```{exercise-end}
 # ```
 
@@ -748,7 +768,10 @@ for part, layer in zip(reader.readers, reader.config.layers):
 # ```{exercise-start} A loss with the wrong sign
 # :label: ex-sign
 # ```
-# *Medium, 10 minutes.* A public training script has a "greedy loss": minus the fraction of tokens at which both models have the same likeliest token. Compute its gradient for the cut draft. Why does the curve of the total loss look fine all the same?
+# *Medium, 10 minutes.*
+# A public training script has a "greedy loss": minus the fraction of tokens at which both models have the same likeliest token.
+# Compute its gradient for the cut draft.
+# Why does the curve of the total loss look fine all the same?
 # ```{exercise-end}
 # ```
 
@@ -801,5 +824,5 @@ made = speculate.generate(target, prompts, proposer, max_new_tokens=16)
 print(f"acceptance {speculate.summarize(made.rounds).acceptance:.2f}")
 
 # %% [markdown]
-# **Further reading**: training drafts on the target's own text {cite}`zhou2024distillspec`; losses for acceptance {cite}`samarin2026lk`; self-drafting without a second model {cite}`elhoushi2024layerskip`. Next: a cache that
-# shrinks and keeps what it knows.
+# **Further reading**: training drafts on the target's own text {cite}`zhou2024distillspec`; losses for acceptance {cite}`samarin2026lk`; self-drafting without a second model {cite}`elhoushi2024layerskip`.
+# Next: a cache that shrinks and keeps what it knows.

@@ -62,13 +62,21 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The question
 #
-# A cache has one entry per token, in every layer and every head, and none is ever thrown away. At eight thousand tokens the cache of Qwen3-0.6B is four fifths as large as its weights (chapter 00 has the formula), and whoever keeps many texts, as chapter 01 does, pays for each.
+# A cache has one entry per token, in every layer and every head, and none is ever thrown away.
+# At eight thousand tokens the cache of Qwen3-0.6B is four fifths as large as its weights (chapter 00 has the formula), and whoever keeps many texts, as chapter 01 does, pays for each.
 #
-# But a text says less than its tokens take. *The favorite color of Stefan is black*: seven words, and three that matter. So: **which entries can go, and can those that stay be made to say what the others said?** The second half of the question is what this chapter is about. What is forgotten must be chosen before anybody asks. We do not know the question when we compress.
+# But a text says less than its tokens take.
+# *The favorite color of Stefan is black*: seven words, and three that matter.
+# So: **which entries can go, and can those that stay be made to say what the others said?**
+# The second half of the question is what this chapter is about.
+# What is forgotten must be chosen before anybody asks.
+# We do not know the question when we compress.
 #
 # ## A passage, and what to ask
 #
-# The lab's reading world makes passages of facts, and the target answers questions about them. The passage is the {term}`context`: what is to be compressed. The question comes later.
+# The lab's reading world makes passages of facts, and the target answers questions about them.
+# The passage is the {term}`context`: what is to be compressed.
+# The question comes later.
 
 # %%
 test = Readings(10, facts=(16, 16), questions=5, seed=7, test=True)
@@ -135,7 +143,8 @@ print("answered with the full cache:", shown(full))
 # | key norm {cite}`devoto2024l2` | $-\lVert k_j \rVert$ | small keys get much attention |
 #
 # All are used here in one way: once, after the whole context, for the same fraction in every layer.
-# The papers differ: H2O evicts while it writes, SnapKV's window is the end of a question (here, without one, the end of the context), and key norm spares the first two layers. `random` keeps any entries.
+# The papers differ: H2O evicts while it writes, SnapKV's window is the end of a question (here, without one, the end of the context), and key norm spares the first two layers.
+# `random` keeps any entries.
 #
 # Here is H2O, for one layer, beside the library's.
 # `capture_attention` calls a function with the queries, keys and values of each attention layer.
@@ -172,7 +181,8 @@ for name, score in compress.METHODS.items():
 plots.score_view(ids[0].tolist(), views, tokenizer)
 
 # %% [markdown]
-# The scores were made for other texts, and it shows: they keep full stops and articles, the beginning or the end. The last, `key_norm_reversed`, is from no paper: it is key norm with its sign turned round, and will be explained.
+# The scores were made for other texts, and it shows: they keep full stops and articles, the beginning or the end.
+# The last, `key_norm_reversed`, is from no paper: it is key norm with its sign turned round, and will be explained.
 #
 # ## Evict, and watch it forget
 #
@@ -199,14 +209,23 @@ pd.DataFrame(table).T.fillna("")
 # %% [markdown]
 # With half of the entries about half of the answers are left.
 # In ten passages no published score is distinguishable from random, except those that are worse.
-# They were made for other uses: SnapKV for long prompts that end in a question, H2O and StreamingLLM for going on writing. Here every token of the text counts, and there is no question yet. (Intervals are over passages. Where all ten give 0, no interval can be had this way, and [0, 0] is not one.)
+# They were made for other uses: SnapKV for long prompts that end in a question, H2O and StreamingLLM for going on writing.
+# Here every token of the text counts, and there is no question yet.
+# (Intervals are over passages. Where all ten give 0, no interval can be had this way, and [0, 0] is not one.)
 #
-# The key norm is worse than random: it says something, with the wrong sign. In the models it was found on, small keys draw attention. This target, as all of the Qwen3 family, normalizes keys and weights their channels; and here it is the *large* keys that matter (whether that is why, and whether it holds for Qwen3 itself, is not measured). The last row has the sign turned round, and is the best of all by far. So signs of such rules must be measured on the model at hand, and `key_norm_reversed` is the score to beat.
+# The key norm is worse than random: it says something, with the wrong sign.
+# In the models it was found on, small keys draw attention.
+# This target, as all of the Qwen3 family, normalizes keys and weights their channels; and here it is the *large* keys that matter (whether that is why, and whether it holds for Qwen3 itself, is not measured).
+# The last row has the sign turned round, and is the best of all by far.
+# So signs of such rules must be measured on the model at hand, and `key_norm_reversed` is the score to beat.
 
 # %% [markdown]
 # ### Positions after eviction
 #
-# After eviction the number of entries is not the next position. Kept keys are still rotated to their old positions, so the question must continue at the *old* length. Or all kept keys are moved together, to 0, 1, 2 ..., and the question goes on at their number: `compact` does that (it is how StreamingLLM counts), and then `generate` of transformers takes the cache as it is. Do not mix the two.
+# After eviction the number of entries is not the next position.
+# Kept keys are still rotated to their old positions, so the question must continue at the *old* length.
+# Or all kept keys are moved together, to 0, 1, 2 ..., and the question goes on at their number: `compact` does that (it is how StreamingLLM counts), and then `generate` of transformers takes the cache as it is.
+# Do not mix the two.
 
 # %%
 half = partial(evict, target, score=compress.key_norm_reversed, retention=0.5)
@@ -231,19 +250,31 @@ print("mixed up - as it was:", shown(answered["mixed up"] - answered["as it was"
 #
 # KV-Distill {cite}`chari2025kvdistill` learns to choose, and it also *writes*: before the other tokens are thrown away, those that stay take over what they said.
 #
-# A {term}`scorer` looks at the frozen model's hidden states after some layers, $h_j$, and gives each token a number, $s_j = \operatorname{FFN}(h_j)$. The source scores after layer 6 of 32; in the lab's target that is layer 2 of 12. The $k$ best tokens stay, the same in all layers and heads. Then the whole passage goes through the model once more, this time with low-rank adapters:
+# A {term}`scorer` looks at the frozen model's hidden states after some layers, $h_j$, and gives each token a number, $s_j = \operatorname{FFN}(h_j)$.
+# The source scores after layer 6 of 32; in the lab's target that is layer 2 of 12.
+# The $k$ best tokens stay, the same in all layers and heads.
+# Then the whole passage goes through the model once more, this time with low-rank adapters:
 #
 # $$\begin{aligned} K_j &= (W_K + \Delta_K)\,x_j, & V_j &= (W_V + \Delta_V)\,x_j,\\ Q_j &= (W_Q + m_j \Delta_Q)\,x_j, & O_j &= (W_O + m_j \Delta_O)\,y_j, \end{aligned}$$
 #
-# where $x_j$ is what attention reads at token $j$ and $y_j$ what its heads found, with $m_j = 1$ for tokens that stay and $0$ for the others. That is conditional {term}`routing`: a token that stays learns to look around differently, one that goes only learns to be looked at.
+# where $x_j$ is what attention reads at token $j$ and $y_j$ what its heads found, with $m_j = 1$ for tokens that stay and $0$ for the others.
+# That is conditional {term}`routing`: a token that stays learns to look around differently, one that goes only learns to be looked at.
 #
-# How does the scorer learn, when choosing the $k$ best has no gradient? By a {term}`gate`: attention logits to kept entries are multiplied by $\sigma(s_j)$,
+# How does the scorer learn, when choosing the $k$ best has no gradient?
+# By a {term}`gate`: attention logits to kept entries are multiplied by $\sigma(s_j)$,
 #
 # $$q_i \cdot k_j \;\to\; \sigma(s_j)\, q_i \cdot k_j = q_i \cdot \bigl(\sigma(s_j)\, k_j\bigr),$$
 #
-# and the right side says how it is kept: in the key. The *original* model reads the cache, and needs no change. (Where the logit is negative, the factor raises it, and with it the attention. Adding $\log \sigma(s_j)$ instead would always lower it, but no key can hold that; the ablations below have it.)
+# and the right side says how it is kept: in the key.
+# The *original* model reads the cache, and needs no change.
+# (Where the logit is negative, the factor raises it, and with it the attention. Adding $\log \sigma(s_j)$ instead would always lower it, but no key can hold that; the ablations below have it.)
 #
-# One step is ours, not the source's, and used at the tiny scale only. What a scorer learns by is the slope of its gates, $\sigma(s_j)\,(1-\sigma(s_j))$. Left free, the scores of whatever helps grow until those gates are open, and little says any longer which of two kept tokens is worth more. So the lab's distiller brings the scores of each context to mean 2 and deviation 1 (`standardize`). Their order stays what it was, but no scorer can open all gates any more: at a mean of 2 they stand at 0.88. The ablations show what that is worth.
+# One step is ours, not the source's, and used at the tiny scale only.
+# What a scorer learns by is the slope of its gates, $\sigma(s_j)\,(1-\sigma(s_j))$.
+# Left free, the scores of whatever helps grow until those gates are open, and little says any longer which of two kept tokens is worth more.
+# So the lab's distiller brings the scores of each context to mean 2 and deviation 1 (`standardize`).
+# Their order stays what it was, but no scorer can open all gates any more: at a mean of 2 they stand at 0.88.
+# The ablations show what that is worth.
 #
 # Here is all of it, for one text:
 
@@ -268,7 +299,9 @@ def distill_by_hand(distiller, ids, k):
 
 
 # %% [markdown]
-# `routed` is a hook that multiplies the adapters' *input* by $m_j$. An adapter is $BAx$ without a bias, so zeros in give zeros out, exactly. Is it what the library does?
+# `routed` is a hook that multiplies the adapters' *input* by $m_j$.
+# An adapter is $BAx$ without a bias, so zeros in give zeros out, exactly.
+# Is it what the library does?
 
 # %%
 torch.manual_seed(scale.seed)
@@ -290,7 +323,9 @@ for (hand_keys, hand_values), e in zip(by_hand, small.cache.layers):
 # %% [markdown]
 # ### A check you can break
 #
-# An untrained adapter adds nothing. With all tokens kept and gates wide open (which takes free scores), the distilled cache must be the cache. Open the gates less, or keep one token less, and it is not:
+# An untrained adapter adds nothing.
+# With all tokens kept and gates wide open (which takes free scores), the distilled cache must be the cache.
+# Open the gates less, or keep one token less, and it is not:
 
 # %%
 opened = KVDistiller(target, **settings | {"standardize": False})
@@ -308,7 +343,8 @@ del opened
 # %% [markdown]
 # ## Train it
 #
-# The teacher is the frozen model with the whole passage, $p$; the student is the same frozen model with what is left of it, $q$. They are compared on the tokens of the answers, over the whole vocabulary and both ways:
+# The teacher is the frozen model with the whole passage, $p$; the student is the same frozen model with what is left of it, $q$.
+# They are compared on the tokens of the answers, over the whole vocabulary and both ways:
 #
 # $$\mathcal{L} = \lambda \operatorname{KL}(p \,\|\, q) + (1-\lambda) \operatorname{KL}(q \,\|\, p),\qquad \lambda = 0.6 .$$
 #
@@ -339,7 +375,9 @@ ax.plot([h["loss"] for h in history], "o-", ms=3, color=plots.BLUE)
 ax.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None));
 
 # %% [markdown]
-# That is how it begins. The lab ships one that was trained longer, from the start: 400 steps with 16 passages each, about ten minutes on one core, as `kvlab distill --steps 400` makes it. (At the larger scales, this chapter goes on with the one it has just trained.)
+# That is how it begins.
+# The lab ships one that was trained longer, from the start: 400 steps with 16 passages each, about ten minutes on one core, as `kvlab distill --steps 400` makes it.
+# (At the larger scales, this chapter goes on with the one it has just trained.)
 
 # %%
 shipped = lab.models.MODELS / "lab-distiller"
@@ -357,7 +395,9 @@ view = {"KV-Distill": (scores, small.positions[0].tolist())}
 plots.score_view(ids[0].tolist(), view, tokenizer)
 
 # %% [markdown]
-# It keeps the values, all digits of a number with them, and lets names, verbs and full stops go, which it was never told about. Whose value it is must be in the entry already: the model wrote that there while it read. How many questions does that answer?
+# It keeps the values, all digits of a number with them, and lets names, verbs and full stops go, which it was never told about.
+# Whose value it is must be in the entry already: the model wrote that there while it read.
+# How many questions does that answer?
 
 # %%
 distilled = {
@@ -380,7 +420,9 @@ pd.DataFrame(rows).T
 # %% [markdown]
 # ## The figure
 #
-# Ten passages are few. The benchmark asks about many more, with three distillers from three seeds (each asked about passages of its own), each method on the same passages, and intervals over passages. The dashed line has what the distiller chose, with the entries that the plain model made of it:
+# Ten passages are few.
+# The benchmark asks about many more, with three distillers from three seeds (each asked about passages of its own), each method on the same passages, and intervals over passages.
+# The dashed line has what the distiller chose, with the entries that the plain model made of it:
 
 # %%
 results = kvlab.results("distill")
@@ -411,7 +453,10 @@ print(f"lost at 25 %, full cache minus KV-Distill: {results['lost_25']:.3f}")
 print(f"gained at 10 %, minus the best score:      {results['gain_10']:.3f}")
 
 # %% [markdown]
-# A quarter of the entries answers what the whole cache answers. A tenth has fewer entries than the passage has facts, and each of them answers for about one. Writing two facts into one entry would go further, but that is not what the adapters have learned here: at a quarter and a tenth nearly all of the gain is in the choice. With still fewer entries, writing contributes as well.
+# A quarter of the entries answers what the whole cache answers.
+# A tenth has fewer entries than the passage has facts, and each of them answers for about one.
+# Writing two facts into one entry would go further, but that is not what the adapters have learned here: at a quarter and a tenth nearly all of the gain is in the choice.
+# With still fewer entries, writing contributes as well.
 #
 # With the scores each head keeps entries of its own.
 # What if all heads must keep the same, as with KV-Distill?
@@ -429,7 +474,11 @@ for name in ("key_norm_reversed", "snapkv", "random"):
 # %% [markdown]
 # ### If the question is known
 #
-# Some methods may look at the question before they choose. Then a good score finds the one fact that is asked for, and needs little else; without the other facts there is even less to confuse than in the whole cache. (H2O, which sums over all tokens, hardly notices the question.) That is another task: such a cache answers *this* question. So these figures have a table of their own, and none of them belongs beside the curves above.
+# Some methods may look at the question before they choose.
+# Then a good score finds the one fact that is asked for, and needs little else; without the other facts there is even less to confuse than in the whole cache.
+# (H2O, which sums over all tokens, hardly notices the question.)
+# That is another task: such a cache answers *this* question.
+# So these figures have a table of their own, and none of them belongs beside the curves above.
 
 # %%
 known = {"h2o_aware": "H2O, question known", "snapkv_aware": "SnapKV, question known"}
@@ -439,7 +488,8 @@ rows = {
 results.table(rows)
 
 # %% [markdown]
-# What happens to the second question? Choose with the first in view, and then ask all:
+# What happens to the second question?
+# Choose with the first in view, and then ask all:
 
 # %%
 def for_the_first(context, questions, fraction=0.25):
@@ -464,7 +514,9 @@ print("the others:                    ", shown(others))
 # %% [markdown]
 # ## Bytes and milliseconds
 #
-# Evicted entries free their memory: bytes fall with the number of entries. And every new token reads the whole cache once, so decoding gets faster where the cache is what it waits for. Measured behind 8,192 tokens, on a model of Qwen3-0.6B's shape (random weights: time does not depend on them):
+# Evicted entries free their memory: bytes fall with the number of entries.
+# And every new token reads the whole cache once, so decoding gets faster where the cache is what it waits for.
+# Measured behind 8,192 tokens, on a model of Qwen3-0.6B's shape (random weights: time does not depend on them):
 
 # %% mystnb={"image": {"alt": "Two panels over the percentage of entries kept: megabytes of the cache, which fall in proportion, and milliseconds a token, which fall to a floor, the reading of the weights."}}
 panels = plots.axes(2, width=7, height=2.8)
@@ -479,7 +531,10 @@ print(textwrap.fill(results["decode_ms_100"].conditions, 78))
 # %% [markdown]
 # ## What is it made of?
 #
-# The paper {cite}`chari2025kvdistill` takes the method apart on SQuAD, with Llama-3-8B; percent of exact matches at 20 % of the entries: $\lambda = 0.6$ 86.0, forward KL alone 83.4, reverse KL alone 82.7; and with a learned embedding in place of routing 67.4. The benchmark does it in the lab, in short runs that differ in one thing each from the lab's distiller, standardized scores included. Each is trained twice, and bars reach from one seed to the other. (Here every token of the answer must be the likeliest after the right ones before it, which is not the measure above.)
+# The paper {cite}`chari2025kvdistill` takes the method apart on SQuAD, with Llama-3-8B; percent of exact matches at 20 % of the entries: $\lambda = 0.6$ 86.0, forward KL alone 83.4, reverse KL alone 82.7; and with a learned embedding in place of routing 67.4.
+# The benchmark does it in the lab, in short runs that differ in one thing each from the lab's distiller, standardized scores included.
+# Each is trained twice, and bars reach from one seed to the other.
+# (Here every token of the answer must be the likeliest after the right ones before it, which is not the measure above.)
 
 # %% mystnb={"image": {"alt": "Dots with intervals: share of questions answered after short trainings that differ in one thing, at 25 and at 10 percent of the entries."}}
 arms = {
@@ -505,7 +560,10 @@ conditions = results["ablation_base_25"].conditions
 print(textwrap.fill(conditions.partition("; ")[2].partition(":")[0], 78))
 
 # %% [markdown]
-# What matters here is that a gate can teach. Without one, what stays is what a random network happens to like. With scores left free, as the source has them, so few steps at so high a rate are a matter of luck. Compare the slopes of the gates of kept tokens (standardized scores cannot have one near 0):
+# What matters here is that a gate can teach.
+# Without one, what stays is what a random network happens to like.
+# With scores left free, as the source has them, so few steps at so high a rate are a matter of luck.
+# Compare the slopes of the gates of kept tokens (standardized scores cannot have one near 0):
 
 # %%
 for name, scores in {"base": "standardized", "free_scores": "left free"}.items():
@@ -513,14 +571,19 @@ for name, scores in {"base": "standardized", "free_scores": "left free"}.items()
     print(f"mean slope of the gates, scores {scores}: {slope:.1e}")
 
 # %% [markdown]
-# Free scores that are almost all open teach little more. Trained longer they may yet learn; that they can learn well in larger models, the paper shows.
+# Free scores that are almost all open teach little more.
+# Trained longer they may yet learn; that they can learn well in larger models, the paper shows.
 #
-# Adding $\log \sigma(s)$ teaches worse than multiplying, and without adapters much is lost at a tenth. To score after layer 6 or 12 costs something at a tenth, too. Neither the divergences nor routing make a difference that two seeds can show: the paper's order of $\lambda$, and what routing gained it, are not to be seen here. In passages of plain facts, one entry per fact may be nearly all there is to find.
+# Adding $\log \sigma(s)$ teaches worse than multiplying, and without adapters much is lost at a tenth.
+# To score after layer 6 or 12 costs something at a tenth, too.
+# Neither the divergences nor routing make a difference that two seeds can show: the paper's order of $\lambda$, and what routing gained it, are not to be seen here.
+# In passages of plain facts, one entry per fact may be nearly all there is to find.
 # Whether denser text needs them is not tested.
 #
 # ## Options, and needles
 #
-# Is an answer that is not said lost, or just outranked? With four options of a kind, three of them from the same passage if it has so many, chance is 0.25:
+# Is an answer that is not said lost, or just outranked?
+# With four options of a kind, three of them from the same passage if it has so many, chance is 0.25:
 
 # %%
 rows = {"everything": {"picked": "choice_full"}}
@@ -530,7 +593,10 @@ for p in (25, 10, 5):
 results.table(rows)
 
 # %% [markdown]
-# And does it depend on where a fact stands? A needle test asks for the fact at a certain depth of a passage of a certain length. Passages of 32 facts are longer than any the distiller was trained on. At a quarter it stays near the whole cache at all depths and lengths; at a tenth facts in the middle and behind it are lost first:
+# And does it depend on where a fact stands?
+# A needle test asks for the fact at a certain depth of a passage of a certain length.
+# Passages of 32 facts are longer than any the distiller was trained on.
+# At a quarter it stays near the whole cache at all depths and lengths; at a tenth facts in the middle and behind it are lost first:
 
 # %% mystnb={"image": {"alt": "Maps of the share answered by number of facts in the passage, 8, 16, 32, and depth of the fact asked for: everything kept, KV-Distill at 25 and 10 percent, reversed key norm at 25 percent."}}
 lengths, depths = (8, 16, 32), (0, 25, 50, 75, 100)
@@ -549,7 +615,8 @@ plots.score_maps(maps, "facts", "depth (%)", lengths, depths);
 # %% [markdown]
 # ## Keep it
 #
-# A distilled cache is a cache: `cache.save` writes it with its next position, `cache.load` gives it back to the model it was made for. And a knowledge cache (chapter 01) compresses items as it reads them, given a function that does:
+# A distilled cache is a cache: `cache.save` writes it with its next position, `cache.load` gives it back to the model it was made for.
+# And a knowledge cache (chapter 01) compresses items as it reads them, given a function that does:
 
 # %%
 file = folder / "passage.safetensors"
@@ -581,7 +648,10 @@ sizes = {name: store.summary().loc["all"] for name, store in stores.items()}
 pd.DataFrame(sizes).T[["items", "tokens", "size (MB)"]].round(2)
 
 # %% [markdown]
-# The items are made-up answers to questions, which the model can only read. That is not the kind of text that this distiller was trained on. How much of the next word's distribution, $\sum_x \min(p(x), q(x))$, stays what it is with the whole item? If nothing at all is given, this much:
+# The items are made-up answers to questions, which the model can only read.
+# That is not the kind of text that this distiller was trained on.
+# How much of the next word's distribution, $\sum_x \min(p(x), q(x))$, stays what it is with the whole item?
+# If nothing at all is given, this much:
 
 # %%
 def next_word(store, item):
@@ -603,14 +673,20 @@ for name, store in {"nothing": None, **stores}.items():
 pd.DataFrame({"stays": rows})
 
 # %% [markdown]
-# Outside its kind of text the distiller helps no more than nothing at all would, while SnapKV, which has learned nothing, keeps more than half of what the item changes. (All heads share their entries here, which the reversed key norm cannot tolerate.) For a store of answers one would have to train one on answers. The mechanism is the same, and so are the bytes.
+# Outside its kind of text the distiller helps no more than nothing at all would, while SnapKV, which has learned nothing, keeps more than half of what the item changes.
+# (All heads share their entries here, which the reversed key norm cannot tolerate.)
+# For a store of answers one would have to train one on answers.
+# The mechanism is the same, and so are the bytes.
 #
 # ## Exercises
 #
 # ```{exercise-start} Without the gate
 # :label: ex-ungated
 # ```
-# *Easy, 5 minutes.* The gate scales kept keys by $\sigma(s_j)$. Does the model still need it once the distiller is trained? Divide it out again (`cache.scale_keys` multiplies keys by factors), and ask.
+# *Easy, 5 minutes.*
+# The gate scales kept keys by $\sigma(s_j)$.
+# Does the model still need it once the distiller is trained?
+# Divide it out again (`cache.scale_keys` multiplies keys by factors), and ask.
 # ```{exercise-end}
 # ```
 
@@ -636,7 +712,8 @@ print(f"with gates:    {shown(distilled[0.25])}")
 print(f"without gates: {shown(accuracy(ungated))}")
 
 # %% [markdown]
-# The gates of tokens that stay are nearly open, so dividing them out changes little. They were needed to *learn* what stays.
+# The gates of tokens that stay are nearly open, so dividing them out changes little.
+# They were needed to *learn* what stays.
 # ````{solution-end}
 # ````
 
@@ -644,7 +721,11 @@ print(f"without gates: {shown(accuracy(ungated))}")
 # ```{exercise-start} Is it the choice, or the writing?
 # :label: ex-choice-or-writing
 # ```
-# *Medium, 10 minutes.* KV-Distill chooses tokens and rewrites them. Keep the tokens it chooses, but with the entries that the plain model made of them. Then the other way round: its adapters, on tokens chosen at random. Which half does the work at a quarter, and which at a tenth?
+# *Medium, 10 minutes.*
+# KV-Distill chooses tokens and rewrites them.
+# Keep the tokens it chooses, but with the entries that the plain model made of them.
+# Then the other way round: its adapters, on tokens chosen at random.
+# Which half does the work at a quarter, and which at a tenth?
 # ```{exercise-end}
 # ```
 
@@ -682,7 +763,10 @@ rows = {
 pd.DataFrame(rows)
 
 # %% [markdown]
-# The learned choice does nearly all of it. It keeps the values, and whoever keeps these has most of what such a passage says. What the adapters write adds a little (the benchmark has the choice alone at all sizes); into entries that the scorer did not choose they write in vain. But to train a scorer without any adapters costs much at a tenth: see the ablations.
+# The learned choice does nearly all of it.
+# It keeps the values, and whoever keeps these has most of what such a passage says.
+# What the adapters write adds a little (the benchmark has the choice alone at all sizes); into entries that the scorer did not choose they write in vain.
+# But to train a scorer without any adapters costs much at a tenth: see the ablations.
 # ````{solution-end}
 # ````
 
@@ -690,7 +774,8 @@ pd.DataFrame(rows)
 # ```{exercise-start} Longer than a chunk
 # :label: ex-chunks
 # ```
-# *Medium, 10 minutes.* Contexts longer than `chunk_size` tokens are read in chunks that do not attend to each other.
+# *Medium, 10 minutes.*
+# Contexts longer than `chunk_size` tokens are read in chunks that do not attend to each other.
 # Set `chunk_size` to 50 (`dataclasses.replace` on the `settings` of the distiller), and ask again.
 # What is lost, and what would be lost in a text in which every sentence refers to the one before?
 # ```{exercise-end}
@@ -747,4 +832,5 @@ answer = speculate.generate(target, [question], prefix=small, max_new_tokens=4)
 print(tokenizer.decode(answer.tokens[0], skip_special_tokens=True))
 
 # %% [markdown]
-# **Further reading**: the paper {cite}`chari2025kvdistill`; scores and a library of them {cite}`li2024snapkv,zhang2023h2o,xiao2023streamingllm,devoto2024l2`; learned tokens that stand for a context {cite}`ge2024icae`. Next: models that learn from caches of other shapes.
+# **Further reading**: the paper {cite}`chari2025kvdistill`; scores and a library of them {cite}`li2024snapkv,zhang2023h2o,xiao2023streamingllm,devoto2024l2`; learned tokens that stand for a context {cite}`ge2024icae`.
+# Next: models that learn from caches of other shapes.

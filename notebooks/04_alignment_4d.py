@@ -53,9 +53,15 @@ teacher, words = scale.load("teacher"), scale.load_tokenizer("teacher")
 # %% [markdown]
 # ## The question
 #
-# A large model reads a problem and its solution. Its cache has keys and values for every token, and somewhere in them is the knowledge of how to solve such problems. A small model should learn it. The usual ways give it the teacher's text, or the teacher's probabilities of the next token. Could it learn from the teacher's **cache** instead, from the keys and values of every token in every layer?
+# A large model reads a problem and its solution.
+# Its cache has keys and values for every token, and somewhere in them is the knowledge of how to solve such problems.
+# A small model should learn it.
+# The usual ways give it the teacher's text, or the teacher's probabilities of the next token.
+# Could it learn from the teacher's **cache** instead, from the keys and values of every token in every layer?
 #
-# If both caches had one shape, that would be a loss in one line. They do not. Here is one problem, as each model reads it, with the solution in its own style:
+# If both caches had one shape, that would be a loss in one line.
+# They do not.
+# Here is one problem, as each model reads it, with the solution in its own style:
 
 # %%
 short, long = Solutions(1, steps=(2, 2), seed=3)[0]
@@ -64,7 +70,8 @@ for name, text in (("student", short), ("teacher", long)):
     print(textwrap.indent(textwrap.fill(text[1]["content"], 72), "    "), "\n")
 
 # %% [markdown]
-# `segment` finds {term}`prompt, reasoning and answer <segment>` by the character at which each token begins. That works for any tokenizer with offsets and for any chat template, in English and Chinese.
+# `segment` finds {term}`prompt, reasoning and answer <segment>` by the character at which each token begins.
+# That works for any tokenizer with offsets and for any chat template, in English and Chinese.
 
 # %%
 own, theirs = segment(tokenizer, short), segment(words, long)
@@ -92,7 +99,11 @@ shapes = {
 plots.cache_shapes(shapes);
 
 # %% [markdown]
-# Four things differ: how many tokens (**time**), how many layers (**layer**), how many heads of what size in each cell (**head**), and the number and meaning of the values in a cell (**hidden**). The recipe of this chapter aligns the four, one after another, so that keys and values of the teacher become targets for those of the student. It comes from a public project (called *the source* below), in which Qwen2-7B and Qwen2-1.5B teach a Qwen2-1.5B. The project describes the steps, but its code has errors in several of them, and it measured nothing. Here each step is checked, and the whole is measured.
+# Four things differ: how many tokens (**time**), how many layers (**layer**), how many heads of what size in each cell (**head**), and the number and meaning of the values in a cell (**hidden**).
+# The recipe of this chapter aligns the four, one after another, so that keys and values of the teacher become targets for those of the student.
+# It comes from a public project (called *the source* below), in which Qwen2-7B and Qwen2-1.5B teach a Qwen2-1.5B.
+# The project describes the steps, but its code has errors in several of them, and it measured nothing.
+# Here each step is checked, and the whole is measured.
 #
 # ## Time
 #
@@ -100,7 +111,8 @@ plots.cache_shapes(shapes);
 #
 # $$u_i = i\,\frac{T_t - 1}{T_s - 1},\qquad x_i = (1 - f)\,y_{\lfloor u_i \rfloor} + f\,y_{\lfloor u_i \rfloor + 1},\quad f = u_i - \lfloor u_i \rfloor .$$
 #
-# A segment of one student token takes the mean of the teacher's; at the last token $f = 0$. In plain lines:
+# A segment of one student token takes the mean of the teacher's; at the last token $f = 0$.
+# In plain lines:
 
 # %%
 def stretch(y, length):
@@ -124,7 +136,9 @@ plan = plan_time(own.borders[None], theirs.borders[None])
 assert torch.allclose(resample(features[None, None], plan)[0, 0], by_hand, atol=1e-4)
 
 # %% [markdown]
-# `plan_time` computes this for a batch, and `resample` applies a plan to all layers in one pass. What happens without segments? Token $i$ of the student would get token $i$ of the teacher, or the teacher's last (`by_index`):
+# `plan_time` computes this for a batch, and `resample` applies a plan to all layers in one pass.
+# What happens without segments?
+# Token $i$ of the student would get token $i$ of the teacher, or the teacher's last (`by_index`):
 
 # %% mystnb={"image": {"alt": "Lines from each student token to the teacher tokens it is made of. By index they run straight across segments; by segments none crosses a border."}}
 simple, wordy = Solutions(1, steps=(1, 1), seed=4)[0]
@@ -144,11 +158,14 @@ plots.token_links(
 );
 
 # %% [markdown]
-# By index, the student's reasoning learns from the end of the teacher's prompt, and its answer from the beginning of the teacher's reasoning. By segments, prompt learns from prompt and answer from answer. Inside the reasoning the alignment is only proportional: the student's "=" need not fall on the teacher's.
+# By index, the student's reasoning learns from the end of the teacher's prompt, and its answer from the beginning of the teacher's reasoning.
+# By segments, prompt learns from prompt and answer from answer.
+# Inside the reasoning the alignment is only proportional: the student's "=" need not fall on the teacher's.
 #
 # ### A check you can break
 #
-# Interpolation is exact on a straight line, so the teacher's positions, stretched, must run evenly inside each segment and start and end on its borders. Nearest rounding, which public code calls interpolation, fails:
+# Interpolation is exact on a straight line, so the teacher's positions, stretched, must run evenly inside each segment and start and end on its borders.
+# Nearest rounding, which public code calls interpolation, fails:
 
 # %%
 positions = torch.arange(len(theirs.input_ids), dtype=torch.float64)[None, None, :, None]
@@ -166,7 +183,10 @@ assert not torch.allclose(nearest, nearest.mean().expand(len(nearest)))
 # %% [markdown]
 # ## Heads and rotation
 #
-# Cached keys have been rotated by their positions ({term}`RoPE`), with the teacher's own angles. A mean of keys from two positions is no key at any position. So keys are un-rotated first, aligned, and rotated again for the student's positions with the student's angles. Then the {term}`GQA` heads of a token (KV heads, not attention heads) are laid side by side: $(B, L, H_{kv}, T, d) \to (B, L, T, H_{kv} d)$.
+# Cached keys have been rotated by their positions ({term}`RoPE`), with the teacher's own angles.
+# A mean of keys from two positions is no key at any position.
+# So keys are un-rotated first, aligned, and rotated again for the student's positions with the student's angles.
+# Then the {term}`GQA` heads of a token (KV heads, not attention heads) are laid side by side: $(B, L, H_{kv}, T, d) \to (B, L, T, H_{kv} d)$.
 
 # %%
 def read(model, text, start=0):
@@ -183,15 +203,21 @@ stored = [prefix.cache.layers[0].keys for prefix in (here, there)]  # rotated
 assert (stored[0] - stored[1]).abs().max() > spread
 
 # %% [markdown]
-# The same text at another position: in the cache its keys differ; as features they are the same. (This holds exactly in the first layer; later layers read the output of earlier ones, with the small errors of rotations by hundreds of positions.)
+# The same text at another position: in the cache its keys differ; as features they are the same.
+# (This holds exactly in the first layer; later layers read the output of earlier ones, with the small errors of rotations by hundreds of positions.)
 #
 # ## Layer
 #
-# Which teacher layer should a student layer learn from? The simple answer is the one at the same fraction of the depth. The other is to measure similarity. {term}`CKA` {cite}`kornblith2019cka` compares two layers by which *tokens* they represent similarly, so widths may differ, and neither rotation nor scale matters. With $K = XX^\top$ and $L = YY^\top$ the tokens' inner products in two layers,
+# Which teacher layer should a student layer learn from?
+# The simple answer is the one at the same fraction of the depth.
+# The other is to measure similarity.
+# {term}`CKA` {cite}`kornblith2019cka` compares two layers by which *tokens* they represent similarly, so widths may differ, and neither rotation nor scale matters.
+# With $K = XX^\top$ and $L = YY^\top$ the tokens' inner products in two layers,
 #
 # $$\mathrm{CKA} = \frac{\mathrm{HSIC}(K, L)}{\sqrt{\mathrm{HSIC}(K, K)\,\mathrm{HSIC}(L, L)}} .$$
 #
-# The usual estimate is biased: it reports similarity where there is none, and more so the fewer tokens there are for the width. The unbiased one {cite}`nguyen2021cka` leaves out the diagonals, on which each token is compared with itself (here $K$ and $L$ have zeros there):
+# The usual estimate is biased: it reports similarity where there is none, and more so the fewer tokens there are for the width.
+# The unbiased one {cite}`nguyen2021cka` leaves out the diagonals, on which each token is compared with itself (here $K$ and $L$ have zeros there):
 #
 # $$\mathrm{HSIC}_1 = \frac{1}{n(n-3)}\left[\operatorname{tr}(KL) + \frac{\mathbf 1^\top K \mathbf 1\; \mathbf 1^\top L \mathbf 1}{(n-1)(n-2)} - \frac{2}{n-2}\,\mathbf 1^\top K L \mathbf 1\right].$$
 
@@ -213,7 +239,8 @@ turned = hsic(5 * x @ turn, y) / (hsic(5 * x @ turn, 5 * x @ turn) * hsic(y, y))
 assert torch.allclose(once, turned)
 
 # %% [markdown]
-# Two layers of random numbers have nothing in common. What do the two estimates show for various numbers of tokens, at a width of 128?
+# Two layers of random numbers have nothing in common.
+# What do the two estimates show for various numbers of tokens, at a width of 128?
 
 # %% mystnb={"image": {"alt": "CKA of independent layers against the number of tokens. The biased estimate begins near 1 and falls slowly; the unbiased one stays at 0."}}
 def biased_cka(x, y):
@@ -233,7 +260,9 @@ ax = plots.lines(counts, rows, "tokens", "CKA of independent layers")
 ax.set(xscale="log", xticks=counts, xticklabels=counts, ylim=(-0.1, 1.05));
 
 # %% [markdown]
-# Minibatches add up: means of HSIC over batches first, then the ratio. So hundreds of texts take no more memory than one batch. A few dozen problems, tokens of prompt and reasoning only, and the teacher's features brought to the student's tokens first:
+# Minibatches add up: means of HSIC over batches first, then the ratio.
+# So hundreds of texts take no more memory than one batch.
+# A few dozen problems, tokens of prompt and reasoning only, and the teacher's features brought to the student's tokens first:
 
 # %%
 pairs = [*Solutions(48, seed=5)]
@@ -251,7 +280,10 @@ even = proportional(len(chosen.indices), chosen.teacher_layers)
 print("proportional:", even.indices.flatten().tolist())
 
 # %% [markdown]
-# At the tiny scale, no layer of one model is very similar to any of the other: their tokens differ, and they were trained separately. The rows are nearly flat, so the choice of the two best layers means little. And the weights, a softmax over numbers from 0 to 1, are nearly even for any two layers. For comparison, the student with itself and, at the tiny scale, with a deeper model of the same tokenizer, on the very same texts:
+# At the tiny scale, no layer of one model is very similar to any of the other: their tokens differ, and they were trained separately.
+# The rows are nearly flat, so the choice of the two best layers means little.
+# And the weights, a softmax over numbers from 0 to 1, are nearly even for any two layers.
+# For comparison, the student with itself and, at the tiny scale, with a deeper model of the same tokenizer, on the very same texts:
 
 # %% mystnb={"image": {"alt": "Two tables of CKA, a model with itself and with a deeper model of the same tokenizer."}}
 likeness = {"with itself": align.similar_layers(student, texts, student, texts)}
@@ -264,7 +296,10 @@ assert torch.allclose(likeness["with itself"].diagonal(), torch.ones(1).double()
 # %% [markdown]
 # ## Hidden
 #
-# The meaning of the numbers is left. A {term}`projector` is a linear map for keys and one for values, from the teacher's width to the student's, the same for all layers: $\hat k = W_K k$, $\hat v = W_V v$. It starts from random numbers (Xavier), from a random orthogonal projection or from a copy (identity), and may learn along. Or it is fitted in closed form, by ridge regression on some problems that both models have read:
+# The meaning of the numbers is left.
+# A {term}`projector` is a linear map for keys and one for values, from the teacher's width to the student's, the same for all layers: $\hat k = W_K k$, $\hat v = W_V v$.
+# It starts from random numbers (Xavier), from a random orthogonal projection or from a copy (identity), and may learn along.
+# Or it is fitted in closed form, by ridge regression on some problems that both models have read:
 
 # %%
 def aligned(texts, others, chosen=chosen):
@@ -292,7 +327,8 @@ projectors = {
 print(f"{projectors['ridge'].num_parameters()} parameters")
 
 # %% [markdown]
-# How close does that come to the student's own features, on problems that were not used for the fit? The fraction of their variance that is explained, layer by layer (below 0: worse than the mean):
+# How close does that come to the student's own features, on problems that were not used for the fit?
+# The fraction of their variance that is explained, layer by layer (below 0: worse than the mean):
 
 # %%
 rows = {}
@@ -317,7 +353,8 @@ pieces = [tokenizer.decode(i) for i in texts[short_one].input_ids]
 plots.cache_picture(views, pieces, shared=True);
 
 # %% [markdown]
-# The ridge map finds some of the student's pattern in the teacher's numbers, and leaves out the rest, so it is paler. A linear map between models that were trained separately, with different tokens, explains only a part.
+# The ridge map finds some of the student's pattern in the teacher's numbers, and leaves out the rest, so it is paler.
+# A linear map between models that were trained separately, with different tokens, explains only a part.
 #
 # For the source's models, teachers of 7B and 1.5B with a student of 1.5B, projectors are small, since their KV heads are few:
 
@@ -332,11 +369,17 @@ print("widths:", sizes, "  parameters:", counts, "  together:", sum(counts))
 assert sum(counts) < 21e6 / 50
 
 # %% [markdown]
-# The source speaks of about 21 million. One gets that ($21 \cdot 2^{20}$) for keys and values of two teachers as $2 \cdot 2 \cdot 3584 \cdot 1536$, from hidden size to hidden size, as if all attention heads were cached and both teachers were of the larger size. That is our guess; it does not say how it counts. Cached are the KV heads.
+# The source speaks of about 21 million.
+# One gets that ($21 \cdot 2^{20}$) for keys and values of two teachers as $2 \cdot 2 \cdot 3584 \cdot 1536$, from hidden size to hidden size, as if all attention heads were cached and both teachers were of the larger size.
+# That is our guess; it does not say how it counts.
+# Cached are the KV heads.
 #
 # ## All steps at once
 #
-# The steps follow each other in the source's order. `features` undoes rotation and heads, `align_kv` aligns time and layers, a `Projector` maps to the student's width, and `fuse` ({term}`fusion`) takes a weighted mean over several teachers. `as_prefix` rotates the result for the student and splits it into its heads: a cache that the student can continue. A teacher that *is* the student must give back the student's own cache, bit for bit:
+# The steps follow each other in the source's order.
+# `features` undoes rotation and heads, `align_kv` aligns time and layers, a `Projector` maps to the student's width, and `fuse` ({term}`fusion`) takes a weighted mean over several teachers.
+# `as_prefix` rotates the result for the student and splits it into its heads: a cache that the student can continue.
+# A teacher that *is* the student must give back the student's own cache, bit for bit:
 
 # %%
 def carried(model, text, own, chosen, projector):
@@ -351,7 +394,9 @@ mirror = carried(student, own, own, proportional(layers, layers), like)
 assert torch.equal(mirror.keys, align.features(read(student, own)).keys)
 
 # %% [markdown]
-# And another teacher? What does the student predict next, given the teacher's cache in place of its own? We measure the overlap of the two distributions of the next token, $\sum_x \min(p(x), q(x))$, at the end of the prompt, where a solution begins, and at the first digit of the answer:
+# And another teacher?
+# What does the student predict next, given the teacher's cache in place of its own?
+# We measure the overlap of the two distributions of the next token, $\sum_x \min(p(x), q(x))$, at the end of the prompt, where a solution begins, and at the first digit of the answer:
 
 # %%
 def continued(kv, own, at):
@@ -379,15 +424,21 @@ for i in range(32, 48):
 pd.DataFrame({name: {k: np.mean(v) for k, v in r.items()} for name, r in rows.items()}).T.round(2)
 
 # %% [markdown]
-# At the end of the prompt much of the overlap remains, but also with a teacher that read another problem, so it is form more than content. Of the numbers nothing is carried over. Linear maps between models that were trained separately do not make a cache that can be read from. The source does not use it in that way, either: it lets the student *learn toward* it, and adapt.
+# At the end of the prompt much of the overlap remains, but also with a teacher that read another problem, so it is form more than content.
+# Of the numbers nothing is carried over.
+# Linear maps between models that were trained separately do not make a cache that can be read from.
+# The source does not use it in that way, either: it lets the student *learn toward* it, and adapt.
 #
 # ## Learning toward a teacher
 #
-# While the student learns solutions by cross-entropy, its keys and values are drawn to their targets. In each layer the difference is divided by the standard deviation of the student's own features, so that layers with larger numbers do not weigh more:
+# While the student learns solutions by cross-entropy, its keys and values are drawn to their targets.
+# In each layer the difference is divided by the standard deviation of the student's own features, so that layers with larger numbers do not weigh more:
 #
 # $$\mathcal L_{\mathrm{KV}} = \frac{1}{2L}\sum_{\ell=1}^{L}\sum_{x \in \{K, V\}} \operatorname{mean}\;\operatorname{smooth\,L1}\!\left(\frac{x_\ell - \hat x_\ell}{\operatorname{std}(x_\ell)}\right),$$
 #
-# the mean over tokens that are no padding and over the width. The deviation gets no gradient; otherwise features would grow to make the loss small. The source adds a {term}`CODI` loss {cite}`shen2025codi`: hidden states of all layers, at one token only, the last before the answer, are drawn to the teacher's through a learned map, and their difference is measured in the *target's* deviations.
+# the mean over tokens that are no padding and over the width.
+# The deviation gets no gradient; otherwise features would grow to make the loss small.
+# The source adds a {term}`CODI` loss {cite}`shen2025codi`: hidden states of all layers, at one token only, the last before the answer, are drawn to the teacher's through a learned map, and their difference is measured in the *target's* deviations.
 
 # %%
 def kv_loss(student, target, mask):
@@ -405,7 +456,9 @@ mask = torch.rand(3, 5) > 0.3
 assert torch.allclose(kv_loss(one, two, mask), align.kv_loss(one, two, mask), atol=1e-5)
 
 # %% [markdown]
-# In the source, the student's keys and values were computed without gradients, and so its loss, a fine-looking curve, taught nothing. The check is simple: does the loss reach the weights that make keys and values? And does none of it reach the teacher, which was read once and put away (`encode_with_teacher`)?
+# In the source, the student's keys and values were computed without gradients, and so its loss, a fine-looking curve, taught nothing.
+# The check is simple: does the loss reach the weights that make keys and values?
+# And does none of it reach the teacher, which was read once and put away (`encode_with_teacher`)?
 
 # %%
 def learner():
@@ -440,7 +493,9 @@ assert all(p.grad is None for p in teacher.parameters())
 # %% [markdown]
 # ### How much does each loss contribute?
 #
-# A term can look fine and contribute nothing to learning. `fit` logs each loss's fraction of the norm of the gradient (of all trained parameters, projectors included). Here are the first steps of two settings: the source's (weight 1, rising over the first 1000 steps, with CODI, projectors that learn along), and the one that the comparison below was made with: projectors that stay as they are, orthogonal, and a large weight that fades to nothing at 60 % of the steps.
+# A term can look fine and contribute nothing to learning.
+# `fit` logs each loss's fraction of the norm of the gradient (of all trained parameters, projectors included).
+# Here are the first steps of two settings: the source's (weight 1, rising over the first 1000 steps, with CODI, projectors that learn along), and the one that the comparison below was made with: projectors that stay as they are, orthogonal, and a large weight that fades to nothing at 60 % of the steps.
 
 # %%
 del aligned_student, batch, attention, gradient, begun
@@ -474,9 +529,20 @@ ax.set_ylim(0, 1);
 # %% [markdown]
 # ## The four arms, and controls that should fail
 #
-# The source's plan has four arms: time by index or by segments, layers in proportion or by CKA. It expects 1 to 2 % from time, 2 to 3 % from layers, 3 to 5 % from both. To know whether anything helps, four more questions must be asked. What does the student learn with **no teacher** at all, from cross-entropy alone? What if the teacher's keys and values belong to **another problem**? What if the teacher has **random weights**? And is it the same with other seeds? If a control helps as much as the method, the gain does not come from the teacher.
+# The source's plan has four arms: time by index or by segments, layers in proportion or by CKA.
+# It expects 1 to 2 % from time, 2 to 3 % from layers, 3 to 5 % from both.
+# To know whether anything helps, four more questions must be asked.
+# What does the student learn with **no teacher** at all, from cross-entropy alone?
+# What if the teacher's keys and values belong to **another problem**?
+# What if the teacher has **random weights**?
+# And is it the same with other seeds?
+# If a control helps as much as the method, the gain does not come from the teacher.
 #
-# The benchmark trains them all: students of three layers, from random weights, with the lab's teacher, 600 problems again and again until they know them by heart, and then 300 new ones to solve. All arms have the same problems in the same order, and as many steps; each seed has problems of its own. So the question is which of them *generalizes*; and the teacher, which has seen far more arithmetic, has something to give. (A layer map by CKA needs a student that has learned something; it is made with the one that learned without a teacher.) Not compared: learning from the teacher's text or probabilities, which would bring in what it knows, too.
+# The benchmark trains them all: students of three layers, from random weights, with the lab's teacher, 600 problems again and again until they know them by heart, and then 300 new ones to solve.
+# All arms have the same problems in the same order, and as many steps; each seed has problems of its own.
+# So the question is which of them *generalizes*; and the teacher, which has seen far more arithmetic, has something to give.
+# (A layer map by CKA needs a student that has learned something; it is made with the one that learned without a teacher.)
+# Not compared: learning from the teacher's text or probabilities, which would bring in what it knows, too.
 
 # %%
 results = kvlab.results("align")
@@ -532,11 +598,20 @@ results.table(rows, ".0f")
 # %% [markdown]
 # (With so few seeds, an interval is little more than the range from the worst to the best of them. A difference from no teacher is computed on the seeds that both have. Times are by the clock, with other work beside; the paired overhead further down is the one to trust.)
 #
-# **Time is what counts.** With targets stretched segment by segment, and layers in proportion, students solve the most: on average far more than without a teacher, after the same steps on the same problems. But not with every seed: a student that learned without a teacher can have luck, too, and the interval almost reaches 0. By index, the same teacher with the same weight is no help and rather does harm: most targets then belong to another token.
+# **Time is what counts.**
+# With targets stretched segment by segment, and layers in proportion, students solve the most: on average far more than without a teacher, after the same steps on the same problems.
+# But not with every seed: a student that learned without a teacher can have luck, too, and the interval almost reaches 0.
+# By index, the same teacher with the same weight is no help and rather does harm: most targets then belong to another token.
 #
-# **The controls show where the gain comes from.** With the same loss and a teacher that read another problem, students of the `segments` arm solve fewer problems with each seed; that is the clearest difference here. So the features of *this* problem matter. A teacher with random weights ruins its student. And look at single seeds once more: one student of `full, another problem` did well, better than the `full` arm itself with that seed. With one seed each, almost any conclusion would have been possible, and four are few.
+# **The controls show where the gain comes from.**
+# With the same loss and a teacher that read another problem, students of the `segments` arm solve fewer problems with each seed; that is the clearest difference here.
+# So the features of *this* problem matter.
+# A teacher with random weights ruins its student.
+# And look at single seeds once more: one student of `full, another problem` did well, better than the `full` arm itself with that seed.
+# With one seed each, almost any conclusion would have been possible, and four are few.
 #
-# **With layers by CKA no gain is left** that these seeds could show, neither over no teacher nor over the control, where the source expected more from layers than from time. Look where the map sends the student's layers:
+# **With layers by CKA no gain is left** that these seeds could show, neither over no teacher nor over the control, where the source expected more from layers than from time.
+# Look where the map sends the student's layers:
 
 # %%
 depth = lab.models.make_config("lab-teacher").num_hidden_layers
@@ -546,9 +621,13 @@ for layer, even_layer in enumerate(even):
     print(f"student layer {layer}: teacher layer {even_layer} in proportion, {by_cka:.1f} by CKA")
 
 # %% [markdown]
-# It sends all three near the middle of the teacher, and hardly by merit: rows of CKA are nearly flat, and another seed gives another map. So the first layer is asked for what took the teacher several layers to work out, and the last never hears of the teacher's end. The map also takes the mean of two layers where the other takes one; which of the two does the harm was not measured.
+# It sends all three near the middle of the teacher, and hardly by merit: rows of CKA are nearly flat, and another seed gives another map.
+# So the first layer is asked for what took the teacher several layers to work out, and the last never hears of the teacher's end.
+# The map also takes the mean of two layers where the other takes one; which of the two does the harm was not measured.
 #
-# The gap opens between half and three quarters of the training. By then the KV loss has faded to nothing, but the learning rate begins to fall at the same step, so that the two cannot be told apart here. By how many steps a problem takes:
+# The gap opens between half and three quarters of the training.
+# By then the KV loss has faded to nothing, but the learning rate begins to fall at the same step, so that the two cannot be told apart here.
+# By how many steps a problem takes:
 
 # %% mystnb={"image": {"alt": "Share solved by the number of steps of the problem, one panel each, for all arms."}}
 panels = {
@@ -581,14 +660,20 @@ curves = {
 plots.lines(steps, curves, "step", "share of the KV loss");
 
 # %% [markdown]
-# As the source has it, nothing much is gained, though not because the loss is silent for good: its share of the gradient is small at first, and large in the second half, when its weight has risen and cross-entropy has fallen (below). A weight of 1 in place of 10 does nearly as well, if projectors stay as they are and the weight fades. With projectors that start from Xavier and learn along, most of the gain is gone with this seed; perhaps because the loss then has an easier way to fall than through the student.
+# As the source has it, nothing much is gained, though not because the loss is silent for good: its share of the gradient is small at first, and large in the second half, when its weight has risen and cross-entropy has fallen (below).
+# A weight of 1 in place of 10 does nearly as well, if projectors stay as they are and the weight fades.
+# With projectors that start from Xavier and learn along, most of the gain is gone with this seed; perhaps because the loss then has an easier way to fall than through the student.
 #
-# All of this is one small student, one teacher and one kind of problem, with settings that were chosen on other problems of the same kind, in some twenty trials of the `segments` and `full` arms. Controls with random weights were run for `full` only. That the arms differ so clearly here does not say that they would for Qwen2-7B and a pretrained student of 1.5B. `kvlab compare-alignments` runs the same comparison, controls included, for any two models and any of the source's data sets.
+# All of this is one small student, one teacher and one kind of problem, with settings that were chosen on other problems of the same kind, in some twenty trials of the `segments` and `full` arms.
+# Controls with random weights were run for `full` only.
+# That the arms differ so clearly here does not say that they would for Qwen2-7B and a pretrained student of 1.5B.
+# `kvlab compare-alignments` runs the same comparison, controls included, for any two models and any of the source's data sets.
 
 # %% [markdown]
 # ## What it costs
 #
-# The teacher reads each problem once. Its features are kept on disk, in half precision, with the student's tokens and layers, so that no teacher is in memory while the student trains, and several teachers are never in memory together.
+# The teacher reads each problem once.
+# Its features are kept on disk, in half precision, with the student's tokens and layers, so that no teacher is in memory while the student trains, and several teachers are never in memory together.
 
 # %%
 per_problem = sum(x.numel() * x.element_size() for x in seen[0])
@@ -611,7 +696,10 @@ for name in (
 # ```{exercise-start} A marker of your own
 # :label: ex-marker
 # ```
-# *Easy, 5 minutes.* A data set ends its solutions with "So we get 7 eggs." and nothing that `segment` knows. Which error does it raise for such a text? Give it a `marker`, and print the three segments.
+# *Easy, 5 minutes.*
+# A data set ends its solutions with "So we get 7 eggs." and nothing that `segment` knows.
+# Which error does it raise for such a text?
+# Give it a `marker`, and print the three segments.
 # ```{exercise-end}
 # ```
 
@@ -641,7 +729,8 @@ for name, start, end in zip(align.SEGMENTS, borders, borders[1:]):
 # ```{exercise-start} Forget to un-rotate
 # :label: ex-rotated
 # ```
-# *Medium, 10 minutes.* Fit ridge maps from the teacher's keys to the student's as they are in the cache, rotated, and compare the fraction of variance that they explain on other problems with that of un-rotated keys.
+# *Medium, 10 minutes.*
+# Fit ridge maps from the teacher's keys to the student's as they are in the cache, rotated, and compare the fraction of variance that they explain on other problems with that of un-rotated keys.
 # ```{exercise-end}
 # ```
 
@@ -678,7 +767,8 @@ unrotated = share_explained(projectors["ridge"], one_by_one)
 print(f"un-rotated: {unrotated:.2f}")
 
 # %% [markdown]
-# A rotated key is the un-rotated one turned by an angle that depends on its position, and by other angles in the two models. One linear map cannot undo that for all positions at once, so it explains less.
+# A rotated key is the un-rotated one turned by an angle that depends on its position, and by other angles in the two models.
+# One linear map cannot undo that for all positions at once, so it explains less.
 # ````{solution-end}
 # ````
 
@@ -686,7 +776,10 @@ print(f"un-rotated: {unrotated:.2f}")
 # ```{exercise-start} Two teachers
 # :label: ex-two-teachers
 # ```
-# *Medium, 10 minutes.* At the tiny scale there is a second teacher, `lab-target`, with the student's own tokenizer. Fit a ridge map for it on the same problems (it reads the long solutions, too), fuse both with weights from 0 to 1, and find the weight that explains most of the student's keys. Is the mean of two better than the better teacher alone?
+# *Medium, 10 minutes.*
+# At the tiny scale there is a second teacher, `lab-target`, with the student's own tokenizer.
+# Fit a ridge map for it on the same problems (it reads the long solutions, too), fuse both with weights from 0 to 1, and find the weight that explains most of the student's keys.
+# Is the mean of two better than the better teacher alone?
 # ```{exercise-end}
 # ```
 
@@ -726,7 +819,8 @@ if scale.name == "tiny":
         print(f"weight of the second {weight:.2f}: {1 - error / spread:.3f} of the variance explained")
 
 # %% [markdown]
-# The mean of both explains more than either teacher alone: where one is wrong, the other often is not. Whether a student *learns* more from two is another question, for `kvlab train-aligned --teacher_model A B`.
+# The mean of both explains more than either teacher alone: where one is wrong, the other often is not.
+# Whether a student *learns* more from two is another question, for `kvlab train-aligned --teacher_model A B`.
 # ````{solution-end}
 # ````
 
@@ -766,4 +860,5 @@ history = align.train_student(aligned_student, examples, settings)
 print([round(h["kv"], 2) for h in history])
 
 # %% [markdown]
-# **Further reading**: CKA {cite}`kornblith2019cka,nguyen2021cka`; CODI, which distills reasoning into hidden states {cite}`shen2025codi`. The next chapter spends a cache on speed.
+# **Further reading**: CKA {cite}`kornblith2019cka,nguyen2021cka`; CODI, which distills reasoning into hidden states {cite}`shen2025codi`.
+# The next chapter spends a cache on speed.

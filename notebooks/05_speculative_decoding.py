@@ -603,7 +603,8 @@ print("tokens of each row after these:", gained.sum(0))
 # ```{exercise-start} The same number of layers
 # :label: ex-layers
 # ```
-# *Easy, 5 minutes.* Qwen3-14B has 40 layers, Qwen3-0.6B has 28.
+# *Easy, 5 minutes.*
+# Qwen3-14B has 40 layers, Qwen3-0.6B has 28.
 # In eager mode on a fast GPU a step can cost about as many starts of operations as there are layers, so $c$ is near 28/40.
 # With $\alpha = 0.8$ and $v = 1$, which $\gamma$ is best and what does it gain?
 # What if compiling brings $c$ down to the ratio of the bytes of their weights?
@@ -635,7 +636,8 @@ for c in (by_layers, by_bytes):
 # ```{exercise-start} A lenient rule
 # :label: ex-lenient
 # ```
-# *Medium, 10 minutes.* Accept a guess if $u < 2\,p(x)/q(x)$.
+# *Medium, 10 minutes.*
+# Accept a guess if $u < 2\,p(x)/q(x)$.
 # How much does acceptance rise for the tiny models, and does the chi-square test notice?
 # (Give `with_rule` a rule that changes `uniform` and then calls `exact_rule`.)
 # ```{exercise-end}
@@ -669,7 +671,8 @@ for name, generated in both.items():
 # ```{exercise-start} The classic mistake
 # :label: ex-missing
 # ```
-# *Medium, 15 minutes.* After each round the loop calls `proposer.accept(accepted, target_cache)`.
+# *Medium, 15 minutes.*
+# After each round the loop calls `proposer.accept(accepted, target_cache)`.
 # `ModelProposer` then holds for every row how many tokens of the text are not yet in its cache, `self.unread[row]` (1, or 2 after full acceptance), and how many entries its cache holds, `self.runner.slots.lengths[row]`.
 # Subclass it so that it forgets the second of two: it counts an entry that was never written, and one unread token fewer.
 # Which figures show that something is wrong, and does the text?

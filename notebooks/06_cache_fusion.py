@@ -536,7 +536,9 @@ assert not torch.allclose(shifted, expected, atol=1e-3)
 # ```{exercise-start} Read nothing
 # :label: ex-nothing
 # ```
-# *Easy, 5 minutes.* The rehearsed fuser computes the receiver's entries from the sharer's. What if the receiver reads only blanks, the question included, except for the last token?
+# *Easy, 5 minutes.*
+# The rehearsed fuser computes the receiver's entries from the sharer's.
+# What if the receiver reads only blanks, the question included, except for the last token?
 # ```{exercise-end}
 # ```
 
@@ -556,7 +558,8 @@ scores = [answers(row, rehearsed) for row in nothing]
 print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
 
 # %% [markdown]
-# None. It was rehearsed with a few blanks only, and relies on the receiver's own entries of the words around them.
+# None.
+# It was rehearsed with a few blanks only, and relies on the receiver's own entries of the words around them.
 # ````{solution-end}
 # ````
 
@@ -564,7 +567,9 @@ print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
 # ```{exercise-start} Which layers?
 # :label: ex-map
 # ```
-# *Medium, 10 minutes.* As published, the last layers of the sharer are mapped to those of the receiver (`layers.last_aligned`). Rehearse for twenty steps with each map, and compare the FVU.
+# *Medium, 10 minutes.*
+# As published, the last layers of the sharer are mapped to those of the receiver (`layers.last_aligned`).
+# Rehearse for twenty steps with each map, and compare the FVU.
 # ```{exercise-end}
 # ```
 

@@ -278,7 +278,9 @@ assert scale.name != "tiny" or not all(same["target"])
 # ```{exercise-start} Distill harder
 # :label: ex-harder
 # ```
-# *Easy, 5 minutes.* How many entries of the document does the draft need? Give it 50, 25, 10 and 2 % of the fused ones, and print the acceptance.
+# *Easy, 5 minutes.*
+# How many entries of the document does the draft need?
+# Give it 50, 25, 10 and 2 % of the fused ones, and print the acceptance.
 # ```{exercise-end}
 # ```
 
@@ -306,7 +308,10 @@ for retention in (0.5, 0.25, 0.1, 0.02):
 # ```{exercise-start} No draft at all
 # :label: ex-lookup
 # ```
-# *Easy, 5 minutes.* The answer consists of sentences of the document. So prompt lookup (chapter 05), which needs no model, no cache and no training, should find them. Does it?
+# *Easy, 5 minutes.*
+# The answer consists of sentences of the document.
+# So prompt lookup (chapter 05), which needs no model, no cache and no training, should find them.
+# Does it?
 # ```{exercise-end}
 # ```
 

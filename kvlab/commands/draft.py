@@ -80,18 +80,11 @@ def train_draft_command(
     others = read_prompts(other_prompts) if other_prompts else []
     scale = shared.scale_with_target(base_model)
     state = PartialState(cpu=scale.device == "cpu")  # before loading: each process gets its GPU
-<<<<<<< HEAD
     target = scale.load("target")
     tokenizer = scale.load_tokenizer("target")
-    known = open_store(store, target, scale, reads, embed=reads is not None)
-    pool, held = _split([item.question for item in known], more_questions, heldout, seed)
-    torch.manual_seed(seed)
-=======
-    target, tokenizer = scale.load("target"), scale.load_tokenizer("target")
-    known = shared.open_store(store, target, tokenizer, scale, reads, embed=reads is not None)
+    known = shared.open_store(store, target, scale, reads, embed=reads is not None)
     pool, held = _split(known, questions, heldout, settings.seed)
     torch.manual_seed(settings.seed)
->>>>>>> draft
     draft = KnowledgeDraft.cut(target, layers, knowledge=reads, transitions=transitions).float()
     items = [shared.find_item(known, text, threshold) if reads else None for text in pool]
     answers = drafts.attach(draft, known, _answers(known, pool, output_dir, max_new_tokens), items)
