@@ -73,8 +73,8 @@ def train_draft_command(
     weights = dict(drafts.default_loss_weights(reads, True) if losses is None else losses)
     require_known_losses(weights)
     settings = DraftSettings(loss_weights=weights, folder=None, **options)
-    counts = {"batch_size": settings.batch_size, "accumulate": settings.accumulate}
-    shared.require_counts(epochs=settings.epochs, **counts)
+    for name in ("epochs", "batch_size", "accumulate"):
+        shared.require_counts(**{name: getattr(settings, name)})
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 2.")
     others = read_prompts(other_prompts) if other_prompts else []
@@ -98,8 +98,8 @@ def train_draft_command(
     examples = drafts.corrupt_knowledge(examples, seed=settings.seed)
     examples += [*_answers(known, others, output_dir, max_new_tokens), *practice]
     training = asdict(settings)
-    cut = draft.config.layers, reads, transitions
-    run = shared.run_name(target, cut, training, _describe([*examples, *checks]))
+    shape = (draft.config.layers, reads, transitions)
+    run = shared.run_name(target, shape, training, _describe([*examples, *checks]))
     training["folder"] = output_dir / run
     if state.is_main_process:
         print(f"{len(examples)} answers to learn from, {len(practice)} of them made up.")
@@ -107,12 +107,11 @@ def train_draft_command(
     if not state.is_main_process:
         return
     _save(draft, tokenizer, target.config.vocab_size, output_dir)
-    options = shared.command_settings(base_model=scale.target, losses=weights)
     parameters = {"draft": draft.num_parameters(), "target": target.num_parameters()}
-    result = {"settings": options, "heldout": held, "parameters": parameters, **run_info()}
-    result |= {"figures": _figures(arms), "history": history}
+    result = {"settings": shared.command_settings(base_model=scale.target, losses=weights)}
+    result |= {"heldout": held, "parameters": parameters, "figures": _figures(arms), **run_info()}
     print("Parameters: draft {draft:,}, target {target:,}.".format(**parameters))
-    print(shared.write_json(output_dir / "training.json", result))
+    print(shared.write_json(output_dir / "training.json", result | {"history": history}))
 
 
 def _split(store: KnowledgeCache, file: Path | None, fraction: float, seed: int) -> tuple:
