@@ -487,7 +487,9 @@ seconds_reused = time.perf_counter() - started
 # The logits are the same as when everything is read again each time, up to rounding, and the time is not:
 
 # %%
-assert length(read_once.cache) == document.shape[1], "the cache we read from has grown"
+assert length(read_once.cache) == document.shape[1], (
+    "the cache we read from has grown"
+)
 pairs = zip(again, first_tokens, strict=True)
 difference = max((a - b).abs().max().item() for a, b in pairs)
 assert difference < (1e-3 if model.dtype == torch.float32 else 0.5)

@@ -114,7 +114,9 @@ def accuracy(compress_context, passages=passages):
         answers += texts
         prefixes += [compress_context(context)] * len(questions)
     length = 8 if scale.name == "tiny" else 24
-    generated = generate(target, rows, prefix=prefixes, max_new_tokens=length).tokens
+    generated = generate(
+        target, rows, prefix=prefixes, max_new_tokens=length
+    ).tokens
     matches = []
     for answer, ids in zip(answers, generated):
         text = tokenizer.decode(ids, skip_special_tokens=True).lower()
@@ -155,8 +157,13 @@ with compress.capture_attention(target, lambda *layer: layers.append(layer)):
     cache.prefill(target, ids)
 layer = compress.Attention(*layers[5], context=ids.shape[1])
 
-heads, groups = layer.queries.shape[1], layer.queries.shape[1] // layer.keys.shape[1]
-keys = layer.keys.repeat_interleave(groups, 1)  # each key head serves several query heads
+heads, groups = (
+    layer.queries.shape[1],
+    layer.queries.shape[1] // layer.keys.shape[1],
+)
+keys = layer.keys.repeat_interleave(
+    groups, 1
+)  # each key head serves several query heads
 weights = layer.queries.float() @ keys.float().mT * layer.scaling
 later = torch.ones_like(weights, dtype=torch.bool).triu(1)
 weights = weights.masked_fill(later, float("-inf")).softmax(-1)  # (1, H, T, T)
@@ -177,7 +184,10 @@ for name, score in compress.METHODS.items():
     if name != "random":
         scores, _ = compress.score_entries(target, ids, score, budget)
         prefix = evict(target, ids, score, budget=budget, shared=True)
-        views[name] = (scores.mean((0, 2))[0].tolist(), prefix.positions[0].tolist())
+        views[name] = (
+            scores.mean((0, 2))[0].tolist(),
+            prefix.positions[0].tolist(),
+        )
 plots.score_view(ids[0].tolist(), views, tokenizer)
 
 # %% [markdown]
@@ -294,7 +304,9 @@ def distill_by_hand(distiller, ids, k):
     with routed(distiller.adapted, tokens):  # q and o: zeros for the others
         entries = distiller.adapted(input_ids=ids).past_key_values
     gate = s[positions].sigmoid()[:, None]
-    pairs = ((e.keys[:, :, positions], e.values[:, :, positions]) for e in entries.layers)
+    pairs = (
+        (e.keys[:, :, positions], e.values[:, :, positions]) for e in entries.layers
+    )
     return [((keys * gate).to(keys.dtype), values) for keys, values in pairs]
 
 
@@ -414,7 +426,9 @@ rows = {
     }
     for fraction, values in distilled.items()
 }
-print(f"at 10 %: {compress.count_kept(ids.shape[1], 0.1)} entries for {test.facts[0]} facts")
+print(
+    f"at 10 %: {compress.count_kept(ids.shape[1], 0.1)} entries for {test.facts[0]} facts"
+)
 pd.DataFrame(rows).T
 
 # %% [markdown]
@@ -466,7 +480,9 @@ print(f"gained at 10 %, minus the best score:      {results['gain_10']:.3f}")
 for name in ("key_norm_reversed", "snapkv", "random"):
     per_head = results[f"em_{name}_25"].value
     shared = results[f"em_{name}_shared_25"].value
-    print(f"{names[name]}, at 25 %: {per_head:.2f} with entries per head, {shared:.2f} shared")
+    print(
+        f"{names[name]}, at 25 %: {per_head:.2f} with entries per head, {shared:.2f} shared"
+    )
 
 # %% [markdown]
 # To the reversed key norm that is worth almost everything, to the others little.
@@ -481,9 +497,13 @@ for name in ("key_norm_reversed", "snapkv", "random"):
 # So these figures have a table of their own, and none of them belongs beside the curves above.
 
 # %%
-known = {"h2o_aware": "H2O, question known", "snapkv_aware": "SnapKV, question known"}
+known = {
+    "h2o_aware": "H2O, question known",
+    "snapkv_aware": "SnapKV, question known",
+}
 rows = {
-    label: {f"{p} %": f"em_{name}_{p}" for p in PERCENTS} for name, label in known.items()
+    label: {f"{p} %": f"em_{name}_{p}" for p in PERCENTS}
+    for name, label in known.items()
 }
 results.table(rows)
 
@@ -504,7 +524,9 @@ for context, questions, answers in passages:
     one = [(context, [q], [a]) for q, a in zip(questions, answers)]
     scores = accuracy(lambda c: prefix, one)
     first.append(scores[0])
-    others += [s for s, a in zip(scores, answers) if a != answers[0]]  # some ask for the same
+    others += [
+        s for s, a in zip(scores, answers) if a != answers[0]
+    ]  # some ask for the same
 print("the question it was chosen for:", shown(first))
 print("the others:                    ", shown(others))
 
@@ -552,7 +574,9 @@ arms = {
     "layer_12": "scored after layer 12",
 }
 panels = {
-    f"at {p} %": results.intervals({f"ablation_{name}_{p}": arms[name] for name in arms})
+    f"at {p} %": results.intervals(
+        {f"ablation_{name}_{p}": arms[name] for name in arms}
+    )
     for p in (25, 10)
 }
 plots.splice_panels(panels)
@@ -609,7 +633,9 @@ arms = {
 maps = {label: np.empty((len(lengths), len(depths))) for label in arms.values()}
 for arm, label in arms.items():
     for i, n in enumerate(lengths):
-        maps[label][i] = [results[f"needle_{arm}_{n}_{depth}"].value for depth in depths]
+        maps[label][i] = [
+            results[f"needle_{arm}_{n}_{depth}"].value for depth in depths
+        ]
 plots.score_maps(maps, "facts", "depth (%)", lengths, depths);
 
 # %% [markdown]
@@ -624,7 +650,10 @@ small = distiller.compress(ids, retention=0.25)
 cache.save(small, file, target, {"text": text})
 loaded = cache.load(file, target)
 assert torch.equal(cache.to_tensor(loaded.cache), cache.to_tensor(small.cache))
-print(f"{file.stat().st_size / 1000:.0f} kB for {cache.length(loaded.cache)} entries,", end=" ")
+print(
+    f"{file.stat().st_size / 1000:.0f} kB for {cache.length(loaded.cache)} entries,",
+    end=" ",
+)
 print("to be continued at", loaded.next_position)
 
 # %%
@@ -639,7 +668,9 @@ ways = {
     "a quarter, by key norm reversed": partial(
         evict, target, score=compress.key_norm_reversed, **quarter
     ),
-    "a quarter, by SnapKV": partial(evict, target, score=compress.snapkv, **quarter),
+    "a quarter, by SnapKV": partial(
+        evict, target, score=compress.snapkv, **quarter
+    ),
 }
 for number, (name, way) in enumerate(ways.items()):
     parts = folder / str(number), records, target, tokenizer
@@ -666,7 +697,10 @@ def next_word(store, item):
 rows = {}
 for name, store in {"nothing": None, **stores}.items():
     pairs = [
-        (next_word(stores["all entries"], item), next_word(store, store[item.id] if store else item))
+        (
+            next_word(stores["all entries"], item),
+            next_word(store, store[item.id] if store else item),
+        )
         for item in stores["all entries"]
     ]
     rows[name] = shown([torch.minimum(p, q).sum().item() for p, q in pairs])
@@ -698,7 +732,9 @@ pd.DataFrame({"stays": rows})
 # %%
 def ungated(context, fraction=0.25):
     small = distiller.compress(context, retention=fraction)
-    return replace(small, cache=cache.scale_keys(small.cache, 1 / gates(context, small)))
+    return replace(
+        small, cache=cache.scale_keys(small.cache, 1 / gates(context, small))
+    )
 
 
 @torch.no_grad()
@@ -738,12 +774,16 @@ print(f"without gates: {shown(accuracy(ungated))}")
 def only_chosen(context, fraction):
     positions = distiller.compress(context, retention=fraction).positions
     plain = everything(context)
-    return replace(plain, cache=cache.select(plain.cache, positions), positions=positions)
+    return replace(
+        plain, cache=cache.select(plain.cache, positions), positions=positions
+    )
 
 
 def only_written(context, fraction):
     k = compress.count_kept(context.shape[1], fraction)
-    positions = torch.randperm(context.shape[1], device=context.device)[:k].sort().values
+    positions = (
+        torch.randperm(context.shape[1], device=context.device)[:k].sort().values
+    )
     tokens = torch.zeros_like(context, dtype=torch.bool)
     tokens[0, positions] = True
     with torch.no_grad(), routed(distiller.adapted, tokens):
@@ -756,7 +796,9 @@ rows = {
     f"{100 * fraction:g} %": {
         "both": shown(distilled[fraction]),
         "only the choice": shown(accuracy(partial(only_chosen, fraction=fraction))),
-        "only the writing": shown(accuracy(partial(only_written, fraction=fraction))),
+        "only the writing": shown(
+            accuracy(partial(only_written, fraction=fraction))
+        ),
     }
     for fraction in (0.25, 0.1)
 }
@@ -822,7 +864,9 @@ scale = Scale.current()
 target, tokenizer = scale.load("target"), scale.load_tokenizer("target")
 distiller = distill.KVDistiller(target, rank=8)
 examples = distill.DistillDataset(tokenizer, Readings(8, facts=(4, 8), questions=2))
-distill.train_distiller(distiller, examples, steps=3, batch_size=4, learning_rate=1e-3)
+distill.train_distiller(
+    distiller, examples, steps=3, batch_size=4, learning_rate=1e-3
+)
 
 turn = ("Where does Anna live?", "Rome")
 example = distill.encode_turns(tokenizer, "Anna lives in Rome.", [turn])

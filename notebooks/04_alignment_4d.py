@@ -75,10 +75,15 @@ for name, text in (("student", short), ("teacher", long)):
 
 # %%
 own, theirs = segment(tokenizer, short), segment(words, long)
-for name, one, vocabulary in (("student", own, tokenizer), ("teacher", theirs, words)):
+for name, one, vocabulary in (
+    ("student", own, tokenizer),
+    ("teacher", theirs, words),
+):
     for part, start, end in zip(align.SEGMENTS, one.borders, one.borders[1:]):
         text = vocabulary.decode(one.input_ids[start:end])
-        print(f"{name} {part:9} {end - start:3} tokens  {textwrap.shorten(text, 48)}")
+        print(
+            f"{name} {part:9} {end - start:3} tokens  {textwrap.shorten(text, 48)}"
+        )
 
 
 # %% mystnb={"image": {"alt": "Two grids of cells, a column a token and a row a layer. The teacher has more of both than the student."}}
@@ -93,8 +98,16 @@ def cell_of(model):
 
 
 shapes = {
-    "teacher": (teacher.config.num_hidden_layers, theirs.borders.tolist(), cell_of(teacher)),
-    "student": (student.config.num_hidden_layers, own.borders.tolist(), cell_of(student)),
+    "teacher": (
+        teacher.config.num_hidden_layers,
+        theirs.borders.tolist(),
+        cell_of(teacher),
+    ),
+    "student": (
+        student.config.num_hidden_layers,
+        own.borders.tolist(),
+        cell_of(student),
+    ),
 }
 plots.cache_shapes(shapes);
 
@@ -133,7 +146,9 @@ by_hand = torch.cat(
     ]
 )
 plan = plan_time(own.borders[None], theirs.borders[None])
-assert torch.allclose(resample(features[None, None], plan)[0, 0], by_hand, atol=1e-4)
+assert torch.allclose(
+    resample(features[None, None], plan)[0, 0], by_hand, atol=1e-4
+)
 
 # %% [markdown]
 # `plan_time` computes this for a batch, and `resample` applies a plan to all layers in one pass.
@@ -154,7 +169,10 @@ plots.token_links(
     [words.decode(i) for i in b.input_ids],
     [tokenizer.decode(i) for i in a.input_ids],
     (b.borders.tolist(), a.borders.tolist()),
-    {"by index": links(align.by_index(*borders)), "by segments": links(plan_time(*borders))},
+    {
+        "by index": links(align.by_index(*borders)),
+        "by segments": links(plan_time(*borders)),
+    },
 );
 
 # %% [markdown]
@@ -168,7 +186,9 @@ plots.token_links(
 # Nearest rounding, which public code calls interpolation, fails:
 
 # %%
-positions = torch.arange(len(theirs.input_ids), dtype=torch.float64)[None, None, :, None]
+positions = torch.arange(len(theirs.input_ids), dtype=torch.float64)[
+    None, None, :, None
+]
 stretched = resample(positions, plan)[0, 0, :, 0]
 for i, (start, end) in enumerate(zip(own.borders, own.borders[1:])):
     part = stretched[start:end]
@@ -191,7 +211,9 @@ assert not torch.allclose(nearest, nearest.mean().expand(len(nearest)))
 # %%
 def read(model, text, start=0):
     """The prefix of a text whose positions begin at `start`."""
-    return cache.prefill(model, text.input_ids[None].to(model.device), position=start)
+    return cache.prefill(
+        model, text.input_ids[None].to(model.device), position=start
+    )
 
 
 here, there = read(teacher, theirs), read(teacher, theirs, start=500)
@@ -227,7 +249,9 @@ def hsic(x, y):
     k.fill_diagonal_(0), other.fill_diagonal_(0)
     n = len(x)
     sums = k.sum() * other.sum() / ((n - 1) * (n - 2))
-    return ((k * other).sum() + sums - 2 / (n - 2) * (k @ other).sum()) / (n * (n - 3))
+    return ((k * other).sum() + sums - 2 / (n - 2) * (k @ other).sum()) / (
+        n * (n - 3)
+    )
 
 
 x, y = torch.randn(2, 60, 24)
@@ -235,7 +259,9 @@ y = x @ torch.randn(24, 24) + y
 assert torch.allclose(hsic(x, y), package_hsic(x, y))
 turn = torch.linalg.qr(torch.randn(24, 24)).Q
 once = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
-turned = hsic(5 * x @ turn, y) / (hsic(5 * x @ turn, 5 * x @ turn) * hsic(y, y)).sqrt()
+turned = (
+    hsic(5 * x @ turn, y) / (hsic(5 * x @ turn, 5 * x @ turn) * hsic(y, y)).sqrt()
+)
 assert torch.allclose(once, turned)
 
 # %% [markdown]
@@ -274,8 +300,12 @@ maps = {w: align.similar_layers(student, texts, teacher, others, w) for w in wha
 # %% mystnb={"image": {"alt": "Three tables of CKA between student layers and teacher layers, for hidden states, keys and values."}}
 plots.score_maps(maps, "student layer", "teacher layer")
 chosen = layer_map(maps["hidden"], k=2)
-for layer, (layers, weights) in enumerate(zip(chosen.indices.tolist(), chosen.weights.tolist())):
-    print(f"student layer {layer}: teacher layers {layers}, weights {np.round(weights, 2)}")
+for layer, (layers, weights) in enumerate(
+    zip(chosen.indices.tolist(), chosen.weights.tolist())
+):
+    print(
+        f"student layer {layer}: teacher layers {layers}, weights {np.round(weights, 2)}"
+    )
 even = proportional(len(chosen.indices), chosen.teacher_layers)
 print("proportional:", even.indices.flatten().tolist())
 
@@ -306,17 +336,27 @@ def aligned(texts, others, chosen=chosen):
     """Pairs of teacher features, on the student's tokens and layers, and the student's own."""
     for i in range(0, len(texts), 16):
         one, two = texts[i : i + 16], others[i : i + 16]
-        plan = plan_time(*(torch.stack([t.borders for t in part]) for part in (one, two)))
+        plan = plan_time(
+            *(torch.stack([t.borders for t in part]) for part in (one, two))
+        )
         flats = []
         for model, part in ((student, one), (teacher, two)):
             batch = align.pad_problems([(text,) for text in part])
-            ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-            flats.append(align.features(cache.prefill(model, ids, attention_mask=mask)))
+            ids, mask = (
+                batch[name].to(model.device)
+                for name in ("input_ids", "attention_mask")
+            )
+            flats.append(
+                align.features(cache.prefill(model, ids, attention_mask=mask))
+            )
         mine, given = flats
         given = align.align_kv(given, plan, chosen)
         keep = plan.mask.to(ids.device)
         # all tokens of the batch in a row: (1, L, N, D)
-        yield tuple(align.KV(*(x.transpose(0, 1)[:, keep][None] for x in kv)) for kv in (given, mine))
+        yield tuple(
+            align.KV(*(x.transpose(0, 1)[:, keep][None] for x in kv))
+            for kv in (given, mine)
+        )
 
 
 widths = [width_of(model) for model in (teacher, student)]
@@ -345,10 +385,15 @@ pd.DataFrame(rows).T.round(2)
 
 # %% mystnb={"image": {"alt": "Heat maps of the values of one layer, tokens by dimensions: the student's own, the teacher's through a random rotation, and through the ridge map, which resembles the first."}}
 short_one = min(range(32, 48), key=lambda i: len(texts[i].input_ids))
-sample = next(aligned(texts[short_one : short_one + 1], others[short_one : short_one + 1]))
+sample = next(
+    aligned(texts[short_one : short_one + 1], others[short_one : short_one + 1])
+)
 layer = student.config.num_hidden_layers - 1
 views = {"the student's own": sample[1].values[0, layer]}
-views |= {f"teacher, {n}": p(sample[0]).values[0, layer].detach() for n, p in projectors.items()}
+views |= {
+    f"teacher, {n}": p(sample[0]).values[0, layer].detach()
+    for n, p in projectors.items()
+}
 pieces = [tokenizer.decode(i) for i in texts[short_one].input_ids]
 plots.cache_picture(views, pieces, shared=True);
 
@@ -363,7 +408,9 @@ from kvlab.scale import config_of
 
 source = ("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2-1.5B-Instruct")
 configs = [config_of(name) for name in source]
-sizes = [c.num_key_value_heads * c.hidden_size // c.num_attention_heads for c in configs]
+sizes = [
+    c.num_key_value_heads * c.hidden_size // c.num_attention_heads for c in configs
+]
 counts = [Projector(size, sizes[1]).num_parameters() for size in sizes]
 print("widths:", sizes, "  parameters:", counts, "  together:", sum(counts))
 assert sum(counts) < 21e6 / 50
@@ -385,7 +432,9 @@ assert sum(counts) < 21e6 / 50
 def carried(model, text, own, chosen, projector):
     """A teacher's features of its text, with the student's tokens, layers and width."""
     plan = plan_time(own.borders[None], text.borders[None])
-    return projector(align.align_kv(align.features(read(model, text)), plan, chosen))
+    return projector(
+        align.align_kv(align.features(read(model, text)), plan, chosen)
+    )
 
 
 layers, width = student.config.num_hidden_layers, widths[1]
@@ -415,13 +464,22 @@ for i in range(32, 48):
     empty = align.KV(*(torch.zeros_like(x) for x in truth))
     arms = {"a cache of zeros": empty}
     for name, text in (("teacher", two), ("teacher, another problem", wrong)):
-        arms[name] = carried(teacher, text, one, chosen, projectors["ridge"].to(student.device))
+        arms[name] = carried(
+            teacher, text, one, chosen, projectors["ridge"].to(student.device)
+        )
     for name, kv in arms.items():
-        for place, at in (("prompt ends", one.borders[1]), ("first digit", one.borders[2] + 3)):
+        for place, at in (
+            ("prompt ends", one.borders[1]),
+            ("first digit", one.borders[2] + 3),
+        ):
             with torch.no_grad():
                 p, q = (continued(each, one, int(at)) for each in (truth, kv))
-            rows.setdefault(name, {}).setdefault(place, []).append(torch.minimum(p, q).sum().item())
-pd.DataFrame({name: {k: np.mean(v) for k, v in r.items()} for name, r in rows.items()}).T.round(2)
+            rows.setdefault(name, {}).setdefault(place, []).append(
+                torch.minimum(p, q).sum().item()
+            )
+pd.DataFrame(
+    {name: {k: np.mean(v) for k, v in r.items()} for name, r in rows.items()}
+).T.round(2)
 
 # %% [markdown]
 # At the end of the prompt much of the overlap remains, but also with a teacher that read another problem, so it is form more than content.
@@ -453,7 +511,9 @@ def kv_loss(student, target, mask):
 
 one, two = (align.KV(*torch.randn(2, 3, 2, 5, 8)) for _ in range(2))
 mask = torch.rand(3, 5) > 0.3
-assert torch.allclose(kv_loss(one, two, mask), align.kv_loss(one, two, mask), atol=1e-5)
+assert torch.allclose(
+    kv_loss(one, two, mask), align.kv_loss(one, two, mask), atol=1e-5
+)
 
 # %% [markdown]
 # In the source, the student's keys and values were computed without gradients, and so its loss, a fine-looking curve, taught nothing.
@@ -473,7 +533,9 @@ def learner():
 problems = [*Solutions(32, seed=6)]
 own_texts = [segment(tokenizer, s) for s, _ in problems]
 begun = learner()
-layers = proportional(begun.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = proportional(
+    begun.config.num_hidden_layers, teacher.config.num_hidden_layers
+)
 teacher_texts = [segment(words, solution) for _, solution in problems]
 seen = align.encode_with_teacher(teacher, teacher_texts, own_texts, layers)
 examples = list(zip(own_texts, seen))
@@ -512,11 +574,19 @@ shares, histories = {}, {}
 for name, way in ways.items():
     torch.manual_seed(scale.seed)
     model, fixed = learner(), name == "large and fading"
-    projector = Projector(*widths, "orthogonal" if fixed else "xavier").requires_grad_(not fixed)
-    states = [torch.nn.Linear(teacher.config.hidden_size, model.config.hidden_size, bias=False)]
+    projector = Projector(
+        *widths, "orthogonal" if fixed else "xavier"
+    ).requires_grad_(not fixed)
+    states = [
+        torch.nn.Linear(
+            teacher.config.hidden_size, model.config.hidden_size, bias=False
+        )
+    ]
     aligned_student = AlignedStudent(model, [projector], () if fixed else states)
     settings = align.AlignmentSettings(**options, **way)
-    history = align.train_student(aligned_student, examples, settings, shares_every=2)
+    history = align.train_student(
+        aligned_student, examples, settings, shares_every=2
+    )
     histories[name] = history
     shares[name] = [h["share_kv"] for h in histories[name] if "share_kv" in h]
     del model, aligned_student
@@ -562,20 +632,26 @@ def number(name):
     return int(name.rsplit("_", 1)[1])
 
 
-parts = sorted(number(name) for name in results if name.startswith("accuracy_full_part"))
+parts = sorted(
+    number(name) for name in results if name.startswith("accuracy_full_part")
+)
 curves = {
     label: [results[f"accuracy_{arm}_part_{part}"].interval for part in parts]
     for arm, label in ARMS.items()
 }
 percent = [100 * part // len(parts) for part in parts]
-ax = plots.lines(percent, curves, "training done (%)", "problems solved", height=4.2)
+ax = plots.lines(
+    percent, curves, "training done (%)", "problems solved", height=4.2
+)
 ax.set(ylim=(0, None), xticks=percent)
 print(textwrap.fill(results["accuracy_full"].conditions, 78))
 
 # %%
 rows = {label: {"solved": f"accuracy_{arm}"} for arm, label in ARMS.items()}
 gains = {
-    label: {"minus no teacher": f"gain_{arm}"} for arm, label in ARMS.items() if arm != "ce_only"
+    label: {"minus no teacher": f"gain_{arm}"}
+    for arm, label in ARMS.items()
+    if arm != "ce_only"
 }
 table = results.table(rows, ".3f").join(results.table(gains, "+.3f")).fillna("")
 by_seed = dict.fromkeys(ARMS.values(), "")
@@ -618,7 +694,9 @@ depth = lab.models.make_config("lab-teacher").num_hidden_layers
 even = proportional(3, depth).indices.flatten().tolist()
 for layer, even_layer in enumerate(even):
     by_cka = results[f"cka_layer_{layer}"]
-    print(f"student layer {layer}: teacher layer {even_layer} in proportion, {by_cka:.1f} by CKA")
+    print(
+        f"student layer {layer}: teacher layer {even_layer} in proportion, {by_cka:.1f} by CKA"
+    )
 
 # %% [markdown]
 # It sends all three near the middle of the teacher, and hardly by merit: rows of CKA are nearly flat, and another seed gives another map.
@@ -631,7 +709,9 @@ for layer, even_layer in enumerate(even):
 
 # %% mystnb={"image": {"alt": "Share solved by the number of steps of the problem, one panel each, for all arms."}}
 panels = {
-    title: results.intervals({f"accuracy_{arm}_steps_{n}": ARMS[arm] for arm in ARMS})
+    title: results.intervals(
+        {f"accuracy_{arm}_steps_{n}": ARMS[arm] for arm in ARMS}
+    )
     for n, title in {1: "1 step", 2: "2 steps", 3: "3 steps"}.items()
 }
 plots.splice_panels(panels);
@@ -647,12 +727,16 @@ tried = {
     "weight_1": "segments, weight 1",
     "learned_projectors": "segments, projectors that learn along",
 }
-labels = {f"accuracy_{arm}_seed_0": ARMS[arm] for arm in ("ce_only", "segment", "full")}
+labels = {
+    f"accuracy_{arm}_seed_0": ARMS[arm] for arm in ("ce_only", "segment", "full")
+}
 labels |= {f"accuracy_tried_{name}": label for name, label in tried.items()}
 plots.splice_panels({"problems solved": results.intervals(labels)});
 
 # %% mystnb={"image": {"alt": "Share of the KV loss in the gradient over a whole training, for the segments arm, where it fades to 0, and as the source has it, where it rises."}}
-steps = sorted(number(name) for name in results if name.startswith("share_segment_"))
+steps = sorted(
+    number(name) for name in results if name.startswith("share_segment_")
+)
 curves = {
     label: [results[f"share_{arm}_{step}"].value for step in steps]
     for arm, label in {"segment": "segments", "source": "as the source"}.items()
@@ -678,7 +762,9 @@ plots.lines(steps, curves, "step", "share of the KV loss");
 # %%
 per_problem = sum(x.numel() * x.element_size() for x in seen[0])
 print(f"{per_problem / 1e6:.2f} MB per problem here")
-megabytes = 2 * 2 * 512 * configs[1].num_hidden_layers * sizes[0] / 1e6  # keys and values, two bytes each
+megabytes = (
+    2 * 2 * 512 * configs[1].num_hidden_layers * sizes[0] / 1e6
+)  # keys and values, two bytes each
 print(f"{megabytes:.0f} MB per problem of 512 tokens for Qwen2-7B and Qwen2-1.5B,")
 print(f"so {10_000 * megabytes / 1000:.0f} GB of disk for ten thousand problems")
 for name in (
@@ -745,7 +831,12 @@ def as_stored(texts, others):
     for one, two in zip(texts, others):
         plan = plan_time(one.borders[None], two.borders[None])
         given, mine = (
-            align.KV(*cache.to_tensor(read(model, t).cache).float().permute(1, 2, 0, 4, 3, 5).flatten(4))
+            align.KV(
+                *cache.to_tensor(read(model, t).cache)
+                .float()
+                .permute(1, 2, 0, 4, 3, 5)
+                .flatten(4)
+            )
             for model, t in ((teacher, two), (student, one))
         )
         yield align.align_kv(given, plan, chosen), mine
@@ -754,15 +845,22 @@ def as_stored(texts, others):
 def share_explained(projector, pairs):
     error = spread = 0.0
     for given, mine in pairs:
-        truth, guess = mine.keys, projector.to(mine.keys.device)(given).keys.detach()
+        truth, guess = (
+            mine.keys,
+            projector.to(mine.keys.device)(given).keys.detach(),
+        )
         error += (truth - guess).square().sum().item()
         spread += (truth - truth.mean(2, keepdim=True)).square().sum().item()
     return 1 - error / spread
 
 
 rotated = Projector(*widths).fit_ridge(as_stored(texts[:32], others[:32]))
-print(f"rotated:    {share_explained(rotated, as_stored(texts[32:], others[32:])):.2f}")
-one_by_one = (next(aligned([one], [two])) for one, two in zip(texts[32:], others[32:]))
+print(
+    f"rotated:    {share_explained(rotated, as_stored(texts[32:], others[32:])):.2f}"
+)
+one_by_one = (
+    next(aligned([one], [two])) for one, two in zip(texts[32:], others[32:])
+)
 unrotated = share_explained(projectors["ridge"], one_by_one)
 print(f"un-rotated: {unrotated:.2f}")
 
@@ -799,14 +897,23 @@ if scale.name == "tiny":
         for one, two, other in zip(texts[span], others[span], their[span]):
             mine = align.features(read(student, one))
             parts = []
-            for model, text, chosen_for in ((teacher, two, chosen), (deep, other, second)):
+            for model, text, chosen_for in (
+                (teacher, two, chosen),
+                (deep, other, second),
+            ):
                 plan = plan_time(one.borders[None], text.borders[None])
-                parts.append(align.align_kv(align.features(read(model, text)), plan, chosen_for))
+                parts.append(
+                    align.align_kv(
+                        align.features(read(model, text)), plan, chosen_for
+                    )
+                )
             yield *parts, mine
 
     learned = [*of_both(slice(0, 32))]
     fitted = [
-        Projector(learned[0][i].keys.shape[-1], widths[1]).fit_ridge((r[i], r[2]) for r in learned)
+        Projector(learned[0][i].keys.shape[-1], widths[1]).fit_ridge(
+            (r[i], r[2]) for r in learned
+        )
         for i in (0, 1)
     ]
     for weight in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -815,8 +922,12 @@ if scale.name == "tiny":
             projected = [p(kv) for p, kv in zip(fitted, (first, other))]
             fused = align.fuse(projected, torch.tensor([1 - weight, weight]))
             error += (mine.keys - fused.keys).square().sum().item()
-            spread += (mine.keys - mine.keys.mean(2, keepdim=True)).square().sum().item()
-        print(f"weight of the second {weight:.2f}: {1 - error / spread:.3f} of the variance explained")
+            spread += (
+                (mine.keys - mine.keys.mean(2, keepdim=True)).square().sum().item()
+            )
+        print(
+            f"weight of the second {weight:.2f}: {1 - error / spread:.3f} of the variance explained"
+        )
 
 # %% [markdown]
 # The mean of both explains more than either teacher alone: where one is wrong, the other often is not.
@@ -847,13 +958,20 @@ student.requires_grad_(True)
 
 problems = [*Solutions(16, seed=1)]
 texts = [align.segment(tokenizer, mine) for mine, _ in problems]
-layers = proportional(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+layers = proportional(
+    student.config.num_hidden_layers, teacher.config.num_hidden_layers
+)
 others = [align.segment(words, theirs) for _, theirs in problems]
 seen = align.encode_with_teacher(teacher, others, texts, layers)
-width = seen[0].keys.shape[-1], student.base_model.layers[0].self_attn.k_proj.out_features
+width = (
+    seen[0].keys.shape[-1],
+    student.base_model.layers[0].self_attn.k_proj.out_features,
+)
 projector = align.Projector(*width, "orthogonal").requires_grad_(False)
 options = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-4}
-settings = align.AlignmentSettings(**options, kv_warmup=0)  # and kv_end=0.6 for more steps
+settings = align.AlignmentSettings(
+    **options, kv_warmup=0
+)  # and kv_end=0.6 for more steps
 aligned_student = align.AlignedStudent(student, [projector])
 examples = list(zip(texts, seen))
 history = align.train_student(aligned_student, examples, settings)

@@ -342,7 +342,10 @@ plots.acceptance_by_position(accepted);
 # %%
 rows = {}
 for kind, s in accepted.items():
-    rows[kind] = {"acceptance": s.acceptance, "tokens per target call": s.tokens_per_call}
+    rows[kind] = {
+        "acceptance": s.acceptance,
+        "tokens per target call": s.tokens_per_call,
+    }
 pd.DataFrame(rows).T.round(2)
 
 # %% [markdown]
@@ -428,7 +431,9 @@ plots.speedup_over_gamma(gammas, measured, predicted);
 # %%
 layer_ratio = draft.config.num_hidden_layers / target.config.num_hidden_layers
 best = speculate.best_gamma(alphas, c, v, maximum=widest)
-print(f"the draft has {layer_ratio:.2f} of the target's layers, and costs c = {c:.2f} of it")
+print(
+    f"the draft has {layer_ratio:.2f} of the target's layers, and costs c = {c:.2f} of it"
+)
 print(f"best gamma up to {widest}:", best)
 
 # %% [markdown]
@@ -535,7 +540,9 @@ pd.DataFrame(rows).T.rename_axis("temperature").round(3)
 
 # %%
 passage = "Anna lives in Oslo. Bruno works as a baker. Rosa plays the cello."
-document = tokenizer(passage, add_special_tokens=False, return_tensors="pt").input_ids
+document = tokenizer(
+    passage, add_special_tokens=False, return_tensors="pt"
+).input_ids
 prefix = prefill(target, document.to(target.device))
 
 begin = tokenizer(" Bruno", add_special_tokens=False, return_tensors="pt").input_ids
@@ -587,12 +594,16 @@ plots.speed_ratios(results.intervals(names));
 
 # %%
 several = [prompts[kind][i][0] for i in (0, 1) for kind in prompts]
-batch = speculate.generate(target, several, proposer, gamma=4, max_new_tokens=longest)
+batch = speculate.generate(
+    target, several, proposer, gamma=4, max_new_tokens=longest
+)
 for ids, tokens in zip(several, batch.tokens, strict=True):
     one = speculate.generate(target, ids[None], gamma=4, max_new_tokens=longest)
     if exact:
         assert tokens.tolist() == one.tokens[0].tolist()
-rounds = [r for r in batch.rounds if not r.is_prefill]  # not those that read the prompts
+rounds = [
+    r for r in batch.rounds if not r.is_prefill
+]  # not those that read the prompts
 print("accepted by row:", [r.accepted for r in rounds[:4]])
 gained = np.array([[len(tokens) for tokens in r.tokens] for r in rounds[:4]])
 print("tokens of each row after these:", gained.sum(0))
@@ -696,7 +707,9 @@ class Forgetful(ModelProposer):
 
 texts = {}
 for arm in (ModelProposer(target), Forgetful(target)):
-    generated = speculate.generate(target, prompt, arm, gamma=2, max_new_tokens=longest)
+    generated = speculate.generate(
+        target, prompt, arm, gamma=2, max_new_tokens=longest
+    )
     s = summarize(generated.rounds)
     print(f"{type(arm).__name__}: acceptance {s.acceptance:.2f},", end=" ")
     print(f"{s.tokens_per_call:.2f} tokens per call")

@@ -323,7 +323,9 @@ readers = {
     "answers_rehearsed_first": "rehearsed, its first layers",
 }
 mark = results["answers_sighted"].value, "reads everything, alone"
-plots.intervals(results.intervals(readers), "answered word for word (fraction)", mark)
+plots.intervals(
+    results.intervals(readers), "answered word for word (fraction)", mark
+)
 print(textwrap.fill(results["answers_rehearsed_first"].conditions, 78))
 
 # %% [markdown]
@@ -410,7 +412,9 @@ for one, other in (
 ):
     print(f"{one:11} minus {other:8} {results[f'gain_{one}_over_{other}']:+.3f}")
 for arm in ("none", "both"):
-    print(f"on word problems, {arm:4} fused: {results[f'acceptance_{arm}_arithmetic']:.3f}")
+    print(
+        f"on word problems, {arm:4} fused: {results[f'acceptance_{arm}_arithmetic']:.3f}"
+    )
 
 # %% [markdown]
 # Fusing the prompt helps; fusing accepted tokens does not.
@@ -454,7 +458,9 @@ for name, fractions in accepted.items():
 # And in the benchmark:
 
 # %% mystnb={"image": {"alt": "Fractions of guesses accepted, with intervals, of a draft that reads blanks: alone, trained on answers and rehearsed, each with and without a sharer, the rehearsed one with the sharer's last and first layers."}}
-arms = {name.replace("answers_", "guesses_"): label for name, label in readers.items()}
+arms = {
+    name.replace("answers_", "guesses_"): label for name, label in readers.items()
+}
 mark = results["guesses_sighted"].value, "reads everything, alone"
 plots.intervals(results.intervals(arms), "guesses accepted (fraction)", mark)
 for other in ("blind", "rehearsed_matched", "sighted"):

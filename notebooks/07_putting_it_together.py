@@ -216,12 +216,18 @@ names = {
     "distilled": "a quarter of it (03)",
 }
 totals = {label: results[f"ms_{name}"].value for name, label in names.items()}
-savings = results.intervals({f"saved_{name}": names[name] for name in list(names)[1:]})
+savings = results.intervals(
+    {f"saved_{name}": names[name] for name in list(names)[1:]}
+)
 plots.waterfall(totals, savings, "milliseconds from the files to the last token")
 print(textwrap.fill(results["ms_plain"].conditions, 78))
 
 # %%
-columns = {"per target call": "tokens_per_call", "same text": "equal", "accepted": "acceptance"}
+columns = {
+    "per target call": "tokens_per_call",
+    "same text": "equal",
+    "accepted": "acceptance",
+}
 rows = {
     label: {
         column: f"{figure}_{name}"
@@ -296,7 +302,9 @@ for retention in (0.5, 0.25, 0.1, 0.02):
     proposer = ModelProposer(draft, select(fused_prefix, some))
     output = answer(request, proposer, stored("target"))
     summary = summarize(output.rounds)
-    print(f"{retention:4.0%} {len(some):3} entries: accepted {summary.acceptance:.2f}")
+    print(
+        f"{retention:4.0%} {len(some):3} entries: accepted {summary.acceptance:.2f}"
+    )
 
 # %% [markdown]
 # For this one request, keeping everything scored below keeping half; from a half downwards acceptance falls.
