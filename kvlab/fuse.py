@@ -461,11 +461,10 @@ def pad_fuser_batch(examples: Sequence[FuserExample]) -> dict[str, Tensor]:
     """Make a batch: prompts padded on the left, then responses padded on the right.
 
     Returns:
-        input_ids, attention_mask: (B, P + 1 + R), the receiver's; all but the last of the P + 1
-            prompt columns are fused.
-        weights: (B, R), 1 for tokens of a response.
-        sharer_ids, sharer_mask: (B, S), and token_weights: (B, P, S), unless both models have the
-            same tokens in all prompts.
+        A dict. `input_ids` and `attention_mask` are (B, P + 1 + R), the receiver's; all but the last
+        of the P + 1 prompt columns are fused. `weights` is (B, R), 1 for tokens of a response.
+        `sharer_ids` and `sharer_mask` are (B, S), and `token_weights` is (B, P, S): they are absent
+        if both models have the same tokens in all prompts.
     """
     prompts = [example.prompt for example in examples]
     prompt_ids, prompt_mask = _pad_with_mask([p.receiver_ids for p in prompts], "left")
