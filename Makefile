@@ -25,7 +25,7 @@ test: check
 RAN := tests/test_project.py::test_the_book_has_run_this_chapter
 
 tests: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadfile --durations=10 --deselect $(RAN)
+	$(BIN)/pytest -n 2 --dist worksteal --durations=10 --deselect $(RAN)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -216,13 +216,7 @@ def _one_each(layers: np.ndarray, teacher_layers: int) -> LayerMap:
 
 
 def save_layer_map(
-    path: str | Path,
-    chosen: LayerMap,
-    *,
-    student: str,
-    teacher: str,
-    samples: int,
-    what: str = "hidden",
+    path: str | Path, chosen: LayerMap, student: str, teacher: str, samples: int, what="hidden"
 ) -> Path:
     """Write a layer map as JSON, with the models' names and what it was made from. Returns the path.
 
