@@ -55,7 +55,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[book,dev]'
 	touch $@
 
-# The execution cache knows the cells, not the package: what a chapter printed is void when kvlab or a result changes.
+# Neither cache knows the package: what a chapter printed is void when kvlab or a result changes.
 $(BOOK)/.fresh: $(shell find kvlab -type f -not -name '*.pyc' 2>/dev/null)
-	rm -rf $(BOOK)/.jupyter_cache
+	rm -rf $(BOOK)/.jupyter_cache $(BOOK)/.doctrees
 	mkdir -p $(BOOK) && touch $@
