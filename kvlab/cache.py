@@ -180,12 +180,12 @@ def prefill(
         positions = torch.cat((positions.expand(rows, past), new_positions), 1)
     else:
         positions = None
-    known = rows == 1 and (not past or len(prefix.input_ids) > 0)
+    ids_known = rows == 1 and (not past or len(prefix.input_ids) > 0)
     same_rows = isinstance(position, int) and attention_mask is None
     return Prefix(
         cache=output.past_key_values,
         next_position=position + count if same_rows else new_positions[:, -1] + 1,
-        input_ids=[*prefix.input_ids, *input_ids[0].tolist()] if known else (),
+        input_ids=[*prefix.input_ids, *input_ids[0].tolist()] if ids_known else (),
         logits=output.logits[:, -1],
         positions=positions,
         attention_mask=mask,

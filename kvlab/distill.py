@@ -184,8 +184,8 @@ class KVDistiller(nn.Module):
             cache = kv.scale_keys(cache, scores.gather(1, columns).sigmoid())
         positions = positions.gather(1, columns)
         mask = kept.gather(1, columns).long()
-        known = {"positions": positions, "attention_mask": mask, "rotary": rotary_of(self.model)}
-        return Prefix(cache, attention_mask.sum(1), **known)
+        fields = {"positions": positions, "attention_mask": mask, "rotary": rotary_of(self.model)}
+        return Prefix(cache, attention_mask.sum(1), **fields)
 
     def _encode(self, input_ids: Tensor, mask: Tensor, kept: Tensor) -> DynamicCache:
         """Keys and values of contexts by the adapted model, with kept tokens (B, T) routed."""

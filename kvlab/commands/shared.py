@@ -72,7 +72,7 @@ def find_item(store: KnowledgeCache, question: str, threshold: float) -> Item | 
 def sample_heldout(texts: Sequence[str], share: float, seed: int) -> list[str]:
     """Sample a fraction of texts, at least one if there are any."""
     if not 0 < share < 1:
-        raise ValueError(f"heldout is {share}, expected a share between 0 and 1, such as 0.1.")
+        raise ValueError(f"heldout is {share}, expected a fraction between 0 and 1, such as 0.1.")
     return random.Random(seed).sample(texts, min(len(texts), max(1, round(share * len(texts)))))
 
 
@@ -92,7 +92,7 @@ DATA = ("lab", *CONTEXTS)
 def require_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"{name} is {count}, expected a whole number from 1.")
+            raise ValueError(f"{name} is {count}, expected a positive integer.")
 
 
 def load_records(data: str, source: str | None, split: str) -> dict[str, list[Record]]:
