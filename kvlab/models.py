@@ -30,17 +30,6 @@ class CacheError(ValueError):
     """A cache, a model or a file that does not fit; says what was seen, expected, and what to do."""
 
 
-def require(condition: object, sentence: str, *values: object) -> None:
-    """Raise CacheError unless the condition holds; the values fill the braces of the sentence.
-
-    >>> require(2 < 1, "The row is {}, expected below {}.", 2, 1)
-    Traceback (most recent call last):
-    kvlab.models.CacheError: The row is 2, expected below 1.
-    """
-    if not condition:
-        raise CacheError(sentence.format(*values) if values else sentence)
-
-
 def head_dim(config: PretrainedConfig) -> int:
     """Return the width of one head.
 
@@ -62,8 +51,9 @@ def _example() -> tuple[PreTrainedModel, Tensor]:
 def rotary_of(model: nn.Module) -> nn.Module:
     """Find the rotary embedding of a model: the module with `inv_freq` (D/2,) and `attention_scaling`."""
     modules = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-    sentence = "{} has {} rotary embeddings, expected one: use a Llama-like decoder."
-    require(len(modules) == 1, sentence, type(model).__name__, len(modules))
+    if len(modules) != 1:
+        count = f"{type(model).__name__} has {len(modules)} rotary embeddings, expected one"
+        raise CacheError(f"{count}: use a Llama-like decoder.")
     return modules[0]
 
 

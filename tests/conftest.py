@@ -93,30 +93,9 @@ def facts(tmp_path_factory):
     path = write(folder / "records.jsonl", FACTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVLAB_SCALE", "tiny")
-        keep = ["--keep", "kv", "hidden"]
-        main(
-            [
-                "build-cache",
-                "--records",
-                path,
-                "--base_model",
-                "lab-draft",
-                "--store",
-                str(folder / "both"),
-                *keep,
-            ]
-        )
-        main(
-            [
-                "build-cache",
-                "--records",
-                path,
-                "--base_model",
-                "lab-draft",
-                "--store",
-                str(folder / "kv"),
-            ]
-        )
+        build = ["build-cache", "--records", path, "--base_model", "lab-draft", "--store"]
+        main([*build, str(folder / "both"), "--keep", "kv", "hidden"])
+        main([*build, str(folder / "kv")])
     return folder / "both"
 
 
