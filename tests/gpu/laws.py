@@ -1,0 +1,3 @@
+"""Part of tests/gpu/run.py."""
+def checks(device, dry):
+    yield "nothing yet", lambda: None
