@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ class Need:
     trains: str = ""  # the role whose parameters all train
     added: int = 0  # parameters of adapters, scorers or fusers that train, too
     layers: int = 0  # train only this many layers of `trains`, in a copy
+    models: Mapping[str, str] = field(default_factory=dict)  # instead of the preset's, by role
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,11 @@ class Scale:
     seed: int = 0
 
     @classmethod
-    def current(cls) -> Scale:
+    def current(cls, chapter: str | None = None) -> Scale:
         """The preset named by KVLAB_SCALE, else one that fits the device; sets seed and threads.
+
+        Args:
+            chapter: One that has models of its own in kvlab/scales.yaml; default: the preset's.
 
         Raises:
             ValueError: KVLAB_SCALE names no preset, or one that needs a GPU where there is none.
@@ -79,7 +83,10 @@ class Scale:
                 dtype = torch.bfloat16
         else:
             raise ValueError(f"KVLAB_SCALE is {name!r}, which needs a GPU. Use KVLAB_SCALE=tiny.")
-        scale = cls(name=name, device=device, dtype=dtype, **PRESETS[name])
+        preset = dict(PRESETS[name])
+        if chapter:
+            preset |= preset["needs"][chapter].models
+        scale = cls(name=name, device=device, dtype=dtype, **preset)
         torch.manual_seed(scale.seed)
         logging.disable_progress_bar()
         return scale

@@ -46,7 +46,7 @@ from kvlab.lab import corpora
 from kvlab.lab.report import problems
 from kvlab.speculate import ModelProposer, Sampling, summarize
 
-scale = Scale.current()
+scale = Scale.current("05_speculative_decoding")
 print(scale.describe("05_speculative_decoding"))
 target, draft = scale.load("target"), scale.load("draft")
 tokenizer = scale.load_tokenizer("target")
@@ -736,7 +736,7 @@ if exact:
 # %%
 from kvlab import Scale, speculate
 
-scale = Scale.current()
+scale = Scale.current("05_speculative_decoding")
 target, draft = scale.load("target"), scale.load("draft")
 tokenizer = scale.load_tokenizer("target")
 ids = tokenizer("Anna lives in Oslo. Anna", return_tensors="pt").input_ids

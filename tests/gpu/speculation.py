@@ -1,3 +1,5 @@
 """Part of tests/gpu/run.py."""
+
+
 def checks(device, dry):
     yield "nothing yet", lambda: None
