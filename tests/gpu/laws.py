@@ -24,7 +24,7 @@ from kvlab.distill import KVDistiller
 from kvlab.evaluate import chi_square, figure
 from kvlab.generation import encode
 from kvlab.knowledge import splice
-from kvlab.lab.report import heldout
+from kvlab.lab.report import problems
 from kvlab.layers import proportional
 from kvlab.losses import kl
 from kvlab.models import differences, fingerprint, require_supported, rotary_of
@@ -33,17 +33,19 @@ from kvlab.speculate import Runner, Sampling, decode, generate, summarize
 from kvlab.training import fit
 
 # The largest error of a vector (a token's key or value in one head, or its logits) that counts as
-# rounding, relative to the root mean square of the norms of such vectors. The half precisions: one
-# rounding is off by half of eps = torch.finfo(dtype).eps at most; the three layers of these models
-# make some thirty in a row, which add up like a random walk to a few eps (measured on a CPU: 5 eps),
-# and a GPU rounds in another order in each kernel. So 12 eps. fp32: a model computes its angles in
-# float32, and at position 200 an angle of 200 radians is off by up to 200 * 6e-8 = 1e-5. So 1e-4.
-# A wrong position, mask or column makes errors from 0.1 on.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.012, torch.bfloat16: 0.09}
-# Of the target's logits, in their standard deviations: tokens nearer than this to the best one are a
-# near tie, in which rounding decides. Two of 97 or 1,536 logits are each off by up to 2 deviations of
-# the error, which are smaller than TOLERANCE.
-NEAR_TIE = {dtype: 4 * tolerance for dtype, tolerance in TOLERANCE.items()}
+# rounding, relative to the root mean square of the norms of such vectors. In half precision one
+# rounding is off by at most half of eps = torch.finfo(dtype).eps; the three layers of these models
+# make some thirty in a row, which add up like a random walk. The largest error on a CPU is 7 eps
+# (keys at another position: a model rounds the sines of its angles too); a GPU rounds in another
+# order in each kernel, so 16 eps. In fp32 a model computes angles in float32: an angle of 150
+# radians is off by 1e-5, and 6e-6 is the largest error on a CPU; so 1e-4.
+# The same number says when two tokens tie: if their logits are nearer than this, in standard
+# deviations of the logits, rounding decides which one is the best.
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 16 * torch.finfo(torch.float16).eps,  # 0.016
+    torch.bfloat16: 16 * torch.finfo(torch.bfloat16).eps,  # 0.125
+}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 FAMILIES = {
     "Qwen3": {"rope_type": "default", "rope_theta": 10000.0},
@@ -57,7 +59,7 @@ FAMILIES = {
     },
 }
 LAYERS = 3
-PAIRS = {"cpu": 2000, "cuda": 8000}  # rows of the chi-square test
+PAIRS = {"cpu": 1000, "cuda": 3000}  # rows of the chi-square test
 PRECISION = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}  # of `fit`
 errors = {dtype: {} for dtype in NAMES}  # the largest of each comparison
 
@@ -101,6 +103,12 @@ def near(one: Tensor, two: Tensor, dtype: torch.dtype, what: str) -> None:
     assert found <= TOLERANCE[dtype], f"{what}: error {found:.2g}, allowed {TOLERANCE[dtype]:.2g}"
 
 
+def far(one: Tensor, two: Tensor, dtype: torch.dtype) -> None:
+    """Assert that tensors differ by more than rounding: the control of a law."""
+    found = error(one, two)
+    assert found > 2 * TOLERANCE[dtype], f"The control differs by {found:.2g} only."
+
+
 def near_caches(one, two, dtype: torch.dtype, what: str) -> None:
     """Assert that caches are equal up to rounding, layer by layer, keys and values each."""
     for a, b in zip(kv.to_tensor(one).flatten(0, 1), kv.to_tensor(two).flatten(0, 1), strict=True):
@@ -129,7 +137,7 @@ def cache_in_parts(device: str, dtype: torch.dtype) -> None:
             text = mask.bool() if whole_mask is not None else torch.ones_like(mask, dtype=bool)
             stored = [kv.to_tensor(x.cache).transpose(3, 4)[:, :, text] for x in (parts, whole)]
             for one, two in zip(stored[0].flatten(0, 1), stored[1].flatten(0, 1), strict=True):
-                near(one.transpose(0, 1), two.transpose(0, 1), dtype, "cache in parts")
+                near(one, two, dtype, "cache in parts")
             near(parts.logits, whole.logits, dtype, "logits in parts")
 
 
@@ -143,7 +151,7 @@ def cache_shift(device: str, dtype: torch.dtype) -> None:
         after = kv.prefill(model, text, kv.Prefix(moved, 140)).logits
         near(after, kv.prefill(model, text, there).logits, dtype, "logits after a shift")
         wrong = kv.shift(here.cache, 101, rotary_of(model))
-        assert error(kv.to_tensor(wrong)[0, 0], kv.to_tensor(there.cache)[0, 0]) > 0.1
+        far(kv.to_tensor(wrong)[0, 0], kv.to_tensor(there.cache)[0, 0], dtype)
 
 
 def cache_select(device: str, dtype: torch.dtype) -> None:
@@ -157,7 +165,7 @@ def cache_select(device: str, dtype: torch.dtype) -> None:
         hidden = kv.prefill(model, text, kv.Prefix(full.cache, 40, attention_mask=mask))
         dropped = kv.prefill(model, text, kv.Prefix(kv.select(full.cache, kept), 40))
         near(dropped.logits, hidden.logits, dtype, "logits after select")
-        assert error(kv.prefill(model, text, full).logits, hidden.logits) > 0.1
+        far(kv.prefill(model, text, full).logits, hidden.logits, dtype)
 
 
 def cache_file(device: str, dtype: torch.dtype) -> None:
@@ -179,7 +187,10 @@ def cache_rotation(device: str, dtype: torch.dtype) -> None:
     """Keys are un-rotated and rotated there and back."""
     positions = torch.arange(100, 140, device=device)
     for model in both(device, dtype):
-        cache, rotary = kv.prefill(model, tokens(device, 1, 40), position=100).cache, rotary_of(model)
+        cache, rotary = (
+            kv.prefill(model, tokens(device, 1, 40), position=100).cache,
+            rotary_of(model),
+        )
         restored = kv.rotate(kv.unrotate(cache, positions, rotary), positions, rotary)
         near_caches(restored, cache, dtype, "rotation there and back")
 
@@ -188,12 +199,12 @@ def model_identity(device: str, dtype: torch.dtype) -> None:
     """A model has one fingerprint on all devices, and is supported on each."""
     for model in both(device, dtype):
         require_supported(model)
-        print_here = fingerprint(model)
+        here = fingerprint(model)
         on_cpu = copy.deepcopy(model).cpu()
         require_supported(on_cpu)
-        assert not differences(fingerprint(on_cpu), print_here)
+        assert not differences(fingerprint(on_cpu), here)
         model.lm_head.weight.data[0] += 1
-        assert "sha256" in differences(fingerprint(model), print_here)
+        assert "sha256" in differences(fingerprint(model), here)
 
 
 # -- slots
@@ -205,7 +216,9 @@ def slots_rows(device: str, dtype: torch.dtype) -> None:
     texts = [tokens(device, 1, n + 5, seed=n) for n in lengths]
     for model in both(device, dtype):
         pasts = [kv.prefill(model, text[:, :n]) for text, n in zip(texts, lengths, strict=True)]
-        pasts[2] = kv.Prefix(kv.select(pasts[2].cache, torch.tensor([0, 3, 5, 29], device=device)), 30)
+        pasts[2] = kv.Prefix(
+            kv.select(pasts[2].cache, torch.tensor([0, 3, 5, 29], device=device)), 30
+        )
         for fixed in (False, True):
             slots = Slots(model, len(texts), 24)
             for row, past in enumerate(pasts):
@@ -234,10 +247,10 @@ def noisy(model: PreTrainedModel, scale: float = 0.02) -> PreTrainedModel:
     return other
 
 
-def by_transformers(model: PreTrainedModel, ids: Tensor, count: int, end=None) -> list[int]:
+def by_transformers(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
     """The greedy text of `generate`, all settings explicit."""
     options = {"max_new_tokens": count, "do_sample": False, "repetition_penalty": 1.0}
-    config = GenerationConfig(**options, eos_token_id=end, pad_token_id=0)
+    config = GenerationConfig(**options, eos_token_id=None, pad_token_id=0)
     ids = ids[None].to(model.device)
     mask = torch.ones_like(ids)
     output = model.generate(ids, attention_mask=mask, generation_config=config)
@@ -270,30 +283,29 @@ def require_same_text(model, prompts: Sequence[Tensor], got, want, dtype, what: 
             far = distance_from_best(model, ids, new).max().item()
             where = f"{what} (distance from the best logit)"
             errors[dtype][where] = max(far, errors[dtype].get(where, 0.0))
-            assert far <= NEAR_TIE[dtype], f"{what}: a token is {far:.2g} below the target's best"
+            assert far <= TOLERANCE[dtype], f"{what}: a token is {far:.2g} below the target's best"
 
 
 def speculation_greedy(device: str, dtype: torch.dtype) -> None:
-    """Whatever drafts, the greedy text is the target's, in a batch of rows, with a prefix and without."""
+    """Whatever drafts, the greedy text of each row is the target's, with a prefix and without."""
     prompts, known = [tokens(device, 1, n, seed=n)[0] for n in (7, 1, 20)], tokens(device, 1, 12)
-    for model in both(device, dtype):
-        prefix = kv.prefill(model, known)
-        read = [torch.cat((known[0], ids)) for ids in prompts]
-        for options, texts in (({}, prompts), ({"prefix": prefix}, read)):
-            options |= {"max_new_tokens": 16}
-            want = generate(model, prompts, **options).tokens
-            if dtype == torch.float32:
-                theirs = [by_transformers(model, ids, 16) for ids in texts]
-                assert [row.tolist() for row in want] == theirs
-            for proposer in (
-                speculate.ModelProposer(noisy(model)),
-                speculate.EarlyExitProposer(model, 2),
-                speculate.LookupProposer(),
-            ):
-                name = type(proposer).__name__
-                got = generate(model, prompts, proposer, gamma=3, **options)
-                require_same_text(model, texts, got.tokens, want, dtype, name)
-                assert any(any(r.drafted) for r in got.rounds), f"{name} drafted nothing"
+    qwen, llama = both(device, dtype)
+    texts = [torch.cat((known[0], ids)) for ids in prompts]
+    for model, read, prefix in ((qwen, prompts, None), (llama, texts, kv.prefill(llama, known))):
+        options = {"max_new_tokens": 16, "prefix": prefix}
+        want = generate(model, prompts, **options).tokens
+        if dtype == torch.float32:
+            theirs = [by_transformers(model, ids, 16) for ids in read]
+            assert [row.tolist() for row in want] == theirs
+        for proposer in (
+            speculate.ModelProposer(noisy(model)),
+            speculate.EarlyExitProposer(model, 2),
+            speculate.LookupProposer(),
+        ):
+            name = type(proposer).__name__
+            got = generate(model, prompts, proposer, gamma=3, **options)
+            require_same_text(model, read, got.tokens, want, dtype, name)
+            assert any(any(r.drafted) for r in got.rounds), f"{name} drafted nothing"
 
 
 def speculation_whole(device: str, dtype: torch.dtype) -> None:
@@ -308,20 +320,20 @@ def speculation_whole(device: str, dtype: torch.dtype) -> None:
 
 
 def speculation_lab(device: str, dtype: torch.dtype) -> None:
-    """The same for the trained lab models and prompts that they know."""
+    """The same for the trained lab models; the draft knows word problems, and not the FAQ."""
     tokenizer = lab.load_tokenizer("lab-target")
     target, draft = (lab.load(name, dtype).to(device) for name in ("lab-target", "lab-draft"))
-    documents = [d for task in ("reading", "arithmetic") for d in heldout(task, 2, seed=4)[:2]]
-    prompts = [torch.tensor(encode(tokenizer, document[:-1])) for document in documents]
-    options = {"max_new_tokens": 16, "eos_token_id": tokenizer.eos_token_id}
+    question = {"role": "user", "content": lab.faq()[0]["question"]}
+    conversations = problems(3, "long", 1, seed=1)[0][:-1], [question]
+    prompts = [torch.tensor(encode(tokenizer, conversation)) for conversation in conversations]
+    options = {"max_new_tokens": 16, "eos_token_id": []}
     want = generate(target, prompts, **options).tokens
     if dtype == torch.float32:
-        end = tokenizer.eos_token_id
-        theirs = [by_transformers(target, ids, 16, end) for ids in prompts]
+        theirs = [by_transformers(target, ids, 16) for ids in prompts]
         assert [row.tolist() for row in want] == theirs
     got = generate(target, prompts, speculate.ModelProposer(draft), gamma=4, **options)
     require_same_text(target, prompts, got.tokens, want, dtype, "lab pair")
-    assert summarize(got.rounds).acceptance > 0.2
+    assert 0.1 < summarize(got.rounds).acceptance < 1
 
 
 def without_residual(p: Tensor, proposal, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,13 +358,19 @@ def verified_by(rule) -> Iterator[None]:
 
 def speculation_sampled(device: str, dtype: torch.dtype) -> None:
     """Pairs of sampled tokens have the target's own probabilities, and without the residual not."""
-    small = {"vocab_size": 6, "hidden_size": 32, "num_attention_heads": 2, "initializer_range": 0.25}
+    small = {
+        "vocab_size": 6,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "initializer_range": 0.25,
+    }
     small |= {"num_key_value_heads": 1, "intermediate_size": 64}
     target = tiny(device, dtype, seed=1, num_hidden_layers=2, **small)
     draft = tiny(device, dtype, seed=2, num_hidden_layers=1, **small)
-    begun = torch.tensor([[3, 1, 4, 1, 5]], device=device)
-    state = kv.prefill(target, begun)
-    after = [kv.prefill(target, begun.new_tensor([[token]]), state).logits[0] for token in range(6)]
+    begun = torch.tensor([[3, 1, 4, 1, 5]])
+    state = kv.prefill(target, begun.to(device))
+    every = torch.arange(6, device=device)[:, None, None]
+    after = [kv.prefill(target, token, state).logits[0] for token in every]
     first, second = state.logits[0].double().softmax(-1), torch.stack(after).double().softmax(-1)
     expected = (first[:, None] * second).flatten().cpu().numpy()
     found = {}
@@ -409,30 +427,35 @@ def quick_compiler(device: str) -> Iterator[None]:
         torch._dynamo.reset()
 
 
+def places_of(runner: Runner) -> list[int]:
+    """Where a runner's memory is."""
+    return [x.data_ptr() for layer in runner.slots.layers for x in (layer.keys, layer.values)]
+
+
 def compiled_path(device: str, dtype: torch.dtype) -> None:
-    """Compiled calls (CUDA graphs on a GPU) give the eager path's text, in memory that stays in place."""
+    """Compiled calls (CUDA graphs on a GPU) give the eager text, in memory that stays in place."""
     gamma = 2 if dtype == torch.float32 else 1  # one shape less to compile
-    target = tiny(device, dtype, num_hidden_layers=2)
-    draft = noisy(tiny(device, dtype, num_hidden_layers=1))
+    target = tiny(device, dtype, num_hidden_layers=1)
+    draft = noisy(target, 0.04)
     fast, fast_draft = Runner(target, 64), Runner(draft, 64)
-    first, *later = [[tokens(device, 1, n, seed=n)[0] for n in two] for two in ((20, 3), (5, 11), (1, 8))]
+    first, *later = [
+        [tokens(device, 1, n, seed=n)[0] for n in two] for two in ((20, 3), (5, 11), (1, 8))
+    ]
     options = {"gamma": gamma, "max_new_tokens": 20}
     with quick_compiler(device):
         proposer = speculate.ModelProposer(fast_draft)
         stopped = decode(fast, first, proposer, **options)
         for _ in range(6):  # the third call of a program replays its graph
             next(stopped)
-        runners = (fast, fast_draft)
-        places = [x.data_ptr() for r in runners for layer in r.slots.layers for x in (layer.keys, layer.values)]
+        places = places_of(fast), places_of(fast_draft)
         for prompts in later:
             got = generate(fast, prompts, proposer, **options)
             want = generate(target, prompts, speculate.ModelProposer(draft), **options)
             require_same_text(target, prompts, got.tokens, want.tokens, dtype, "compiled")
-            assert 0 < summarize(got.rounds).acceptance <= 1
+            assert 0 < summarize(got.rounds).acceptance < 1
             if dtype == torch.float32:
                 assert [r.drafted for r in got.rounds] == [r.drafted for r in want.rounds]
-        now = [x.data_ptr() for r in runners for layer in r.slots.layers for x in (layer.keys, layer.values)]
-        assert now == places
+        assert (places_of(fast), places_of(fast_draft)) == places
         assert len(fast._programs) == 1
         assert len(fast_draft._programs) == gamma
 
@@ -453,16 +476,18 @@ def splice_arms(device: str, dtype: torch.dtype) -> None:
         for start, prefix in zip((9, 20), prefixes[1:], strict=True):
             by_hand = kv.join(by_hand, kv.shift(prefix.cache, start, rotary))
         near_caches(moved, by_hand, dtype, "splice shift")
-        assert error(moved.layers[-1].values, full.layers[-1].values) > 0.1
+        far(moved.layers[-1].values, full.layers[-1].values, dtype)
 
 
 def evict_entries(device: str, dtype: torch.dtype) -> None:
-    """Keeping everything changes nothing; dropping entries is hiding them from the text after them."""
+    """Keeping everything changes nothing; dropping entries is hiding them from what follows."""
     ids, text = tokens(device, 1, 40), tokens(device, 1, 6, seed=1)
     for model in both(device, dtype):
         full = kv.prefill(model, ids)
         for score in METHODS.values():
-            near_caches(evict(model, ids, score, retention=1.0).cache, full.cache, dtype, "evict nothing")
+            near_caches(
+                evict(model, ids, score, retention=1.0).cache, full.cache, dtype, "evict nothing"
+            )
         for score in (key_norm, snapkv):
             prefix = evict(model, ids, score, budget=11, shared=True)
             mask = torch.full((46, 46), float("-inf"), device=device, dtype=dtype).triu(1)
@@ -471,7 +496,7 @@ def evict_entries(device: str, dtype: torch.dtype) -> None:
             masked = model(torch.cat([ids, text], 1), attention_mask=mask[None, None]).logits[:, -1]
             after = kv.prefill(model, text, prefix).logits
             near(after, masked, dtype, "logits after eviction")
-            assert error(kv.prefill(model, text, full).logits, masked) > 0.1
+            far(kv.prefill(model, text, full).logits, masked, dtype)
 
 
 def distiller_of(model: PreTrainedModel, bias: float) -> KVDistiller:
@@ -492,7 +517,7 @@ def distill_open(device: str, dtype: torch.dtype) -> None:
         after = kv.prefill(model, text, prefix).logits
         near(after, kv.prefill(model, text, full).logits, dtype, "logits after distill")
         half = distiller_of(model, 0.0).compress(ids, retention=1.0)
-        assert error(half.cache.layers[0].keys, full.cache.layers[0].keys) > 0.1
+        far(half.cache.layers[0].keys, full.cache.layers[0].keys, dtype)
 
 
 def distill_gradient(device: str, dtype: torch.dtype) -> None:
@@ -530,7 +555,7 @@ def fuse_gates(device: str, dtype: torch.dtype) -> None:
             alone = fuser(kv.part(receiver, start, stop), kv.part(sharer, start, stop))
             expected = kv.select(whole, torch.arange(start, stop, device=device))
             near_caches(alone, expected, dtype, "fuse a part")
-        assert error(kv.to_tensor(whole), kv.to_tensor(receiver.cache)) > 0.1
+        far(kv.to_tensor(whole), kv.to_tensor(receiver.cache), dtype)
 
 
 # -- align
@@ -581,31 +606,34 @@ def align_rotation(device: str, dtype: torch.dtype) -> None:
 
 
 def align_gradient(device: str, dtype: torch.dtype) -> None:
-    """The loss on keys and values reaches k_proj and v_proj of the student, and not the teacher."""
+    """Features of a student in training are its cache's, and their loss reaches k_proj and v_proj."""
     ids = tokens(device, 2, 20)
-    for model, teacher in zip(both(device, dtype), both(device, dtype), strict=True):
+    with torch.no_grad():
+        target = align.features(kv.prefill(tiny(device, dtype, seed=1), ids))
+    for model in both(device, dtype):
+        stored = align.features(kv.prefill(model, ids))
         model.requires_grad_(True)
-        teacher.lm_head.requires_grad_(True)
-        teacher.model.layers[0].self_attn.k_proj.weight.data.mul_(-1)
-        target = align.features(kv.prefill(teacher, ids))
         states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
         student = align.own_features(model, states)
-        near(student.keys[:, 0], align.features(kv.prefill(model, ids)).keys[:, 0], dtype, "own features")
+        for one, two in zip(student, stored, strict=True):
+            for layer in range(LAYERS):
+                near(one[:, layer], two[:, layer], dtype, "own features")
         align.kv_loss(student, target, torch.ones_like(ids)).backward()
         for layer in model.model.layers:
             for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
                 grad = projection.weight.grad
                 assert grad.isfinite().all()
                 assert grad.any()
-        assert all(p.grad is None for p in teacher.parameters())
 
 
 def align_training(device: str, dtype: torch.dtype) -> None:
     """Training toward a teacher in mixed precision gives finite losses that fall."""
     borders = torch.tensor([0, 8, 16, 20])
     texts = [align.Segmented(ids, borders) for ids in tokens("cpu", 8, 20)]
-    others = [align.Segmented(ids, borders + torch.tensor([0, 2, 2, 3])) for ids in tokens("cpu", 8, 23)]
-    teacher = tiny(device, dtype, "Llama", seed=5)
+    others = [
+        align.Segmented(ids, borders + torch.tensor([0, 2, 2, 3])) for ids in tokens("cpu", 8, 23)
+    ]
+    teacher = tiny(device, dtype, "Llama", seed=5).requires_grad_(True)
     seen = align.encode_with_teacher(teacher, others, texts, proportional(LAYERS, LAYERS))
     student = tiny("cpu", torch.float32).requires_grad_(True)  # `fit` takes it to the GPU
     aligned = align.AlignedStudent(
@@ -620,7 +648,8 @@ def align_training(device: str, dtype: torch.dtype) -> None:
         values = [entry[name] for entry in history]
         assert np.isfinite(values).all(), f"{name}: {values}"
         assert values[-1] < values[0], f"{name}: {values}"
-    assert next(student.parameters()).device.type == torch.device(device).type
+    assert all(p.grad is None for p in teacher.parameters())
+    assert next(student.parameters()).is_cuda == torch.cuda.is_available()
 
 
 LAWS = (
@@ -649,31 +678,27 @@ LAWS = (
 )
 
 
-def applies(law, device: str, dtype: torch.dtype) -> bool:
-    """Whether a law is checked in a precision."""
-    if law is draws_of_a_cpu_generator:
-        return dtype == torch.float32  # rounding differs between devices in half precision
-    # Accelerate refuses fp16 without a GPU.
-    return not (law is align_training and device == "cpu" and dtype == torch.float16)
-
-
 def largest_errors() -> list[dict]:
     """The largest error of each precision as a figure."""
     figures = []
     for dtype, found in errors.items():
+        if not found:
+            continue
         what = max(found, key=found.get)
-        conditions = f"{what}; tolerance {TOLERANCE[dtype]:g}, near tie {NEAR_TIE[dtype]:g}"
-        unit = "of the size"
-        figures.append(figure(f"law_error_{NAMES[dtype]}", [found[what]], unit, conditions))
+        conditions = f"{what}; allowed {TOLERANCE[dtype]:.2g}"
+        figures.append(figure(f"law_error_{NAMES[dtype]}", [found[what]], "fraction", conditions))
     return figures
 
 
 def checks(device: str, dry: bool):
     """Each law in each precision."""
-    torch.set_float32_matmul_precision("highest")  # TF32 off, as is the default: fp32 laws are exact
+    torch.set_float32_matmul_precision("highest")  # no TF32, as by default: fp32 laws are exact
     for law in LAWS:
         for dtype, name in NAMES.items():
-            if applies(law, device, dtype):
-                title = f"{law.__name__.replace('_', ' ')}, {name}"
-                yield title, lambda law=law, dtype=dtype: law(device, dtype)
+            if dry and dtype == torch.float16:
+                continue  # bf16 runs the same lines
+            if law is draws_of_a_cpu_generator and dtype != torch.float32:
+                continue  # devices round differently
+            title = f"{law.__name__.replace('_', ' ')}, {name}"
+            yield title, lambda law=law, dtype=dtype: law(device, dtype)
     yield "largest errors", largest_errors
