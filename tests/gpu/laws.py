@@ -83,10 +83,10 @@ def both(device: str, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
         yield tiny(device, dtype, family)
 
 
-def tokens(device: str, rows: int, count: int, seed=0, size=97) -> Tensor:
+def tokens(device: str, rows: int, count: int, seed=0) -> Tensor:
     """Random token ids, (rows, count)."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, size, (rows, count), generator=generator).to(device)
+    return torch.randint(1, 97, (rows, count), generator=generator).to(device)
 
 
 def error(one: Tensor, two: Tensor) -> float:
@@ -98,15 +98,15 @@ def error(one: Tensor, two: Tensor) -> float:
 
 def near(one: Tensor, two: Tensor, dtype: torch.dtype, what: str) -> None:
     """Assert that tensors are equal up to rounding."""
-    found = error(one, two)
-    errors[dtype][what] = max(found, errors[dtype].get(what, 0.0))
-    assert found <= TOLERANCE[dtype], f"{what}: error {found:.2g}, allowed {TOLERANCE[dtype]:.2g}"
+    value = error(one, two)
+    errors[dtype][what] = max(value, errors[dtype].get(what, 0.0))
+    assert value <= TOLERANCE[dtype], f"{what}: error {value:.2g}, allowed {TOLERANCE[dtype]:.2g}"
 
 
 def far(one: Tensor, two: Tensor, dtype: torch.dtype) -> None:
     """Assert that tensors differ by more than rounding: the control of a law."""
-    found = error(one, two)
-    assert found > 2 * TOLERANCE[dtype], f"The control differs by {found:.2g} only."
+    value = error(one, two)
+    assert value > 2 * TOLERANCE[dtype], f"The control differs by {value:.2g} only."
 
 
 def near_caches(one, two, dtype: torch.dtype, what: str) -> None:
@@ -295,8 +295,8 @@ def speculation_greedy(device: str, dtype: torch.dtype) -> None:
         options = {"max_new_tokens": 16, "prefix": prefix}
         want = generate(model, prompts, **options).tokens
         if dtype == torch.float32:
-            theirs = [by_transformers(model, ids, 16) for ids in read]
-            assert [row.tolist() for row in want] == theirs
+            expected = [by_transformers(model, ids, 16) for ids in read]
+            assert [row.tolist() for row in want] == expected
         for proposer in (
             speculate.ModelProposer(noisy(model)),
             speculate.EarlyExitProposer(model, 2),
@@ -315,8 +315,8 @@ def speculation_whole(device: str, dtype: torch.dtype) -> None:
     for model in both(device, dtype):
         draft = speculate.ModelProposer(model)
         got = generate(model, prompts, draft, gamma=4, max_new_tokens=21)
-        found = summarize(got.rounds).acceptance
-        assert found >= least, f"acceptance {found:.2f}"
+        acceptance = summarize(got.rounds).acceptance
+        assert acceptance >= least, f"acceptance {acceptance:.2f}"
 
 
 def speculation_lab(device: str, dtype: torch.dtype) -> None:
@@ -329,8 +329,8 @@ def speculation_lab(device: str, dtype: torch.dtype) -> None:
     options = {"max_new_tokens": 16, "eos_token_id": []}
     want = generate(target, prompts, **options).tokens
     if dtype == torch.float32:
-        theirs = [by_transformers(target, ids, 16) for ids in prompts]
-        assert [row.tolist() for row in want] == theirs
+        expected = [by_transformers(target, ids, 16) for ids in prompts]
+        assert [row.tolist() for row in want] == expected
     got = generate(target, prompts, speculate.ModelProposer(draft), gamma=4, **options)
     require_same_text(target, prompts, got.tokens, want, dtype, "lab pair")
     assert 0.1 < summarize(got.rounds).acceptance < 1
@@ -373,7 +373,7 @@ def speculation_sampled(device: str, dtype: torch.dtype) -> None:
     after = [kv.prefill(target, token, state).logits[0] for token in every]
     first, second = state.logits[0].double().softmax(-1), torch.stack(after).double().softmax(-1)
     expected = (first[:, None] * second).flatten().cpu().numpy()
-    found = {}
+    p_values = {}
     for rule in (exact_rule, without_residual):
         sampling = Sampling(1.0, generator=torch.Generator().manual_seed(0))
         options = {"gamma": 3, "max_new_tokens": 2, "sampling": sampling}
@@ -382,9 +382,11 @@ def speculation_sampled(device: str, dtype: torch.dtype) -> None:
             pairs = generate(target, rows, speculate.ModelProposer(draft), **options).tokens
         pairs = torch.stack(pairs)
         counts = np.bincount(6 * pairs[:, 0] + pairs[:, 1], minlength=36)
-        found[rule] = chi_square(counts, expected)
-    assert found[exact_rule] > 1e-3, f"p is {found[exact_rule]:.2g}"
-    assert found[without_residual] < 1e-6, f"without residual p is {found[without_residual]:.2g}"
+        p_values[rule] = chi_square(counts, expected)
+    assert p_values[exact_rule] > 1e-3, f"p is {p_values[exact_rule]:.2g}"
+    assert p_values[without_residual] < 1e-6, (
+        f"without residual p is {p_values[without_residual]:.2g}"
+    )
 
 
 def draws_of_a_cpu_generator(device: str, dtype: torch.dtype) -> None:
@@ -681,12 +683,14 @@ LAWS = (
 def largest_errors() -> list[dict]:
     """The largest error of each precision as a figure."""
     figures = []
-    for dtype, found in errors.items():
-        if not found:
+    for dtype, measured in errors.items():
+        if not measured:
             continue
-        what = max(found, key=found.get)
+        what = max(measured, key=measured.get)
         conditions = f"{what}; allowed {TOLERANCE[dtype]:.2g}"
-        figures.append(figure(f"law_error_{NAMES[dtype]}", [found[what]], "fraction", conditions))
+        figures.append(
+            figure(f"law_error_{NAMES[dtype]}", [measured[what]], "fraction", conditions)
+        )
     return figures
 
 
