@@ -8,6 +8,7 @@ import torch
 from kvlab import cache as kv
 from kvlab.lab import models as lab
 from kvlab.scale import PRESETS, Scale, config_of, parameters
+from kvlab.speculate import best_gamma, cost_model
 
 CHAPTERS = set(PRESETS["tiny"]["needs"])
 
@@ -38,6 +39,9 @@ def no_gpu(monkeypatch):
         ("Qwen/Qwen2-0.5B-Instruct", 494.03),
         ("Qwen/Qwen2-1.5B-Instruct", 1543.7),
         ("Qwen/Qwen2-7B-Instruct", 7615.6),
+        ("Qwen/Qwen2.5-0.5B-Instruct", 494.03),
+        ("Qwen/Qwen2.5-3B-Instruct", 3085.94),
+        ("Qwen/Qwen2.5-14B-Instruct", 14770.03),
     ],
 )
 def test_parameters_are_those_of_the_model_cards(name, millions):
@@ -207,3 +211,36 @@ def test_a_scale_is_frozen():
         preset("tiny").target = "lab-draft"
     with pytest.raises(dataclasses.FrozenInstanceError):
         preset("tiny").needs["00_start_here"].batch = 2
+
+
+# chapter 05's pair
+
+
+@pytest.mark.parametrize("name", ["t4", "full"])
+def test_the_pair_of_chapter_05_can_win_by_layers_and_by_bytes(name):
+    models = PRESETS[name]["needs"]["05_speculative_decoding"].models
+    target, draft = (config_of(models[role]) for role in ("target", "draft"))
+    for c in (
+        draft.num_hidden_layers / target.num_hidden_layers,
+        parameters(draft) / parameters(target),
+    ):
+        assert best_gamma(0.7, c) > 0
+        assert cost_model(0.7, c, best_gamma(0.7, c)).speedup > 1
+    assert draft.vocab_size <= target.vocab_size
+
+
+def test_a_chapter_can_have_models_of_its_own(monkeypatch):
+    monkeypatch.setenv("KVLAB_SCALE", "t4")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.manual_seed", lambda _: None)
+    own = Scale.current("05_speculative_decoding")
+    assert (own.target, own.draft) == ("Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct")
+    assert own.teacher == Scale.current().teacher
+    assert Scale.current().target == Scale.current("06_cache_fusion").target == "Qwen/Qwen3-1.7B"
+    assert Scale.current().describe("05_speculative_decoding") == own.describe(
+        "05_speculative_decoding"
+    )
+    memory = "05_speculative_decoding"
+    assert Scale.current().memory(memory) == own.memory(memory)
+    weights = sum(parameters(config_of(model)) for model in (own.target, own.draft))
+    assert own.memory(memory)["weights"] == pytest.approx(2 * weights / 1e9)
