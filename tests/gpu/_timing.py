@@ -16,9 +16,10 @@ from kvlab.models import head_dim, rotary_of
 from kvlab.scale import config_of
 
 DTYPE = torch.bfloat16
-# Largest relative difference of logits between two ways to compute them: each of some hundred operations
-# one after another rounds to 8 bits.
-TOLERANCE = 0.1
+# Largest relative difference of logits between two ways to compute them. Some hundred operations in a
+# row round to 8 bits, which adds up to 0.06 in 40 layers with random weights; keys at wrong positions
+# or another context change logits by more than their norm.
+TOLERANCE = 0.25
 SMALL = {  # sizes of a model with --dry
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -99,16 +100,22 @@ def synchronize(device: str) -> None:
 
 
 def seconds(
-    call: Callable, device: str, *, repeats: int = 5, calls: int = 1, warm_up: int = 2
+    call: Callable,
+    device: str,
+    *,
+    repeats: int = 5,
+    calls: int = 1,
+    warm_up: int = 2,
+    limit: float = 2.0,
 ) -> np.ndarray:
-    """Seconds of a call, measured several times; each time a number of calls in a row.
+    """Seconds of a call, measured `repeats` times; each time a number of calls in a row.
 
-    It stops after two seconds, but not before the second time.
+    After `limit` seconds it stops, but not before the second time.
     """
     for _ in range(warm_up):
         call()
     times = []
-    while len(times) < repeats and (len(times) < 2 or calls * sum(times) < 2):
+    while len(times) < repeats and (len(times) < 2 or calls * sum(times) < limit):
         synchronize(device)
         started = time.perf_counter()
         for _ in range(calls):

@@ -57,20 +57,22 @@ def pair_figures(pair: tuple[str, str], mode: str, device: str, dry: bool) -> li
     context, counts = (32, range(1, 4)) if dry else (512, range(1, 10))
     target, draft = (random_model(name, device, dry) for name in pair)
     rate = bandwidth(device, dry)
-    kind = "the call launched by Python" if mode == "eager" else "the call as a CUDA graph"
+    kind = (
+        "launched by Python" if mode == "eager" else "as a CUDA graph with a mask over all columns"
+    )
     figures = []
     for rows in (1, 8):
-        words = f"batch {rows}, after {context} tokens, {kind}"
+        words = f"batch {rows}, after {context} tokens per row, {kind}"
         times = call_seconds(target, rows, context, counts, mode)
         draft_time = call_seconds(draft, rows, context, [1], mode)[1]
         suffix = f"b{rows}_{mode}"
         for k, values in times.items():
             name = f"{label(pair[0])}_b{rows}_k{k}_{mode}"
-            call = f"target, {conditions(pair[0], dry)}, {k} tokens a row, {words}"
+            call = f"target, {conditions(pair[0], dry)}, tokens of the call: {k} per row, {words}"
             moved = bytes_moved(target, rows, context + k, k)
             figures += call_figures(f"target_{{}}_{name}", values, moved / rate, call)
         name = f"{label(pair[1])}_for_{label(pair[0])}_{suffix}"
-        call = f"draft, {conditions(pair[1], dry)}, 1 token a row, {words}"
+        call = f"draft, {conditions(pair[1], dry)}, tokens of the call: 1 per row, {words}"
         moved = bytes_moved(draft, rows, context + 1, 1)
         figures += call_figures(f"draft_{{}}_{name}", draft_time, moved / rate, call)
         both = f"{conditions(pair[0], dry)}, draft of {pair[1]}, {words}, from medians"
