@@ -70,11 +70,11 @@ def pair_figures(pair: tuple[str, str], mode: str, device: str, dry: bool) -> li
             name = f"{label(pair[0])}_b{rows}_k{k}_{mode}"
             call = f"target, {conditions(pair[0], dry)}, tokens of the call: {k} per row, {words}"
             moved = bytes_moved(target, rows, context + k, k)
-            figures += call_figures(f"target_{{}}_{name}", values, moved / rate, call)
+            figures += call_figures(f"target_{{}}_{name}", values, moved, rate, call)
         name = f"{label(pair[1])}_for_{label(pair[0])}_{suffix}"
         call = f"draft, {conditions(pair[1], dry)}, tokens of the call: 1 per row, {words}"
         moved = bytes_moved(draft, rows, context + 1, 1)
-        figures += call_figures(f"draft_{{}}_{name}", draft_time, moved / rate, call)
+        figures += call_figures(f"draft_{{}}_{name}", draft_time, moved, rate, call)
         both = f"{conditions(pair[0], dry)}, draft of {pair[1]}, {words}, from medians"
         medians = {k: float(np.median(values)) for k, values in times.items()}
         c = float(np.median(draft_time)) / medians[1]
@@ -103,15 +103,13 @@ def call_seconds(
     return times
 
 
-def call_figures(name: str, times: np.ndarray, shortest: float, words: str) -> list[dict]:
-    """Time of a call, and the fraction of the bandwidth reached: the time by bytes over that."""
-    share = shortest / np.median(times)
-    by_bytes = (
-        f"{words}: {1e3 * shortest:.4g} ms by bytes (weights once, cache, logits) over median"
-    )
+def call_figures(name: str, times: np.ndarray, moved: int, rate: float, words: str) -> list[dict]:
+    """Time of a call, and the fraction of the bandwidth `rate` at which it moves its bytes."""
+    share = moved / rate / np.median(times)
+    parts = f"{words}: {moved / 1e9:.4g} GB (weights once, cache, logits) over the median"
     return [
         milliseconds(name.format("ms"), times, words),
-        figure(name.format("share"), [share], "of bandwidth", by_bytes),
+        figure(name.format("share"), [share], "of bandwidth", parts),
     ]
 
 
