@@ -406,7 +406,8 @@ pd.DataFrame({"c": c_of, "v": v_of}).rename_axis("gamma").round(2)
 
 # %%
 widest = gammas[-1]
-alphas = together(sweep[widest]).conditional
+alphas = np.nan_to_num(together(sweep[widest]).conditional)  # 0: none got so far
+alphas = alphas.tolist()
 c = c_of[8]
 slope = (v_of[8] - v_of[1]) / 7
 

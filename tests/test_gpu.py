@@ -39,7 +39,7 @@ def test_a_part_that_ends_early_does_not_stop_the_next(tmp_path, broken):
             "import os, time\n\n\ndef checks(device, dry):\n    yield 'one', lambda: None\n"
             + (f"    yield 'two', lambda: {code}\n" if name == "laws" else "")
         )
-    source = RUN.read_text().replace('"laws": (100, 60)', '"laws": (100, 5)')
+    source = RUN.read_text().replace('"laws": (90, 60)', '"laws": (90, 5)')
     source = source.replace("str(Path(__file__).parents[2])", repr(str(RUN.parents[2])))
     (tmp_path / "gpu" / "run.py").write_text(source)
     command = [

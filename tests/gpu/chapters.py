@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # With stand-ins, which say and learn nothing, it is enough that every line is reached.
 STEPS = 2  # of each training
 TOKENS = 8  # of each generated text
-ITEMS = 24  # of each store
+ITEMS = 4  # of each data set that is made up
 QUESTIONS = {"tiny": 64, "t4": 32}
 
 
@@ -52,7 +52,7 @@ def run(path: Path, scale: str, device: str, dtype: str) -> None:
     import torch
     from stand_ins import loaders
 
-    from kvlab import speculate, training
+    from kvlab import draft, speculate, training
     from kvlab.lab import corpora
     from kvlab.lab import models as lab
     from kvlab.scale import PRESETS, Scale
@@ -70,15 +70,21 @@ def run(path: Path, scale: str, device: str, dtype: str) -> None:
     def short(*args, max_new_tokens=TOKENS, **options):
         return decode(*args, max_new_tokens=min(max_new_tokens, TOKENS), **options)
 
-    def few_items(n, *args, **options):
-        return made_up(min(n, ITEMS), *args, **options)
+    def few_targets(model, tokenizer, prompts, *args, **options):
+        some = generate_targets(model, tokenizer, prompts[:ITEMS], *args, **options)
+        return [some[i % len(some)] for i in range(len(prompts))]
 
-    decode, made_up = speculate.decode, corpora.made_up
+    def few(make):
+        return lambda n, *args, **options: make(min(n, ITEMS), *args, **options)
+
+    decode, generate_targets = speculate.decode, draft.generate_targets
     patches = [mock.patch.object(Scale, "current", current)]
     if scale != "tiny":
         patches.append(mock.patch.object(training, "FitSettings", FewSteps))
         patches.append(mock.patch.object(speculate, "decode", short))
-        patches.append(mock.patch.object(corpora, "made_up", few_items))
+        patches.append(mock.patch.object(draft, "generate_targets", few_targets))
+        for name in ("made_up", "Requests", "Readings"):
+            patches.append(mock.patch.object(corpora, name, few(getattr(corpora, name))))
         patches += [mock.patch.object(lab, name, load) for name, load in loaders().items()]
     show_nothing()
     for patch in patches:

@@ -5,10 +5,12 @@ a time limit. OUT/gpu.json is written after each, and a table is printed last. R
 file says how to run it on a machine that is lent for minutes.
 """
 
+import contextlib
 import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -26,10 +28,10 @@ from kvlab.files import write_text
 
 # Seconds after which a part is stopped, on a GPU and with --dry; what it has found by then is kept.
 PARTS = {
-    "laws": (100, 60),
-    "chapters": (150, 90),
+    "laws": (90, 60),
+    "chapters": (140, 120),
     "speculation": (90, 30),
-    "knowledge": (40, 30),
+    "knowledge": (60, 30),
     "compression": (40, 30),
     "memory": (60, 60),
 }
@@ -39,6 +41,7 @@ START = 120  # seconds that a process may take to import what it needs
 
 def work(part: str, dry: bool, go, results: Connection) -> None:
     """In a process of its own: run the checks of a part when it is told to, and send what each found."""
+    os.setsid()  # what it starts ends with it
     checks = importlib.import_module(part).checks  # while another part runs
     go.wait()
     results.send({})  # from now on its time counts
@@ -77,7 +80,8 @@ def collect(part: str, process, results: Connection, limit: float) -> tuple[list
             print(line(message), flush=True)
         else:
             info = message
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.join()
     if error:
         rest = {"check": "the rest", "error": error, "figures": [], "seconds": limit}
@@ -101,6 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # for the processes
     # A process that uses a GPU cannot be forked from one that might have, and a new one imports again.
     context = multiprocessing.get_context("forkserver" if options.dry else "spawn")
     if options.dry:
