@@ -32,6 +32,8 @@ class Need:
     trains: str = ""  # the role whose parameters all train
     added: int = 0  # parameters of adapters, scorers or fusers that train, too
     layers: int = 0  # train only this many layers of `trains`, in a copy
+    answer: int = 0  # tokens at the end of each sequence that have a loss
+    hidden: int = 0  # width of a fuser's networks
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ class Scale:
         parts["total"] = sum(parts.values())
         return {part: value / 1e9 for part, value in parts.items()}
 
+    @property
+    def precision(self) -> str:
+        """Precision of the arithmetic in training, an option of `kvlab.training.fit`."""
+        return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(self.dtype, "no")
+
     def describe(self, chapter: str) -> str:
         """One sentence for the top of a notebook: models, device, precision and predicted memory.
 
@@ -159,9 +166,9 @@ def config_of(name: str) -> PreTrainedConfig:
     """
     if name in lab.SHAPES:
         return lab.make_config(name)
-    if name not in _FILE["shapes"]:
+    if name not in SHAPES:
         raise ValueError(f"The shape of {name!r} is not in kvlab/scales.yaml; add it there.")
-    return AutoConfig.for_model(**_FILE["shapes"][name])
+    return AutoConfig.for_model(**SHAPES[name])
 
 
 def parameters(config: PreTrainedConfig, layers: int | None = None) -> int:
@@ -180,5 +187,6 @@ def parameters(config: PreTrainedConfig, layers: int | None = None) -> int:
 
 _FILE = yaml.safe_load(Path(__file__).with_name("scales.yaml").read_text(encoding="utf-8"))
 PRESETS: dict[str, dict] = _FILE["presets"]
+SHAPES: dict[str, dict] = _FILE["shapes"]
 for _preset in PRESETS.values():
     _preset["needs"] = {chapter: Need(**need) for chapter, need in _preset["needs"].items()}
