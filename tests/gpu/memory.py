@@ -66,8 +66,8 @@ def draft_step(scale: Scale):
     """Chapter 02: a draft that reads, beside the plain cut and a draft that was trained before."""
     need, target = scale.needs["02_draft_training"], make(scale, "target")
     layers = f"uniform:{need.layers}"
-    plain = KnowledgeDraft.cut(target, layers)
-    trained = KnowledgeDraft.cut(target, layers, share=True)
+    plain = KnowledgeDraft.cut(target, layers).requires_grad_(False)
+    trained = KnowledgeDraft.cut(target, layers, share=True).requires_grad_(False)
     cast(trained, scale.dtype)
     reader = KnowledgeDraft.cut(target, layers, share=True, knowledge="kv")
     prompt = need.tokens - need.answer
