@@ -243,7 +243,8 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
                 Llama-like decoder.
         """
         require_supported(target)
-        draft = cls(KnowledgeDraftConfig.of(target.config, layers, **options))
+        with torch.device(target.device):
+            draft = cls(KnowledgeDraftConfig.of(target.config, layers, **options))
         draft.init_weights()
         if share:
             cast(draft, torch.float32)
