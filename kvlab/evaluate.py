@@ -179,6 +179,24 @@ def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
     return float(chisquare(counts[expected > 0], expected[expected > 0]).pvalue)
 
 
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two computations of the same numbers agree as far as their precision allows.
+
+    The largest difference counts, over the largest value: at most 1e-4 in float32, and 16 roundings
+    in half precision (0.016 in float16, 0.125 in bfloat16), which a model's layers add up to. The
+    coarser of two precisions decides.
+
+    Example:
+        >>> a = torch.linspace(-1, 1, 9)
+        >>> close(a, a + 1e-6), close(a, a + 1e-3), close(a.half(), a + 1e-3)
+        (True, False, True)
+    """
+    rounding = max(torch.finfo(x.dtype).eps for x in (a, b))
+    tolerance = 16 * rounding if rounding > 1e-4 else 1e-4
+    a, b = a.double().cpu(), b.double().cpu()
+    return bool((a - b).abs().max() <= tolerance * torch.maximum(a.abs().max(), b.abs().max()))
+
+
 def figure(name: str, values: Sequence[float], unit: str, conditions: str) -> dict:
     """Return one measured figure with its 95 % bootstrap interval, in the form of results files.
 

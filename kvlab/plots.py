@@ -682,7 +682,7 @@ def _token_html(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Text of one token, or its name if it is part of a character, with visible white space."""
     text = tokenizer.decode([token])
     if not text or "\ufffd" in text:
-        text = tokenizer.convert_ids_to_tokens(token)
+        text = tokenizer.convert_ids_to_tokens(token) or f"[{token}]"  # more rows than tokens
     text = html.escape(text)
     for space, sign in {" ": "·", "\n": "↵", "\t": "⇥"}.items():
         text = text.replace(space, f"<i>{sign}</i>")

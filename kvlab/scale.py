@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,7 @@ class Need:
         copied: parameters of copies of models, in the scale's precision.
         layers: of the draft.
         hidden: width of the fuser's networks.
+        models: instead of the preset's, by role.
     """
 
     frozen: Sequence[str]
@@ -50,6 +51,7 @@ class Need:
     copied: int = 0
     layers: int = 0
     hidden: int = 0
+    models: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,11 @@ class Scale:
     seed: int = 0
 
     @classmethod
-    def current(cls) -> Scale:
+    def current(cls, chapter: str | None = None) -> Scale:
         """The preset named by KVLAB_SCALE, else one that fits the device; sets seed and threads.
+
+        Args:
+            chapter: One that has models of its own in kvlab/scales.yaml; default: the preset's.
 
         Raises:
             ValueError: KVLAB_SCALE names no preset, or one that needs a GPU where there is none.
@@ -97,7 +102,10 @@ class Scale:
                 dtype = torch.bfloat16
         else:
             raise ValueError(f"KVLAB_SCALE is {name!r}, which needs a GPU. Use KVLAB_SCALE=tiny.")
-        scale = cls(name=name, device=device, dtype=dtype, **PRESETS[name])
+        preset = dict(PRESETS[name])
+        if chapter:
+            preset |= preset["needs"][chapter].models
+        scale = cls(name=name, device=device, dtype=dtype, **preset)
         torch.manual_seed(scale.seed)
         logging.disable_progress_bar()
         return scale
@@ -135,20 +143,20 @@ class Scale:
         if chapter not in self.needs:
             raise ValueError(f"No chapter {chapter!r}; expected one of {', '.join(self.needs)}.")
         need = self.needs[chapter]
-        configs = {role: config_of(getattr(self, role)) for role in need.frozen}
-        size = self.dtype.itemsize
+        scale, size = replace(self, **need.models), self.dtype.itemsize
         context = need.batch * (need.tokens - need.answer)  # an answer's entries are activations
         parts = dict.fromkeys(("weights", "training", "cache", "step"), 0.0)
         parts["weights"] = need.copied * size
-        for config in configs.values():
+        for role in need.frozen:
+            config = config_of(getattr(scale, role))
             parts["weights"] += parameters(config) * size
             if need.method not in ("draft", "align"):  # these train from what the model left
                 parts["cache"] += context * bytes_per_token(config, self.dtype)
         trained = need.added
         if need.method == "align":
-            trained += parameters(config_of(self.student))
+            trained += parameters(config_of(scale.student))
         parts["training"] = 12 * trained
-        parts["step"] = max(4 * trained, STEPS[need.method](self, need))
+        parts["step"] = max(4 * trained, STEPS[need.method](scale, need))
         parts["total"] = sum(parts.values())
         return {part: value / 1e9 for part, value in parts.items()}
 
@@ -164,7 +172,10 @@ class Scale:
             >>> Scale.current().describe("00_start_here").split(":")[0]
             'Scale tiny'
         """
-        models = ", ".join(f"{role} {getattr(self, role)}" for role in self.needs[chapter].frozen)
+        need = self.needs[chapter]
+        scale = replace(self, **need.models)
+        roles = dict.fromkeys((*need.frozen, "teacher") if need.method == "align" else need.frozen)
+        models = ", ".join(f"{role} {getattr(scale, role)}" for role in roles)
         dtype = str(self.dtype).removeprefix("torch.")
         total = self.memory(chapter)["total"]
         amount = f"{total:.1f} GB" if total >= 1 else f"{total * 1000:.0f} MB"

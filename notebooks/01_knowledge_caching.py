@@ -47,7 +47,7 @@ from kvlab import Scale, knowledge, lab, plots, speculate
 from kvlab.cache import Prefix, bytes_per_token, clone, join
 from kvlab.cache import length, nbytes, prefill, shift, to_tensor
 from kvlab.cache import truncate
-from kvlab.evaluate import bootstrap
+from kvlab.evaluate import bootstrap, close
 from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
@@ -209,7 +209,8 @@ plots.cache_picture(first, words, shared=True);
 sizes = {name: keys.float().norm().item() for name, keys in pictures.items()}
 for name, size in sizes.items():
     print(f"{name:20} {size:6.1f}")
-assert sizes["after turning"] < sizes["difference"] / 2
+assert sizes["after turning"] < sizes["difference"]
+assert scale.name != "tiny" or sizes["after turning"] < sizes["difference"] / 2
 
 # %% [markdown]
 # The rest is not spread evenly: in the lab's model most of it is in one row, a hyphen that attends to tokens far before it.
@@ -418,11 +419,10 @@ plots.token_differences(difference[1], starts, worst.tolist());
 # `fraction=1.0` computes all again and must give the true cache; `fraction=0` corrects the early layers only.
 
 # %%
-again = knowledge.splice(model, pieces, "recompute", fraction=1.0)
-deviation = (to_tensor(again.cache) - true).abs().max().item()
+again = to_tensor(knowledge.splice(model, pieces, "recompute", fraction=1.0).cache)
+deviation = (again - true).abs().max().item()
 print(f"largest deviation with all computed again: {deviation:.1e}")
-if exact:
-    assert deviation < 1e-3
+assert close(again, true)
 
 # %% [markdown]
 # ## Five ways, measured

@@ -45,7 +45,7 @@ import torch
 import kvlab
 from kvlab import Scale, draft, lab, losses, plots, speculate
 from kvlab.draft import KnowledgeDraft, KnowledgeDraftConfig, sample_layers
-from kvlab.evaluate import bootstrap
+from kvlab.evaluate import bootstrap, close
 from kvlab.generation import encode
 from kvlab.files import as_bytes
 from kvlab.knowledge import KnowledgeCache
@@ -103,7 +103,7 @@ with torch.no_grad():
     for layer in sample_layers("uniform:3", depth):
         hidden = body.layers[layer](hidden, position_embeddings=turn)
     by_hand = target.get_output_embeddings()(body.norm(hidden))
-    assert torch.allclose(by_hand, cut(ids).logits, atol=1e-3)
+    assert close(by_hand, cut(ids).logits)
 
 # %% [markdown]
 # And what does it write?
@@ -461,7 +461,7 @@ positions = torch.arange(5, device=device)[None] + len(prompt) - 2
 rotary = reader.plain.base_model.rotary_emb(hidden, positions)
 package = part(hidden, entries[0], mask, rotary)
 part.gate.data.zero_()
-assert torch.allclose(0.5 * read, package, atol=1e-4)
+assert close(0.5 * read, package)
 
 # %% [markdown]
 # ### Reading has to be learned

@@ -98,8 +98,9 @@ LOSSES = {"kl": 1.0, "ce": 1.0}  # of chapter 02
 def distill_step(scale: Scale):
     """Chapter 03: a distiller, by gradients that are accumulated over two batches."""
     need, target = scale.needs["03_kv_distill"], make(scale, "target")
-    settings = {} if scale.name in PRESETS else {"rank": 8, "scorer_hidden_size": 32}
-    distiller = KVDistiller(target, **settings)
+    small = {"rank": 8, "scorer_hidden_size": 32}
+    settings = {"t4": {}, "full": {}, "tiny": {"rank": 32, "scorer_hidden_size": 512}}
+    distiller = KVDistiller(target, **settings.get(scale.name, small))
     context = need.tokens - need.answer
     examples = [
         DistillExample(
@@ -149,6 +150,7 @@ def fuse_step(scale: Scale):
 def prefill_step(scale: Scale, chapter: str):
     """The other chapters: each model reads the chapter's largest batch, and the caches stay."""
     need = scale.needs[chapter]
+    scale = replace(scale, **need.models)
     models = [make(scale, role) for role in need.frozen]
     ids = draw(scale, need.batch, need.tokens).to(scale.device)
 
@@ -222,7 +224,7 @@ def stand_in(name: str, tokens: int = 64) -> Scale:
         SHAPES[roles[role]] = {"model_type": family, "tie_word_embeddings": True} | fields
     needs = {}
     for chapter, need in PRESETS["t4"]["needs"].items():
-        changes = {"batch": 2, "tokens": 4 * tokens}
+        changes = {"batch": 2, "tokens": 4 * tokens, "models": {}}
         if need.method:
             changes = {"batch": 2, "tokens": tokens, "answer": tokens // 2}
         if need.hidden:

@@ -1,7 +1,6 @@
 """Whether all of kvlab holds on a GPU, in eight minutes: `python tests/gpu/run.py OUT`.
 
-It needs this repository, PyTorch, transformers, accelerate, peft, safetensors, sentence-transformers
-and what those bring along; no network. Parts run one after another, each in a process of its own with
+It needs this repository and the packages that README.md beside it names, and no network. Parts run one after another, each in a process of its own with
 a time limit. OUT/gpu.json is written after each, and a table is printed last. README.md beside this
 file says how to run it on a machine that is lent for minutes.
 """
@@ -19,6 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # bars would stand in the table
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from kvlab.evaluate import run_info
@@ -34,11 +34,14 @@ PARTS = {
     "memory": (60, 60),
 }
 
+START = 120  # seconds that a process may take to import what it needs
+
 
 def work(part: str, dry: bool, go, results: Connection) -> None:
     """In a process of its own: run the checks of a part when it is told to, and send what each found."""
     checks = importlib.import_module(part).checks  # while another part runs
     go.wait()
+    results.send({})  # from now on its time counts
     device = "cpu" if dry else "cuda"
     if dry:
         importlib.import_module("torch").set_num_threads(1)
@@ -55,25 +58,30 @@ def work(part: str, dry: bool, go, results: Connection) -> None:
 
 def collect(part: str, process, results: Connection, limit: float) -> tuple[list[dict], dict]:
     """What a part sent until it ended, failed or was stopped at its limit; and its device."""
-    rows, info, deadline = [], {}, time.monotonic() + limit
-    stopped = None
-    while not info and not stopped:
+    rows, info, error = [], {}, None
+    deadline = time.monotonic() + START
+    while not info and not error:
         try:
-            if results.poll(max(0.0, deadline - time.monotonic())):
-                message = results.recv()
-                if "check" in message:
-                    rows.append(message)
-                    print(line(message), flush=True)
-                else:
-                    info = message
-            else:
-                stopped = f"stopped after its {limit} seconds"
+            if not results.poll(max(0.0, deadline - time.monotonic())):
+                error = f"stopped after {limit} seconds"
+                continue
+            message = results.recv()
         except EOFError:
-            stopped = f"the process ended with code {process.exitcode}"
+            process.join(1)
+            error = f"the process ended with code {process.exitcode}"
+            continue
+        if not message:
+            deadline = time.monotonic() + limit
+        elif "check" in message:
+            rows.append(message)
+            print(line(message), flush=True)
+        else:
+            info = message
     process.kill()
     process.join()
-    if stopped:
-        rows.append({"part": part, "check": "all", "error": stopped, "figures": [], "seconds": limit})
+    if error:
+        rest = {"check": "the rest", "error": error, "figures": [], "seconds": limit}
+        rows.append({"part": part, **rest})
         print(line(rows[-1]), flush=True)
     return rows, info
 
@@ -112,7 +120,9 @@ def main() -> None:
         info |= device
         report = {
             "figures": [figure for row in rows for figure in row["figures"]],
-            "checks": [{key: row[key] for key in ("part", "check", "seconds", "error")} for row in rows],
+            "checks": [
+                {key: row[key] for key in ("part", "check", "seconds", "error")} for row in rows
+            ],
             **{key: info.get(key) for key in ("device", "versions", "commit")},
             "seeds": [0],
             "seconds": round(time.perf_counter() - started, 1),
