@@ -48,7 +48,7 @@ from kvlab.evaluate import figure
 from kvlab.files import write_tensors, write_text
 from kvlab.generation import answers, rendered
 from kvlab.layers import CKA, LayerMap, layer_map, load_layer_map, proportional, save_layer_map
-from kvlab.losses import cross_entropy
+from kvlab.losses import columns_to_keep, cross_entropy
 from kvlab.models import rotary_of
 from kvlab.training import fit
 
@@ -579,8 +579,11 @@ class AlignedStudent(nn.Module):
         """Losses of a batch of `pad_problems`."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
         aligned = len(self.projectors) > 0
-        out = self.student(**inputs, use_cache=False, output_hidden_states=aligned)
-        losses = {"ce": cross_entropy(out.logits, batch["input_ids"], batch["weights"])}
+        last = columns_to_keep(batch["weights"])
+        inputs |= {"use_cache": False, "logits_to_keep": last}
+        out = self.student(**inputs, output_hidden_states=aligned)
+        ids, weights = batch["input_ids"][:, -last:], batch["weights"][:, -last:]
+        losses = {"ce": cross_entropy(out.logits, ids, weights)}
         if aligned:
             teachers = []
             for i, projector in enumerate(self.projectors):

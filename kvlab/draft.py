@@ -51,7 +51,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
 from kvlab.files import write_tensors
 from kvlab.generation import continuations
-from kvlab.losses import NAMES, acceptance, distillation_losses
+from kvlab.losses import CHUNK, NAMES, acceptance, columns_to_keep, distillation_losses
 from kvlab.models import fingerprint, require_supported, rotary_of
 from kvlab.training import fit
 
@@ -226,11 +226,16 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def cut(cls, target: PreTrainedModel, layers: Layers = "first:3", **options) -> Self:
+    def cut(
+        cls, target: PreTrainedModel, layers: Layers = "first:3", share: bool = False, **options
+    ) -> Self:
         """Copy layers, embedding, final norm and head of a target. The target does not change.
 
         Args:
             layers: "first:N", "uniform:N", or indices.
+            share: for training in little memory: embedding and head, most of a draft's parameters,
+                are the target's own, frozen, and all else is in float32. Train in the target's
+                precision, and `cast` the draft to it afterwards.
             options: knowledge and transitions, see `KnowledgeDraftConfig`.
 
         Raises:
@@ -238,16 +243,25 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
                 Llama-like decoder.
         """
         require_supported(target)
-        draft = cls(KnowledgeDraftConfig.of(target.config, layers, **options))
+        with torch.device(target.device):
+            draft = cls(KnowledgeDraftConfig.of(target.config, layers, **options))
         draft.init_weights()
-        cast(draft.to(target.device), target.dtype)
+        if share:
+            cast(draft, torch.float32)
+            draft.plain.set_input_embeddings(target.get_input_embeddings().requires_grad_(False))
+            draft.plain.set_output_embeddings(target.get_output_embeddings().requires_grad_(False))
+            draft.to(target.device)
+        else:
+            cast(draft.to(target.device), target.dtype)
         decoder = target.base_model
         plain = draft.plain.base_model
         for copied, index in zip(plain.layers, draft.config.layers, strict=True):
             copied.load_state_dict(decoder.layers[index].state_dict())
         plain.norm.load_state_dict(decoder.norm.state_dict())
-        draft.get_input_embeddings().load_state_dict(target.get_input_embeddings().state_dict())
-        draft.get_output_embeddings().load_state_dict(target.get_output_embeddings().state_dict())
+        if not share:
+            embedding, head = draft.get_input_embeddings(), draft.get_output_embeddings()
+            embedding.load_state_dict(target.get_input_embeddings().state_dict())
+            head.load_state_dict(target.get_output_embeddings().state_dict())
         draft.readers = draft._copied_attention()
         draft.generation_config = copy.deepcopy(target.generation_config)
         return draft.eval()
@@ -591,9 +605,11 @@ def pad_draft_examples(examples: Examples, hidden_size: int) -> dict:
     return batch | {"knowledge": knowledge} if knowledge else batch
 
 
-def _logits(draft: nn.Module, batch: Mapping) -> Tensor:
-    knowledge = {"knowledge": batch["knowledge"]} if "knowledge" in batch else {}
-    return draft(input_ids=batch["input_ids"], use_cache=False, **knowledge).logits
+def _logits(draft: nn.Module, batch: Mapping, last: int) -> Tensor:
+    """Logits of the last columns of a batch."""
+    options = {"knowledge": batch["knowledge"]} if "knowledge" in batch else {}
+    options |= {"use_cache": False, "logits_to_keep": last}
+    return draft(input_ids=batch["input_ids"], **options).logits
 
 
 class Acceptance(NamedTuple):
@@ -616,13 +632,17 @@ def measure_acceptance(draft: nn.Module, target: PreTrainedModel, examples: Exam
     """
     _require_targets(examples)
     head = target.get_output_embeddings()
+    longest = max(len(example.input_ids) for example in examples)
+    size = min(BATCH_SIZE, max(1, 4 * CHUNK // (longest * target.config.vocab_size)))
     greedy, sampled = [], []
-    for first in range(0, len(examples), BATCH_SIZE):
-        group = examples[first : first + BATCH_SIZE]
+    for first in range(0, len(examples), size):
+        group = examples[first : first + size]
         batch = pad_draft_examples(group, target.config.hidden_size)
-        logits = _logits(draft, send_to_device(batch, draft.device))
+        last = columns_to_keep(batch["weights"])
+        skipped = batch["input_ids"].shape[1] - last  # columns without logits
+        logits = _logits(draft, send_to_device(batch, draft.device), last)
         for row, example in enumerate(group):  # a vocabulary can be large: one text at a time
-            q = logits[row, example.start : len(example.input_ids) - 1]
+            q = logits[row, example.start - skipped : len(example.input_ids) - 1 - skipped]
             if len(q):
                 p = head(example.hidden_states[1:].to(target.device, target.dtype)).to(q.device)
                 greedy.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
@@ -742,10 +762,12 @@ def train_draft(
 
 
 def _draft_losses(target, loss_weights, model, batch) -> dict[str, Tensor]:
+    last = columns_to_keep(batch["weights"])
     with torch.no_grad():
-        target_logits = target.get_output_embeddings()(batch["hidden_states"].to(target.dtype))
-    inputs = [batch[name] for name in ("input_ids", "weights", "distill_weights")]
-    return distillation_losses(loss_weights, _logits(model, batch), target_logits, *inputs)
+        states = batch["hidden_states"][:, -last:].to(target.dtype)
+        target_logits = target.get_output_embeddings()(states)
+    inputs = [batch[name][:, -last:] for name in ("input_ids", "weights", "distill_weights")]
+    return distillation_losses(loss_weights, _logits(model, batch, last), target_logits, *inputs)
 
 
 def _token_counts(batch) -> dict[str, Tensor]:
@@ -760,7 +782,7 @@ def _keep_best(draft: KnowledgeDraft, score: float, path: Path) -> None:
             if score <= float(file.metadata()["acceptance"]):
                 return
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach() for name, p in draft.named_parameters()}
+    weights = {name: p.detach() for name, p in draft.named_parameters() if p.requires_grad}
     write_tensors(path, weights, {"acceptance": repr(score)})
 
 

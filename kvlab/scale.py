@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -18,21 +19,39 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from kvlab import losses
 from kvlab.cache import bytes_per_token
 from kvlab.lab import models as lab
+from kvlab.models import head_dim
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a chapter keeps in memory: models by role, sequences of a batch, what it trains."""
+    """What a chapter keeps in memory at its largest step, of training or, without one, of reading.
+
+    Args:
+        frozen: roles of the models on the device.
+        batch: sequences at once.
+        tokens: of each sequence.
+        method: what trains: "draft" (02), "distill" (03), "align" (04) or "fuse" (06).
+        answer: tokens at the end of each sequence that have a loss.
+        added: parameters that train, those of a student apart.
+        copied: parameters of copies of models, in the scale's precision.
+        layers: of the draft.
+        hidden: width of the fuser's networks.
+        models: instead of the preset's, by role.
+    """
 
     frozen: Sequence[str]
     batch: int
     tokens: int
-    trains: str = ""  # the role whose parameters all train
-    added: int = 0  # parameters of adapters, scorers or fusers that train, too
-    layers: int = 0  # train only this many layers of `trains`, in a copy
-    models: Mapping[str, str] = field(default_factory=dict)  # instead of the preset's, by role
+    method: Literal["", "draft", "distill", "align", "fuse"] = ""
+    answer: int = 0
+    added: int = 0
+    copied: int = 0
+    layers: int = 0
+    hidden: int = 0
+    models: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,13 +124,16 @@ class Scale:
         return lab.load_embedder(self.embedder, self.device)
 
     def memory(self, chapter: str) -> dict[str, float]:
-        """Predicted peak memory of a chapter in GB (10^9 bytes), by part and in total.
+        """Predicted peak memory of a chapter's largest step in GB (10^9 bytes), by part and in total.
 
-        Frozen weights count once in the scale's precision; trained ones 16 bytes each (float32
-        weight, gradient and two AdamW moments); the KV cache by its formula; activations for a
-        backward pass with gradient checkpointing: one hidden state per layer, one layer in full (17
-        hidden sizes per token: 34 bytes each at 16 bits, Korthikanti et al. 2022, equation 2
-        without attention scores) and three float32 copies of the logits.
+        - weights: of frozen models and copies, in the scale's precision;
+        - training: weights and two AdamW moments in float32, 12 bytes per trained parameter;
+        - cache: keys and values of the frozen models;
+        - step: the larger of gradients (float32) and of what the backward pass needs: activations,
+          copies of trained weights in half precision, and the logits of the loss.
+
+        tests/gpu/memory.py measures the same steps. Left out are the embedder (0.1 to 0.5 GB) and
+        the GPU's own context (0.3 to 0.5 GB).
 
         Example:
             >>> scale = Scale(name="t4", device="cuda", dtype=torch.float16, **PRESETS["t4"])
@@ -121,26 +143,27 @@ class Scale:
         if chapter not in self.needs:
             raise ValueError(f"No chapter {chapter!r}; expected one of {', '.join(self.needs)}.")
         need = self.needs[chapter]
-        size = self.dtype.itemsize
-        positions = need.batch * need.tokens
-        parts = dict.fromkeys(("weights", "training", "cache", "activations"), 0.0)
+        scale, size = replace(self, **need.models), self.dtype.itemsize
+        context = need.batch * (need.tokens - need.answer)  # an answer's entries are activations
+        parts = dict.fromkeys(("weights", "training", "cache", "step"), 0.0)
+        parts["weights"] = need.copied * size
         for role in need.frozen:
-            config = config_of(getattr(self, role))
+            config = config_of(getattr(scale, role))
             parts["weights"] += parameters(config) * size
-            parts["cache"] += positions * bytes_per_token(config, self.dtype)
-        parts["training"] = 16 * need.added
-        if need.trains or need.added:
-            config = config_of(getattr(self, need.trains or need.frozen[0]))
-            layers = need.layers or config.num_hidden_layers
-            if need.trains:
-                parts["training"] += 16 * parameters(config, layers)
-            if need.layers:  # the embedding of the copy is not trained
-                parts["training"] -= 16 * parameters(config, 0)
-                parts["weights"] += size * parameters(config, 0)
-            per_position = config.hidden_size * (layers + 17) * size + 12 * config.vocab_size
-            parts["activations"] = positions * per_position
+            if need.method not in ("draft", "align"):  # these train from what the model left
+                parts["cache"] += context * bytes_per_token(config, self.dtype)
+        trained = need.added
+        if need.method == "align":
+            trained += parameters(config_of(scale.student))
+        parts["training"] = 12 * trained
+        parts["step"] = max(4 * trained, STEPS[need.method](scale, need))
         parts["total"] = sum(parts.values())
         return {part: value / 1e9 for part, value in parts.items()}
+
+    @property
+    def precision(self) -> str:
+        """Precision of the arithmetic in training, an option of `kvlab.training.fit`."""
+        return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(self.dtype, "no")
 
     def describe(self, chapter: str) -> str:
         """One sentence for the top of a notebook: models, device, precision and predicted memory.
@@ -149,7 +172,10 @@ class Scale:
             >>> Scale.current().describe("00_start_here").split(":")[0]
             'Scale tiny'
         """
-        models = ", ".join(f"{role} {getattr(self, role)}" for role in self.needs[chapter].frozen)
+        need = self.needs[chapter]
+        scale = replace(self, **need.models)
+        roles = dict.fromkeys((*need.frozen, "teacher") if need.method == "align" else need.frozen)
+        models = ", ".join(f"{role} {getattr(scale, role)}" for role in roles)
         dtype = str(self.dtype).removeprefix("torch.")
         total = self.memory(chapter)["total"]
         amount = f"{total:.1f} GB" if total >= 1 else f"{total * 1000:.0f} MB"
@@ -166,9 +192,9 @@ def config_of(name: str) -> PreTrainedConfig:
     """
     if name in lab.SHAPES:
         return lab.make_config(name)
-    if name not in _FILE["shapes"]:
+    if name not in SHAPES:
         raise ValueError(f"The shape of {name!r} is not in kvlab/scales.yaml; add it there.")
-    return AutoConfig.for_model(**_FILE["shapes"][name])
+    return AutoConfig.for_model(**SHAPES[name])
 
 
 def parameters(config: PreTrainedConfig, layers: int | None = None) -> int:
@@ -185,7 +211,77 @@ def parameters(config: PreTrainedConfig, layers: int | None = None) -> int:
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
+def _layer(config: PreTrainedConfig, hidden: float, mlp: float, query: float, kv: float) -> float:
+    """Bytes of one layer for one token, from bytes for each unit of its four widths."""
+    head = head_dim(config)
+    widths = hidden * config.hidden_size + mlp * config.intermediate_size
+    return widths + head * (query * config.num_attention_heads + kv * config.num_key_value_heads)
+
+
+def _logits(config: PreTrainedConfig, tokens: int, all_of: int, chunk: int) -> float:
+    """Bytes of logits: `all_of` for each, and `chunk` for each that a loss works on at once."""
+    vocabulary = config.vocab_size
+    return all_of * tokens * vocabulary + chunk * min(tokens * vocabulary, losses.CHUNK)
+
+
+def _prefill(scale: Scale, need: Need) -> float:
+    """One layer at work: its input twice and normalized in float32, and three tensors of its MLP."""
+    layers = [_layer(config_of(getattr(scale, role)), 8, 6, 0, 0) for role in need.frozen]
+    return need.batch * need.tokens * max(layers) * scale.dtype.itemsize / 2
+
+
+# What the backward pass keeps in mixed precision, in bytes per token and unit of width. Norms keep
+# their input and output in float32; an MLP three tensors of its width, and a fourth where it trains;
+# attention queries, keys and values, before and after norm and rotation.
+
+
+def _draft_step(scale: Scale, need: Need) -> float:
+    """A cut that reads: each layer's self-attention, MLP and cross-attention train."""
+    config, size = config_of(scale.target), scale.dtype.itemsize
+    kept = need.tokens * need.layers * _layer(config, 38, 8, 21, 10) * size / 2
+    logits = _logits(config, need.answer * need.batch, 16, 20)
+    return need.batch * kept + need.added * size + logits
+
+
+def _distill_step(scale: Scale, need: Need) -> float:
+    """A context through layers with adapters, then an answer through the frozen ones."""
+    config, size = config_of(scale.target), scale.dtype.itemsize
+    kept = (need.tokens - need.answer) * _layer(config, 14, 6, 12, 17)
+    kept += need.answer * _layer(config, 8, 6, 12, 4)
+    logits = _logits(config, need.answer * need.batch, 16, 28)
+    return need.batch * kept * config.num_hidden_layers * size / 2 + need.added * size + logits
+
+
+def _align_step(scale: Scale, need: Need) -> float:
+    """Gradients, beside all that is kept for a second loss: gradient checkpoints, keys and values.
+
+    A tied embedding has two gradients, as embedding and as head, before they are added up.
+    """
+    config = config_of(scale.student)
+    embedding = config.vocab_size * config.hidden_size
+    gradients = 4 * (parameters(config) + need.added + embedding)
+    kept = need.tokens * config.num_hidden_layers * _layer(config, 12, 0, 0, 36)
+    return gradients + need.batch * kept + _logits(config, need.answer * need.batch, 9, 0)
+
+
+def _fuse_step(scale: Scale, need: Need) -> float:
+    """Two networks per layer on fused tokens, half of the answer among them; then the receiver."""
+    config, size = config_of(scale.draft), scale.dtype.itemsize
+    fused = _layer(config, 0, 0, 8, 17) + 2 * 59 * need.hidden
+    kept = (need.tokens - need.answer / 2) * fused + need.answer * _layer(config, 8, 6, 12, 0)
+    logits = _logits(config, need.answer * need.batch, 6, 8)
+    return need.batch * kept * config.num_hidden_layers * size / 2 + need.added * size + logits
+
+
+STEPS = {
+    "": _prefill,
+    "draft": _draft_step,
+    "distill": _distill_step,
+    "align": _align_step,
+    "fuse": _fuse_step,
+}
 _FILE = yaml.safe_load(Path(__file__).with_name("scales.yaml").read_text(encoding="utf-8"))
 PRESETS: dict[str, dict] = _FILE["presets"]
+SHAPES: dict[str, dict] = _FILE["shapes"]
 for _preset in PRESETS.values():
     _preset["needs"] = {chapter: Need(**need) for chapter, need in _preset["needs"].items()}

@@ -122,7 +122,7 @@ def fit(
         history = _resume(Path(checkpoint), trainable, optimizer, schedule, run)
     batches = _endless(loader, skip=len(history) * settings.accumulate)
     bar = tqdm(total=settings.steps, initial=len(history), desc=type(model).__name__)
-    with _training_mode(model, wrapped, accelerator), bar:
+    with _training_mode(model, wrapped, accelerator, optimizer), bar:
         for step in range(len(history) + 1, settings.steps + 1):
             started = time.perf_counter()
             group = list(islice(batches, settings.accumulate))
@@ -158,7 +158,7 @@ def fit(
 
 
 @contextmanager
-def _training_mode(model: nn.Module, wrapped: nn.Module, accelerator: Accelerator):
+def _training_mode(model: nn.Module, wrapped: nn.Module, accelerator: Accelerator, optimizer):
     wrapped.train()
     try:
         yield
@@ -166,6 +166,11 @@ def _training_mode(model: nn.Module, wrapped: nn.Module, accelerator: Accelerato
         # Else the model's forward would stay in autocast, and the next call would take it as prepared.
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         vars(wrapped).pop("_is_accelerate_prepared", None)
+        # References in circles would keep weights and moments until Python collects its garbage.
+        if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:
+            del model.forward
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
         model.eval()
 
 
@@ -201,7 +206,7 @@ def _make_optimizer(trainable: dict, settings: FitSettings):
         decays = parameter.ndim >= 2 and "norm" not in name and not name.endswith("bias")
         (decayed if decays else free).append(parameter)
     groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
-    options = {"lr": settings.learning_rate, "betas": settings.betas}
+    options = {"lr": settings.learning_rate, "betas": settings.betas, "fused": True}
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, **options)
     warmup = min(settings.warmup, settings.steps // 2)
     falling = round(settings.decay * settings.steps)
@@ -225,6 +230,7 @@ def _gradient_shares(named: Mapping[str, Tensor], parameters: Sequence[Tensor]) 
         if value.requires_grad:
             grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
             norms[name] = sum(g.square().sum().item() for g in grads if g is not None) ** 0.5
+            del grads  # before those of the next loss
     total = sum(norms.values()) or 1.0
     return {f"share_{name}": norm / total for name, norm in norms.items()}
 
@@ -319,8 +325,7 @@ def _resume(path: Path, trainable, optimizer, schedule, run) -> list[dict[str, f
         moments = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"adamw.{name}.{key}" in tensors:
-                value = tensors[f"adamw.{name}.{key}"]
-                moments[key] = value if key == "step" else value.to(parameter.device)
+                moments[key] = tensors[f"adamw.{name}.{key}"].to(parameter.device)
         optimizer.state[parameter] = moments
     schedule.load_state_dict(state["schedule"])
     for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):

@@ -32,7 +32,6 @@ if importlib.util.find_spec("kvlab") is None:  # on Colab
     subprocess.run([*pip, "git+https://github.com/kvlab/kvlab"], check=True)
 
 # %%
-import copy
 import hashlib
 import tempfile
 import textwrap
@@ -58,6 +57,8 @@ print(scale.describe("02_draft_training"))
 target, tokenizer = scale.load("target"), scale.load_tokenizer("target")
 embedder = scale.load_embedder()
 folder = Path(tempfile.mkdtemp())
+tiny = scale.name == "tiny"
+runs = folder if tiny else Path("kvlab-runs/02")  # answers and checkpoints
 
 # %% [markdown]
 # ## The question
@@ -184,7 +185,7 @@ def answer(questions, tokens=64):
     for question in questions:
         conversation = [{"role": "user", "content": question}]
         prompts.append(encode(tokenizer, conversation))
-    return draft.generate_targets(target, tokenizer, prompts, folder, tokens)
+    return draft.generate_targets(target, tokenizer, prompts, runs, tokens)
 
 
 def some_ways_to_ask(record, more):
@@ -262,21 +263,37 @@ print("              sampled:", shown(scores.sampled))
 # %% [markdown]
 # Now train it.
 # `draft.train_draft` is `fit` with a loss and a check on held-out questions, which decides which weights are kept.
-# With a `folder` it writes checkpoints, from which a stopped run goes on.
+# With a `folder` it writes checkpoints, from which a stopped run goes on: if Colab disconnects, run all cells again.
+# (To keep them when Colab takes the machine back, too, mount a Google Drive and set `runs` to a folder there.)
+#
+# Most of a cut draft is embedding and head.
+# On a GPU the draft shares those of the target, frozen, and only its layers are copied, in float32; training computes in half precision.
+# So two thirds of the weights need no gradient and no moments of the optimizer.
+#
 # Here the loss is $\mathrm{KL}(p\|q)$ plus cross-entropy with the target's token; we come back to that.
 
 # %%
-def fit(model, examples, choose, **options):
-    settings = {"epochs": 2 if scale.name == "tiny" else 4}
+def new_draft(**options):
+    """A draft to be trained, in float32."""
+    if tiny:
+        return KnowledgeDraft.cut(target, "uniform:3", **options).float()
+    return KnowledgeDraft.cut(target, "uniform:3", share=True, **options)
+
+
+def fit(model, examples, choose, name, **options):
+    settings = {"epochs": 2 if tiny else 4, "precision": scale.precision}
     settings["loss_weights"] = {"kl": 1.0, "ce": 1.0}
-    settings["learning_rate"] = 1.5e-3 if scale.name == "tiny" else 3e-5
+    settings["learning_rate"] = 1.5e-3 if tiny else 3e-5
     settings["batch_size"] = scale.needs["02_draft_training"].batch
+    settings["folder"] = None if tiny else runs / name
     settings |= options
-    return draft.train_draft(model, target, examples, choose, **settings)
+    history = draft.train_draft(model, target, examples, choose, **settings)
+    draft.cast(model, target.dtype)  # to be used
+    return history
 
 
-trained = KnowledgeDraft.cut(target, "uniform:3").float()  # to be trained
-history = fit(trained, [*texts, *others], targets["choose"])
+trained = new_draft()
+history = fit(trained, [*texts, *others], targets["choose"], "trained")
 print(write_answer(trained, question))
 
 # %%
@@ -495,12 +512,13 @@ def attach(model, examples, questions):
 
 drill = draft.item_examples(practice)
 drill = draft.attach(reader, practice, drill, list(practice))
+reader = new_draft(knowledge="kv")
 lessons = attach(reader, texts, texts_questions)
 lessons = draft.corrupt_knowledge(lessons, drop=0.2, swap=0.4)
 checks = attach(reader, targets["choose"], questions["choose"])
 
 # %%
-history = fit(reader, [*lessons, *others, *drill], checks)
+history = fit(reader, [*lessons, *others, *drill], checks, "reader")
 gates = [GATE_SCALE * part.gate.item() for part in reader.readers]
 print("gates:", np.round(gates, 2), "after layers", reader.config.layers)
 assert weights_hash(target) == untouched
@@ -721,8 +739,10 @@ if target.dtype == torch.float32:
 
 # %%
 rest = answer([q for r in (*checked, *new) for q in some_ways_to_ask(r, 2)])
-by_heart = copy.deepcopy(trained)  # training goes on
-fit(by_heart, [*targets["train"], *rest], targets["choose"], epochs=1)
+by_heart = new_draft()
+by_heart.load_state_dict(trained.state_dict())  # training goes on
+answers = [*targets["train"], *rest]
+fit(by_heart, answers, targets["choose"], "by heart", epochs=1)
 scored = draft.measure_acceptance(by_heart, target, targets["new"]).greedy
 print("greedy acceptance on what was new:", shown(scored))
 
@@ -816,9 +836,11 @@ starts = "Anna lives", "Ben has a", "Carla likes", "The box"
 prompts = [tokenizer(text)["input_ids"] for text in starts]
 texts = draft.generate_targets(target, tokenizer, prompts, max_new_tokens=16)
 
-small = draft.KnowledgeDraft.cut(target, "first:2").float()
+small = draft.KnowledgeDraft.cut(target, "first:2", share=True)
 options = {"batch_size": 2, "epochs": 10, "learning_rate": 1e-3}
+options["precision"] = scale.precision
 draft.train_draft(small, target, texts[:2], heldout=texts[2:], **options)
+draft.cast(small, target.dtype)
 proposer = speculate.ModelProposer(small)
 made = speculate.generate(target, prompts, proposer, max_new_tokens=16)
 print(f"acceptance {speculate.summarize(made.rounds).acceptance:.2f}")

@@ -362,10 +362,15 @@ del opened
 #
 # The fraction that is kept, the {term}`retention`, is drawn for each batch, so that one distiller serves every size.
 # Each passage has several questions, one after another, so that the kept entries must serve them all.
+#
+# At a larger scale this is the longest cell: a bar shows how far it is, and a checkpoint is written every 200 steps.
+# If Colab disconnects, run the cells again: training goes on from the checkpoint.
+# (To keep it when Colab takes the machine back, too, mount a Google Drive and give a path there.)
 
 # %%
 steps = 20 if scale.name == "tiny" else 1000
-batch = 8 if scale.name == "tiny" else 2
+batch = scale.needs["03_kv_distill"].batch
+checkpoint = Path("kvlab-runs/03/distiller.safetensors")
 readings = Readings(8 * steps, facts=(8, 16), questions=6, seed=scale.seed)
 examples = DistillDataset(tokenizer, readings)
 before = fingerprint(target)["weights"]
@@ -377,7 +382,8 @@ history = train_distiller(
     accumulate=8 // batch,
     learning_rate=1e-3 if scale.name == "tiny" else 5e-5,
     retention=(0.05, 0.8),
-    precision="fp16" if target.dtype == torch.float16 else "no",
+    precision=scale.precision,
+    checkpoint=None if scale.name == "tiny" else checkpoint,
 )
 assert fingerprint(target)["weights"] == before  # frozen
 

@@ -561,6 +561,7 @@ assert all(p.grad is None for p in teacher.parameters())
 
 # %%
 del aligned_student, batch, attention, gradient, begun
+teacher.to("cpu")  # it has read all problems: the student needs the room
 tiny = scale.name == "tiny"
 options = {"epochs": 6, "batch_size": 8, "learning_rate": 2e-3}
 if not tiny:
@@ -590,6 +591,7 @@ for name, way in ways.items():
     histories[name] = history
     shares[name] = [h["share_kv"] for h in histories[name] if "share_kv" in h]
     del model, aligned_student
+teacher.to(scale.device);
 
 # %% mystnb={"image": {"alt": "Share of the KV loss in the gradient over the first steps. As the source has it, it stays near 0; large and fading, it begins high and falls to 0."}}
 at = [h["step"] for h in histories["as the source"] if "share_kv" in h]
@@ -954,7 +956,7 @@ from kvlab.layers import proportional
 scale = Scale.current()
 teacher, words = scale.load("teacher"), scale.load_tokenizer("teacher")
 student, tokenizer = scale.load("student").float(), scale.load_tokenizer("student")
-student.requires_grad_(True)
+student.requires_grad_(True).gradient_checkpointing_enable()
 
 problems = [*Solutions(16, seed=1)]
 texts = [align.segment(tokenizer, mine) for mine, _ in problems]
@@ -963,6 +965,7 @@ layers = proportional(
 )
 others = [align.segment(words, theirs) for _, theirs in problems]
 seen = align.encode_with_teacher(teacher, others, texts, layers)
+teacher.to("cpu")  # it has read all problems
 width = (
     seen[0].keys.shape[-1],
     student.base_model.layers[0].self_attn.k_proj.out_features,

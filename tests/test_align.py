@@ -1208,7 +1208,8 @@ def test_without_an_alignment_it_is_cross_entropy_alone():
         learning_rate=1e-3,
         weight=lambda batch: batch["weights"][:, 1:].sum(),
     )
-    assert all(a.equal(b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)  # the head computes columns with a loss alone
     assert history[0]["loss"] == history[0]["ce"]
 
 
