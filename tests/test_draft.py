@@ -903,6 +903,22 @@ def test_a_saved_draft_with_a_weight_missing_says_so(world, tmp_path):
     assert gates(draft)[0] == 0  # what is not there begins closed
 
 
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cut_that_shares_embedding_and_head_trains_all_else(tiny_model, family, dtype):
+    target = copy.deepcopy(tiny_model(family, dtype=dtype))
+    own = KnowledgeDraft.cut(target, "uniform:2")
+    shared = KnowledgeDraft.cut(target, "uniform:2", share=True)
+    assert shared.get_input_embeddings() is target.get_input_embeddings()
+    assert shared.get_output_embeddings() is target.get_output_embeddings()
+    frozen = {name for name, p in shared.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in own.named_parameters() if "embed_tokens" in n or "lm_head" in n}
+    assert {p.dtype for p in shared.parameters() if p.requires_grad} == {torch.float32}
+    module.cast(shared, dtype)
+    ids = torch.arange(8)[None]
+    assert torch.equal(shared(ids).logits, own(ids).logits)
+
+
 # the target's answers
 
 

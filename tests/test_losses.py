@@ -13,6 +13,7 @@ from kvlab.losses import (
     DISTANCES,
     NAMES,
     acceptance,
+    columns_to_keep,
     cross_entropy,
     distillation_losses,
     kl,
@@ -428,6 +429,32 @@ def test_weights_of_their_own_for_all_but_cross_entropy(batch):
         assert not torch.isclose(
             got[name], distillation_losses({name: 1.0}, *batch)[name], rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_of_tokens_have_the_same_loss_and_gradient(batch, name, monkeypatch):
+    logits, target, ids, weights = batch
+    results = []
+    for chunk in (2**25, 4 * V):
+        monkeypatch.setattr("kvlab.losses.CHUNK", chunk)
+        leaf = logits.clone().requires_grad_()
+        loss = distillation_losses({name: 1.0}, leaf, target, ids, weights)[name]
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for whole, chunks in zip(*results, strict=True):
+        torch.testing.assert_close(chunks, whole)
+
+
+@pytest.mark.parametrize("first", [1, 3, T - 1])
+def test_the_columns_to_keep_are_those_that_a_loss_needs(batch, first):
+    logits, _, ids, weights = batch
+    weights = weights.clone()
+    weights[:, :first], weights[:, first] = 0, 1
+    last = columns_to_keep(weights)
+    assert last == T + 1 - first
+    part = (x[:, -last:] for x in (logits, ids, weights))
+    torch.testing.assert_close(cross_entropy(*part), cross_entropy(logits, ids, weights))
+    assert columns_to_keep(torch.zeros(B, T)) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

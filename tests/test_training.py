@@ -1,12 +1,14 @@
 """What `fit` promises: the plain loop, exact token means, resuming to the bit, one result on all processes."""
 
 import copy
+import gc
 import json
 import math
 import os
 import runpy
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -368,6 +370,24 @@ def test_a_stopped_fit_leaves_the_models_forward():
     with pytest.raises(KeyboardInterrupt):
         fit(model, loader(), killed(0), steps=3, precision="bf16")
     assert torch.equal(model.eval()(x), want)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_trained_model_and_its_moments_are_freed_with_its_last_name(precision, monkeypatch):
+    model, optimizers, make = net(), [], torch.optim.AdamW
+    monkeypatch.setattr(
+        "torch.optim.AdamW",
+        lambda *args, **kw: optimizers.append(make(*args, **kw)) or optimizers[0],
+    )
+    weight = weakref.ref(next(model.parameters()))
+    gc.disable()
+    try:
+        fit(model, loader(), mse, steps=2, precision=precision)
+        assert not optimizers[0].state  # here it has another name
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 # refusals
