@@ -29,7 +29,7 @@ from kvlab.files import write_text
 # Seconds after which a part is stopped, on a GPU and with --dry; what it has found by then is kept.
 PARTS = {
     "laws": (90, 60),
-    "chapters": (140, 120),
+    "chapters": (140, 90),
     "speculation": (90, 30),
     "knowledge": (60, 30),
     "compression": (40, 30),
