@@ -28,12 +28,12 @@ from kvlab.files import write_text
 
 # Seconds after which a part is stopped, on a GPU and with --dry; what it has found by then is kept.
 PARTS = {
-    "laws": (90, 60),
-    "chapters": (140, 90),
-    "speculation": (90, 30),
-    "knowledge": (60, 30),
-    "compression": (40, 30),
-    "memory": (60, 60),
+    "laws": (90, 150),
+    "chapters": (140, 150),
+    "speculation": (90, 60),
+    "knowledge": (60, 60),
+    "compression": (40, 60),
+    "memory": (60, 100),
 }
 
 START = 120  # seconds that a process may take to import what it needs
