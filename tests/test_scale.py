@@ -18,6 +18,8 @@ sys.path.append(str(Path(__file__).parent / "gpu"))
 import memory
 
 CHAPTERS = set(PRESETS["tiny"]["needs"])
+TRAINING = sorted(name for name, need in PRESETS["t4"]["needs"].items() if need.method)
+OWN_PAIR = "05_speculative_decoding"
 
 
 def preset(name, **changes):
@@ -112,7 +114,7 @@ def test_the_peak_is_that_of_known_tensors():
     assert memory.peak_bytes(step, layer) == pytest.approx(4e6 + 16e6, rel=1e-4)
 
 
-@pytest.mark.parametrize("chapter", sorted(CHAPTERS))
+@pytest.mark.parametrize("chapter", sorted({*TRAINING, "01_knowledge_caching", OWN_PAIR}))
 @pytest.mark.parametrize("shape", ["narrow", "wide"])
 def test_predicted_memory_is_measured(shape, chapter):
     scale = stand_in(shape)
@@ -121,9 +123,7 @@ def test_predicted_memory_is_measured(shape, chapter):
     )
 
 
-@pytest.mark.parametrize(
-    "chapter", [c for c in sorted(CHAPTERS) if PRESETS["t4"]["needs"][c].method]
-)
+@pytest.mark.parametrize("chapter", TRAINING)
 def test_predicted_memory_is_measured_where_a_loss_works_in_chunks(chapter, monkeypatch):
     scale = stand_in("narrow", 128)
     whole = scale.memory(chapter)["total"]
@@ -139,9 +139,7 @@ def stand_in(shape, tokens=64):
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-@pytest.mark.parametrize(
-    "chapter", [c for c in sorted(CHAPTERS) if PRESETS["t4"]["needs"][c].method]
-)
+@pytest.mark.parametrize("chapter", TRAINING)
 def test_trained_and_copied_parameters_are_those_of_the_modules(name, chapter, monkeypatch):
     for module in ("draft", "distill"):  # it computes with real numbers
         monkeypatch.setattr(f"kvlab.{module}.require_supported", lambda _: None)
