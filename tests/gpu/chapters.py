@@ -43,7 +43,8 @@ def checks(device: str, dry: bool):
 def run_apart(path: Path, scale: str, device: str, dtype: str) -> None:
     """Run a chapter in a Python of its own; raise what one of its cells raised."""
     command = [sys.executable, __file__, str(path), scale, device, dtype]
-    environment = os.environ | {"KVLAB_SCALE": scale, "MPLBACKEND": "agg"}
+    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"KVLAB_SCALE": scale, "MPLBACKEND": "agg"} | one_thread
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
