@@ -257,7 +257,7 @@ def test_a_field_of_csv_is_as_long_as_it_is(tmp_path):
 def test_a_source_that_is_no_data_set_is_a_sentence(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="cannot be read .*: give a file, a name on the hub, or"):
+    with pytest.raises(ValueError, match=r"cannot be read .*: give a file, a name on the hub, or"):
         read_records("squad", source)
 
 
