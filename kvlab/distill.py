@@ -539,7 +539,8 @@ def compression_scores(
     """
     rows = []
     arms = [("full", 1.0), *itertools.product(methods, retention)]
-    for number, records in enumerate(tqdm(contexts, desc="contexts")):
+    bar = tqdm(contexts, desc="contexts", disable=len(contexts) == 1)
+    for number, records in enumerate(bar):
         questions = [encode_question(tokenizer, record) for record in records]
         for method, fraction in arms:
             prefixes = compress_for(model, questions, method, fraction, **options)

@@ -159,8 +159,7 @@ def fit(
             if (is_due or is_stopped) and checkpoint and accelerator.is_main_process:
                 _save_run(Path(checkpoint), trainable, optimizer, schedule, run, history)
             if is_stopped:
-                place = f"is in {checkpoint}" if checkpoint else "is in no checkpoint"
-                raise KeyboardInterrupt(f"step {step} of {settings.steps} {place}")
+                raise KeyboardInterrupt(f"step {step} of {settings.steps} is in {checkpoint}")
     return history
 
 
