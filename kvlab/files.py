@@ -36,7 +36,7 @@ def naming(place: str | Path) -> Iterator[None]:
         yield
     except _UNREADABLE as error:
         if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"There is no file {place}.") from error
+            raise FileNotFoundError(f"There is no file {error.filename or place}.") from error
         reason = str(error).removesuffix(".")
         if isinstance(error, UnicodeDecodeError):
             reason = f"byte {error.start} is not UTF-8, save it as UTF-8"
@@ -78,13 +78,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def require_writable(path: Path) -> None:
     """Refuse a file that cannot be written, before the work whose result it shall hold.
 
-    Folders around it are made.
+    It need not be there yet, nor its folder: a file is made and removed in the nearest one that is.
     """
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = _beside(path)
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        part = _beside(folder / "kvlab")
         part.touch()
         part.unlink()
     except OSError as error:

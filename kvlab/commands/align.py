@@ -118,6 +118,7 @@ def map_layers(
     others = [align.segment(teacher_tokenizer, conversation) for _, conversation in pairs]
     matrix = align.similar_layers(student, texts, teacher, others, what)
     chosen = layer_map(matrix, k)
+    output.parent.mkdir(parents=True, exist_ok=True)
     save_layer_map(output, chosen, **names, samples=len(pairs), what=what)
     print(f"CKA of layers of {scale.student} (rows) and {scale.teacher}, {len(pairs)} problems:")
     print(pd.DataFrame(matrix.numpy()).to_string(float_format="{:.2f}".format))
@@ -268,8 +269,8 @@ def _train(
     loaders = [partial(_load_teacher, replace(scale, teacher=name)) for name in names]
     models = student, scale.load_tokenizer("student")
     every = settings.every or settings.steps(len(problems.student))
-    options = {"seed": seed, "every": every}
-    return align.train_arm(arm, *models, problems, loaders, settings, folder, maps, **options)
+    run = settings, folder, maps, seed
+    return align.train_arm(arm, *models, problems, loaders, *run, every=every)
 
 
 def _load_problems(settings: AlignmentOptions, seed: int) -> Problems:

@@ -203,8 +203,7 @@ def eval_compression(
     resolved = {"base_model": scale.target, "methods": methods, "retention": retention}
     settings = common.command_settings(**resolved)
     if distiller is not None:
-        with naming(distiller):
-            distiller = KVDistiller.from_pretrained(distiller, model)
+        distiller = KVDistiller.from_pretrained(distiller, model)
     options = {"distiller": distiller, "shared": shared, "long_answers": data in LONG, "seed": seed}
     options["max_new_tokens"] = max_new_tokens
     result = {"settings": settings, **run_info()}

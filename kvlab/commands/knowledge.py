@@ -115,8 +115,9 @@ def ask(
         hits = cache.retrieve(question, k, threshold, domain, exact)
         print(question)
         for item, score in hits:
-            print(f"    found: {item.question} (domain {item.domain or 'none'}, score {score:.2f})")
-            print(f"    stored answer: {item.answer}")
+            about = f"domain {item.domain or 'none'}, score {score:.2f}"
+            answer = " ".join(item.answer.split())
+            print(f"    found: {item.question} ({about}), stored answer: {answer}")
         if not hits:
             print(f"    not in the store: {miss}")
         table = _compare_ways(cache, question, [hit.item for hit in hits], arm, max_new_tokens)

@@ -23,8 +23,7 @@ parsed_options: dict = {}  # of the command that `kvlab.cli.main` runs; empty if
 
 def command_settings(**resolved) -> dict:
     """Options of the command line as JSON, with those that the command has resolved."""
-    options = parsed_options | resolved
-    return {name: str(x) if isinstance(x, Path) else x for name, x in options.items()}
+    return json.loads(json.dumps(parsed_options | resolved, default=str))  # paths as texts
 
 
 def defaults_file() -> Path:

@@ -15,7 +15,7 @@ import kvlab.draft  # noqa: F401  so that transformers can load a KnowledgeDraft
 from kvlab import speculate as decoding
 from kvlab.commands import shared
 from kvlab.evaluate import run_info
-from kvlab.files import naming, require_writable
+from kvlab.files import require_writable
 from kvlab.fuse import Fuser, Size
 from kvlab.generation import encode
 from kvlab.lab.report import problems
@@ -81,10 +81,7 @@ def speculate(
     path = shared.timed_name(output_dir, "speculate") if save_results else None
     if path:
         require_writable(path)
-    fuser = None
-    if fuser_checkpoint:
-        with naming(fuser_checkpoint):
-            fuser = Fuser.from_pretrained(fuser_checkpoint)
+    fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
     sampling = decoding.Sampling(generator=torch.Generator(), **options)
     texts = [*(prompts or ()), *(read_prompts(prompt_file) if prompt_file else ())]
     texts = texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
