@@ -10,6 +10,7 @@ as "settings" is `command_settings(...)`, the options that were parsed here.
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from os.path import expanduser
 from pathlib import Path
 from typing import get_args, get_origin
@@ -92,7 +93,9 @@ def main(args: list[str] | None = None) -> None:
                 arg.encode()  # refuses bytes that are not UTF-8
         defaults = [str(shared.defaults_file())]
         parser = auto_parser(COMMANDS, parser_class=_Parser, default_config_files=defaults)
-        options = parser.parse_args(args)
+        files = [file for flag, file in pairwise(args) if flag == "--config"]
+        with naming(" ".join(["--config", *files]) if files else "The command line"):
+            options = parser.parse_args(args)
         command = COMMANDS
         while isinstance(command, dict):
             command = command[options.subcommand]
