@@ -34,7 +34,6 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
@@ -45,7 +44,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlab.answers import extract_answer, same_answer
 from kvlab.cache import Prefix, from_tensor, rotate, to_tensor, unrotate
 from kvlab.evaluate import figure
-from kvlab.files import write_tensors, write_text
+from kvlab.files import read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import answers, rendered
 from kvlab.layers import CKA, LayerMap, layer_map, load_layer_map, proportional, save_layer_map
 from kvlab.losses import columns_to_keep, cross_entropy
@@ -354,10 +353,10 @@ class Projector(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Projector":
         """Read what `save_pretrained` wrote."""
-        content = json.loads((Path(folder) / "projector.json").read_text("utf-8"))
+        content = read_json(Path(folder) / "projector.json")
         if content.pop("version", None) != 1:
             raise ValueError(f"{folder} holds no projector of version 1.")
-        weights = load_file(Path(folder) / "projector.safetensors")
+        weights = read_tensors(Path(folder) / "projector.safetensors")
         projector = cls(**content).to(weights["keys.weight"].dtype)
         projector.load_state_dict(weights)
         return projector

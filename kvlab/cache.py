@@ -35,6 +35,7 @@ from kvlab.models import (
     CacheError,
     _example,  # noqa: F401, for the examples
     differences,
+    evaluating,
     fingerprint,
     head_dim,
     require_rotary,
@@ -165,14 +166,10 @@ def prefill(
         mask = torch.cat((past_mask, new_mask), 1)
     start = torch.as_tensor(position, device=input_ids.device).reshape(-1, 1)
     new_positions = (start + new_mask.cumsum(1) - 1).clamp(min=0)  # padding gets any position
-    output = model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=new_positions,
-        past_key_values=from_layers(_layers(prefix.cache) if past else ()),
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    options = {"attention_mask": mask, "position_ids": new_positions, "logits_to_keep": 1}
+    cache = from_layers(_layers(prefix.cache) if past else ())
+    with evaluating(model):
+        output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
     positions = prefix.positions if past else new_positions[:, :0]
     if (
         positions is not None and positions.ndim == 2

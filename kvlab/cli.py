@@ -10,11 +10,16 @@ as "settings" is `command_settings(...)`, the options that were parsed here.
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
+from os.path import expanduser
+from pathlib import Path
 from typing import get_args, get_origin
 
 from jsonargparse import ArgumentParser, auto_parser
+from torch import OutOfMemoryError
 
 from kvlab.commands import align, distill, draft, fuse, knowledge, lab, shared, speculate
+from kvlab.files import naming
 from kvlab.lab.__main__ import COMMANDS as LAB_COMMANDS
 
 COMMANDS = {
@@ -58,11 +63,23 @@ def _list_item(hint: object) -> type | None:
         hint = choices[0]
     item, *others = get_args(hint) or [None]
     sequence = get_origin(hint) in (list, tuple, Sequence) and ... not in others
-    return item if sequence and item in (str, int, float) else None
+    return item if sequence and item in (str, int, float, Path) else None
+
+
+def _without_tilde(name: str, value: object) -> object:
+    """The value of an option, with the user's folder for "~" where a path can be."""
+    if isinstance(value, list):
+        return [_without_tilde(name, item) for item in value]
+    if isinstance(value, Path):
+        return Path(expanduser(value))
+    is_text = isinstance(value, str) and name not in ("prompts", "questions")
+    return expanduser(value) if is_text and value.startswith("~/") else value
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command line; what the user can mend ends it with a sentence, not with a traceback.
+
+    After Ctrl-C the exit code is 130.
 
     Example:
         >>> main(["scale"])  # doctest: +ELLIPSIS
@@ -71,19 +88,31 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     args = [_OPTION.sub(lambda name: name[0].replace("-", "_"), arg) for arg in args]
     try:
+        for arg in args:
+            with naming(repr(arg)):
+                arg.encode()  # refuses bytes that are not UTF-8
         defaults = [str(shared.defaults_file())]
         parser = auto_parser(COMMANDS, parser_class=_Parser, default_config_files=defaults)
-        options = parser.parse_args(args)
+        files = [file for flag, file in pairwise(args) if flag == "--config"]
+        with naming(" ".join(["--config", *files]) if files else "The command line"):
+            options = parser.parse_args(args)
         command = COMMANDS
         while isinstance(command, dict):
             command = command[options.subcommand]
             options = options[options.subcommand]
         options = options.as_dict()
         options.pop("config", None)
+        options = {name: _without_tilde(name, value) for name, value in options.items()}
+        shared.require_ranges(options)
         shared.parsed_options.update(options)
         command(**options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
         raise SystemExit(f"kvlab: {error}") from error
+    except KeyboardInterrupt as error:
+        progress = f" ({error})" if str(error) else ""
+        hint = "Files that were written stay, and the same command goes on from those it can use."
+        print(f"\nkvlab: interrupted{progress}. {hint}", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         shared.parsed_options.clear()
 

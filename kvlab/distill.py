@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -32,7 +31,7 @@ from kvlab import cache as kv
 from kvlab.cache import Prefix, prefill
 from kvlab.compress import AWARE, METHODS, count_kept, evict, require_one_text
 from kvlab.evaluate import exact_match, f1, figure, log_likelihoods, rouge_l
-from kvlab.files import write_tensors, write_text
+from kvlab.files import read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import encode_parts
 from kvlab.losses import distillation_losses
 from kvlab.models import differences, fingerprint, first_layers, require_supported, rotary_of
@@ -273,7 +272,7 @@ class KVDistiller(nn.Module):
             ValueError: a model of another shape. Other weights give a warning.
         """
         folder = Path(folder)
-        about = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+        about = read_json(folder / SETTINGS_FILE)
         current = fingerprint(model)
         weights = current.pop("weights")
         if unlike := differences(about["model"], current):
@@ -285,7 +284,7 @@ class KVDistiller(nn.Module):
         settings = about["settings"].items()
         distiller = cls(model, **{RENAMED_SETTINGS.get(name, name): v for name, v in settings})
         distiller.adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
-        distiller.load_state_dict(load_file(folder / SCORER_FILE), strict=False)
+        distiller.load_state_dict(read_tensors(folder / SCORER_FILE), strict=False)
         return distiller
 
 
@@ -539,7 +538,8 @@ def compression_scores(
     """
     rows = []
     arms = [("full", 1.0), *itertools.product(methods, retention)]
-    for number, records in enumerate(tqdm(contexts, desc="contexts")):
+    bar = tqdm(contexts, desc="contexts", disable=len(contexts) == 1)
+    for number, records in enumerate(bar):
         questions = [encode_question(tokenizer, record) for record in records]
         for method, fraction in arms:
             prefixes = compress_for(model, questions, method, fraction, **options)

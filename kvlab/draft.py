@@ -39,7 +39,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
@@ -49,7 +48,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.modeling_llama import rotate_half
 
 from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
-from kvlab.files import write_tensors
+from kvlab.files import read_tensors, write_tensors
 from kvlab.generation import continuations
 from kvlab.losses import CHUNK, NAMES, acceptance, columns_to_keep, distillation_losses
 from kvlab.models import fingerprint, require_supported, rotary_of
@@ -519,7 +518,7 @@ def _load_or_generate(target, tokenizer, folder, max_new_tokens, prompts) -> lis
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()[:16]
     path = Path(folder or "") / f"answers-{digest}.safetensors"
     if folder and path.exists():
-        tensors = load_file(path)
+        tensors = read_tensors(path)
     else:
         answers = continuations(target, tokenizer, prompts, max_new_tokens)
         texts = [
@@ -757,7 +756,7 @@ def train_draft(
         options |= {"warmup": max(1, steps // 20), "checkpoint": checkpoint}
         history = fit(draft, loader, losses, weight=_token_counts, evaluate=evaluate, **options)
         state.wait_for_everyone()
-        draft.load_state_dict(load_file(best), strict=False)  # a tied weight has one name
+        draft.load_state_dict(read_tensors(best), strict=False)  # a tied weight has one name
     return history
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.cache import Prefix, repeat
 from kvlab.generation import encode
+from kvlab.models import evaluating
 
 References = Sequence[str | Sequence[str]]  # per prediction one text, or several: the best counts
 
@@ -102,7 +103,9 @@ def log_likelihoods(
         past, position = repeat(prefix.cache, len(rows)), prefix.next_position
     position_ids = (position + columns).to(model.device)
     text = {"input_ids": input_ids, "position_ids": position_ids}
-    logits = model(**text, past_key_values=past, use_cache=past is not None).logits[:, :-1].float()
+    with evaluating(model):
+        logits = model(**text, past_key_values=past, use_cache=past is not None).logits
+    logits = logits[:, :-1].float()
     log_p = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0].cpu()
     inside = (columns >= starts) & (columns < stops)  # (B, T)
     return (log_p * inside[:, 1:]).sum(-1).double().numpy()

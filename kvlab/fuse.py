@@ -41,7 +41,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -50,7 +49,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvlab import cache as kv
-from kvlab.files import write_tensors, write_text
+from kvlab.files import read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import rendered
 from kvlab.layers import LayerMap, first_aligned, last_aligned, proportional
 from kvlab.losses import cross_entropy
@@ -389,8 +388,8 @@ class Fuser(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "Fuser":
         """Read the files of `save_pretrained`, onto the CPU, in the file's dtype."""
         folder = Path(folder)
-        config = json.loads((folder / "fuser.json").read_text("utf-8"))
-        state = load_file(folder / "fuser.safetensors")
+        config = read_json(folder / "fuser.json")
+        state = read_tensors(folder / "fuser.safetensors")
         version = config.get("version")
         if version not in (1, 2):
             raise ValueError(f"{folder} has a fuser of version {version}, expected 1 or 2.")

@@ -11,6 +11,8 @@ import hashlib
 import math
 import reprlib
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,22 @@ def rotary_of(model: nn.Module) -> nn.Module:
         count = f"{type(model).__name__} has {len(modules)} rotary embeddings, expected one"
         raise CacheError(f"{count}: use a Llama-like decoder.")
     return modules[0]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while.
+
+    In training, dropout changes what is read, and gradient checkpointing leaves the cache out.
+    """
+    modules = [module for module in model.modules() if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 def require_supported(model: PreTrainedModel) -> None:

@@ -21,7 +21,6 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 import yaml
 
 from kvlab.answers import boxed, extract_answer
+from kvlab.files import naming, read_text
 
 Row = Mapping[str, Any]
 
@@ -61,6 +61,7 @@ class Record:
         for text in (self.context, self.question, self.reasoning, *self.answers, *self.choices):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} is not a text")
+            text.encode()  # refuses half a character, which JSON can hold and a tokenizer cannot
 
     @property
     def answer(self) -> str:
@@ -124,7 +125,7 @@ def read_records(name: str, source: str | Path | Iterable, split: str = "train")
     records = []
     for number, row in enumerate(rows, start=1):
         for place, item in _unnest(f"{label}, row {number}", row, data_set.nested):
-            with _naming(place):
+            with naming(place):
                 records.append(data_set.to_record(item))
     records = [record for record in records if record is not None]
     complete = []
@@ -375,20 +376,10 @@ PROBLEMS = tuple(name for name in DATA_SETS if name not in CONTEXTS)
 # -- rows of a source
 
 
-@contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Name the place of what does not fit."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{place} does not fit: {reason}.") from error
-
-
 def _unnest(place: str, row: Row, nested: tuple[str, ...]) -> Iterator[tuple[str, Row]]:
     """The items of nested lists, each with the fields of the rows around it, and their places."""
-    with _naming(place):
-        is_flat = not nested or nested[0] not in row
+    with naming(place):
+        is_flat = not nested or nested[0] not in _require_fields(row)
         items = [] if is_flat else [{**row, **item} for item in _items(row[nested[0]])]
     if is_flat:
         yield place, row
@@ -404,22 +395,39 @@ def _open_source(source: str | Path | Iterable[Row], split: str) -> tuple[str, I
     if path.is_file() and path.suffix != ".parquet":
         # Not by `datasets`, which would read "1990-01-02" as a time, "007" as 7, "None" as nothing.
         if path.suffix == ".csv":
-            return str(path), csv.DictReader(io.StringIO(_read_text(path), newline=""))
+            return str(path), _csv_rows(path)
         return str(path), _json_rows(path)
+    is_path = path.is_absolute() or path.suffix in (".json", ".jsonl", ".csv", ".parquet")
+    if is_path and not path.exists():
+        raise ValueError(f"There is no file {path}: give one as its authors published it.")
     import datasets  # here, because it takes seconds
 
-    if path.is_file():
-        return str(path), datasets.load_dataset("parquet", data_files=str(path), split="train")
-    if path.suffix in (".json", ".jsonl", ".csv", ".parquet"):
-        raise ValueError(f"There is no file {path}: give one as its authors published it.")
-    rows = datasets.load_dataset(*str(source).split(":"), split=split)
+    try:
+        if path.is_file():
+            return str(path), datasets.load_dataset("parquet", data_files=str(path), split="train")
+        rows = datasets.load_dataset(*str(source).split(":"), split=split)
+    except Exception as error:  # of many kinds, from several packages
+        reason = str(error).split("\n")[0].removesuffix(".")
+        hint = "give a file, a name on the hub, or a folder that `datasets` reads"
+        text = f"The source {str(source)!r}, split {split!r}, cannot be read ({reason}): {hint}."
+        raise ValueError(text) from error
     return f"{source}, split {split!r}", rows
+
+
+def _csv_rows(path: Path) -> list[Row]:
+    text = read_text(path)
+    limit = csv.field_size_limit(2**31 - 1)  # of the whole process: a long article is one field
+    try:
+        with naming(path):
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _json_rows(path: Path) -> list:
     """The rows of a JSON file: a list (or the one in "data" or "examples"), or value by value."""
-    text, values, start = _read_text(path).strip(" \t\r\n"), [], 0
-    with _naming(str(path)):
+    text, values, start = read_text(path).strip(" \t\r\n"), [], 0
+    with naming(path):
         while start < len(text):
             value, end = json.JSONDecoder().raw_decode(text, start)
             values.append(value)
@@ -427,11 +435,6 @@ def _json_rows(path: Path) -> list:
     if len(values) == 1 and isinstance(values[0], dict):
         values = [values[0].get("examples", values[0].get("data", values))]
     return values[0] if len(values) == 1 and isinstance(values[0], list) else values
-
-
-def _read_text(path: Path) -> str:
-    with _naming(str(path)):
-        return path.read_text("utf-8-sig")
 
 
 # -- question/answer pairs, prompts
@@ -474,7 +477,8 @@ def read_faq(path: str | Path) -> list[dict[str, str]]:
 def _json_pairs(path: Path) -> list[dict[str, str]]:
     records = []
     for number, row in enumerate(_json_rows(path), 1):
-        with _naming(f"{path}, row {number}"):
+        with naming(f"{path}, row {number}"):
+            _require_fields(row)
             others = [f for f in ("answer", "domain", "id") if row.get(f) is not None]
             record = {field: row[field] for field in ("question", *others)}
             _require_words(list(record.values()))
@@ -483,15 +487,16 @@ def _json_pairs(path: Path) -> list[dict[str, str]]:
 
 
 def _yaml_pairs(path: Path) -> list[dict[str, str]]:
-    with _naming(str(path)):
+    text = read_text(path)
+    with naming(path):
         # The BaseLoader is safe, and all scalars stay text: 22, yes, 1990-01-02.
-        corpus = yaml.load(_read_text(path), yaml.BaseLoader)
+        corpus = yaml.load(text, yaml.BaseLoader)
         domain = _require_words(corpus["categories"])[0]
         conversations = _items(corpus["conversations"])
     records = []
     for number, conversation in enumerate(conversations, 1):
         place = f"{path}, conversation {number}"
-        with _naming(place):
+        with naming(place):
             texts = [conversation] if isinstance(conversation, str) else conversation
             question, *answers = _require_words(texts)
         if not answers:
@@ -501,17 +506,26 @@ def _yaml_pairs(path: Path) -> list[dict[str, str]]:
     return records
 
 
+def _require_fields(row: object) -> Row:
+    if not isinstance(row, Mapping):
+        raise TypeError(f"{str(row)[:60]!r} is no row of named fields")
+    return row
+
+
 def _require_words(texts: list[str]) -> list[str]:
     is_list = isinstance(texts, list) and len(texts) > 0
     if not is_list or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{texts!r} is not a list of texts")
+    "".join(texts).encode()  # as a Record does
     return texts
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: one per line or, if it begins with "{", the first of "turns" in each row.
+    """Prompts of a file: one per line, or JSON: a list, or value by value.
 
-    The latter is the form of Spec-Bench.
+    A JSON value is a prompt, or a row with "turns", of which the first is used (the form of
+    Spec-Bench). A file is JSON if its name ends with .json or .jsonl, or if it begins with "{", or
+    with "[" and a text, a row or a list. A line ends with a newline, not with U+2028 or the like.
 
     Example:
         >>> import tempfile
@@ -520,13 +534,15 @@ def read_prompts(path: Path) -> list[str]:
         >>> read_prompts(path)
         ['Hello.']
     """
-    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty, expected one prompt per line.")
-    if not lines[0].startswith("{"):
-        return lines
+    path = Path(path)
+    text = read_text(path)
+    if path.suffix not in (".json", ".jsonl") and not re.match(r'\s*(\{|\[\s*["{[\]])', text):
+        return [line.strip() for line in text.split("\n") if line.strip()]
     prompts = []
     for number, row in enumerate(_json_rows(path), 1):
-        with _naming(f"{path}, row {number}"):
-            prompts.append(_require_words(row["turns"])[0])
+        with naming(f"{path}, row {number}"):
+            turns = [row] if isinstance(row, str) else _require_fields(row)["turns"]
+            prompts.append(_require_words(turns)[0])
+    if not prompts:
+        raise ValueError(f"{path} has no prompts.")
     return prompts

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvlab.cache import Position, Prefix, from_layers, layout, length
-from kvlab.models import CacheError, head_dim, rotary_of
+from kvlab.models import CacheError, evaluating, head_dim, rotary_of
 
 
 class _WriteState:
@@ -158,6 +158,9 @@ def step(
     Query i of row b sees columns 0 to columns[b, i]. Returns the logits of all tokens (B, k, vocab), or of
     the last `logits_to_keep`.
     """
+    if model.training:
+        with evaluating(model):
+            return step(model, slots, tokens, columns, logits_to_keep)
     mask = None
     sdpa = model.config._attn_implementation == "sdpa"
     # One token per row at one column sees every column, and needs no mask.

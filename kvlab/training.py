@@ -7,6 +7,8 @@ weights for the same global batch.
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -89,8 +91,8 @@ def fit(
         shares_every: Steps between logs of each loss's fraction of the gradient norm, "share_NAME"
             (0: never). A loss whose share is 0 teaches nothing.
         evaluate: Called with the model every `every` steps and at the end; its figures join the history.
-        checkpoint: A safetensors file, written every `every` steps and at the end. If it exists,
-            training resumes from it.
+        checkpoint: A safetensors file, written every `every` steps, at the end and on Ctrl-C, which
+            waits for the end of the step. If it exists, training resumes from it.
         every: Steps between checkpoints and evaluations.
         **settings: Of `FitSettings`.
 
@@ -100,6 +102,7 @@ def fit(
 
     Raises:
         FloatingPointError: a loss is not finite; the weights are those of the step before.
+        KeyboardInterrupt: Ctrl-C; the message names the step and the checkpoint that has it.
         ValueError: nothing to train, half-precision weights, an empty loader, a checkpoint of another run.
 
     Example:
@@ -122,7 +125,9 @@ def fit(
         history = _resume(Path(checkpoint), trainable, optimizer, schedule, run)
     batches = _endless(loader, skip=len(history) * settings.accumulate)
     bar = tqdm(total=settings.steps, initial=len(history), desc=type(model).__name__)
-    with _training_mode(model, wrapped, accelerator, optimizer), bar:
+    alone = accelerator.num_processes == 1
+    training_mode = _training_mode(model, wrapped, accelerator, optimizer)
+    with training_mode, bar, _delayed_interrupts(alone) as interrupts:
         for step in range(len(history) + 1, settings.steps + 1):
             started = time.perf_counter()
             group = list(islice(batches, settings.accumulate))
@@ -146,15 +151,48 @@ def fit(
             history.append(entry)
             bar.update()
             bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-            if step % every and step != settings.steps:
-                continue
-            if evaluate:
+            is_due = step % every == 0 or step == settings.steps
+            if is_due and evaluate:
                 model.eval()
                 entry.update(evaluate(model))
                 model.train()
-            if checkpoint and accelerator.is_main_process:
+            is_stopped = _in_any_process(accelerator, interrupts)
+            if (is_due or is_stopped) and checkpoint and accelerator.is_main_process:
                 _save_run(Path(checkpoint), trainable, optimizer, schedule, run, history)
+            if is_stopped:
+                raise KeyboardInterrupt(f"step {step} of {settings.steps} is in {checkpoint}")
     return history
+
+
+@contextmanager
+def _delayed_interrupts(alone: bool) -> Iterator[list[int]]:
+    """Collect Ctrl-C, so that a step ends whole. The second stops at once, if no process waits."""
+    interrupts = []
+
+    def collect(number: int, _) -> None:
+        if interrupts and alone:
+            raise KeyboardInterrupt
+        interrupts.append(number)
+
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, collect)
+    try:
+        yield interrupts
+        if interrupts:  # while the last step was saved
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_any_process(accelerator: Accelerator, interrupts: list[int]) -> bool:
+    """Whether a process got Ctrl-C: all must stop after the same step, else the others wait for it."""
+    count = len(interrupts)
+    if accelerator.num_processes > 1:
+        count = accelerator.reduce(torch.tensor(count, device=accelerator.device)).item()
+    return count > 0
 
 
 @contextmanager

@@ -86,7 +86,9 @@ def set_out(tiny, monkeypatch):
             patch.setattr("kvlab.align.solved", lambda *_: np.zeros(1))
             patch.setattr(
                 "kvlab.align.train_arm",
-                lambda *args: got.append(args[3]) or ([{"seconds": 0.0}], AlignedStudent(args[1])),
+                lambda *args, **_: (
+                    got.append(args[3]) or ([{"seconds": 0.0}], AlignedStudent(args[1]))
+                ),
             )
             main([*command, "--output_dir", "set_out", *options])
         return got
@@ -641,12 +643,12 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         (ALIGNED, ["--accumulate", "3"], "16 problems are less than a batch of 24"),
         (ALIGNED, ["--problems", "0"], "problems is 0, expected a positive integer"),
         (ALIGNED, ["--heldout", "0"], "heldout is 0, expected a positive integer"),
-        (ALIGNED, ["--epochs", "0"], "epochs is 0, expected 1 or more"),
-        (ALIGNED, ["--kv_weight", "-1"], "kv_weight is -1.0, expected 0 or more"),
-        (ALIGNED, ["--codi_weight", "-0.1"], "codi_weight is -0.1, expected 0 or more"),
-        (ALIGNED, ["--learning_rate", "-1"], "learning_rate is -1.0, expected 0 or more"),
-        (ALIGNED, ["--kv_warmup", "-1"], "kv_warmup is -1, expected 0 or more"),
-        (ALIGNED, ["--kv_end", "-0.5"], "kv_end is -0.5, expected a fraction from 0 to 1"),
+        (ALIGNED, ["--epochs", "0"], "epochs is 0, expected a positive integer"),
+        (ALIGNED, ["--kv_weight", "-1"], r"kv_weight is -1.0, expected a number in \[0, inf\)"),
+        (ALIGNED, ["--codi_weight", "-0.1"], r"codi_weight is -0.1, expected a number in \[0, inf\)"),
+        (ALIGNED, ["--learning_rate", "-1"], "learning_rate is -1.0, expected a number"),
+        (ALIGNED, ["--kv_warmup", "-1"], r"kv_warmup is -1, expected an integer in \[0, inf\)"),
+        (ALIGNED, ["--kv_end", "-0.5"], r"kv_end is -0.5, expected a number in \[0, 1\]"),
         (ALIGNED, ["--fp16"], "fp16 needs a GPU: tiny computes on the CPU"),
         (
             ALIGNED,
@@ -664,7 +666,7 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
             "eval_source is 'heat.jsonl', which needs --eval_dataset_name",
         ),
         (ALIGNED, HEAT[:2], "There is no source of arc records: give a file or a name on the hub"),
-        (ALIGNED, [*HEAT[:3], "empty.jsonl"], "There is no problem to be asked in empty.jsonl"),
+        (ALIGNED, [*HEAT[:3], "empty.jsonl"], "empty.jsonl does not fit: it is empty"),
         (
             ALIGNED,
             SUMS[:2],
@@ -686,7 +688,7 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         ),
         (ALIGNMENTS_COMPARED, ["--seeds", "0"], "seeds is 0, expected a positive integer"),
         (ALIGNMENTS_COMPARED, ["--batch_size", "17"], "16 problems are less than a batch of 17"),
-        (ALIGNMENTS_COMPARED, ["--kv_end", "2"], "kv_end is 2.0, expected a fraction from 0 to 1"),
+        (ALIGNMENTS_COMPARED, ["--kv_end", "2"], r"kv_end is 2.0, expected a number in \[0, 1\]"),
         (["layer-map"], ["--num_samples", "0"], "num_samples is 0, expected a positive integer"),
         (["layer-map"], ["--k", "0"], "k is 0, expected a positive integer"),
         (["layer-map"], SUMS[:2], "There is no source of gsm8k records"),

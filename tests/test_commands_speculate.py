@@ -117,5 +117,5 @@ def test_models_with_other_tokenizers_are_refused(monkeypatch):
 
 def test_an_empty_prompt_file_is_a_sentence(tmp_path):
     (tmp_path / "prompts").write_text("\n")
-    with pytest.raises(SystemExit, match=r"is empty, expected one prompt per line"):
+    with pytest.raises(SystemExit, match=r"prompts does not fit: it is empty"):
         main(["speculate", "--prompt_file", str(tmp_path / "prompts")])

@@ -1,5 +1,6 @@
 """Records from files: the same records from every published form, texts as written, misfits named."""
 
+import csv
 import json
 import re
 import warnings
@@ -138,7 +139,7 @@ def test_what_is_no_file_of_records_is_a_sentence(tmp_path):
         ):
             read_faq(path)
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9?"}')
-    with pytest.raises(ValueError, match=r"latin\.jsonl does not fit: 'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl does not fit: byte 14 is not UTF-8"):
         read_faq(tmp_path / "latin.jsonl")
 
 
@@ -169,6 +170,95 @@ def test_the_chatterbot_corpus_has_2306_pairs():
 def test_prompt_files(written, tmp_path):
     (tmp_path / "prompts").write_text(written)
     assert read_prompts(tmp_path / "prompts") == ["One.", "Two [a], b: c"]
+
+
+LINES = "one\u2028still one", "[2] two\x0bstill two", "drei\x85immer noch drei"
+
+
+@pytest.mark.parametrize("name", ["prompts", "prompts.json", "prompts.jsonl"])
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\ufeff\ufeff"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda texts: "\n".join(json.dumps({"turns": [t, "More."]}) for t in texts),
+        lambda texts: "\n\ufeff".join(json.dumps({"turns": [t]}, ensure_ascii=False) for t in texts),
+        lambda texts: json.dumps(texts, indent=1),
+        lambda texts: json.dumps([{"turns": [t]} for t in texts], ensure_ascii=False),
+        lambda texts: json.dumps({"data": [{"turns": [t]} for t in texts]}),
+    ],
+)
+def test_prompts_come_back_from_json_in_any_form(form, mark, name, tmp_path):
+    (tmp_path / name).write_text(mark + form(LINES), "utf-8")
+    assert read_prompts(tmp_path / name) == [*LINES]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_line_of_prompts_ends_with_a_newline_only(mark, tmp_path):
+    (tmp_path / "prompts").write_text(mark + "\n".join(LINES), "utf-8")
+    assert read_prompts(tmp_path / "prompts") == [*LINES]
+
+
+READERS = {
+    ".jsonl": read_faq,
+    ".yml": read_faq,
+    ".json": lambda path: read_records("squad", path),
+    ".csv": lambda path: read_records("cmmlu", path),
+    ".txt": read_prompts,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "it is empty"),
+        (b"\xef\xbb\xbf \n", "it is empty"),
+        (b'{"a": "\xff\xfe"}', "byte 7 is not UTF-8"),
+        ("{}".encode("utf-16"), "byte 0 is not UTF-8"),
+    ],
+)
+def test_every_reader_names_a_file_that_is_no_text(reader, content, told, tmp_path):
+    (tmp_path / f"a{reader}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a{reader} does not fit: {told}"):
+        READERS[reader](tmp_path / f"a{reader}")
+
+
+@pytest.mark.parametrize("reader", [".jsonl", ".yml", ".json", ".txt"])
+@pytest.mark.parametrize(("opening", "depth"), [("[[", 50_000), ('{"a": ', 50_000)])
+def test_every_reader_names_a_file_that_is_nested_too_deeply(reader, opening, depth, tmp_path):
+    (tmp_path / f"a{reader}").write_text(opening * depth)
+    with pytest.raises(ValueError, match=rf"a{reader} does not fit: it is nested too deeply"):
+        READERS[reader](tmp_path / f"a{reader}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", r'{"question": "\ud800", "answer": "x"}'),
+        ("a.yml", r'{categories: [x], conversations: [[a, "\uDFFF"]]}'),
+        ("a.json", r'[{"context": "x", "question": "a\ud83d", "answers": [{"text": "x"}]}]'),
+        ("a.txt", r'["a", "\udc00"]'),
+    ],
+)
+def test_half_a_character_is_named(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}.* does not fit: it has half a character"):
+        READERS[(tmp_path / name).suffix](tmp_path / name)
+
+
+def test_a_field_of_csv_is_as_long_as_it_is(tmp_path):
+    limit, long = csv.field_size_limit(), "x" * 200_000
+    (tmp_path / "a.csv").write_text(f"Question,A,B,C,D,Answer\n{long},1,2,3,4,B\n")
+    assert read_records("cmmlu", tmp_path / "a.csv")[0].question == long
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("source", ["", ":", ".", "a:b:c:d", "a.parquet"])
+def test_a_source_that_is_no_data_set_is_a_sentence(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"cannot be read .*: give a file, a name on the hub, or"):
+        read_records("squad", source)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +686,7 @@ def test_an_error_of_the_hub_is_shown(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(ValueError, match=f"'some/set', split 'test', cannot be read .{error}"):
         read_records("squad", "some/set", "test")
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import weakref
@@ -82,6 +83,19 @@ def killed(after, losses=mse):
         return losses(model, batch)
 
     return interrupted
+
+
+def interrupted(*calls):
+    """The same losses, with Ctrl-C in the middle of these calls (1, 2, ...)."""
+    made = []
+
+    def losses(model, batch):
+        made.append(batch)
+        if len(made) in calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        return mse(model, batch)
+
+    return losses
 
 
 # the loop
@@ -484,6 +498,40 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, shuffle, dropout, accumulate
     assert figures(got) == figures(want)
 
 
+@pytest.mark.parametrize("every", [3, 100])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("step", [1, 3, 5, 6])
+def test_ctrl_c_keeps_the_step_and_the_run_goes_on_to_the_bit(tmp_path, step, accumulate, every):
+    path, model, fresh = tmp_path / "net.safetensors", net(dropout=0.3), net(5, dropout=0.3)
+    settings = {"steps": 6, "accumulate": accumulate, "every": every} | QUICK
+    settings["evaluate"] = lambda model: {"bias": model[0].bias.sum().item()}
+    want = fit(model, loader(shuffle=True), mse, **settings)
+    settings["checkpoint"] = path
+    with pytest.raises(KeyboardInterrupt, match=f"step {step} of 6 is in {path}"):
+        fit(net(dropout=0.3), loader(shuffle=True), interrupted(step * accumulate), **settings)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    calls = []
+    losses = lambda model, batch: calls.append(1) or mse(model, batch)
+    got = fit(fresh, loader(shuffle=True), losses, **settings)
+    assert len(calls) == (6 - step) * accumulate
+    assert same(fresh, model)
+    assert figures(got) == figures(want)
+
+
+def test_the_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
+    path = tmp_path / "net.safetensors"
+
+    def losses(model, batch):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return pytest.fail("the step went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), loader(), losses, steps=4, checkpoint=path, **QUICK)
+    assert not path.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_finished_run_is_only_read(tmp_path):
     path, model, fresh = tmp_path / "net.safetensors", net(), net(seed=5)
     settings = {"steps": 4, "checkpoint": path, "every": 3} | QUICK
@@ -587,7 +635,7 @@ import sys
 from safetensors.torch import save_file
 
 sys.path.insert(0, {tests!r})
-from test_training import QUICK, fit, loader, mse, net, tokens, killed
+from test_training import QUICK, fit, interrupted, loader, mse, net, tokens, killed
 
 RUNS = {{"plain": (False, 1), "shuffled": (True, 1), "accumulated": (True, 2)}}
 
@@ -610,6 +658,14 @@ def main(folder):
     except KeyboardInterrupt:
         fit(resumed, loader(), mse, checkpoint=f"{{folder}}/run.safetensors", **settings)
     tensors |= {{f"resumed.{{key}}": value for key, value in resumed.state_dict().items()}}
+    went_on, path = net(), f"{{folder}}/stopped.safetensors"
+    calls = [3] if os.environ.get("RANK", "1") == "1" else []  # the process that does not write
+    try:
+        fit(net(), loader(), interrupted(*calls), checkpoint=path, **settings)
+    except KeyboardInterrupt as error:
+        assert str(error) == f"step 3 of 6 is in {{path}}", error
+        fit(went_on, loader(), mse, checkpoint=path, **settings)
+    tensors |= {{f"went_on.{{key}}": value for key, value in went_on.state_dict().items()}}
     return tensors, sizes
 
 

@@ -18,6 +18,7 @@ from kvlab.align import AlignedStudent, AlignmentSettings, Arm, Problems
 from kvlab.answers import extract_answer
 from kvlab.commands import shared
 from kvlab.evaluate import figure, run_info
+from kvlab.files import read_text, require_writable
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
 from kvlab.records import DATA_SETS, PROBLEMS, accepted_answers, messages, read_records
@@ -44,6 +45,7 @@ class AlignmentOptions(AlignmentSettings):
         heldout: number of problems to be asked.
         gradient_checkpointing: compute layers again in the backward pass: slower, in less memory.
         max_new_tokens: of each solution, when problems are asked.
+        every: optimizer steps between checkpoints; 0: only at the end and on Ctrl-C.
     """
 
     model_name: str | None = None
@@ -58,12 +60,10 @@ class AlignmentOptions(AlignmentSettings):
     heldout: int = 200
     gradient_checkpointing: bool = False
     max_new_tokens: int = 256
+    every: int = 200
 
     def __post_init__(self):
         super().__post_init__()
-        problems = 1 if self.problems is None else self.problems
-        counts = {"heldout": self.heldout, "max_new_tokens": self.max_new_tokens}
-        shared.require_counts(**counts, problems=problems)
         if self.eval_source and self.eval_dataset_name in (None, "lab"):
             hint = "which needs --eval_dataset_name, not lab"
             raise ValueError(f"eval_source is {self.eval_source!r}, {hint}.")
@@ -104,7 +104,7 @@ def map_layers(
             or its values.
         k: teacher layers for each student layer, weighted by a softmax over their CKA.
     """
-    shared.require_counts(num_samples=num_samples, k=k)
+    require_writable(output)
     scale = Scale.current()
     names = {"student": student_model or scale.student, "teacher": teacher_model or scale.teacher}
     scale = replace(scale, **names)
@@ -131,7 +131,7 @@ def map_layers(
 
 def train_aligned(
     use_cka_layer_mapping: bool = False,
-    layer_mapping_path: list[str] | None = None,
+    layer_mapping_path: list[Path] | None = None,
     use_segment_resampling: bool = False,
     seed: int = 0,
     output_dir: Path = Path("aligned"),
@@ -163,9 +163,10 @@ def train_aligned(
         hint = "give one each, and --use_cka_layer_mapping"
         raise ValueError(f"There are {len(maps)} layer maps for {teachers} teachers: {hint}.")
     for path in maps:
-        if not Path(path).is_file():
+        if not path.is_file():
             raise ValueError(f"There is no layer map {path}: make it by `kvlab layer-map`.")
     problems = _load_problems(settings, seed)
+    require_writable(output_dir / "training.json")
     # before loading: gives each process its own GPU
     main = PartialState(cpu=scale.device == "cpu").is_main_process
     student, tokenizer = _load_student(scale, settings), scale.load_tokenizer("student")
@@ -209,7 +210,6 @@ def compare_alignments(
         output_dir: folder of the comparison.
     """
     settings = AlignmentOptions(**options)
-    shared.require_counts(seeds=seeds)
     arms = list(dict.fromkeys(arms or align.ARMS))
     unknown = ", ".join(arm for arm in arms if arm not in align.ARMS)
     if unknown:
@@ -218,6 +218,7 @@ def compare_alignments(
     main = PartialState(cpu=scale.device == "cpu").is_main_process
     tokenizer = scale.load_tokenizer("student")
     problems = [_load_problems(settings, seed) for seed in range(seeds)]
+    require_writable(output_dir / "comparison.json")
     rows = []
     for seed, arm in product(range(seeds), arms):
         student = _load_student(scale, settings)
@@ -261,13 +262,15 @@ def _train(
 ) -> tuple[list[dict[str, float]], AlignedStudent]:
     """Train in a folder of the run's own name."""
     values = [getattr(settings, field.name) for field in fields(AlignmentSettings)]
-    names, texts = settings.teachers(), [Path(path).read_text() for path in maps]
+    names, texts = settings.teachers(), [read_text(path) for path in maps]
     read = problems.student, problems.teacher
     folder /= shared.run_name(student, arm, values, seed, names, texts, *read)
     scale = settings.scale()
     loaders = [partial(_load_teacher, replace(scale, teacher=name)) for name in names]
     models = student, scale.load_tokenizer("student")
-    return align.train_arm(arm, *models, problems, loaders, settings, folder, maps, seed)
+    every = settings.every or settings.steps(len(problems.student))
+    run = settings, folder, maps, seed
+    return align.train_arm(arm, *models, problems, loaders, *run, every=every)
 
 
 def _load_problems(settings: AlignmentOptions, seed: int) -> Problems:

@@ -1,6 +1,5 @@
 """`kvlab distill` and `kvlab eval-compression`: KV-Distill, and the cost of smaller caches."""
 
-import json
 import random
 from dataclasses import asdict
 from functools import partial
@@ -10,12 +9,14 @@ from typing import Literal
 import pandas as pd
 import torch
 from accelerate import PartialState
+from tqdm.auto import tqdm
 
 from kvlab import distill as chapter
 from kvlab.commands import shared as common
-from kvlab.compress import AWARE, METHODS, count_kept
+from kvlab.compress import AWARE, METHODS
 from kvlab.distill import KVDistiller
 from kvlab.evaluate import run_info
+from kvlab.files import naming, read_json, require_writable
 from kvlab.lab.corpora import Readings
 from kvlab.speculate import generate
 
@@ -39,6 +40,7 @@ def distill(
     batch_size: int = 32,
     learning_rate: float = 5e-5,
     accumulate: int = 1,
+    every: int = 200,
     precision: Literal["no", "fp16", "bf16"] = "no",
     seed: int = 0,
     base_model: str | None = None,
@@ -71,6 +73,7 @@ def distill(
         batch_size: Contexts per batch.
         learning_rate: Peak learning rate.
         accumulate: Batches per optimizer step.
+        every: Optimizer steps between checkpoints; 0: only at the end and on Ctrl-C.
         precision: Precision of the arithmetic in training; adapters and scorer are in float32.
         seed: Random seed (held-out contexts, initialization, order, retention).
         base_model: The model whose cache is compressed: a lab model, a hub name or a folder.
@@ -79,11 +82,8 @@ def distill(
     """
     scale = common.scale_with_target(base_model)
     counts = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate}
-    common.require_counts(contexts=contexts, questions=questions, **counts)
     retention = retention or [0.001, 0.8]
-    if not 0 <= forward_share <= 1:
-        raise ValueError(f"forward_share is {forward_share}, expected a fraction in [0, 1].")
-    if len(retention) != 2 or not 0 < retention[0] <= retention[1] <= 1:
+    if len(retention) != 2 or retention[0] > retention[1]:
         raise ValueError(f"retention is {retention}, expected two fractions in (0, 1], in order.")
     if data == "lab":
         test_records = common.lab_passages(contexts, questions, seed, source)
@@ -93,24 +93,26 @@ def distill(
         readings, test_records = _split_records(records, heldout, questions, seed)
     if len(readings) < batch_size:
         raise ValueError(f"{len(readings)} examples are fewer than a batch of {batch_size}.")
+    require_writable(output_dir / "training.json")
     state = PartialState(cpu=scale.device == "cpu")  # gives each process its own GPU
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
+    test_records = _readable(model, tokenizer, test_records, 64)
     torch.manual_seed(seed)
     distiller = KVDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
     training = counts | {"retention": retention, "forward_share": forward_share}
     training |= {"learning_rate": learning_rate, "precision": precision, "seed": seed}
     settings = asdict(distiller.settings)
     run = output_dir / common.run_name(model, settings, training, instruction, repr(readings))
-    training["checkpoint"] = run / "checkpoint.safetensors"
+    training |= {"checkpoint": run / "checkpoint.safetensors", "every": every or steps}
     state.print(f"Training: {len(readings)} examples. Held out: {_count(test_records)}.")
     examples = chapter.DistillDataset(tokenizer, readings, instruction)
     history = chapter.train_distiller(distiller, examples, **training)
     if state.is_main_process:
         settings |= {"base_model": scale.target, "retention": retention}
         distiller.save_pretrained(output_dir)
-        options = {"distiller": distiller, "long_answers": data in LONG, "seed": seed}
+        comparison = {"distiller": distiller, "long_answers": data in LONG, "seed": seed}
         arms = ["distill"], [0.5, 0.25, 0.1]
-        figures = _compare(model, tokenizer, test_records[:contexts], *arms, **options)
+        figures = _compare(model, tokenizer, test_records[:contexts], *arms, **comparison)
         result = {"settings": common.command_settings(**settings)}
         result["heldout"] = [common.short_digest(rows[0].context) for rows in test_records]
         result |= {"figures": figures, **run_info(), "history": history}
@@ -155,7 +157,8 @@ def eval_compression(
     Each context is compressed, then its questions are answered with the smaller cache. Methods that
     see a question before they compress serve this question only; they have a table of their own.
     Intervals (95 %) are over contexts, which weigh the same. If the distiller was trained on the
-    same records, only contexts that were held out are used.
+    same records, only contexts that were held out are used. Contexts that are longer than the
+    model reads are left out, with a count.
 
     Args:
         distiller: Folder that `kvlab distill` made. Default: only the other methods are compared.
@@ -172,7 +175,7 @@ def eval_compression(
         shared: Keep the same entries in all heads and layers, by the mean of their scores; distill
             always does.
         max_new_tokens: Tokens per answer.
-        save_results: Write a JSON file with settings and figures.
+        save_results: Write a JSON file with settings and figures, after each context.
         output_dir: Folder of that file.
         seed: Random seed (choice of contexts, method random).
         base_model: The model that answers. Default: the scale's target.
@@ -184,19 +187,18 @@ def eval_compression(
         if name not in choices:
             expected = f"expected some of {', '.join(choices)} (distill needs a distiller)"
             raise ValueError(f"There is no method {name}: {expected}.")
-    common.require_counts(contexts=contexts, questions=questions, max_new_tokens=max_new_tokens)
     retention = retention or [1.0, 0.5, 0.25, 0.1, 0.05, 0.02]
-    for fraction in retention:
-        count_kept(1, fraction)
+    path = common.timed_name(output_dir, "eval_compression") if save_results else None
+    if path:
+        require_writable(path)
     if data == "lab":
         records = common.lab_passages(contexts, questions, seed, source)
     else:
         records = _test_records(common.load_records(data, source, split), distiller)
-        if not records:
-            raise ValueError(f"There is no record in {source}: give a source that has some.")
         sample = random.Random(seed).sample([*records], min(contexts, len(records)))
         records = [records[context][:questions] for context in sample]
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
+    records = _readable(model, tokenizer, records, max_new_tokens)
     print(f"Comparing answers on: {_count(records)}.")
     resolved = {"base_model": scale.target, "methods": methods, "retention": retention}
     settings = common.command_settings(**resolved)
@@ -204,10 +206,27 @@ def eval_compression(
         distiller = KVDistiller.from_pretrained(distiller, model)
     options = {"distiller": distiller, "shared": shared, "long_answers": data in LONG, "seed": seed}
     options["max_new_tokens"] = max_new_tokens
-    figures = _compare(model, tokenizer, records, methods, retention, **options)
-    if save_results:
-        result = {"settings": settings, "figures": figures, **run_info()}
-        print(common.write_json(common.timed_name(output_dir, "eval_compression"), result))
+    result = {"settings": settings, **run_info()}
+
+    def keep(scores: pd.DataFrame) -> None:
+        figures = chapter.compression_figures(scores)
+        done = {"contexts": scores["context"].nunique(), "figures": figures}
+        common.write_json(path, result | done)
+
+    options["keep"] = keep if path else None
+    _compare(model, tokenizer, records, methods, retention, **options)
+    if path:
+        print(path)
+
+
+def _readable(model, tokenizer, contexts: list, max_new_tokens: int) -> list:
+    """The records of contexts that the model can read with each question and its answer."""
+    lengths = []
+    for records in contexts:
+        questions = [chapter.encode_question(tokenizer, record) for record in records]
+        texts = [len(q.question) + max(max_new_tokens, *map(len, q.answers)) for q in questions]
+        lengths.append(questions[0].context.shape[1] + max(texts))
+    return common.leave_out_long([model], contexts, lengths)
 
 
 def _test_records(records: dict[str, list], distiller: Path | None) -> dict[str, list]:
@@ -215,16 +234,29 @@ def _test_records(records: dict[str, list], distiller: Path | None) -> dict[str,
     training = distiller and distiller / "training.json"
     if not training or not training.is_file():
         return records
-    digests = json.loads(training.read_text("utf-8"))["heldout"]
+    digests = read_json(training)
+    with naming(training):
+        digests = digests["heldout"]
     heldout = {c: rows for c, rows in records.items() if common.short_digest(c) in digests}
     return heldout or records
 
 
-def _compare(model, tokenizer, records, methods, retention, seed, max_new_tokens=64, **options):
-    """Print a table of methods that do not know the question and one of those that do."""
+def _compare(
+    model, tokenizer, records, methods, retention, seed, max_new_tokens=64, keep=None, **options
+) -> list[dict]:
+    """Print a table of methods that do not know the question and one of those that do.
+
+    `keep` gets the scores so far after each context.
+    """
     torch.manual_seed(seed)
     options["generate"] = partial(generate, model, max_new_tokens=max_new_tokens)
-    scores = chapter.compression_scores(model, tokenizer, records, methods, retention, **options)
+    parts = []
+    for number, rows in enumerate(tqdm(records, desc="contexts")):
+        part = chapter.compression_scores(model, tokenizer, [rows], methods, retention, **options)
+        parts.append(part.assign(context=number))
+        scores = pd.concat(parts, ignore_index=True)
+        if keep:
+            keep(scores)
     figures = chapter.compression_figures(scores)
     table = pd.DataFrame(figures)
     table["cell"] = table.apply("{value:.3f} [{low:.3f}, {high:.3f}]".format_map, axis=1)

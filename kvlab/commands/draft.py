@@ -11,6 +11,7 @@ from kvlab import draft as drafts
 from kvlab.commands import shared
 from kvlab.draft import DraftExample, DraftSettings, KnowledgeDraft
 from kvlab.evaluate import figure, run_info
+from kvlab.files import require_writable
 from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
@@ -54,8 +55,8 @@ def train_draft_command(
         layers: Layers of the model to copy: first:N, uniform:N, or indices, e.g. --layers
             '[0, 5, 11]'.
         transitions: Put a small network between layers, in place of those left out.
-        questions: More questions, one per line, or JSON lines with "turns", of which the first is
-            used.
+        questions: More questions, one per line, or JSON: texts, or rows with "turns", of which the
+            first is used.
         heldout: Fraction of the questions (of the file's, if there is one) to hold out, at least
             one question. They decide which weights are kept.
         threshold: Minimum cosine similarity of a retrieved item.
@@ -73,17 +74,18 @@ def train_draft_command(
     weights = dict(drafts.default_loss_weights(reads, True) if losses is None else losses)
     require_known_losses(weights)
     settings = DraftSettings(loss_weights=weights, folder=None, **options)
-    for name in ("epochs", "batch_size", "accumulate"):
-        shared.require_counts(**{name: getattr(settings, name)})
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 2.")
     others = read_prompts(other_prompts) if other_prompts else []
+    more = read_prompts(questions) if questions else []
+    require_writable(output_dir / "training.json")
     scale = shared.scale_with_target(base_model)
     state = PartialState(cpu=scale.device == "cpu")  # before loading: each process gets its GPU
     target = scale.load("target")
     tokenizer = scale.load_tokenizer("target")
     known = shared.open_store(store, target, scale, reads, embed=reads is not None)
-    pool, held = _split(known, questions, heldout, settings.seed)
+    others = _readable(known, others, max_new_tokens)
+    pool, held = _split(known, _readable(known, more, max_new_tokens), heldout, settings.seed)
     torch.manual_seed(settings.seed)
     draft = KnowledgeDraft.cut(target, layers, knowledge=reads, transitions=transitions).float()
     items = [shared.find_item(known, text, threshold) if reads else None for text in pool]
@@ -114,10 +116,15 @@ def train_draft_command(
     print(shared.write_json(output_dir / "training.json", result | {"history": history}))
 
 
-def _split(store: KnowledgeCache, file: Path | None, fraction: float, seed: int) -> tuple:
+def _readable(store: KnowledgeCache, texts: list[str], max_new_tokens: int) -> list[str]:
+    prompts = [encode(store.tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    return shared.leave_out_long([store.model], texts, lengths)
+
+
+def _split(store: KnowledgeCache, more: list[str], fraction: float, seed: int) -> tuple:
     """All questions, and those to hold out, which are of the file if there is one."""
     stored = [item.question for item in store]
-    more = read_prompts(file) if file else []
     pool = list(dict.fromkeys([*stored, *more]))
     heldout = shared.sample_heldout(list(dict.fromkeys(more or stored)), fraction, seed)
     if len(heldout) >= len(pool):

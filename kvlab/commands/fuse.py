@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from kvlab import draft as drafts
 from kvlab.commands import shared
 from kvlab.evaluate import figure, run_info
+from kvlab.files import require_writable
 from kvlab.fuse import Fuser, FuserArm, FuserExample
 from kvlab.generation import encode
 from kvlab.lab import corpora
@@ -35,6 +36,7 @@ def train_fuser_command(
     max_new_tokens: int = 128,
     no_decode_fusion: bool = False,
     gamma: int = 4,
+    every: int = 200,
     base_model: str | None = None,
     teacher_model: str | None = None,
     **options,
@@ -59,6 +61,7 @@ def train_fuser_command(
         max_new_tokens: Tokens per answer.
         no_decode_fusion: Train to fuse prompts only, as published, without tokens of the answers.
         gamma: Tokens drafted per round, in the measurement.
+        every: Optimizer steps between checkpoints; 0: only at the end and on Ctrl-C.
         base_model: The small model, which receives: a lab model, a hub name or a folder. Default:
             the scale's draft.
         teacher_model: The large model, which shares, with the same tokenizer. Default: the scale's
@@ -66,14 +69,9 @@ def train_fuser_command(
         **options: Of `kvlab.fuse.FuserArm`.
     """
     arm = FuserArm(use_sharer=True, decode=not no_decode_fusion, **options)
-    shared.require_counts(heldout=heldout, gamma=gamma, prompts=prompts or 1, steps=arm.steps)
-    shared.require_counts(batch_size=arm.batch_size, accumulate=arm.accumulate)
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 2 or more.")
-    if arm.learning_rate < 0:
-        raise ValueError(f"learning_rate is {arm.learning_rate}, expected 0 or more.")
-    if output_dir.is_file():
-        raise ValueError(f"{output_dir} is a file: give a folder as output_dir.")
+    require_writable(output_dir / "training.json")
     scale = Scale.current()
     scale = replace(scale, draft=base_model or scale.draft, target=teacher_model or scale.target)
     tokenizer = shared.load_shared_tokenizer(scale)
@@ -84,21 +82,27 @@ def train_fuser_command(
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process  # gives each process its GPU
     draft, target = scale.load("draft"), scale.load("target")
     training_ids = [encode(tokenizer, text) for text in texts]
+    tests = [encode(tokenizer, text) for text in heldout_texts]
+    lengths = [[len(ids) + max_new_tokens for ids in rows] for rows in (training_ids, tests)]
+    training_ids = shared.leave_out_long((draft, target), training_ids, lengths[0])
+    tests = shared.leave_out_long((draft, target), tests, lengths[1])
     answers = drafts.generate_targets(target, tokenizer, training_ids, output_dir, max_new_tokens)
     if is_main:
-        print(f"Training: {len(answers)} answers of {scale.target}. Held out: {heldout} prompts.")
+        print(
+            f"Training: {len(answers)} answers of {scale.target}. Held out: {len(tests)} prompts."
+        )
     examples = [FuserExample.split(answer.input_ids, answer.start) for answer in answers]
     described = [answer.input_ids.tolist() for answer in answers], asdict(arm)
     run = shared.run_name(target, fingerprint(draft)["weights"], *described)
     checkpoint = output_dir / run / "checkpoint.safetensors"
-    fuser, history = arm.train(draft, target, examples, checkpoint=checkpoint)
+    every = every or arm.steps
+    fuser, history = arm.train(draft, target, examples, checkpoint=checkpoint, every=every)
     if not is_main:
         return
     fuser.save_pretrained(output_dir)
-    tests = [encode(tokenizer, text) for text in heldout_texts]
     proposers = fusion_proposers(draft, target, fuser, arm.control)
     scores = measure_fusion(target, tests, proposers, gamma=gamma, max_new_tokens=max_new_tokens)
-    conditions = f"{heldout} held-out prompts, greedy, gamma {gamma}"
+    conditions = f"{len(tests)} held-out prompts, greedy, gamma {gamma}"
     figures = []
     for name, rows in scores.dropna(subset="acceptance").groupby("arm", sort=False):
         figures.append(figure(f"acceptance_{name}", rows["acceptance"], "fraction", conditions))

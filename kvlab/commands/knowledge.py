@@ -14,6 +14,7 @@ from accelerate import PartialState
 from kvlab import lab
 from kvlab.cache import Prefix, truncate
 from kvlab.commands.shared import open_store, require_store, scale_with_target
+from kvlab.files import require_writable
 from kvlab.generation import encode
 from kvlab.knowledge import ARMS, CACHES_USED, Item, KnowledgeCache
 from kvlab.records import read_faq
@@ -51,6 +52,7 @@ def build_cache(
     """
     items = read_faq(records) if records else lab.faq(language)
     scale = scale_with_target(base_model)
+    require_writable(store / "manifest.json")
     # Before loading: it gives each process its own GPU.
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process
     models = scale.load("target"), scale.load_tokenizer("target"), scale.load_embedder()
@@ -113,7 +115,9 @@ def ask(
         hits = cache.retrieve(question, k, threshold, domain, exact)
         print(question)
         for item, score in hits:
-            print(f"    found: {item.question} (domain {item.domain or 'none'}, score {score:.2f})")
+            about = f"domain {item.domain or 'none'}, score {score:.2f}"
+            answer = " ".join(item.answer.split())
+            print(f"    found: {item.question} ({about}), stored answer: {answer}")
         if not hits:
             print(f"    not in the store: {miss}")
         table = _compare_ways(cache, question, [hit.item for hit in hits], arm, max_new_tokens)

@@ -23,8 +23,7 @@ parsed_options: dict = {}  # of the command that `kvlab.cli.main` runs; empty if
 
 def command_settings(**resolved) -> dict:
     """Options of the command line as JSON, with those that the command has resolved."""
-    options = parsed_options | resolved
-    return {name: str(x) if isinstance(x, Path) else x for name, x in options.items()}
+    return json.loads(json.dumps(parsed_options | resolved, default=str))  # paths as texts
 
 
 def defaults_file() -> Path:
@@ -89,10 +88,61 @@ Contexts = Sequence[Sequence[Record]]  # the records of each context
 DATA = ("lab", *CONTEXTS)
 
 
-def require_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}, expected a positive integer.")
+RANGES = {  # of numbers on the command line, by their type and, where they differ, by their name
+    int: {
+        "": "[1, inf)",
+        **dict.fromkeys(("every", "kv_warmup", "layers", "made_up", "sinks", "top_k"), "[0, inf)"),
+        "seed": f"[0, {2**32 - 1}]",
+    },
+    float: {
+        "": "[0, inf)",
+        **dict.fromkeys(("retention", "top_p"), "(0, 1]"),
+        **dict.fromkeys(("forward_share", "kv_end"), "[0, 1]"),
+        "dropout": "[0, 1)",
+        "gate": "(-inf, inf)",
+        "heldout": "(0, 1)",
+        "repetition_penalty": "(0, inf)",
+        "threshold": "[-1, 1]",
+    },
+}
+
+
+def require_ranges(options: Mapping) -> None:
+    """Refuse numbers of a command line that are out of their range, before anything is loaded."""
+    for name, value in options.items():
+        numbers = value if isinstance(value, list) else [value]
+        if isinstance(value, Mapping):
+            numbers = map(float, value.values())
+        for number in numbers:
+            if type(number) not in RANGES:
+                continue
+            ranges = RANGES[type(number)]
+            interval = ranges.get(name, ranges[""])
+            if not _is_in(number, interval):
+                kind = "an integer" if type(number) is int else "a number"
+                expected = (
+                    "a positive integer" if interval == "[1, inf)" else f"{kind} in {interval}"
+                )
+                raise ValueError(f"{name} is {number}, expected {expected}.")
+
+
+def _is_in(number: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    is_end = (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
+    return low < number < high or is_end
+
+
+def leave_out_long(models: Sequence[PreTrainedModel], items: list, lengths: Sequence[int]) -> list:
+    """Items whose number of tokens all models can read; prints how many are left out."""
+    configs = [model.config.get_text_config(decoder=True) for model in models]
+    limit = min(config.max_position_embeddings for config in configs)
+    readable = [item for item, n in zip(items, lengths, strict=True) if n <= limit]
+    if len(readable) < len(items):
+        count = f"{len(items) - len(readable)} of {len(items)} texts are left out"
+        print(f"{count}: they have more than the {limit} tokens that the model reads.")
+    if items and not readable:
+        raise ValueError(f"No text is left: all have more than {limit} tokens. Give shorter ones.")
+    return readable
 
 
 def load_records(data: str, source: str | None, split: str) -> dict[str, list[Record]]:
@@ -103,6 +153,8 @@ def load_records(data: str, source: str | None, split: str) -> dict[str, list[Re
     records = {}
     for record in read_records(data, source, split):
         records.setdefault(record.context, []).append(record)
+    if not records:
+        raise ValueError(f"There is no {data} record in {source}: give a source that has some.")
     return records
 
 

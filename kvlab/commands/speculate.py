@@ -1,6 +1,7 @@
 """`kvlab speculate`: plain and speculative decoding, prompt by prompt."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import kvlab.draft  # noqa: F401  so that transformers can load a KnowledgeDraft
 from kvlab import speculate as decoding
 from kvlab.commands import shared
 from kvlab.evaluate import run_info
+from kvlab.files import require_writable
 from kvlab.fuse import Fuser, Size
 from kvlab.generation import encode
 from kvlab.lab.report import problems
@@ -55,10 +57,10 @@ def speculate(
         skip_standard: Leave plain decoding out, and with it every comparison.
         no_prefill_fusion: Do not fuse the prompt.
         no_decode_fusion: Do not fuse accepted tokens.
-        save_results: Write a JSON file with settings, texts and numbers.
+        save_results: Write a JSON file with settings, texts and numbers, after each prompt.
         output_dir: Folder of that file.
-        prompt_file: More prompts, one per line, or JSON lines with "turns", of which the first is
-            used.
+        prompt_file: More prompts, one per line, or JSON: texts, or rows with "turns", of which the
+            first is used.
         seed: Random seed of sampling.
         compiled: Compile both models first; worth it for many prompts.
         store: Folder that `kvlab build-cache` made; a draft that reads knowledge gets the item
@@ -76,6 +78,9 @@ def speculate(
         if compiled:
             hint = "leave --compiled out, or --store"
             raise ValueError(f"What a draft knows differs from prompt to prompt: {hint}.")
+    path = shared.timed_name(output_dir, "speculate") if save_results else None
+    if path:
+        require_writable(path)
     fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
     sampling = decoding.Sampling(generator=torch.Generator(), **options)
     texts = [*(prompts or ()), *(read_prompts(prompt_file) if prompt_file else ())]
@@ -91,6 +96,9 @@ def speculate(
         hint = "leave --store out, or give a draft of `kvlab train-draft --knowledge kv`"
         raise ValueError(f"{scale.draft} does not read knowledge: {hint}.")
     knowledge = shared.open_store(store, target.model, scale, reads) if store else None
+    lengths = [len(ids) + max_new_tokens for ids in rows]
+    pairs = [*zip(texts, rows, strict=True)]
+    pairs = shared.leave_out_long((target.model, draft.model), pairs, lengths)
     if fuser:
         fuser = _fit(fuser, draft.model, target.model)
     make_proposer = partial(_make_proposer, draft, fuser, fused, knowledge, threshold)
@@ -99,15 +107,18 @@ def speculate(
         sampling.generator.manual_seed(seed)
         return generate(target, [ids], proposer, gamma=gamma, max_new_tokens=n, sampling=sampling)
 
-    for proposer in (None, make_proposer(texts[0], rows[0])[0]):
-        run(rows[0], proposer, 4)  # warms up, and compiles
+    for proposer in (None, make_proposer(*pairs[0])[0]):
+        run(pairs[0][1], proposer, min(4, max_new_tokens))  # warms up, and compiles
     rounds = {"speculative": []} if skip_standard else {"plain": [], "speculative": []}
-    results = _decode_prompts(texts, rows, rounds, make_proposer, run, tokenizer)
-    summary = _summarize_arms(results, rounds, gamma, sampling.greedy)
-    if save_results:
-        settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
-        result = {"settings": settings, "prompts": results, "summary": summary, **run_info()}
-        print(shared.write_json(shared.timed_name(output_dir, "speculate"), result))
+    settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
+    result = {"settings": settings, "prompts": [], **run_info()}
+    for decoded in _decode_prompts(pairs, rounds, make_proposer, run, tokenizer):
+        result["prompts"].append(decoded)
+        if path:
+            shared.write_json(path, result)
+    result["summary"] = _summarize_arms(result["prompts"], rounds, gamma, sampling.greedy)
+    if path:
+        print(shared.write_json(path, result))
 
 
 def _fit(fuser: Fuser, draft, target) -> Fuser:
@@ -139,20 +150,19 @@ def _make_proposer(
     return proposer, {"found": item and item.question, "finding_seconds": seconds}
 
 
-def _decode_prompts(texts, rows, rounds: dict, make_proposer, run, tokenizer) -> list[dict]:
+def _decode_prompts(pairs, rounds: dict, make_proposer, run, tokenizer) -> Iterator[dict]:
     """Decode each prompt with each arm, and add the rounds of each arm to `rounds`."""
-    results = []
-    for text, ids in zip(tqdm(texts, desc="prompts"), rows, strict=True):
+    for text, ids in tqdm(pairs, desc="prompts"):
         proposer, retrieved = make_proposer(text, ids)
-        results.append({"prompt": text} | retrieved)
+        result = {"prompt": text} | retrieved
         for arm in rounds:
             generated = run(ids, proposer if arm == "speculative" else None)
             rounds[arm] += generated.rounds
             summary = decoding.summarize(generated.rounds)
             tokens = generated.tokens[0].tolist()
-            result = {"text": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
-            results[-1][arm] = result | {"token_ids": tokens} | asdict(summary)
-    return results
+            decoded = {"text": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
+            result[arm] = decoded | {"token_ids": tokens} | asdict(summary)
+        yield result
 
 
 def _summarize_arms(results: list[dict], rounds: dict, gamma: int, greedy: bool) -> dict:

@@ -1,6 +1,8 @@
 """The lab family: shapes, growth, and loading of the models that ship with kvlab."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -66,7 +68,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
         >>> load_model("lab-target").config.num_hidden_layers
         12
     """
-    return AutoModelForCausalLM.from_pretrained(_folder_of(name), dtype=dtype).eval()
+    with _loading(name):
+        return AutoModelForCausalLM.from_pretrained(_folder_of(name), dtype=dtype).eval()
 
 
 def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> torch.nn.Module:
@@ -78,7 +81,8 @@ def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> torch.nn.Module:
     """
     from sentence_transformers import SentenceTransformer  # slow to import
 
-    return SentenceTransformer(str(_folder_of(name)), device=device)
+    with _loading(name):
+        return SentenceTransformer(str(_folder_of(name)), device=device)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -88,7 +92,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         >>> load_tokenizer("lab-target")("Anna lives in Paris.").input_ids == []
         False
     """
-    return AutoTokenizer.from_pretrained(_folder_of(name))
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(_folder_of(name))
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Name the model that cannot be loaded: what goes wrong has many kinds, of several packages."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].removesuffix(".")
+        expected = f"expected one of {', '.join(NAMES)}, a folder of a model, or a name on the hub"
+        raise ValueError(f"{str(name)!r} cannot be loaded ({reason}): {expected}.") from error
 
 
 def _folder_of(name: str) -> str | Path:
