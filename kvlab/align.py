@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.answers import extract_answer, same_answer
-from kvlab.cache import Prefix, from_tensor, rotate, to_tensor, unrotate
+from kvlab.cache import Prefix, convert, from_tensor, rotate, to_tensor, unrotate
 from kvlab.evaluate import figure
 from kvlab.files import read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import answers, rendered
@@ -427,7 +427,7 @@ def encode_with_teacher(
         states = mix_layers(states[:, :, None], layer_map)[:, :, 0]
         for i, size in enumerate(borders[:, 3].tolist()):
             tensors = kv.keys[i, :, -size:], kv.values[i, :, -size:], states[i]
-            result.append(TeacherFeatures(*(x.half().cpu() for x in tensors)))
+            result.append(TeacherFeatures(*(convert(x, torch.float16) for x in tensors)))
     return result
 
 

@@ -17,6 +17,7 @@ for inference. `_example()` is a random two-layer Qwen3 and five token ids.
 True
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -49,9 +50,32 @@ Position = int | Tensor  # one for all rows, or (B,)
 Owner = PreTrainedModel | dict  # the model that made a cache, or its `fingerprint`
 
 
+class _OwnCache:
+    """A field that holds a cache of its own and gives out copies, which share its keys and values.
+
+    `generate` and `model(...)` append to the cache they are given: to a copy, and the field stays as it was.
+    """
+
+    def __get__(self, owner, owner_type=None) -> Cache | None:
+        if owner is None:
+            raise AttributeError("The field has no default.")
+        return self._copied(owner.__dict__["_cache"])
+
+    def __set__(self, owner, cache: Cache | None) -> None:
+        owner.__dict__["_cache"] = self._copied(cache)
+
+    def _copied(self, cache: Cache | None) -> Cache | None:
+        copied = copy.copy(cache)
+        if cache is not None:
+            copied.layers = [copy.copy(layer) for layer in cache.layers]
+        return copied
+
+
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """A cache and where to go on: what `prefill`, `load`, splicing, eviction and compression return.
+
+    Its cache does not grow: models append to the copy that `prefix.cache` gives.
 
     Args:
         cache: keys and values of T entries. After eviction T is not the next position.
@@ -64,7 +88,7 @@ class Prefix:
         metadata: what was saved with it.
     """
 
-    cache: DynamicCache
+    cache: DynamicCache = _OwnCache()
     next_position: Position
     input_ids: Sequence[int] = ()
     logits: Tensor | None = None
@@ -396,6 +420,20 @@ def from_tensor(tensor: Tensor) -> DynamicCache:
     if tensor.ndim != 6 or tensor.shape[1] != 2:
         raise CacheError(f"The tensor is {tuple(tensor.shape)}, expected (L, 2, B, H_kv, T, D).")
     return from_layers((keys, values) for keys, values in tensor)
+
+
+def convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copy a tensor to the CPU in a dtype to be stored in; CacheError for numbers that it cannot hold.
+
+    >>> convert(torch.tensor([1.5]), torch.float16)
+    tensor([1.5000], dtype=torch.float16)
+    """
+    converted = tensor.to("cpu", dtype, copy=True)
+    if not converted.float().isfinite().all():
+        limit = f"expected at most {torch.finfo(dtype).max:,.0f}, the largest in {dtype}"
+        message = f"A number is {tensor.abs().max().item():.3g}, {limit}"
+        raise CacheError(f"{message}: store in torch.bfloat16 or torch.float32.")
+    return converted
 
 
 def nbytes(cache: DynamicCache) -> int:

@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvlab.cache import Prefix, length, prefill, select, shift
-from kvlab.models import rotary_of
+from kvlab.models import require_supported, rotary_of
 
 
 class Attention(NamedTuple):
@@ -134,6 +134,7 @@ def capture_attention(model: PreTrainedModel, on_layer: Callable[..., None]) -> 
     Inside the context the layers run with PyTorch's attention (sdpa), registered under a temporary
     name.
     """
+    require_supported(model)  # which runs layers that are not to be captured
     name = f"kvlab_capture_{id(on_layer)}"
     config = model.config.get_text_config(decoder=True)
     implementation = config._attn_implementation

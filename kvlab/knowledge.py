@@ -435,7 +435,7 @@ class KnowledgeCache:
                     ids = torch.tensor([items[i].input_ids], device=self.model.device)
                     parts["kv"], tensors[i]["positions"] = _compressed(ids, compress)
                 for part in self.keep:
-                    tensors[i][part] = parts[part].to("cpu", self.dtype, copy=True)
+                    tensors[i][part] = kv.convert(parts[part], self.dtype)
         return self._write(items, tensors, _embed(self.embedder, [item.question for item in items]))
 
     def _write(self, items, tensors: list[dict[str, Tensor]], embeddings: Tensor) -> dict:

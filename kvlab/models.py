@@ -25,7 +25,8 @@ ARCHITECTURE = (
     "model_type num_hidden_layers hidden_size intermediate_size num_attention_heads".split()
 )
 ARCHITECTURE += "num_key_value_heads hidden_act rms_norm_eps vocab_size".split()
-_checked = weakref.WeakSet()  # models and rotary modules that passed their checks
+FAR = 10_000  # positions by which `require_supported` moves two tokens, if the model has so many
+_checked = weakref.WeakSet()  # decoders that passed `require_supported`, and their rotary modules
 
 
 class CacheError(ValueError):
@@ -50,13 +51,14 @@ def _example() -> tuple[PreTrainedModel, Tensor]:
     return model.eval().requires_grad_(False), torch.tensor([[5, 17, 2, 90, 33]])
 
 
-def rotary_of(model: nn.Module) -> nn.Module:
-    """Find the rotary embedding of a model: the module with `inv_freq` (D/2,) and `attention_scaling`."""
-    modules = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-    if len(modules) != 1:
-        count = f"{type(model).__name__} has {len(modules)} rotary embeddings, expected one"
-        raise CacheError(f"{count}: use a Llama-like decoder.")
-    return modules[0]
+def rotary_of(model: PreTrainedModel) -> nn.Module:
+    """Return the rotary embedding of a supported model: `inv_freq` (D/2,) and `attention_scaling`."""
+    require_supported(model)
+    return _rotary_modules(model)[0]
+
+
+def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
 
 
 @contextmanager
@@ -78,14 +80,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def require_supported(model: PreTrainedModel) -> None:
     """Refuse a model whose cache cannot be cut, joined and moved.
 
+    Once per model, its decoder reads two tokens at two places. In each layer, `rotate_keys` must make
+    the keys of the one place from those of the other: relative error below 1e-3, in half precision
+    8 times the resolution of the dtype. In float32 also the second token, which attends to the first
+    and so carries the rounding of attention, with an error below 1e-2.
+
     Raises:
-        CacheError: for encoder-decoders, for layers other than full attention (sliding window, linear
-            attention), and for rotary embeddings that are missing, partial, interleaved, or change
-            with the length of the text.
+        CacheError: for encoder-decoders; wrappers such as PEFT's; layers other than full attention
+            (sliding window, linear attention); keys and values of several sizes; rotary embeddings
+            that are missing, change with the length of the text, or rotate otherwise than
+            `rotate_keys` (not all dimensions, not in all layers, other pairs, a norm afterwards);
+            attention that depends on positions by more than their distances.
     """
-    if model in _checked:
-        return
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        inner = "pass the model inside, where adapters stay active (PEFT: model.get_base_model())"
+        raise CacheError(f"{name} is not a PreTrainedModel of transformers: {inner}.")
+    decoder = model
+    while decoder.base_model is not decoder:  # a draft is a causal LM around a causal LM
+        decoder = decoder.base_model
+    if decoder in _checked:
+        return
     if model.config.is_encoder_decoder:
         raise CacheError(f"{name} is an encoder-decoder: use a decoder-only model.")
     config = model.config.get_text_config(decoder=True)
@@ -93,40 +108,102 @@ def require_supported(model: PreTrainedModel) -> None:
     if layer_types != {"DynamicLayer"}:
         hint = "use full attention in every layer (Mistral: sliding_window=None)"
         raise CacheError(f"{name} has cache layers of type {sorted(layer_types)}: {hint}.")
-    require_rotary(rotary_of(model), head_dim(config))
-    _checked.add(model)
+    rotary = _require_one_rotary(model, config)
+    _require_width(rotary, head_dim(config))
+    if decoder.device.type == "meta":
+        return
+    layers, by = _read_at_two_places(decoder, config)
+    _require_sizes(name, layers, config)
+    _require_rotation(name, layers, by, rotary)
+    _checked.update((decoder, rotary))
 
 
-def require_rotary(rotary: nn.Module, width: int) -> None:
-    """Check that `rotate_keys` is the rotation of a rotary module of this head width (once a module)."""
-    if not isinstance(getattr(rotary, "inv_freq", None), Tensor):
-        raise CacheError(f"A {type(rotary).__name__} has no inv_freq: pass rotary_of(model).")
-    rope_type = getattr(rotary, "rope_type", "default")
+def _require_one_rotary(model: PreTrainedModel, config: PretrainedConfig) -> nn.Module:
+    """Return the only rotary embedding, the same for texts of every length."""
+    modules, name = _rotary_modules(model), type(model).__name__
+    if len(modules) != 1:
+        count = f"{name} has {len(modules)} rotary embeddings, expected one"
+        raise CacheError(f"{count}: use a Llama-like decoder.")
+    rope_type = getattr(modules[0], "rope_type", "default")
     if rope_type not in ROPE_TYPES:
         sentence = f"Rotary embeddings of type '{rope_type}' change with the length of the text"
         raise CacheError(f"{sentence}: use a model with one of {ROPE_TYPES}.")
+    if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or ()):
+        sentence = f"{name} scales queries by their position (llama_4_scaling_beta)"
+        raise CacheError(f"{sentence}, expected attention to depend on distances: use another.")
+    return modules[0]
+
+
+def _require_width(rotary: nn.Module, width: int) -> None:
     rotated_width = 2 * rotary.inv_freq.numel()
     if rotated_width != width:
         sentence = (
             f"The rotary embedding turns {rotated_width} of {width} key dimensions, expected all"
         )
         raise CacheError(f"{sentence}: pass rotary_of the model that made the cache.")
-    if rotary in _checked:
-        return
-    by = torch.tensor([3, 11, 29], device=rotary.inv_freq.device)
-    keys = torch.linspace(-1, 1, 3 * width, device=by.device).reshape(1, 1, 3, width)
-    cos, sin = rotary(keys, by[None])  # (1, 3, D), times the attention scaling
-    halves = torch.cat((-keys[..., width // 2 :], keys[..., : width // 2]), -1)
-    rotated = rotate_keys(keys, by, rotary, rotary.attention_scaling)
-    restored = rotate_keys(rotated, -by, rotary, 1 / rotary.attention_scaling)
-    error = (rotated - (keys * cos + halves * sin)).abs().max().item()
-    error = max(error, (restored - keys).abs().max().item())
-    if error >= 1e-3:
-        sentence = f"Keys turned by {type(rotary).__name__}.inv_freq are off by {error:.2g}"
-        raise CacheError(
-            f"{sentence}, expected less than 0.001: use a model with the Llama layout."
-        )
-    _checked.add(rotary)
+
+
+@torch.no_grad()
+def _read_at_two_places(decoder: PreTrainedModel, config: PretrainedConfig) -> tuple[list, Tensor]:
+    """Read two tokens at positions 0, 1 and, in a second row, farther on; return layers and distance."""
+    limit = getattr(config, "max_position_embeddings", None) or FAR
+    by = torch.tensor(min(FAR, limit - 2), device=decoder.device)
+    size = decoder.get_input_embeddings().num_embeddings
+    ids = torch.tensor([[size // 3, size // 2]] * 2, device=decoder.device)
+    positions = torch.stack((0 * by, by))[:, None] + torch.arange(2, device=by.device)
+    training = {module: module.training for module in decoder.modules()}
+    try:
+        for module in training:
+            module.training = False  # no dropout, no checkpointing
+        cache = DynamicCache()
+        decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        sentence = f"{type(decoder).__name__} cannot read two tokens into a DynamicCache"
+        cause = f"{type(error).__name__}: {error}"
+        raise CacheError(f"{sentence} ({cause}): use a Llama-like decoder.") from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return cache.layers, by
+
+
+def _require_sizes(name: str, layers: list, config: PretrainedConfig) -> None:
+    """Check that every layer keeps keys and values as the configuration says."""
+    heads = getattr(config, "num_key_value_heads", None)
+    expected = (config.num_hidden_layers, heads, head_dim(config))
+    shapes = [x.shape for layer in layers for x in (layer.keys, layer.values) if x is not None]
+    sizes = {(len(shapes) / 2, shape[1], shape[3]) for shape in shapes}
+    if sizes != {expected}:
+        found = f"{name} keeps (layers, heads, width) {sorted(sizes)}, its config says {expected}"
+        raise CacheError(f"{found}: use a model with keys and values of one size in every layer.")
+
+
+def _require_rotation(name: str, layers: list, by: Tensor, rotary: nn.Module) -> None:
+    """Check that keys at the second place are the rotated keys of the first, in every layer."""
+    eps = torch.finfo(layers[0].keys.dtype).eps
+    limits = torch.tensor([max(1e-3, 8 * eps), 1e-2 if eps < 1e-4 else math.inf])
+    errors = {}
+    for i, layer in enumerate(layers):
+        here, there = layer.keys.float()  # (H_kv, 2, D)
+        difference = rotate_keys(here, by, rotary) - there
+        error = (difference.norm(dim=(0, 2)) / there.norm(dim=(0, 2)).clamp(min=1e-9)).cpu()
+        if not (error < limits).all():  # nan is wrong too
+            errors[i] = error.max().item()
+    if errors:
+        error = f"relative error {max(errors.values()):.2g} after {by} positions"
+        sentence = f"{name} rotates keys otherwise than Llama in layers {list(errors)} ({error}"
+        limit = f"expected less than {limits[0]:.2g})"
+        raise CacheError(f"{sentence}, {limit}: use a Llama-like decoder.")
+
+
+def require_rotary(rotary: nn.Module, width: int) -> None:
+    """Refuse a rotary embedding that no supported model of this head width has."""
+    if rotary not in _checked:
+        sentence = f"A {type(rotary).__name__} is not the rotary embedding of a tried model"
+        raise CacheError(f"{sentence}: pass rotary_of(model).")
+    _require_width(rotary, width)
 
 
 def rotate_keys(keys: Tensor, by: Tensor, rotary: nn.Module, scale: float = 1.0) -> Tensor:
@@ -153,14 +230,22 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     >>> first_layers(_example()[0], 1).config.num_hidden_layers
     1
     """
-    count = model.config.num_hidden_layers
+    require_supported(model)
+    base = copy.copy(model.base_model)
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    children = base.named_children()
+    lists = [k for k, m in children if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        sentence = f"{type(base).__name__} has {len(lists)} lists of {count} layers, expected one"
+        raise CacheError(f"{sentence}: use a Llama-like decoder.")
     if not 0 < layers <= count:
         raise CacheError(f"layers is {layers}, expected 1 to {count}, which the model has.")
     shallow = copy.copy(model)
-    base = copy.copy(model.base_model)
     shallow.config = base.config = copy.copy(model.config)
-    base.config.num_hidden_layers = layers  # decoders read it when they run
+    base.config.num_hidden_layers = layers
+    base._modules = {**base._modules, lists[0]: base._modules[lists[0]][:layers]}
     shallow._modules = {**model._modules, model.base_model_prefix: base}
+    _checked.add(base)
     return shallow
 
 

@@ -282,10 +282,10 @@ class Runner:
     """
 
     def __init__(self, model: PreTrainedModel, compiled_room: int | None = None):
-        require_supported(model)
         attention = model.config._attn_implementation
         if attention not in ("eager", "sdpa"):
             raise ValueError(f"attn_implementation is {attention!r}, expected 'sdpa' or 'eager'.")
+        require_supported(model)
         if compiled_room is not None and not getattr(model, "compilable", True):
             kind = "A draft with cross-attention or transitions"
             raise ValueError(f"{kind} cannot be compiled: leave compiled_room out.")
