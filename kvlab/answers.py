@@ -1,7 +1,8 @@
 r"""Find the answer in a generated text, and compare two answers.
 
 `extract_answer` looks in the last \boxed{}, then after the last "answer is", "Answer:", "####" or
-"答案是", then in the whole text. `same_answer` compares what it found with a reference. Both depend
+"答案是", then in the whole text; without thoughts (<think>...</think>) and without what follows the
+answer ("#### 9" and then other lines, or a next question). `same_answer` compares what it found with a reference. Both depend
 on the kind of the answer, one of `ANSWER_KINDS`; `kvlab.records.DATA_SETS` has that of each data
 set.
 """
@@ -13,32 +14,49 @@ MARK = (
     r"(?i:####|\banswer\b(?:[\w ]{0,30}?\b(?:is|be)\b|\W{0,4}[:：=])"
     r"|答案[^，。\d\n]{0,6}?[是为选:：]|答[:：])"
 )
+THOUGHT = r"(?is)\A.*</think(?:ing)?>|<think(?:ing)?>.*"  # one that does not end has no answer
+# What ends an answer: the rest of its line after "####", and a line that asks the next question.
+RUN_ON = (
+    r"(?is)(####\s*[^\w\s]*(?:\d(?:[\d,./]*\d)?|[a-m]|yes|no)(?!\w|\.\s+\w)[^\n]*)\n.*"
+    r"|(?<=\S)\s*\n\W*(?:question|problem|q|user|human)(?: ?\d+)?\W{0,2}:.*"
+)
 SENTENCE_END = r"\.(?=\s|$)|。"
 LETTER = (
     r"[(（][A-Ma-m][)）]"
     r"|(?<![A-Za-z'’])[A-M](?![A-Za-z'’]|(?<=[AI]) (?!(?:because|since|as|is|and)\b)[A-Za-z])"
 )
+# "a" and "i" are also words.
+SMALL_LETTER = r"(?<![\w'’])(?:[b-hj-m](?![\w'’/])|[ai](?=\W*(?:\n|\Z)|[.,:;)]))"
 LETTER_PATTERNS = (
-    rf"\\boxed\{{(?:\\text\{{)?({LETTER})",
-    rf"(?:{MARK}|(?i:\b(?:option|choice) is)|选[择项]?)"
-    rf"\W*(?:(?i:option|choice)\W+|选项\W*)?({LETTER})",
-    rf"\A[\"'*\s]*({LETTER})(?:[.:：、．)]|\s*(?:\n|\Z))",
+    rf"\\boxed\{{(?:\\text\w*\{{)?({LETTER}|{SMALL_LETTER})",
+    rf"(?:{MARK}|(?i:\b(?:(?:option|choice) is|choose|chose|pick|select|go with))|选[择项]?)"
+    rf"\W*(?:(?i:option|choice)\W+|选项\W*)?({LETTER}|{SMALL_LETTER})",
+    rf"({LETTER})\W*\b(?i:(?:is|must be|would be|seems)\s+(?:the\s+|most\s+|likely\s+|only\s+)*"
+    r"(?:correct|right|best|answer)\b)",
+    rf"\A[\"'*_`\s]*({LETTER}|[a-m](?!\w))[\"'*_`]*(?:[.:：、．)]|\s*(?:\n|\Z))",
+    r"[*_`]([(（]?[A-M][)）]?)[.:]?[*_`]",
     r"([(（][A-M][)）])",
+    r"(?<!\w)([(（][a-m][)）])",
 )
 NUMBER = (
     r"(?:(?<![A-Za-z\d)}])-)?"
     r"(?:\d+\(\d+/0*[1-9]\d*\)|(?:\d+ )?\d+/0*[1-9]\d*|\d+(?:\.\d+)?|\.\d+)(?: ?%)?"
 )
+PART = r"\{\s*-?\s*\d+\s*\}"
+FRACTION = rf"(?:(?<![\w)}}])-)?\\[dt]?frac\s*(?:{PART}\s*{PART}|{PART}\d|\d\s*{PART}|\d\d(?!\d))"
 YES_NO = r"(?<![A-Za-z])(yes|no|true|false)(?![A-Za-z])"
+UNIT, COUNTS = r"\\(?:text|textrm|mbox|mathrm)", "(?:hundred|thousand|[mbtr]+illion|dozen)"
 LATEX = (
     # \\ stays: it separates the rows of a matrix.
     (r"(\\\\)|\\[ !,;:()\[\]]|\\(?:left|right)(?![A-Za-z])", r"\1"),
     (r"(?<!\d)\s+|\s+(?!\d)|\\?[$%]|\^\{?\\circ\}?|\.\s*$", ""),
     (r"\\[dt]frac", r"\\frac"),
-    (r"(?<=[\d})])\\(?:text|textrm|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),
+    (rf"(?i)(?<=\d)(?:{UNIT}\{{)?([ap])\.?m\.?\}}?$", lambda half: f"{half[1].lower()}m"),
+    (rf"(?<=[\d}})]){UNIT}\{{(?!{COUNTS})[^{{}}]*\}}(?:\^\{{?\d\}}?)?$", ""),
     (r"\\(?:text|textrm|textbf|mbox|mathrm|mathbf)\{([^{}]*)\}", r"\1"),
     (r"\\(frac|sqrt)(\w)", r"\\\1{\2}"),
     (r"(\\frac\{[^{}]*\})(\w)", r"\1{\2}"),
+    (r"\\frac\{-((?:[^{}+-]|\{[^{}]*\})*)\}", r"-\\frac{\1}"),
     (r"(?<!\d)\.(?=\d)", "0."),
     (r"^[A-Za-z]{1,2}=", ""),
 )
@@ -67,7 +85,8 @@ def extract_answer(kind: str, text: str) -> str:
         'B'
     """
     _require_kind(kind)
-    return ANSWER_KINDS[kind](text)
+    text = re.sub(THOUGHT, "", text)
+    return ANSWER_KINDS[kind](re.sub(RUN_ON, r"\1", text))
 
 
 def same_answer(kind: str, one: str, two: str) -> bool:
@@ -178,8 +197,15 @@ def _plain_digits(text: str) -> str:
     text = text.replace("{,}", ",").replace("\\!", "")
     text = re.sub(r"\\?[$¥￥€£]|\\(?=%)|(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)
-    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    text = re.sub(FRACTION, _plain_fraction, text)
     return re.sub(r"\((\d+)\)/\((\d+)\)", r"\1/\2", text)  # ((1)/(2)), as Math23K has it
+
+
+def _plain_fraction(match: re.Match) -> str:
+    signs, numbers = (re.findall(pattern, match[0]) for pattern in ("-", r"\d+"))
+    if len(numbers) == 1:  # \frac12
+        numbers = numbers[0]
+    return f"{'-' * (len(signs) % 2)}{numbers[0]}/{numbers[1]}"
 
 
 def _plain_latex(text: str) -> str:

@@ -30,7 +30,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from kvlab import cache as kv
 from kvlab.cache import Prefix, prefill
 from kvlab.compress import AWARE, METHODS, count_kept, evict, require_one_text
-from kvlab.evaluate import exact_match, f1, figure, log_likelihoods, rouge_l
+from kvlab.evaluate import exact_match, exponential, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import encode_parts
 from kvlab.losses import distillation_losses
@@ -591,7 +591,6 @@ def compression_figures(scores: pd.DataFrame) -> list[dict]:
             name = f"{method}, {fraction:g}, {score}"
             result = figure(name, means[score].dropna(), UNITS[score], conditions)
             if score == "perplexity":
-                for part in ("value", "low", "high"):
-                    result[part] = float(np.exp(result[part]))
+                result = exponential(result)
             figures.append(result | {"method": method, "retention": fraction, "score": score})
     return figures

@@ -1,8 +1,8 @@
-"""Scores and their uncertainty: exact match, F1, ROUGE-L, multiple choice, bootstrap intervals."""
+"""Scores and their uncertainty: exact match, F1, ROUGE-L, multiple choice, confidence intervals."""
 
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -139,27 +139,83 @@ def multiple_choice(
     return np.array(best)
 
 
-def bootstrap(
-    values: Sequence[float], n: int = 2000, level: float = 0.95, seed: int = 0
+def mean_interval(
+    values: Sequence[float], level: float = 0.95, unit: str | None = None
 ) -> tuple[float, float, float]:
-    """Return the mean of `values` and its percentile bootstrap interval: (mean, low, high).
+    """Return the mean of `values` and its confidence interval: (mean, low, high).
 
-    Resample what is independent (prompts, seeds), never tokens of one prompt. For a paired
-    comparison pass differences. Source: Efron and Tibshirani (1993), An Introduction to the
-    Bootstrap, section 13.3.
+    Give one value for each thing that is independent (prompts, seeds), never for tokens of one
+    prompt; for a paired comparison give differences. Coverage is near `level` unless a few values
+    far from the others decide the mean: average logarithms of such.
+
+    Sources: Agresti and Coull (1998), https://doi.org/10.2307/2685469, for fractions, with the
+    effective number of Korn and Graubard (1998) where values are not just 0 and 1; Agresti and Min
+    (2005), https://doi.org/10.1002/sim.1781, for differences that are all -1, 0 or 1; else Student's t.
+
+    Args:
+        level: probability that such an interval contains the true mean.
+        unit: "fraction" for values between 0 and 1, "difference" for differences of two fractions.
+            Without a unit, values between 0 and 1 of which some are 0 or 1 are fractions.
+
+    Returns:
+        mean, low, high; without an interval (low and high are NaN) for one value that is not 0 or 1.
 
     Example:
-        >>> bootstrap([1, 1, 1])
-        (1.0, 1.0, 1.0)
+        >>> [round(number, 2) for number in mean_interval([1, 1, 1, 1, 1, 1, 1, 1, 1, 0])]
+        [0.9, 0.57, 1.0]
+        >>> [round(number, 2) for number in mean_interval([2.0, 3.0, 7.0])]
+        [4.0, -2.57, 10.57]
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
         raise ValueError(
             f"Expected a list of finite numbers with at least one entry; got shape {values.shape}."
         )
-    picks = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
+    inside = values.min() >= 0 and values.max() <= 1
+    if unit is None and inside and (values.min() == 0 or values.max() == 1):
+        unit = "fraction"
+    if unit == "fraction" and inside:
+        ends = _fraction_interval(values, level)
+    elif unit == "difference" and np.isin(values, (-1, 0, 1)).all():
+        ends = _pairs_interval(values, level)
+    else:
+        ends = _t_interval(values, level)
+    return float(values.mean()), *map(float, ends)
+
+
+def _t_interval(values: np.ndarray, level: float) -> np.ndarray:
+    from scipy.special import stdtrit  # slow to import
+
+    n = len(values)
+    if n == 1:
+        return np.full(2, np.nan)
+    margin = stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(n)
+    return values.mean() + margin * np.array([-1, 1])
+
+
+def _fraction_interval(values: np.ndarray, level: float) -> np.ndarray:
+    """Agresti and Coull's, for as many questions of 0 or 1 as would have the variance of the mean."""
+    from scipy.special import ndtri, stdtrit
+
+    n, z, mean = len(values), ndtri((1 + level) / 2), values.mean()
+    variance, binary = values.var(), np.isin(values, (0, 1)).all()
+    if n == 1 and not binary:
+        return np.full(2, np.nan)
+    if not binary and variance > 0:  # unlike that of 0 and 1, it does not follow from the mean
+        n = (n - 1) * mean * (1 - mean) / variance * (z / stdtrit(n - 1, (1 + level) / 2)) ** 2
+    center = (n * mean + z**2 / 2) / (n + z**2)
+    margin = z * np.sqrt(center * (1 - center) / (n + z**2))
+    return (center + margin * np.array([-1, 1])).clip(0, 1)
+
+
+def _pairs_interval(values: np.ndarray, level: float) -> np.ndarray:
+    """Agresti and Min's: half an observation more in each cell of the two-by-two table."""
+    from scipy.special import ndtri
+
+    n, square = len(values) + 2, (values**2).sum() + 1
+    center = values.sum() / n
+    margin = ndtri((1 + level) / 2) * np.sqrt((square / n - center**2) / n)
+    return (center + margin * np.array([-1, 1])).clip(-1, 1)
 
 
 def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
@@ -201,15 +257,35 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def figure(name: str, values: Sequence[float], unit: str, conditions: str) -> dict:
-    """Return one measured figure with its 95 % bootstrap interval, in the form of results files.
+    """Return one measured figure with its 95 % interval, in the form of results files.
+
+    A measurement that was made once has no interval: low and high are None. Up to 400 values are kept
+    beside their mean, so that an interval can be computed from them again.
 
     Example:
-        >>> figure("accuracy", [1, 1], "fraction", "two questions")["low"]
+        >>> figure("accuracy", [1, 0, 1, 1], "fraction", "four questions")["value"]
+        0.75
+    """
+    value, low, high = mean_interval(values, unit=unit)
+    if np.isnan(low):
+        low = high = None
+    named = {"name": name, "value": value, "low": low, "high": high, "unit": unit}
+    named |= {"n": len(values), "conditions": conditions}
+    if 1 < len(values) <= 400:
+        named["values"] = [float(f"{v:.6g}") for v in values]
+    return named
+
+
+def exponential(logarithmic: Mapping) -> dict:
+    """Return the figure of a geometric mean, from one of the logarithms' mean; `values` stay logarithms.
+
+    Example:
+        >>> exponential(figure("cost", [0.0, 0.0], "ratio", "two equal times"))["value"]
         1.0
     """
-    value, low, high = bootstrap(values)
-    named = {"name": name, "value": value, "low": low, "high": high, "unit": unit}
-    return named | {"n": len(values), "conditions": conditions}
+    ends = ("value", "low", "high")
+    known = [end for end in ends if logarithmic[end] is not None]
+    return {**logarithmic, **{end: float(np.exp(logarithmic[end])) for end in known}}
 
 
 def run_info() -> dict:

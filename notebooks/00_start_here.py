@@ -123,7 +123,7 @@ for question in questions:
 # `lab-target` is deep and knows the FAQ.
 # `lab-draft` has two layers: fast, and often wrong.
 # `lab-teacher` has another width, another number of heads and a tokenizer of its own.
-# This is what they can do, measured now, with 95 % bootstrap intervals.
+# This is what they can do, measured now, with 95 % confidence intervals.
 # Passages and problems are held out from training; the FAQ is asked as it was learned.
 
 # %% mystnb={"image": {"alt": "Dot plot of the fraction of held-out tasks that the target, the draft and the teacher get right, with intervals."}}

@@ -47,7 +47,7 @@ from kvlab import Scale, knowledge, lab, plots, speculate
 from kvlab.cache import Prefix, bytes_per_token, clone, join
 from kvlab.cache import length, nbytes, prefill, shift, to_tensor
 from kvlab.cache import truncate
-from kvlab.evaluate import bootstrap, close
+from kvlab.evaluate import close, mean_interval
 from kvlab.generation import encode
 from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
@@ -226,7 +226,7 @@ assert scale.name != "tiny" or sizes["after turning"] < sizes["difference"] / 2
 
 # %%
 def interval(values):
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(values))
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(values))
 
 
 held_out = [(item["paraphrases"][2], item["id"]) for item in records]
@@ -473,10 +473,12 @@ kls, rights, times = (
 size = [nbytes(piece.cache) / 1e6 for piece in pieces]
 loaded = dict.fromkeys(knowledge.ARMS, sum(size)) | {"full": 0, "prefix": size[0]}
 panels = {
-    "KL, nats per token": {arm: bootstrap(v) for arm, v in kls.items()},
-    "answers right": {arm: bootstrap(v) for arm, v in rights.items()},
+    "KL, nats per token": {arm: mean_interval(v) for arm, v in kls.items()},
+    "answers right": {arm: mean_interval(v) for arm, v in rights.items()},
     "MB loaded": {arm: (mb, mb, mb) for arm, mb in loaded.items()},
-    "ms to the first token": {arm: bootstrap(1e3 * v) for arm, v in times.items()},
+    "ms to the first token": {
+        arm: mean_interval(1e3 * v) for arm, v in times.items()
+    },
 }
 
 # %% mystnb={"image": {"alt": "Four panels, one row per way of splicing: KL is zero for full and prefix, largest for concat, smaller for shift, smallest for recompute; answers right; megabytes loaded; milliseconds to the first token."}}
@@ -633,7 +635,7 @@ def rounded(document, dtype):
 
 for dtype in (torch.float16, torch.bfloat16):
     cost = [rounded(d, dtype) for d in documents[:16]]
-    print(dtype, "{:.1e} [{:.1e}, {:.1e}]".format(*bootstrap(cost)))
+    print(dtype, "{:.1e} [{:.1e}, {:.1e}]".format(*mean_interval(cost)))
 
 # %% [markdown]
 # float16 spends its bits on precision, bfloat16 on range.

@@ -44,7 +44,7 @@ import torch
 import kvlab
 from kvlab import Scale, draft, lab, losses, plots, speculate
 from kvlab.draft import KnowledgeDraft, KnowledgeDraftConfig, sample_layers
-from kvlab.evaluate import bootstrap, close
+from kvlab.evaluate import close, mean_interval
 from kvlab.generation import encode
 from kvlab.files import as_bytes
 from kvlab.knowledge import KnowledgeCache
@@ -250,7 +250,7 @@ def acceptance_of(model, example):
 
 
 def shown(values):
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(values))
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(values))
 
 
 scores = draft.measure_acceptance(cut, target, targets["seen"])

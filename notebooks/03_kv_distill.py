@@ -50,7 +50,7 @@ from kvlab.models import fingerprint
 from kvlab.compress import compact, evict
 from kvlab.distill import DistillDataset, KVDistiller, encode_turns, routed
 from kvlab.distill import train_distiller
-from kvlab.evaluate import bootstrap, close
+from kvlab.evaluate import close, mean_interval
 from kvlab.lab.corpora import Readings
 from kvlab.speculate import generate
 
@@ -125,7 +125,7 @@ def accuracy(compress_context, passages=passages):
 
 
 def shown(values):
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values))
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*mean_interval(values))
 
 
 full = accuracy(everything)

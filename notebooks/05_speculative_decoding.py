@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 import kvlab
 from kvlab import Scale, plots, speculate
 from kvlab.cache import prefill
-from kvlab.evaluate import bootstrap, chi_square
+from kvlab.evaluate import chi_square, mean_interval
 from kvlab.lab import corpora
 from kvlab.lab.report import problems
 from kvlab.speculate import ModelProposer, Sampling, summarize
@@ -381,7 +381,7 @@ print(f"acceptance 0.8, c 0.1: best gamma {best}, {by_kvlab:.2f} times plain")
 # %% [markdown]
 # The model predicts; does it hold?
 # We decode the same prompts plainly and with several $\gamma$, in one run, interleaved prompt by prompt.
-# The speed-up of a prompt is the ratio of its two times, prefill apart, and the interval is a bootstrap over prompts.
+# The speed-up of a prompt is the ratio of its two times, prefill apart, and the interval is over prompts.
 
 # %%
 gammas = [1, 2, 4, 8, 12]
@@ -399,7 +399,7 @@ for g in gammas:
         summarize(a).seconds / summarize(b).seconds
         for a, b in zip(plain, sweep[g], strict=True)
     ]
-    measured.append(bootstrap(ratios))
+    measured.append(mean_interval(ratios))
     c_of[g], v_of[g] = speculate.costs(together(sweep[g]), base)
 
 pd.DataFrame({"c": c_of, "v": v_of}).rename_axis("gamma").round(2)
@@ -590,7 +590,7 @@ if exact:
 # `transformers` can speculate too, with `model.generate(..., assistant_model=draft)`, but not after a cache: it feeds the whole prompt again, on top of the cache that holds it already.
 # On twenty pairs of small random models, with the first part of the prompt in a cache, how often is the text what plain decoding gives?
 # And how do the speeds compare?
-# Those figures take minutes, so a benchmark has measured them (`tests/benchmarks/speculate.py`), with 95 % bootstrap intervals over prompts.
+# Those figures take minutes, so a benchmark has measured them (`tests/benchmarks/speculate.py`), with 95 % confidence intervals over prompts.
 
 # %%
 results = kvlab.results("speculate")

@@ -42,7 +42,7 @@ import torch
 import kvlab
 from kvlab import Scale, cache, draft, fuse, lab, plots
 from kvlab.commands.fuse import fusion_proposers, measure_fusion
-from kvlab.evaluate import bootstrap, close
+from kvlab.evaluate import close, mean_interval
 from kvlab.generation import encode
 from kvlab.fuse import Aligned, Fuser, FuserArm, FuserExample, Settings, Size
 from kvlab.lab.corpora import Requests, blanked
@@ -309,7 +309,7 @@ correct = {
     "reads everything, alone": [answers(row, reads=1) for row in tests],
 }
 for name, scores in correct.items():
-    print("{:24} {:.2f} [{:.2f}, {:.2f}]".format(name, *bootstrap(scores)))
+    print("{:24} {:.2f} [{:.2f}, {:.2f}]".format(name, *mean_interval(scores)))
 if scale.name == "tiny":
     blind = np.mean(correct["reads blanks, alone"])
     assert np.mean(correct["rehearsed"]) > blind + 0.2
@@ -461,7 +461,7 @@ accepted = {
     "reads everything, alone": [guesses(row, reads=1) for row in about],
 }
 for name, fractions in accepted.items():
-    print("{:24} {:.2f} [{:.2f}, {:.2f}]".format(name, *bootstrap(fractions)))
+    print("{:24} {:.2f} [{:.2f}, {:.2f}]".format(name, *mean_interval(fractions)))
 
 # %% [markdown]
 # And in the benchmark:
@@ -570,7 +570,7 @@ for _, shown, answer in tests:
     unread[-1] = shown[-1]
     nothing.append((unread, shown, answer))
 scores = [answers(row, rehearsed) for row in nothing]
-print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(scores)))
+print("{:.2f} [{:.2f}, {:.2f}]".format(*mean_interval(scores)))
 
 # %% [markdown]
 # None.

@@ -577,8 +577,8 @@ def test_gains_are_seed_by_seed():
     gain = found["gain_full"]
     assert gain["value"] == pytest.approx(0.3)
     assert (gain["low"], gain["high"], gain["n"]) == (
-        pytest.approx(0.2, abs=0.01),
-        pytest.approx(0.4, abs=0.01),
+        pytest.approx(0.3 - 0.1 * 4.30265 / 3**0.5, abs=1e-5),  # Student's t of 0.2, 0.3 and 0.4
+        pytest.approx(0.3 + 0.1 * 4.30265 / 3**0.5, abs=1e-5),
         3,
     )
     assert found["GB_full"]["unit"] == "GB"

@@ -260,7 +260,7 @@ def test_answers_that_end_at_once_are_not_measured(fuse, monkeypatch):
     ended.append(prompts[0])
     written = fuse("fuser")
     assert [f["n"] for f in written["figures"]] == [1] * 4
-    assert all(0 <= f["low"] <= f["value"] <= f["high"] <= 1 for f in written["figures"])
+    assert all(0 <= f["value"] <= 1 for f in written["figures"])
     assert [f["value"] for f in written["figures"]] != [f["value"] for f in every["figures"]]
     ended.extend(prompts)
     written = fuse("fuser")

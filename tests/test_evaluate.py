@@ -1,19 +1,22 @@
 """Scores, against plain loops over tokens, transformers' own generation, and known cases."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2, kstest
+from scipy.stats import binom, chi2, kstest
 
 from kvlab.cache import Prefix, length, prefill, repeat, select
 from kvlab.evaluate import (
-    bootstrap,
     chi_square,
     exact_match,
+    exponential,
     f1,
+    figure,
     log_likelihoods,
+    mean_interval,
     multiple_choice,
     rouge_l,
 )
@@ -367,39 +370,109 @@ def test_a_uniform_model_gives_each_token_one_over_its_vocabulary(model, tokeniz
     assert np.exp(-logs / [len(t) - 1 for t in texts]) == pytest.approx([400, 400], rel=1e-5)
 
 
-# the bootstrap
+# intervals
 
 
-def test_bootstrap_covers_the_mean():
-    samples = np.random.default_rng(0).normal(3.0, 2.0, size=(200, 40))
-    intervals = [bootstrap(sample, n=500) for sample in samples]
-    covered = np.mean([low <= 3.0 <= high for _, low, high in intervals])
-    assert 0.9 <= covered <= 0.98
-    width = np.mean([high - low for _, low, high in intervals])
-    assert width == pytest.approx(2 * 1.96 * 2.0 / np.sqrt(40), rel=0.05)
-    halves = [bootstrap(sample, n=500, level=0.5) for sample in samples]
-    assert 0.4 <= np.mean([low <= 3.0 <= high for _, low, high in halves]) <= 0.6
+def coverage(draw, mean, n, times=2000, **options):
+    """How many intervals of samples contain the mean."""
+    samples = [draw(n) for _ in range(times)]
+    ends = np.array([mean_interval(sample, **options)[1:] for sample in samples])
+    return ((ends[:, 0] <= mean + 1e-12) & (mean - 1e-12 <= ends[:, 1])).mean()
 
 
-def test_bootstrap_moves_with_the_values():
+def exact_coverage(n, p):
+    """The same for n questions that are right with probability p, by adding up all outcomes."""
+    ends = [mean_interval([1] * right + [0] * (n - right))[1:] for right in range(n + 1)]
+    low, high = np.transpose(ends)[..., None]
+    return (binom.pmf(np.arange(n + 1)[:, None], n, p) * ((low <= p) & (p <= high))).sum(0)
+
+
+@pytest.mark.parametrize("n", [16, 24, 40, 64, 100, 200, 400])
+def test_intervals_of_fractions_cover_near_one_half_and_near_one(n):
+    p = np.linspace(0.5, 0.995, 200)  # outcomes are whole numbers, so coverage jumps with p
+    for fractions in (p, 1 - p):
+        covered = exact_coverage(n, fractions)
+        assert 0.945 <= covered.mean() <= 0.97
+        assert covered.min() > 0.92
+        assert (covered > 0.93).mean() > 0.98
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 16, 60])
+def test_intervals_over_seeds_and_measurements_cover(n):
+    rng = np.random.default_rng(n)
+    assert 0.935 <= coverage(lambda k: rng.normal(30, 2, k), 30, n) <= 0.965
+    ratios = coverage(lambda k: np.exp(rng.normal(1, 0.2, k)), np.exp(1.02), n)
+    assert 0.93 <= ratios <= 0.97
+    halves = coverage(lambda k: rng.normal(30, 2, k), 30, n, level=0.5)
+    assert 0.46 <= halves <= 0.54
+
+
+@pytest.mark.parametrize("n", [16, 24, 60, 200])
+@pytest.mark.parametrize(("mean", "questions"), [(0.5, 3), (0.9, 3), (0.8, 40), (0.96, 40)])
+def test_intervals_of_fractions_per_passage_cover(n, mean, questions):
+    """Some passages are harder than others, so their questions are not independent."""
+    rng = np.random.default_rng(n)
+    spread = 20 if questions == 40 else 2
+
+    def fractions(k):
+        p = rng.beta(mean * spread, (1 - mean) * spread, k)
+        return rng.binomial(questions, p) / questions
+
+    assert 0.93 <= coverage(fractions, mean, n) <= 0.99
+
+
+@pytest.mark.parametrize("n", [16, 40, 200])
+@pytest.mark.parametrize(("better", "worse"), [(0.03, 0.01), (0.13, 0.03), (0.4, 0.1), (0.2, 0)])
+def test_intervals_of_paired_differences_cover(n, better, worse):
+    rng, p = np.random.default_rng(n), [worse, 1 - better - worse, better]
+    covered = coverage(lambda k: rng.choice(3, k, p=p) - 1, better - worse, n, unit="difference")
+    assert covered > 0.92
+
+
+def test_an_interval_is_not_narrower_than_what_is_known():
+    assert mean_interval([1] * 20)[1] < 0.85  # 20 of 20 do not show that the next is right
+    assert mean_interval([0] * 20) == pytest.approx([0, 0, 1 - mean_interval([1] * 20)[1]])
+    assert mean_interval([True] * 9 + [False]) == mean_interval([1.0] * 9 + [0.0])
+    value, low, high = mean_interval([0.5])
+    assert value == 0.5
+    assert np.isnan([low, high]).all()  # one measurement has no spread
+    assert mean_interval([0.2, 0.4])[1:] == pytest.approx((0.3 - 1.27062, 0.3 + 1.27062), abs=1e-4)
+    assert mean_interval([0.2, 0.4], unit="fraction")[1] > 0
+    low, high = mean_interval([0] * 20, unit="difference")[1:]
+    assert low < 0 < high
+    assert mean_interval([1] * 20, unit="tokens") == (1, 1, 1)  # counts have no upper end
+
+
+def test_intervals_move_with_the_values():
     values = np.random.default_rng(1).random(30)
-    mean, low, high = bootstrap(values)
+    mean, low, high = mean_interval(values)
     assert low < mean < high
     assert mean == pytest.approx(values.mean())
-    assert bootstrap(10 + 2 * values) == pytest.approx((10 + 2 * mean, 10 + 2 * low, 10 + 2 * high))
-    assert bootstrap(values) == (mean, low, high)
-    assert bootstrap(values, seed=1) != (mean, low, high)
-
-
-def test_bootstrap_of_nothing_uncertain():
-    assert bootstrap([0.5]) == (0.5, 0.5, 0.5)
-    assert bootstrap([True, True]) == (1.0, 1.0, 1.0)
+    moved = mean_interval(10 + 2 * values)
+    assert moved == pytest.approx((10 + 2 * mean, 10 + 2 * low, 10 + 2 * high))
+    rights = np.repeat([0, 1], [3, 21])
+    mean, low, high = mean_interval(rights)
+    assert mean_interval(1 - rights) == pytest.approx((1 - mean, 1 - high, 1 - low))
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")], [[1.0, 2.0]], 3.0])
-def test_bootstrap_refuses_what_is_not_a_list_of_numbers(values):
+def test_intervals_refuse_what_is_not_a_list_of_numbers(values):
     with pytest.raises(ValueError, match="list of finite numbers"):
-        bootstrap(values)
+        mean_interval(values)
+
+
+def test_a_figure_keeps_what_its_interval_is_made_of():
+    values = np.random.default_rng(0).random(24)
+    kept = figure("speed", values, "ratio", "24 prompts")
+    again = mean_interval(kept["values"], unit=kept["unit"])
+    assert again == pytest.approx([kept["value"], kept["low"], kept["high"]], rel=1e-5)
+    once = figure("size", [3.5], "MB", "one file")
+    assert (once["low"], once["high"], "values" in once) == (None, None, False)
+    assert json.loads(json.dumps(kept | once)) == kept | once
+    logs = exponential(figure("cost", [0.0, 2.0], "ratio", "two prompts"))
+    assert logs["value"] == pytest.approx(np.e)
+    assert logs["low"] < 1 < logs["high"]
+    assert exponential(figure("cost", [1.0], "ratio", "one"))["low"] is None
 
 
 def test_chi_square_p_values_are_uniform_when_the_draws_are_right():

@@ -259,7 +259,9 @@ def _compare(
             keep(scores)
     figures = chapter.compression_figures(scores)
     table = pd.DataFrame(figures)
-    table["cell"] = table.apply("{value:.3f} [{low:.3f}, {high:.3f}]".format_map, axis=1)
+    table["cell"] = table.astype({"low": float, "high": float}).apply(
+        "{value:.3f} [{low:.3f}, {high:.3f}]".format_map, axis=1
+    )
     table = table.set_index(["method", "retention", "score"])["cell"].unstack(sort=False)
     method = table.index.get_level_values("method")
     tables = {

@@ -174,8 +174,8 @@ Conversation = list[dict[str, str]]
 
 
 def figures_table(figures: Sequence[Mapping]) -> str:
-    columns = ["value", "low", "high", "n"]
-    return pd.DataFrame(figures).set_index("name")[columns].to_string(float_format="{:.3f}".format)
+    table = pd.DataFrame(figures).set_index("name")[["value", "low", "high", "n"]]
+    return table.astype({"low": float, "high": float}).to_string(float_format="{:.3f}".format)
 
 
 def timed_name(folder: Path, command: str) -> Path:

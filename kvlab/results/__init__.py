@@ -12,7 +12,7 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value with its 95 % interval; a format applies to all three numbers.
+    """A measured value with its 95 % interval, where it has one; a format applies to all its numbers.
 
     Example:
         >>> f"{Figure('em', 0.5, 0.41, 0.6, unit='fraction', n=64, conditions='greedy'):.2f}"
@@ -21,20 +21,23 @@ class Figure:
 
     name: str
     value: float
-    low: float
-    high: float
+    low: float | None  # None where a measurement was made once
+    high: float | None
     unit: str
     n: int  # of independent measurements
     conditions: str
+    values: list[float] | None = None  # those measurements, where the file has them
 
     @property
     def interval(self) -> tuple[float, float, float]:
-        """Value, low end and high end."""
+        """Value, low end and high end; three times the value where there is no interval."""
+        if self.low is None:
+            return self.value, self.value, self.value
         return self.value, self.low, self.high
 
     def __format__(self, spec: str) -> str:
         value, low, high = (format(number, spec or ".3g") for number in self.interval)
-        return f"{value} [{low}, {high}]"
+        return value if self.low is None else f"{value} [{low}, {high}]"
 
 
 class Results(dict[str, Figure]):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvlab.evaluate import run_info
 from kvlab.files import write_text
+from kvlab.results import Figure
 
 
 def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None:
@@ -36,6 +37,4 @@ def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None
         print(text)
     elif not options.out:
         for f in figures:
-            print(
-                f"{f['name']:32} {f['value']:10.3f}  [{f['low']:.3f}, {f['high']:.3f}] {f['unit']}: {f['conditions']}"
-            )
+            print(f"{f['name']:32} {Figure(**f):10.3f} {f['unit']}: {f['conditions']}")

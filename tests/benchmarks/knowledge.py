@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kvlab import lab
 from kvlab.cache import Prefix, join, nbytes, prefill, select, shift
-from kvlab.evaluate import figure
+from kvlab.evaluate import exponential, figure
 from kvlab.generation import encode
 from kvlab.knowledge import ARMS, Embedder, Item, KnowledgeCache, splice
 from kvlab.lab import corpora, worlds
@@ -363,8 +363,7 @@ def splice_figures(s: Setup) -> list[dict]:
 
 def ratio_figure(name: str, pairs: np.ndarray, conditions: str) -> dict:
     """The geometric mean of ratios: how it is for most passages, where a few decide about a mean."""
-    made = figure(name, np.log(pairs) @ [1, -1], "ratio", conditions)
-    return made | {key: float(np.exp(made[key])) for key in ("value", "low", "high")}
+    return exponential(figure(name, np.log(pairs) @ [1, -1], "ratio", conditions))
 
 
 def meaning(arm: str) -> str:
