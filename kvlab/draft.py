@@ -50,7 +50,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
 from kvlab.files import write_tensors
-from kvlab.generation import continuations
+from kvlab.generation import Ending, Stop, continuations
 from kvlab.losses import NAMES, acceptance, distillation_losses
 from kvlab.models import fingerprint, require_supported, rotary_of
 from kvlab.training import fit
@@ -469,7 +469,12 @@ Examples = Sequence[DraftExample]
 
 @torch.no_grad()
 def generate_targets(
-    target: PreTrainedModel, tokenizer, prompts: list[list[int]], folder=None, max_new_tokens=128
+    target: PreTrainedModel,
+    tokenizer,
+    prompts: list[list[int]],
+    folder=None,
+    max_new_tokens=128,
+    stop: Stop = (),
 ) -> list[DraftExample]:
     """Generate the target's greedy answers to prompts (token ids), with its last hidden states.
 
@@ -477,6 +482,7 @@ def generate_targets(
         folder: where answers are kept (a path), in files of 256 named by a hash of target, prompts and
             length. Existing files are read instead. Under a launcher, the processes share the work
             if all can read the folder.
+        stop: strings that end an answer, as for `kvlab.speculate.decode`.
 
     Example:
         >>> from kvlab import lab
@@ -485,7 +491,8 @@ def generate_targets(
         >>> generate_targets(target, tokenizer, [prompt], max_new_tokens=4)[0].hidden_states.shape
         torch.Size([4, 128])
     """
-    load = partial(_load_or_generate, target, tokenizer, folder, max_new_tokens)
+    ending = Ending.of(target, tokenizer, stop)
+    load = partial(_load_or_generate, target, ending, folder, max_new_tokens)
     starts = range(0, len(prompts), ANSWERS_PER_FILE)
     parts = [prompts[start : start + ANSWERS_PER_FILE] for start in starts]
     state = PartialState(cpu=target.device.type == "cpu")
@@ -499,15 +506,18 @@ def generate_targets(
     return examples
 
 
-def _load_or_generate(target, tokenizer, folder, max_new_tokens, prompts) -> list[DraftExample]:
+def _load_or_generate(target, ending, folder, max_new_tokens, prompts) -> list[DraftExample]:
     """The answers to one file's prompts."""
-    run = [fingerprint(target)["weights"], prompts, max_new_tokens, tokenizer.eos_token_id]
+    run = [fingerprint(target)["weights"], prompts, max_new_tokens, ending.ids, ending.stop]
+    settings = target.generation_config.to_diff_dict()
+    settings.pop("transformers_version", None)
+    run.append({name: repr(value) for name, value in settings.items()})
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()[:16]
     path = Path(folder or "") / f"answers-{digest}.safetensors"
     if folder and path.exists():
         tensors = load_file(path)
     else:
-        answers = continuations(target, tokenizer, prompts, max_new_tokens)
+        answers = continuations(target, ending.tokenizer, prompts, max_new_tokens, stop=ending.stop)
         texts = [
             torch.tensor([*row, *answer]) for row, answer in zip(prompts, answers, strict=True)
         ]

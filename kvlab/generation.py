@@ -8,7 +8,7 @@ text ends, and `processors_of` gives what the model's generation config changes 
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Self
 
 import numpy as np
@@ -346,7 +346,8 @@ def _answer(tokenizer, conversation: Conversation, answer: str) -> str:
         rendered(tokenizer, [*conversation, {"role": "assistant", "content": content}])
         for content in (answer, MARK)
     )
-    header = commonprefix([opening, marked])
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(opening, marked, strict=False))
+    header = opening[: len(list(same))]
     if whole.startswith(header):
         return whole[len(header) :]
     return answer + closing(tokenizer)
@@ -420,7 +421,7 @@ def close_turn(
     ids = list(ids)
     end = tokenizer(closing(tokenizer), add_special_tokens=False)["input_ids"]
     overlaps = [n for n in range(len(end) + 1) if ids[len(ids) - n :] == end[:n]]
-    if overlaps[-1] == 0 and ids[-1] in end_ids:
+    if overlaps[-1] == 0 and ids and ids[-1] in end_ids:
         ids.pop()
     return ids + end[overlaps[-1] :]
 

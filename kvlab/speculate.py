@@ -656,7 +656,8 @@ class _Stream:
     """A batch that is decoded.
 
     `token` (B,) is the last of each text, which is not yet read; `left`, the number of tokens that
-    a row may still gain, is 0 once its text has ended.
+    a row may still gain, is 0 once its text has ended. If a stream `shrinks`, no row drafts more
+    than it can use of them.
     """
 
     def __init__(self, runner: Runner, input_ids: Prompts, prefix: Prefixes, max_new_tokens: int):
@@ -679,6 +680,9 @@ class _Stream:
         self.ending = ending
         model = self.runner.model
         self.sampling = RowSampling.of(sampling, model, self.texts, ending, self.left)
+        # Compiled calls have one shape, and a row with its own generator draws as if it were alone.
+        own_generators = isinstance(sampling.generator, list | tuple)
+        self.shrinks = not self.runner.compiled_room and not own_generators
 
     def prefill(self, room: int) -> Texts:
         """Let the target read the prompts and give the first token of each row."""
@@ -709,8 +713,9 @@ class _Stream:
             if self.left[row] == 0:  # it ended in an earlier round
                 drafted = []
                 n = 0
-            drafts.append(drafted)
-            counts.append(n)
+            usable = drafted[: self.left[row] - 1] if self.shrinks else drafted
+            drafts.append(usable)
+            counts.append(min(n, len(usable)))
             gained.append(self._extend(row, [*drafted[:n], next_token]))
             if self.left[row] > 0:
                 self.runner.slots.lengths[row] += n + 1
@@ -799,16 +804,13 @@ def decode(
         timer.mark()
         yield timer.round((empty, zeros, empty), is_prefill=True)
 
-    # Compiled calls have one shape, and a row with its own generator draws as if it were alone.
-    own_generators = isinstance(stream.sampling.generator, list | tuple)
-    shrinks = not runner.compiled_room and not own_generators
     no_draft = Proposal(stream.token.new_empty(len(stream.texts), 0))
     while any(stream.left):
         if runner.streams != number:
             raise ValueError("The Runner began another text before this one ended.")
         timer = _Timer(device)
         g = min(gamma(last) if callable(gamma) else gamma, maximum)
-        g = min(g, max(stream.left) - 1) if shrinks else g
+        g = min(g, max(stream.left) - 1) if stream.shrinks else g
         proposal = proposer.propose(g) if proposer and g else no_draft
         timer.mark()
         accepted, token = stream.verify(proposal, g)

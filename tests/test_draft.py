@@ -991,11 +991,11 @@ def test_targets_before_a_kill_are_not_generated_again(
 ):
     target, calls = world()[0], []
 
-    def killed(model, tokenizer, prompts, *rest):
+    def killed(model, tokenizer, prompts, *rest, **options):
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return continuations(model, tokenizer, prompts, *rest)
+        return continuations(model, tokenizer, prompts, *rest, **options)
 
     monkeypatch.setattr("kvlab.draft.ANSWERS_PER_FILE", 3)
     monkeypatch.setattr("kvlab.draft.continuations", killed)
@@ -1017,7 +1017,7 @@ if __name__ == "__main__":
     rank, draft.ANSWERS_PER_FILE = PartialState(cpu=True).process_index, 2
     target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
     prompts, calls, real = [[5, 6, n] for n in range(10, 20)], [], draft.continuations
-    draft.continuations = lambda *args: calls.append(args[2]) or real(*args)
+    draft.continuations = lambda *args, **more: calls.append(args[2]) or real(*args, **more)
     targets = draft.generate_targets(target, tokenizer, prompts, sys.argv[1], max_new_tokens=4)
     assert [example.input_ids[:3].tolist() for example in targets] == prompts
     print(f"rank {rank}: {len(calls)} parts")

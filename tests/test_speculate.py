@@ -1360,7 +1360,8 @@ def test_a_fused_row_is_the_row_alone(tiny_model):
     assert 0 < summarize(together).acceptance < 1
     for row, ids in enumerate(prompts):
         alone = verifications(generate(target, ids[None], proposer, **options).rounds)
-        assert [r.drafted[row] for r in together if r.drafted[row]] == [r.drafted[0] for r in alone]
+        drafted = [r.drafted[0] for r in alone if r.drafted[0]]  # the last round may draft none
+        assert [r.drafted[row] for r in together if r.drafted[row]] == drafted
 
 
 def test_a_compiled_fused_draft_guesses_what_an_uncompiled_one_does(tiny_model, compiled):
