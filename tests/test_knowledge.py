@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from kvlab import cache as kv
 from kvlab import files, knowledge, lab
 from kvlab.draft import KnowledgeDraft
-from kvlab.generation import continuations, encode, rendered
+from kvlab.generation import close_turn, continuations, encode, rendered
 from kvlab.knowledge import ARMS, CACHES_USED, Hit, KnowledgeCache, splice
 from kvlab.lab.tokenizers import CHAT_TEMPLATE
 from kvlab.models import CacheError, rotary_of
@@ -492,11 +492,11 @@ def test_generated_answers_are_kept_in_the_tokens_of_the_model(make, model, toke
     again = []
     for item, record in zip(store.items, RECORDS, strict=True):
         made = list(item.input_ids[item.answer_start :])
-        assert made == greedy(model, tokenizer, item, 9)
+        assert made == close_turn(tokenizer, greedy(model, tokenizer, item, 9))
         assert (item.question, item.generated) == (record["question"], True)
         assert item.answer == tokenizer.decode(made, skip_special_tokens=True).strip()
         near(store.read(item).cache, prefill(model, item.input_ids).cache, 1e-5)
-        again.append(tokenizer(item.answer)["input_ids"] == made)
+        again.append(tokenizer(item.answer)["input_ids"] == made[:-1])
     assert not all(again)  # tokenizing the text again would not do
     assert store.add(questions, generate=True, max_new_tokens=9) == 0
     assert load(store).add(RECORDS, generate=True) == 0
@@ -512,7 +512,7 @@ def test_a_generated_answer_holds_its_end_token_and_no_padding(tmp_path, tokeniz
     ended = 0
     for item in store.items:
         made = list(item.input_ids[item.answer_start :])
-        assert made == greedy(model, tokenizer, item, 48)
+        assert made == close_turn(tokenizer, greedy(model, tokenizer, item, 48))
         ended += made[-1] == tokenizer.eos_token_id
     assert ended
     assert len({len(item.input_ids) - item.answer_start for item in store.items}) > 1
