@@ -26,7 +26,7 @@ text, so that the draft finds the next token by position as well as by content.
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
 from kvlab.files import write_tensors
-from kvlab.generation import Ending, Stop, continuations
+from kvlab.generation import Ending, Stop, continuations, end_tokens, process, processors_of
 from kvlab.losses import NAMES, acceptance, distillation_losses
 from kvlab.models import fingerprint, require_supported, rotary_of
 from kvlab.training import fit
@@ -635,10 +635,23 @@ def measure_acceptance(draft: nn.Module, target: PreTrainedModel, examples: Exam
             q = logits[row, example.start : len(example.input_ids) - 1]
             if len(q):
                 p = head(example.hidden_states[1:].to(target.device, target.dtype)).to(q.device)
+                p, q = _process_as_decoded(target, example, p, q)
                 greedy.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
                 alpha = acceptance(q.float().log_softmax(-1), p.float().log_softmax(-1))
                 sampled.append(alpha.mean().item())
     return Acceptance(np.array(greedy), np.array(sampled))
+
+
+def _process_as_decoded(
+    target: PreTrainedModel, example: DraftExample, *logits: Tensor
+) -> Iterator[Tensor]:
+    """Logits (k, V) of the last k tokens of an example, as the generation config changes them."""
+    prompt, text = example.input_ids[: example.start].tolist(), example.input_ids[:-1].tolist()
+    ending = Ending(end_tokens(target))
+    processors = processors_of(target, prompt, ending, len(example.input_ids) - len(prompt))
+    size = target.config.get_text_config(decoder=True).vocab_size
+    for rows in logits:
+        yield process(rows[None].float(), [text], [processors], size)[0] if processors else rows
 
 
 def _require_targets(examples: Examples) -> None:

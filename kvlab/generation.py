@@ -192,17 +192,13 @@ class Ending:
             stop: Strings.
             eos_token_id: Instead of the end tokens of model and tokenizer.
         """
-        config = model.generation_config
-        if eos_token_id is None:
-            eos_token_id = _flat(config.eos_token_id)
-            if tokenizer is not None:
-                eos_token_id += _flat(tokenizer.eos_token_id)
-        stop = (*_strings(stop), *_strings(config.stop_strings))
+        ids = end_tokens(model, tokenizer) if eos_token_id is None else _flat(eos_token_id)
+        stop = (*_strings(stop), *_strings(model.generation_config.stop_strings))
         if stop and tokenizer is None:
             raise ValueError(f"Stop strings {stop} are found in text: give the tokenizer, too.")
         if "" in stop:
             raise ValueError("A stop string is empty, so no text could begin: leave it out.")
-        return cls(tuple(dict.fromkeys(_flat(eos_token_id))), stop, tokenizer)
+        return cls(tuple(ids), tuple(dict.fromkeys(stop)), tokenizer)
 
     def reached(self, tokens: Sequence[int]) -> bool:
         """Whether the new tokens of a text, of which only the last may end it, are complete."""
@@ -210,6 +206,15 @@ class Ending:
             return True
         text = self.tokenizer.decode(tokens) if self.stop else ""
         return any(string in text for string in self.stop)
+
+
+def end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[int, ...]:
+    """Return the end tokens of a model's generation config, and of its tokenizer."""
+    ids = _flat(model.generation_config.eos_token_id)
+    ids += _flat(tokenizer.eos_token_id) if tokenizer is not None else []
+    return tuple(dict.fromkeys(ids))
 
 
 def _flat(ids) -> list[int]:

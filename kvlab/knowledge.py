@@ -47,7 +47,14 @@ from kvlab import cache as kv
 from kvlab import models
 from kvlab.cache import Prefix
 from kvlab.files import as_bytes, write_tensors, write_text
-from kvlab.generation import Ending, answer_text, close_turn, continuations, encode, encode_answer
+from kvlab.generation import (
+    answer_text,
+    close_turn,
+    continuations,
+    encode,
+    encode_answer,
+    end_tokens,
+)
 from kvlab.models import CacheError
 from kvlab.slots import Slots, step
 
@@ -424,7 +431,7 @@ class KnowledgeCache:
         if items[0].generated:
             prompts = [list(item.input_ids) for item in items]
             answers = continuations(self.model, self.tokenizer, prompts, max_new_tokens, batch_size)
-            end_ids = Ending.of(self.model, self.tokenizer).ids
+            end_ids = end_tokens(self.model, self.tokenizer)
             for i, (item, ids) in enumerate(zip(items, answers, strict=True)):
                 text = answer_text(self.tokenizer, ids)
                 ids = close_turn(self.tokenizer, ids, end_ids)
