@@ -26,7 +26,7 @@ text, so that the draft finds the next token by position as well as by content.
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +49,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from kvlab.cache import Prefix, from_tensor, select, to_tensor, unrotate
 from kvlab.files import read_tensors, write_tensors
-from kvlab.generation import continuations
+from kvlab.generation import Ending, Stop, continuations, end_tokens, process, processors_of
 from kvlab.losses import CHUNK, NAMES, acceptance, columns_to_keep, distillation_losses
 from kvlab.models import fingerprint, require_supported, rotary_of
 from kvlab.training import fit
@@ -482,7 +482,12 @@ Examples = Sequence[DraftExample]
 
 @torch.no_grad()
 def generate_targets(
-    target: PreTrainedModel, tokenizer, prompts: list[list[int]], folder=None, max_new_tokens=128
+    target: PreTrainedModel,
+    tokenizer,
+    prompts: list[list[int]],
+    folder=None,
+    max_new_tokens=128,
+    stop: Stop = (),
 ) -> list[DraftExample]:
     """Generate the target's greedy answers to prompts (token ids), with its last hidden states.
 
@@ -490,6 +495,7 @@ def generate_targets(
         folder: where answers are kept (a path), in files of 256 named by a hash of target, prompts and
             length. Existing files are read instead. Under a launcher, the processes share the work
             if all can read the folder.
+        stop: strings that end an answer, as for `kvlab.speculate.decode`.
 
     Example:
         >>> from kvlab import lab
@@ -498,7 +504,8 @@ def generate_targets(
         >>> generate_targets(target, tokenizer, [prompt], max_new_tokens=4)[0].hidden_states.shape
         torch.Size([4, 128])
     """
-    load = partial(_load_or_generate, target, tokenizer, folder, max_new_tokens)
+    ending = Ending.of(target, tokenizer, stop)
+    load = partial(_load_or_generate, target, ending, folder, max_new_tokens)
     starts = range(0, len(prompts), ANSWERS_PER_FILE)
     parts = [prompts[start : start + ANSWERS_PER_FILE] for start in starts]
     state = PartialState(cpu=target.device.type == "cpu")
@@ -512,15 +519,18 @@ def generate_targets(
     return examples
 
 
-def _load_or_generate(target, tokenizer, folder, max_new_tokens, prompts) -> list[DraftExample]:
+def _load_or_generate(target, ending, folder, max_new_tokens, prompts) -> list[DraftExample]:
     """The answers to one file's prompts."""
-    run = [fingerprint(target)["weights"], prompts, max_new_tokens, tokenizer.eos_token_id]
+    run = [fingerprint(target)["weights"], prompts, max_new_tokens, ending.ids, ending.stop]
+    settings = target.generation_config.to_diff_dict()
+    settings.pop("transformers_version", None)
+    run.append({name: repr(value) for name, value in settings.items()})
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()[:16]
     path = Path(folder or "") / f"answers-{digest}.safetensors"
     if folder and path.exists():
         tensors = read_tensors(path)
     else:
-        answers = continuations(target, tokenizer, prompts, max_new_tokens)
+        answers = continuations(target, ending.tokenizer, prompts, max_new_tokens, stop=ending.stop)
         texts = [
             torch.tensor([*row, *answer]) for row, answer in zip(prompts, answers, strict=True)
         ]
@@ -644,10 +654,23 @@ def measure_acceptance(draft: nn.Module, target: PreTrainedModel, examples: Exam
             q = logits[row, example.start - skipped : len(example.input_ids) - 1 - skipped]
             if len(q):
                 p = head(example.hidden_states[1:].to(target.device, target.dtype)).to(q.device)
+                p, q = _process_as_decoded(target, example, p, q)
                 greedy.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
                 alpha = acceptance(q.float().log_softmax(-1), p.float().log_softmax(-1))
                 sampled.append(alpha.mean().item())
     return Acceptance(np.array(greedy), np.array(sampled))
+
+
+def _process_as_decoded(
+    target: PreTrainedModel, example: DraftExample, *logits: Tensor
+) -> Iterator[Tensor]:
+    """Logits (k, V) of the last k tokens of an example, as the generation config changes them."""
+    prompt, text = example.input_ids[: example.start].tolist(), example.input_ids[:-1].tolist()
+    ending = Ending(end_tokens(target))
+    processors = processors_of(target, prompt, ending, len(example.input_ids) - len(prompt))
+    size = target.config.get_text_config(decoder=True).vocab_size
+    for rows in logits:
+        yield process(rows[None].float(), [text], [processors], size)[0] if processors else rows
 
 
 def _require_targets(examples: Examples) -> None:

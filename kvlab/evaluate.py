@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.cache import Prefix, repeat
-from kvlab.generation import encode
+from kvlab.generation import encode_answer
 from kvlab.models import evaluating
 
 References = Sequence[str | Sequence[str]]  # per prediction one text, or several: the best counts
@@ -89,8 +89,14 @@ def log_likelihoods(
 ) -> np.ndarray:
     """Return log p(ending | prompt) in nats, summed over the ending's tokens, for pairs of 1-D id tensors.
 
-    With a prefix (of one row), all prompts continue it.
+    With a prefix (of one row), all prompts continue it. An empty prompt needs a prefix with logits.
     """
+    unpredicted = [i for i, prompt in enumerate(prompts) if not len(prompt)]
+    if unpredicted and (prefix is None or prefix.logits is None):
+        hint = "put one token of what comes before into it, or give a prefix with logits"
+        raise ValueError(
+            f"Nothing predicts the ending after empty prompt {unpredicted[0]}: {hint}."
+        )
     rows = [torch.cat(pair) for pair in zip(prompts, endings, strict=True)]
     # Padding is on the right, where a causal model does not see it.
     input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
@@ -106,9 +112,12 @@ def log_likelihoods(
     with evaluating(model):
         logits = model(**text, past_key_values=past, use_cache=past is not None).logits
     logits = logits[:, :-1].float()
-    log_p = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0].cpu()
+    log_p = torch.zeros(input_ids.shape)
+    log_p[:, 1:] = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0].cpu()
+    if unpredicted:
+        log_p[:, 0] = prefix.logits[0].float().log_softmax(-1)[input_ids[:, 0]].cpu()
     inside = (columns >= starts) & (columns < stops)  # (B, T)
-    return (log_p * inside[:, 1:]).sum(-1).double().numpy()
+    return (log_p * inside).sum(-1).double().numpy()
 
 
 def multiple_choice(
@@ -127,14 +136,11 @@ def multiple_choice(
         array([1])
     """
     best = []
-    pairs = list(zip(conversations, options, strict=True))
-    for conversation, choices in tqdm(pairs, desc="multiple choice", delay=2, leave=False):
-        prompt = torch.tensor(encode(tokenizer, conversation))
-        endings = []
-        for choice in choices:
-            answered = [*conversation, {"role": "assistant", "content": choice}]
-            endings.append(torch.tensor(encode(tokenizer, answered))[len(prompt) :])
-        scores = log_likelihoods(model, tokenizer, [prompt] * len(endings), endings)
+    questions = list(zip(conversations, options, strict=True))
+    for conversation, choices in tqdm(questions, desc="multiple choice", delay=2, leave=False):
+        pairs = [map(torch.tensor, encode_answer(tokenizer, conversation, c)) for c in choices]
+        prompts, endings = zip(*pairs, strict=True)
+        scores = log_likelihoods(model, tokenizer, prompts, endings)
         best.append(int(scores.argmax()))
     return np.array(best)
 

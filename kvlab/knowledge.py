@@ -47,7 +47,14 @@ from kvlab import cache as kv
 from kvlab import models
 from kvlab.cache import Prefix
 from kvlab.files import as_bytes, write_tensors, write_text
-from kvlab.generation import continuations, encode
+from kvlab.generation import (
+    answer_text,
+    close_turn,
+    continuations,
+    encode,
+    encode_answer,
+    end_tokens,
+)
 from kvlab.models import CacheError
 from kvlab.slots import Slots, step
 
@@ -309,7 +316,7 @@ class KnowledgeCache:
 
     def estimate(self, records: Records, generate: bool = False, max_new_tokens: int = 128) -> int:
         """Bytes of tensors that `add` would write; an upper bound for generated answers."""
-        reserve = max_new_tokens if generate else 0
+        reserve = self._reserve(generate, max_new_tokens)
         items = self._new(self._items(records, generate, max_new_tokens))
         return sum(self.bytes_of(len(item.input_ids) + reserve) for item in items)
 
@@ -357,7 +364,7 @@ class KnowledgeCache:
             state.wait_for_everyone()
             self._open()
             items = self._new(items)
-            groups = self._groups(items, max_new_tokens if generate else 0)
+            groups = self._groups(items, self._reserve(generate, max_new_tokens))
             for first in range(0, len(groups), state.num_processes):
                 group = groups[first + state.process_index :][:1]  # of this process, if any
                 new = [self._fill(*group, max_new_tokens, batch_size, compress)] if group else []
@@ -381,21 +388,23 @@ class KnowledgeCache:
                     raise CacheError(f"Record {number} has {field!r} = {value!r}, expected a text.")
             question, answer = record["question"], "" if generate else record["answer"]
             turns = [{"role": "user", "content": question}]
-            prompt = encode(self.tokenizer, turns)
-            input_ids = prompt
-            if not generate:
-                turns.append({"role": "assistant", "content": answer})
-                input_ids = encode(self.tokenizer, turns)
-                if input_ids[: len(prompt)] != prompt:  # a template may render answers otherwise
-                    ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-                    input_ids = prompt + ids
-            count = len(input_ids) + (max_new_tokens if generate else 0)
+            if generate:
+                prompt, input_ids = encode(self.tokenizer, turns), ()
+            else:
+                prompt, input_ids = encode_answer(self.tokenizer, turns, answer)
+                input_ids = close_turn(self.tokenizer, input_ids)
+            input_ids = (*prompt, *input_ids)
+            count = len(input_ids) + self._reserve(generate, max_new_tokens)
             if count > limit:
                 raise CacheError(f"Record {number} has {count} tokens, the model reads {limit}.")
             texts = [str(record.get("domain") or ""), question, answer]
             id = str(record.get("id") or _json_hash(texts)[:16])
-            items.append(Item(id, *texts, tuple(input_ids), len(prompt), generate))
+            items.append(Item(id, *texts, input_ids, len(prompt), generate))
         return items
+
+    def _reserve(self, generate: bool, max_new_tokens: int) -> int:
+        """The largest number of tokens that generating an answer and closing it can add."""
+        return max_new_tokens + len(close_turn(self.tokenizer, [])) if generate else 0
 
     def _new(self, items: Sequence[Item]) -> list[Item]:
         """Those items that are not in the store."""
@@ -422,8 +431,10 @@ class KnowledgeCache:
         if items[0].generated:
             prompts = [list(item.input_ids) for item in items]
             answers = continuations(self.model, self.tokenizer, prompts, max_new_tokens, batch_size)
+            end_ids = end_tokens(self.model, self.tokenizer)
             for i, (item, ids) in enumerate(zip(items, answers, strict=True)):
-                text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                text = answer_text(self.tokenizer, ids)
+                ids = close_turn(self.tokenizer, ids, end_ids)
                 items[i] = replace(item, answer=text, input_ids=(*item.input_ids, *ids))
         tensors = [{} for _ in items]
         order = sorted(range(len(items)), key=lambda i: len(items[i].input_ids))  # little padding

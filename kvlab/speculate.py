@@ -21,10 +21,25 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation import logits_process
 
 from kvlab.cache import Prefix, length, prefill
+from kvlab.generation import (
+    Ending,
+    Stop,
+    process,
+    processors_of,
+    require_masks,
+    tokens_left,
+    widened,
+)
 from kvlab.models import first_layers, require_supported
 from kvlab.slots import Slots, step
 
@@ -92,12 +107,20 @@ class Proposer(Protocol):
 class Sampling:
     """How tokens are chosen, by the logits processors of transformers, in its order.
 
+    What a model's generation config says about sampling is not used. Whatever else it says about
+    tokens (no_repeat_ngram_size, suppress_tokens, sequence_bias and so on) is applied, too.
+
     Args:
         temperature: 0 takes the most probable token (greedy), else tokens are sampled.
         top_k: Sample among the k most probable tokens; 0 keeps all.
         top_p: Sample among the most probable tokens that together reach this probability; 1.0 keeps
             all.
+        min_p: Sample among tokens at least this many times as probable as the most probable one.
         repetition_penalty: Above 1.0 makes tokens of the context less probable.
+        min_new_tokens: No end token comes before; 0: as in the model's generation config.
+        logits_processor: More processors, such as a `LogitsProcessorList`, applied before the
+            temperature to target and draft. They see texts with guesses, so they must depend on
+            their arguments alone.
         generator: One for all rows, or a list with one per row: then a row's text does not depend
             on the other rows.
 
@@ -109,23 +132,36 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    logits_processor: Sequence[LogitsProcessor] = ()
     generator: torch.Generator | Sequence[torch.Generator] | None = None
 
     def __post_init__(self):
-        fits = self.top_k >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0
+        fits = self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
+        fits = fits and self.repetition_penalty > 0 and self.min_new_tokens >= 0
         if not fits or not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
-            limits = "temperature 0 or >= 1e-6, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0"
+            limits = "temperature 0 or >= 1e-6, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, "
+            limits += "repetition_penalty > 0, min_new_tokens >= 0"
             raise ValueError(f"{self}, expected {limits}.")
+
+    vocab_size = None  # that processors are made for, if it may be another than that of logits
 
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is taken."""
         return self.temperature == 0
 
+    def processors(self, rows: int) -> Sequence[LogitsProcessorList]:
+        """The processors of each row that look at its text."""
+        penalty = float(self.repetition_penalty)
+        penalize = [logits_process.RepetitionPenaltyLogitsProcessor(penalty)] * (penalty != 1)
+        return [LogitsProcessorList([*penalize, *self.logits_processor])] * rows
+
     def contexts(self, texts: Texts, drafted: Sequence[Tensor]) -> Texts:
-        """Texts with drafted tokens, (B,) per position; only for the penalty: a GPU must wait."""
-        if self.repetition_penalty == 1 or not len(drafted):
+        """Texts with drafted tokens, (B,) per position; only for processors: a GPU must wait."""
+        if not len(drafted) or not any(self.processors(len(texts))):
             return texts
         tokens = torch.stack(tuple(drafted), 1).clamp(min=0).tolist()
         return [text + new for text, new in zip(texts, tokens, strict=True)]
@@ -135,19 +171,12 @@ class Sampling:
 
         Args:
             logits: (B, k, V). The last of the k follows texts[b], the others its beginning.
-            texts: Token ids per row, which the repetition penalty looks at.
+            texts: Token ids per row, which processors look at.
         """
-        count = logits.shape[1]
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.repetition_penalty != 1:
-            scores = scores.clone()
-            penalty = float(self.repetition_penalty)
-            penalize = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
-            for row, text in enumerate(texts):
-                ids = torch.tensor([text], device=logits.device).clamp(max=logits.shape[-1] - 1)
-                for i in range(count):
-                    context = ids[:, : len(text) - count + 1 + i]
-                    scores[row, i] = penalize(context, scores[row, i][None])[0]
+        scores = widened(logits)
+        processors = self.processors(len(texts))
+        if any(processors):
+            scores = process(scores, texts, processors, self.vocab_size)
         if self.greedy:
             return scores
         scores = scores.flatten(0, 1) / self.temperature
@@ -155,6 +184,8 @@ class Sampling:
             scores = logits_process.TopKLogitsWarper(self.top_k)(None, scores)
         if self.top_p < 1:
             scores = logits_process.TopPLogitsWarper(self.top_p)(None, scores)
+        if self.min_p:
+            scores = logits_process.MinPLogitsWarper(self.min_p)(None, scores)
         return scores.reshape(logits.shape)
 
     def uniform(self, rows: int, count: int, device: torch.device) -> Tensor:
@@ -172,6 +203,33 @@ class Sampling:
         probabilities = scores.softmax(-1)
         uniform = self.uniform(len(logits), 1, logits.device)[:, 0]
         return sample_categorical(probabilities, uniform), probabilities
+
+
+@dataclass(frozen=True)
+class RowSampling(Sampling):
+    """Sampling with the processors of each row, made for its prompt and for the target."""
+
+    row_processors: Sequence[LogitsProcessorList] = ()
+    vocab_size: int | None = None
+
+    @classmethod
+    def of(
+        cls, sampling: Sampling, model: PreTrainedModel, texts: Texts, ending: Ending, left: list
+    ) -> "RowSampling":
+        """Make the processors of texts (prefix, prompt), which may gain left[b] tokens."""
+        options = {
+            "min_new_tokens": sampling.min_new_tokens,
+            "repetition_penalty": sampling.repetition_penalty,
+            "logits_processor": sampling.logits_processor,
+        }
+        rows = []
+        for text, count in zip(texts, left, strict=True):
+            rows.append(processors_of(model, text, ending, count, **options))
+        vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        return cls(**vars(sampling) | {"row_processors": rows, "vocab_size": vocab_size})
+
+    def processors(self, rows: int) -> Sequence[LogitsProcessorList]:
+        return self.row_processors
 
 
 def _uniform(rows: int, count: int, generator: torch.Generator | None) -> Tensor:
@@ -282,9 +340,7 @@ class Runner:
     """
 
     def __init__(self, model: PreTrainedModel, compiled_room: int | None = None):
-        attention = model.config._attn_implementation
-        if attention not in ("eager", "sdpa"):
-            raise ValueError(f"attn_implementation is {attention!r}, expected 'sdpa' or 'eager'.")
+        require_masks(model)
         require_supported(model)
         if compiled_room is not None and not getattr(model, "compilable", True):
             kind = "A draft with cross-attention or transitions"
@@ -600,21 +656,33 @@ class _Stream:
     """A batch that is decoded.
 
     `token` (B,) is the last of each text, which is not yet read; `left`, the number of tokens that
-    a row may still gain, is 0 once its text has ended.
+    a row may still gain, is 0 once its text has ended. If a stream `shrinks`, no row drafts more
+    than it can use of them.
     """
 
-    def __init__(self, runner: Runner, input_ids: Prompts, prefix: Prefixes, sampling: Sampling):
+    def __init__(self, runner: Runner, input_ids: Prompts, prefix: Prefixes, max_new_tokens: int):
         prompts = [torch.as_tensor(row) for row in input_ids]
         if not prompts or any(row.ndim != 1 or len(row) == 0 for row in prompts):
             shapes = [tuple(row.shape) for row in prompts]
             raise ValueError(f"input_ids has shapes {shapes}: give (B, T), or a list of (T,).")
         self.runner = runner
-        self.sampling = sampling
         self.prompts = [row.tolist() for row in prompts]
         self.prefixes = _prefix_per_row(prefix, len(prompts))
-        self.texts = []
+        self.texts, self.left = [], []
         for ids, prefix in zip(self.prompts, self.prefixes, strict=True):
             self.texts.append([*(prefix.input_ids if prefix else ()), *ids])
+            position = int(prefix.next_position) if prefix else 0
+            self.left.append(tokens_left(runner.model, position + len(ids), max_new_tokens))
+        self.new = [[] for _ in prompts]
+
+    def set_end(self, ending: Ending, sampling: Sampling) -> None:
+        """Decide where texts end, and how their tokens are chosen."""
+        self.ending = ending
+        model = self.runner.model
+        self.sampling = RowSampling.of(sampling, model, self.texts, ending, self.left)
+        # Compiled calls have one shape, and a row with its own generator draws as if it were alone.
+        own_generators = isinstance(sampling.generator, list | tuple)
+        self.shrinks = not self.runner.compiled_room and not own_generators
 
     def prefill(self, room: int) -> Texts:
         """Let the target read the prompts and give the first token of each row."""
@@ -645,8 +713,9 @@ class _Stream:
             if self.left[row] == 0:  # it ended in an earlier round
                 drafted = []
                 n = 0
-            drafts.append(drafted)
-            counts.append(n)
+            usable = drafted[: self.left[row] - 1] if self.shrinks else drafted
+            drafts.append(usable)
+            counts.append(min(n, len(usable)))
             gained.append(self._extend(row, [*drafted[:n], next_token]))
             if self.left[row] > 0:
                 self.runner.slots.lengths[row] += n + 1
@@ -658,7 +727,8 @@ class _Stream:
         for token in tokens:
             if self.left[row] > 0:
                 gained.append(token)
-                self.left[row] = 0 if token in self.end_ids else self.left[row] - 1
+                self.new[row].append(token)
+                self.left[row] = 0 if self.ending.reached(self.new[row]) else self.left[row] - 1
         self.texts[row] += gained
         return gained
 
@@ -674,6 +744,8 @@ def decode(
     sampling: Sampling | None = None,
     prefix: Prefixes = None,
     eos_token_id: int | Sequence[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop: Stop = (),
 ) -> Iterator[Round]:
     """Decode, and yield a `Round` after each target call.
 
@@ -687,11 +759,17 @@ def decode(
             is no attention mask, so no padding: prompts of different lengths go into a list.
         proposer: The source of drafts; default: none.
         gamma: Tokens to draft per round: a number, or a function of the last round, such as
-            `AdaptiveGamma`, that returns at most its attribute `maximum` (default 16).
-        max_new_tokens: Per row; the end is exact, also inside a round.
+            `AdaptiveGamma`, that returns at most its attribute `maximum` (default 16). No more are
+            drafted than texts may still gain.
+        max_new_tokens: Per row; the end is exact, also inside a round. A text ends before where it
+            is as long as the target reads.
         sampling: Default: greedy.
         prefix: Read before: one for all rows, or one per row.
-        eos_token_id: Where a row ends; default: the target's own; [] for nowhere.
+        eos_token_id: End tokens; default: those of the target's generation config and of the
+            tokenizer; [] for none.
+        tokenizer: Of the target, for its end token and for stop strings.
+        stop: A row ends with the token that completes one of these strings (and of
+            `stop_strings` in the generation config).
 
     Example:
         >>> from kvlab import lab
@@ -705,12 +783,10 @@ def decode(
         numbers = f"gamma is {maximum}, max_new_tokens is {max_new_tokens}"
         raise ValueError(f"{numbers}: expected positive integers.")
     runner = target if isinstance(target, Runner) else Runner(target)
-    stream = _Stream(runner, input_ids, prefix, sampling or Sampling())
-    stream.left = [max_new_tokens] * len(stream.texts)
-    if eos_token_id is None:
-        eos_token_id = runner.model.generation_config.eos_token_id
-    stream.end_ids = np.atleast_1d([] if eos_token_id is None else eos_token_id).tolist()
-    room = max_new_tokens + maximum + 1
+    stream = _Stream(runner, input_ids, prefix, max_new_tokens)
+    stream.set_end(Ending.of(runner.model, tokenizer, stop, eos_token_id), sampling or Sampling())
+    maximum = min(maximum, max(1, max(stream.left) - 1))  # a round gains one token more
+    room = max(stream.left) + maximum + 1
     empty, zeros = [[]] * len(stream.texts), [0] * len(stream.texts)
     device = runner.model.device
 
@@ -733,7 +809,8 @@ def decode(
         if runner.streams != number:
             raise ValueError("The Runner began another text before this one ended.")
         timer = _Timer(device)
-        g = min(gamma(last), maximum) if callable(gamma) else gamma
+        g = min(gamma(last) if callable(gamma) else gamma, maximum)
+        g = min(g, max(stream.left) - 1) if stream.shrinks else g
         proposal = proposer.propose(g) if proposer and g else no_draft
         timer.mark()
         accepted, token = stream.verify(proposal, g)

@@ -645,7 +645,11 @@ MAPPED = ["--use_cka_layer_mapping", "--layer_mapping_path"]
         (ALIGNED, ["--heldout", "0"], "heldout is 0, expected a positive integer"),
         (ALIGNED, ["--epochs", "0"], "epochs is 0, expected a positive integer"),
         (ALIGNED, ["--kv_weight", "-1"], r"kv_weight is -1.0, expected a number in \[0, inf\)"),
-        (ALIGNED, ["--codi_weight", "-0.1"], r"codi_weight is -0.1, expected a number in \[0, inf\)"),
+        (
+            ALIGNED,
+            ["--codi_weight", "-0.1"],
+            r"codi_weight is -0.1, expected a number in \[0, inf\)",
+        ),
         (ALIGNED, ["--learning_rate", "-1"], "learning_rate is -1.0, expected a number"),
         (ALIGNED, ["--kv_warmup", "-1"], r"kv_warmup is -1, expected an integer in \[0, inf\)"),
         (ALIGNED, ["--kv_end", "-0.5"], r"kv_end is -0.5, expected a number in \[0, 1\]"),

@@ -407,11 +407,7 @@ def test_choices_and_long_answers_have_scores_of_their_own(compare, tiny):
             r"retention is \[0.8, 0.1\], expected two fractions in",
         ),
         (TRAIN, ["--retention", "0.5"], r"retention is \[0.5\], expected two fractions"),
-        (
-            TRAIN,
-            ["--retention", "0.1", "1.5"],
-            r"retention is 1.5, expected a number in \(0, 1\]",
-        ),
+        (TRAIN, ["--retention", "0.1", "1.5"], r"retention is 1.5, expected a number in \(0, 1\]"),
         (TRAIN, ["--forward_share", "1.5"], r"forward_share is 1.5, expected a number in \[0, 1\]"),
         (TRAIN, ["--batch_size", "0"], "batch_size is 0, expected a"),
         (TRAIN, ["--questions", "0"], "questions is 0, expected a"),
@@ -427,7 +423,11 @@ def test_choices_and_long_answers_have_scores_of_their_own(compare, tiny):
         (COMPARE, ["--retention", "0.5", "0"], "retention is 0.0, expected a number in"),
         (COMPARE, ["--contexts", "0"], "contexts is 0, expected a"),
         (COMPARE, ["--data", "squad", "--source", "no.json"], "There is no file no.json"),
-        (COMPARE, ["--data", "squad", "--source", "none.json"], "There is no squad record in none.json"),
+        (
+            COMPARE,
+            ["--data", "squad", "--source", "none.json"],
+            "There is no squad record in none.json",
+        ),
     ],
 )
 def test_a_mistake_in_compression_is_a_sentence_before_any_work(

@@ -310,7 +310,10 @@ def test_of_two_processes_one_measures_and_writes(tiny, capsys, monkeypatch):
             "--base_model lab-teacher",
             "The two models' tokenizers differ .lab-target has 1536 tokens, lab-teacher 640",
         ),
-        ("--output_dir squad.json", "squad.json/training.json cannot be written .Not a directory.: give"),
+        (
+            "--output_dir squad.json",
+            "squad.json/training.json cannot be written .Not a directory.: give",
+        ),
     ],
 )
 def test_a_mistake_in_fusing_is_a_sentence_before_any_work(

@@ -725,7 +725,8 @@ def test_guesses_are_those_of_the_draft_with_its_knowledge(world, kind):
         text = [*prompt.tolist(), *got.rounds[0].tokens[row]]
         for drafted, _, tokens in what_happened(got.rounds, row):
             logits = alone(draft, store, numbers[row], starts[row], torch.tensor(text))
-            assert drafted[0] == logits[-1].argmax()
+            if drafted:  # nothing is, if one token is left
+                assert drafted[0] == logits[-1].argmax()
             text += tokens
 
 
@@ -1007,11 +1008,11 @@ def test_targets_before_a_kill_are_not_generated_again(
 ):
     target, calls = world()[0], []
 
-    def killed(model, tokenizer, prompts, *rest):
+    def killed(model, tokenizer, prompts, *rest, **options):
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return continuations(model, tokenizer, prompts, *rest)
+        return continuations(model, tokenizer, prompts, *rest, **options)
 
     monkeypatch.setattr("kvlab.draft.ANSWERS_PER_FILE", 3)
     monkeypatch.setattr("kvlab.draft.continuations", killed)
@@ -1033,7 +1034,7 @@ if __name__ == "__main__":
     rank, draft.ANSWERS_PER_FILE = PartialState(cpu=True).process_index, 2
     target, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
     prompts, calls, real = [[5, 6, n] for n in range(10, 20)], [], draft.continuations
-    draft.continuations = lambda *args: calls.append(args[2]) or real(*args)
+    draft.continuations = lambda *args, **more: calls.append(args[2]) or real(*args, **more)
     targets = draft.generate_targets(target, tokenizer, prompts, sys.argv[1], max_new_tokens=4)
     assert [example.input_ids[:3].tolist() for example in targets] == prompts
     print(f"rank {rank}: {len(calls)} parts")
@@ -1190,11 +1191,36 @@ def test_acceptance_predicts_the_rounds_of_decoding(world, targets, kind):
         logits = alone(draft, store, numbers[items.index(item)], example.start, example.input_ids)
         right, at = (logits[:-1].argmax(-1) == example.input_ids[1:])[example.start :], 0
         for drafted, accepted, tokens in what_happened(got.rounds):
-            assert drafted[0] == logits[example.start + at].argmax()
-            assert accepted == right[at]
+            if drafted:  # nothing is, if one token is left
+                assert drafted[0] == logits[example.start + at].argmax()
+                assert accepted == right[at]
             at += len(tokens)
         share = measure_acceptance(draft, target, [example]).greedy
         np.testing.assert_allclose(share, right.float().mean(), atol=1e-6)
+
+
+def test_acceptance_is_that_of_decoding_under_a_generation_config(world, tokenizer, prompts):
+    """Target and draft choose among what the generation config leaves, in measuring as in decoding."""
+    target, _ = world()
+    target = copy.deepcopy(target)
+    free = generate_targets(target, tokenizer, prompts, max_new_tokens=9)
+    target.generation_config.suppress_tokens = [int(e.input_ids[e.start + 2]) for e in free]
+    target.generation_config.no_repeat_ngram_size = 2
+    examples = generate_targets(target, tokenizer, prompts, max_new_tokens=9)
+    assert any(a.input_ids.tolist() != b.input_ids.tolist() for a, b in zip(free, examples))
+    same = measure_acceptance(KnowledgeDraft.cut(target, "first:4"), target, examples)
+    assert (same.greedy == 1).all()
+    np.testing.assert_allclose(same.sampled, 1, atol=1e-5)
+    draft = KnowledgeDraft.cut(target, "first:3")
+    for example in examples:
+        prompt, answer = example.input_ids[: example.start], example.input_ids[example.start :]
+        options, right = {"gamma": 1, "max_new_tokens": 3, "eos_token_id": []}, []
+        for k in range(1, len(answer)):  # what the draft chooses after each token
+            begun = torch.cat([prompt, answer[: k - 1]])
+            rounds = generate(target, [begun], ModelProposer(draft), **options).rounds
+            right.append(rounds[2].drafted[0][0] == answer[k])
+        share = measure_acceptance(draft, target, [example]).greedy.item()
+        assert share == pytest.approx(np.mean(right))
 
 
 def test_the_whole_target_is_accepted_always(world, targets):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from kvlab.evaluate import (
     multiple_choice,
     rouge_l,
 )
-from kvlab.generation import answers, continuations, encode
+from kvlab.generation import answers, continuations, encode, rendered
 from kvlab.lab.tokenizers import train_tokenizer
 
 WORDS = (
@@ -172,6 +173,41 @@ def test_multiple_choice_is_the_likeliest_sum(model, tokenizer):
     assert got.tolist() != means, (
         "the mean a token would have chosen the same: these options tell nothing"
     )
+
+
+def test_an_empty_prompt_continues_the_prefix(model, tokenizer):
+    ids = torch.tensor([5, 17, 2, 90, 33, 41])
+    whole = log_likelihoods(model, tokenizer, [ids[:3]], [ids[3:]])
+    prefix = prefill(model, ids[None, :3])
+    empty, one = ids[:0], prefill(model, ids[None, :2])
+    np.testing.assert_allclose(
+        log_likelihoods(model, tokenizer, [empty], [ids[3:]], prefix), whole, rtol=1e-5
+    )
+    mixed = log_likelihoods(model, tokenizer, [empty, ids[3:5]], [ids[3:], ids[5:]], prefix)
+    rest = log_likelihoods(model, tokenizer, [ids[:5]], [ids[5:]])
+    np.testing.assert_allclose(mixed, [*whole, *rest], rtol=1e-5)
+    np.testing.assert_allclose(
+        log_likelihoods(model, tokenizer, [ids[2:3]], [ids[3:]], one), whole, rtol=1e-5
+    )
+    for unknown in (None, replace(prefix, logits=None)):
+        with pytest.raises(ValueError, match="Nothing predicts the ending after empty prompt 1"):
+            log_likelihoods(model, tokenizer, [ids[:2], empty], [ids[3:]] * 2, unknown)
+
+
+def test_whole_answers_are_scored_where_a_template_opens_them_otherwise(model, tokenizer):
+    """The generation prompt of some templates begins a thought, which past answers do not show."""
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = tokenizer.chat_template.replace(
+        "<|assistant|>{% endif", "<|assistant|><think> Hm, well, let me see.{% endif"
+    )
+    assert thinking.chat_template != tokenizer.chat_template
+    options = [["lo", "a much longer answer, with many words"]] * len(CONVERSATIONS)
+    picks = []
+    for conversation, texts in zip(CONVERSATIONS, options, strict=True):
+        prompt = ids(thinking, rendered(thinking, conversation))
+        endings = [ids(thinking, f" {text}<|end|>") for text in texts]
+        picks.append(log_likelihoods(model, thinking, [prompt] * 2, endings).argmax())
+    assert multiple_choice(model, thinking, CONVERSATIONS, options).tolist() == picks
 
 
 def test_multiple_choice_finds_what_was_learned(tiny_model, tokenizer):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from kvlab import cache as kv
 from kvlab import files, knowledge, lab
 from kvlab.draft import KnowledgeDraft
-from kvlab.generation import encode
+from kvlab.generation import close_turn, continuations, encode, rendered
 from kvlab.knowledge import ARMS, CACHES_USED, Hit, KnowledgeCache, splice
 from kvlab.lab.tokenizers import CHAT_TEMPLATE
 from kvlab.models import CacheError, rotary_of
@@ -424,7 +424,7 @@ def test_a_template_may_open_an_answer_otherwise_than_it_shows_one(make, tokeniz
     item = make(tokenizer=thinking).items[0]
     assert thinking.decode(prompt).endswith("<|assistant|> thought")
     assert list(item.input_ids[: item.answer_start]) == prompt
-    assert list(item.input_ids[item.answer_start :]) == tokenizer("Rome")["input_ids"]
+    assert list(item.input_ids[item.answer_start :]) == tokenizer("Rome<|end|>")["input_ids"]
 
 
 def test_a_tokenizer_needs_no_chat_template(make, tokenizer):
@@ -432,7 +432,7 @@ def test_a_tokenizer_needs_no_chat_template(make, tokenizer):
     plain.chat_template = None
     for item in make(tokenizer=plain).items:
         assert list(item.input_ids[: item.answer_start]) == tokenizer(item.question)["input_ids"]
-        assert tokenizer.decode(item.input_ids[item.answer_start :]) == f"\n{item.answer}"
+        assert tokenizer.decode(item.input_ids[item.answer_start :]) == f"\n{item.answer}\n"
 
 
 def test_what_is_there_is_skipped(make, tokenizer, model):
@@ -492,11 +492,11 @@ def test_generated_answers_are_kept_in_the_tokens_of_the_model(make, model, toke
     again = []
     for item, record in zip(store.items, RECORDS, strict=True):
         made = list(item.input_ids[item.answer_start :])
-        assert made == greedy(model, tokenizer, item, 9)
+        assert made == close_turn(tokenizer, greedy(model, tokenizer, item, 9))
         assert (item.question, item.generated) == (record["question"], True)
         assert item.answer == tokenizer.decode(made, skip_special_tokens=True).strip()
         near(store.read(item).cache, prefill(model, item.input_ids).cache, 1e-5)
-        again.append(tokenizer(item.answer)["input_ids"] == made)
+        again.append(tokenizer(item.answer)["input_ids"] == made[:-1])
     assert not all(again)  # tokenizing the text again would not do
     assert store.add(questions, generate=True, max_new_tokens=9) == 0
     assert load(store).add(RECORDS, generate=True) == 0
@@ -512,7 +512,7 @@ def test_a_generated_answer_holds_its_end_token_and_no_padding(tmp_path, tokeniz
     ended = 0
     for item in store.items:
         made = list(item.input_ids[item.answer_start :])
-        assert made == greedy(model, tokenizer, item, 48)
+        assert made == close_turn(tokenizer, greedy(model, tokenizer, item, 48))
         ended += made[-1] == tokenizer.eos_token_id
     assert ended
     assert len({len(item.input_ids) - item.answer_start for item in store.items}) > 1
@@ -1393,6 +1393,39 @@ def test_spliced_items_and_a_question_are_one_conversation(make, tokenizer, open
     exact = prefill(store.model, prefix.input_ids).cache
     near(store.splice(items, "prefix").cache, exact, 1e-5)
     near(store.splice(items, "recompute", fraction=1.0).cache, exact, 1e-4)
+
+
+def test_spliced_items_without_a_template_are_lines(make, tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    store = make(tokenizer=plain)
+    turns = []
+    for item in store.items[:3]:
+        turns += [
+            {"role": "user", "content": item.question},
+            {"role": "assistant", "content": item.answer},
+        ]
+    turns.append({"role": "user", "content": "And now?"})
+    ids = [*store.splice(store.items[:3], "full").input_ids, *store.prompt("And now?")]
+    assert plain.decode(ids) == rendered(plain, turns)
+
+
+@pytest.mark.parametrize("ending", ["<|end|>", "<|end|>\n"])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_generated_answers_are_closed_turns(make, model, tokenizer, ending, count):
+    """Whether cut off or ended, by whichever end token, an item can be followed by a turn."""
+    tokenizer, other = copy.deepcopy(tokenizer), 3
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", ending)
+    model = copy.deepcopy(model)
+    model.generation_config.eos_token_id = [1, other]
+    closed = tokenizer(ending, add_special_tokens=False).input_ids
+    records = [{"question": record["question"]} for record in RECORDS]
+    store = make(records, model=model, tokenizer=tokenizer, generate=True, max_new_tokens=count)
+    prompts = [list(item.input_ids[: item.answer_start]) for item in store.items]
+    answers = continuations(model, tokenizer, prompts, count)
+    for item, answer in zip(store.items, answers, strict=True):
+        text = answer[:-1] if answer[-1] in (1, other) else answer
+        assert list(item.input_ids[item.answer_start :]) == [*text, *closed]
 
 
 def test_a_later_item_is_moved_as_if_its_opening_were_not_there(make, tokenizer):

@@ -181,7 +181,9 @@ LINES = "one\u2028still one", "[2] two\x0bstill two", "drei\x85immer noch drei"
     "form",
     [
         lambda texts: "\n".join(json.dumps({"turns": [t, "More."]}) for t in texts),
-        lambda texts: "\n\ufeff".join(json.dumps({"turns": [t]}, ensure_ascii=False) for t in texts),
+        lambda texts: "\n\ufeff".join(
+            json.dumps({"turns": [t]}, ensure_ascii=False) for t in texts
+        ),
         lambda texts: json.dumps(texts, indent=1),
         lambda texts: json.dumps([{"turns": [t]} for t in texts], ensure_ascii=False),
         lambda texts: json.dumps({"data": [{"turns": [t]} for t in texts]}),

@@ -17,8 +17,9 @@ import transformers
 from conftest import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -496,10 +497,20 @@ def processors(sampling):
     )
     return LogitsProcessorList(
         ([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])
+        + list(sampling.logits_processor)
         + ([TemperatureLogitsWarper(t)] if t != 1 else [])
         + ([TopKLogitsWarper(k)] if k else [])
         + ([TopPLogitsWarper(p)] if p != 1 else [])
+        + ([MinPLogitsWarper(sampling.min_p)] if sampling.min_p else [])
     )
+
+
+class NotTwice(LogitsProcessor):
+    """Makes the last token improbable, and the one before it impossible."""
+
+    def __call__(self, input_ids, scores):
+        scores = scores.scatter_add(1, input_ids[:, -1:], scores.new_full((len(scores), 1), -0.7))
+        return scores.scatter(1, input_ids[:, -2:-1], -float("inf"))
 
 
 def joint(model, prompt, count, sampling, prefix=None):
@@ -570,6 +581,14 @@ SETTINGS = {
     "fused, gamma 2": ("fused", 2, {}, None),
     "fused, gamma 3, cool, top-k, prefix": ("fused", 3, {"temperature": 0.7, "top_k": 4}, "whole"),
     "plain": ("none", 1, {"top_p": 0.9}, None),
+    "noisy copy, gamma 3, min-p": ("noisy", 3, {"min_p": 0.3}, None),
+    "model, gamma 3, processors": ("model", 3, {"logits_processor": [NotTwice()]}, None),
+    "lookup, gamma 2, processors, prefix": (
+        "lookup",
+        2,
+        {"logits_processor": [NotTwice()], "min_p": 0.1},
+        "whole",
+    ),
 }
 
 
@@ -588,7 +607,7 @@ def drafter(tiny_model, kind, target):
 def test_sampling_is_exact(tiny_model, setting):
     target, (kind, gamma, options, known) = tiny_model(**TINY), SETTINGS[setting]
     make = {"whole": read, "compressed": lambda *a: compressed(*a, [0, 3, 5])}.get(known)
-    rows = 800 if options.get("repetition_penalty") else 2000
+    rows = 800 if {"repetition_penalty", "logits_processor"} & options.keys() else 2000
     found = p_values(
         target,
         PROMPT,
@@ -664,6 +683,7 @@ def test_lookup_without_residual_is_found(tiny_model, monkeypatch):
         {"temperature": 1.0, "top_k": 7},
         {"temperature": 1.5, "top_p": 0.6},
         {"temperature": 0.8, "top_k": 20, "top_p": 0.7, "repetition_penalty": 1.3},
+        {"temperature": 0.9, "min_p": 0.4, "top_p": 0.8},
     ],
     ids=str,
 )
@@ -1360,7 +1380,8 @@ def test_a_fused_row_is_the_row_alone(tiny_model):
     assert 0 < summarize(together).acceptance < 1
     for row, ids in enumerate(prompts):
         alone = verifications(generate(target, ids[None], proposer, **options).rounds)
-        assert [r.drafted[row] for r in together if r.drafted[row]] == [r.drafted[0] for r in alone]
+        drafted = [r.drafted[0] for r in alone if r.drafted[0]]  # the last round may draft none
+        assert [r.drafted[row] for r in together if r.drafted[row]] == drafted
 
 
 def test_a_compiled_fused_draft_guesses_what_an_uncompiled_one_does(tiny_model, compiled):
@@ -1639,11 +1660,14 @@ def test_summary_of_several_texts_and_of_none():
 @pytest.mark.parametrize("gamma", [1, 2, 5])
 def test_summary_of_what_was_decoded(tiny_model, gamma):
     target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9, 2)
-    got = generate(target, prompts, ModelProposer(noisy(target)), gamma=gamma, max_new_tokens=30)
+    draft, calls = noisy(target), []
+    hook = draft.register_forward_hook(lambda *_: calls.append(1))
+    got = generate(target, prompts, ModelProposer(draft), gamma=gamma, max_new_tokens=30)
+    hook.remove()
     summary, steps = summarize(got.rounds), verifications(got.rounds)
     assert summary.tokens == 3 * 29
     assert summary.target_calls == len(steps)
-    assert summary.draft_calls == gamma * len(steps)
+    assert summary.draft_calls == len(calls) - len(prompts) <= gamma * len(steps)
     assert summary.tokens_per_call == 3 * 29 / sum(
         bool(tokens) for r in steps for tokens in r.tokens
     )
@@ -1793,7 +1817,9 @@ def test_a_gamma_is_bounded_by_the_room_that_is_reserved(tiny_model):
         rounds = generate(
             target, ids[None], ModelProposer(target), gamma=greedy_gamma, max_new_tokens=40
         ).rounds
-        assert {len(r.drafted[0]) for r in verifications(rounds)} == {maximum}
+        drafted = [len(r.drafted[0]) for r in verifications(rounds)]
+        left = 39 - (maximum + 1) * (len(drafted) - 1)  # in the last round
+        assert drafted == [maximum] * (len(drafted) - 1) + [min(maximum, left - 1)]
 
 
 @pytest.mark.parametrize("numbers", [(2, 0), (0, 0, 0, 3, 1), (1, 4, 2), (0,)], ids=str)
@@ -1967,6 +1993,8 @@ def test_arguments_that_do_not_fit_are_refused(tiny_model):
         "temperature=nan": lambda: Sampling(float("nan")),
         "expected .*repetition_penalty > 0": lambda: Sampling(repetition_penalty=0.0),
         "top_k=-1": lambda: Sampling(1.0, top_k=-1),
+        "min_p=2": lambda: Sampling(1.0, min_p=2),
+        "min_new_tokens=-1": lambda: Sampling(min_new_tokens=-1),
         "top_p=1.5": lambda: Sampling(1.0, top_p=1.5),
         "acceptance is 98, expected 4": lambda: cost_model(98, 0.1, 4),
         "expected -2": lambda: cost_model(0.5, 0.1, -2),
