@@ -218,7 +218,7 @@ def _layer(config: PreTrainedConfig, hidden: float, mlp: float, query: float, kv
     return widths + head * (query * config.num_attention_heads + kv * config.num_key_value_heads)
 
 
-def _logits(config: PreTrainedConfig, tokens: int, all_of: int, chunk: int) -> float:
+def _logits_bytes(config: PreTrainedConfig, tokens: int, all_of: int, chunk: int) -> float:
     """Bytes of logits: `all_of` for each, and `chunk` for each that a loss works on at once."""
     vocabulary = config.vocab_size
     return all_of * tokens * vocabulary + chunk * min(tokens * vocabulary, losses.CHUNK)
@@ -239,7 +239,7 @@ def _draft_step(scale: Scale, need: Need) -> float:
     """A cut that reads: each layer's self-attention, MLP and cross-attention train."""
     config, size = config_of(scale.target), scale.dtype.itemsize
     kept = need.tokens * need.layers * _layer(config, 38, 8, 21, 10) * size / 2
-    logits = _logits(config, need.answer * need.batch, 16, 20)
+    logits = _logits_bytes(config, need.answer * need.batch, 16, 20)
     return need.batch * kept + need.added * size + logits
 
 
@@ -248,7 +248,7 @@ def _distill_step(scale: Scale, need: Need) -> float:
     config, size = config_of(scale.target), scale.dtype.itemsize
     kept = (need.tokens - need.answer) * _layer(config, 14, 6, 12, 17)
     kept += need.answer * _layer(config, 8, 6, 12, 4)
-    logits = _logits(config, need.answer * need.batch, 16, 28)
+    logits = _logits_bytes(config, need.answer * need.batch, 16, 28)
     return need.batch * kept * config.num_hidden_layers * size / 2 + need.added * size + logits
 
 
@@ -261,7 +261,7 @@ def _align_step(scale: Scale, need: Need) -> float:
     embedding = config.vocab_size * config.hidden_size
     gradients = 4 * (parameters(config) + need.added + embedding)
     kept = need.tokens * config.num_hidden_layers * _layer(config, 12, 0, 0, 36)
-    return gradients + need.batch * kept + _logits(config, need.answer * need.batch, 9, 0)
+    return gradients + need.batch * kept + _logits_bytes(config, need.answer * need.batch, 9, 0)
 
 
 def _fuse_step(scale: Scale, need: Need) -> float:
@@ -269,7 +269,7 @@ def _fuse_step(scale: Scale, need: Need) -> float:
     config, size = config_of(scale.draft), scale.dtype.itemsize
     fused = _layer(config, 0, 0, 8, 17) + 2 * 59 * need.hidden
     kept = (need.tokens - need.answer / 2) * fused + need.answer * _layer(config, 8, 6, 12, 0)
-    logits = _logits(config, need.answer * need.batch, 6, 8)
+    logits = _logits_bytes(config, need.answer * need.batch, 6, 8)
     return need.batch * kept * config.num_hidden_layers * size / 2 + need.added * size + logits
 
 

@@ -84,8 +84,10 @@ def train_draft_command(
     target = scale.load("target")
     tokenizer = scale.load_tokenizer("target")
     known = shared.open_store(store, target, scale, reads, embed=reads is not None)
-    others = _readable(known, others, max_new_tokens)
-    pool, held = _split(known, _readable(known, more, max_new_tokens), heldout, settings.seed)
+    others = _questions_that_fit(known, others, max_new_tokens)
+    pool, held = _split(
+        known, _questions_that_fit(known, more, max_new_tokens), heldout, settings.seed
+    )
     torch.manual_seed(settings.seed)
     draft = KnowledgeDraft.cut(target, layers, knowledge=reads, transitions=transitions).float()
     items = [shared.find_item(known, text, threshold) if reads else None for text in pool]
@@ -116,7 +118,7 @@ def train_draft_command(
     print(shared.write_json(output_dir / "training.json", result | {"history": history}))
 
 
-def _readable(store: KnowledgeCache, texts: list[str], max_new_tokens: int) -> list[str]:
+def _questions_that_fit(store: KnowledgeCache, texts: list[str], max_new_tokens: int) -> list[str]:
     prompts = [encode(store.tokenizer, [{"role": "user", "content": text}]) for text in texts]
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     return shared.leave_out_long([store.model], texts, lengths)
