@@ -74,7 +74,7 @@ def small(config: PreTrainedConfig) -> dict:
             changes[name] = {"rope_type": "default", "rope_theta": 1e4}
         elif value is None and name == "head_dim":
             changes[name] = 16
-        elif isinstance(value, int) and not isinstance(value, bool) or name.endswith("_token_id"):
+        elif name.endswith("_token_id") or type(value) is int:
             size = next((n for pattern, n in SIZES.items() if re.fullmatch(pattern, name)), value)
             changes[name] = min(value, size) if isinstance(value, int) else size
     return changes
