@@ -340,7 +340,11 @@ def build(name, **config):
         ("GPT2LMHeadModel", {}, "0 rotary embeddings"),
         ("MambaForCausalLM", {"state_size": 4}, "full attention in every layer"),
         ("StableLmForCausalLM", {"num_key_value_heads": 1}, "turns 4 of 16 key dimensions"),
-        ("CohereForCausalLM", {"pad_token_id": 0}, r"rotates keys otherwise than Llama in layers \[0, 1\]"),
+        (
+            "CohereForCausalLM",
+            {"pad_token_id": 0},
+            r"rotates keys otherwise than Llama in layers \[0, 1\]",
+        ),
         (
             "LlamaForCausalLM",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
