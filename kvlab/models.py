@@ -115,6 +115,7 @@ def require_supported(model: PreTrainedModel) -> None:
     layers, by = _read_at_two_places(decoder, config)
     _require_sizes(name, layers, config)
     _require_rotation(name, layers, by, rotary)
+    _layer_list(decoder, config.num_hidden_layers)
     _checked.update((decoder, rotary))
 
 
@@ -174,7 +175,7 @@ def _require_sizes(name: str, layers: list, config: PretrainedConfig) -> None:
     heads = getattr(config, "num_key_value_heads", None)
     expected = (config.num_hidden_layers, heads, head_dim(config))
     shapes = [x.shape for layer in layers for x in (layer.keys, layer.values) if x is not None]
-    sizes = {(len(shapes) / 2, shape[1], shape[3]) for shape in shapes}
+    sizes = {(len(shapes) // 2, shape[1], shape[3]) for shape in shapes}
     if sizes != {expected}:
         found = f"{name} keeps (layers, heads, width) {sorted(sizes)}, its config says {expected}"
         raise CacheError(f"{found}: use a model with keys and values of one size in every layer.")
@@ -224,6 +225,18 @@ def rotate_keys(keys: Tensor, by: Tensor, rotary: nn.Module, scale: float = 1.0)
     return torch.cat((x * cos - y * sin, y * cos + x * sin), -1).to(keys.dtype)
 
 
+def _layer_list(decoder: nn.Module, count: int) -> str:
+    """Return the name of the module that lists a decoder's layers."""
+    children = decoder.named_children()
+    lists = [k for k, m in children if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        sentence = (
+            f"{type(decoder).__name__} has {len(lists)} lists of {count} layers, expected one"
+        )
+        raise CacheError(f"{sentence}: use a Llama-like decoder.")
+    return lists[0]
+
+
 def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     """Return a model of the first layers, last norm and head, that shares all modules with the whole one.
 
@@ -233,17 +246,13 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     require_supported(model)
     base = copy.copy(model.base_model)
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    children = base.named_children()
-    lists = [k for k, m in children if isinstance(m, nn.ModuleList) and len(m) == count]
-    if len(lists) != 1:
-        sentence = f"{type(base).__name__} has {len(lists)} lists of {count} layers, expected one"
-        raise CacheError(f"{sentence}: use a Llama-like decoder.")
+    name = _layer_list(base, count)
     if not 0 < layers <= count:
         raise CacheError(f"layers is {layers}, expected 1 to {count}, which the model has.")
     shallow = copy.copy(model)
     shallow.config = base.config = copy.copy(model.config)
     base.config.num_hidden_layers = layers
-    base._modules = {**base._modules, lists[0]: base._modules[lists[0]][:layers]}
+    base._modules = {**base._modules, name: base._modules[name][:layers]}
     shallow._modules = {**model._modules, model.base_model_prefix: base}
     _checked.add(base)
     return shallow

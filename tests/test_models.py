@@ -1,10 +1,13 @@
 """Which models are supported: what their keys show, what is refused, and that a prefix does not grow."""
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from kvlab import cache as kv
@@ -126,3 +129,26 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused(value):
     with pytest.raises(CacheError, match=r"at most 65,504.*store in torch.bfloat16"):
         kv.convert(tensor, torch.float16)
     assert kv.convert(tensor[:2], torch.float16).tolist() == [1.0, 65_504.0]
+
+
+# Every architecture
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_causal_lm_is_right_or_refused_in_a_sentence_and_the_page_says_so():
+    path = ROOT / "book/architectures.py"
+    spec = importlib.util.spec_from_file_location("architectures", path)
+    architectures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architectures)
+    outcomes = architectures.outcomes()
+    assert not {name: why for name, (result, why) in outcomes.items() if result == "wrong"}
+    for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"):
+        assert outcomes[name][0] == "right"
+    for name in ("SmolLM3", "Ernie4_5", "Falcon", "DeepseekV3", "MiniCPM3", "Ministral3"):
+        assert outcomes[f"{name}ForCausalLM"][0] == "refused"
+    assert sum(result == "not built" for result, _ in outcomes.values()) < len(outcomes) / 5
+    if f"transformers=={transformers.__version__}\n" in (ROOT / "constraints.txt").read_text():
+        page = (ROOT / "book/architectures.md").read_text(encoding="utf-8")
+        assert page == architectures.page(outcomes), "run `python book/architectures.py`"
