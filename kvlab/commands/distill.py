@@ -149,6 +149,7 @@ def eval_compression(
     output_dir: Path = Path("results"),
     seed: int = 0,
     base_model: str | None = None,
+    stop: list[str] | None = None,
 ) -> None:
     """Compare a model's answers given compressed caches, by several methods and of several sizes.
 
@@ -176,6 +177,7 @@ def eval_compression(
         output_dir: Folder of that file.
         seed: Random seed (choice of contexts, method random).
         base_model: The model that answers. Default: the scale's target.
+        stop: Strings that end an answer, such as --stop "Question:"; they are cut off.
     """
     scale = common.scale_with_target(base_model)
     choices = [*METHODS, *AWARE] if distiller is None else ["distill", *METHODS, *AWARE]
@@ -203,7 +205,7 @@ def eval_compression(
     if distiller is not None:
         distiller = KVDistiller.from_pretrained(distiller, model)
     options = {"distiller": distiller, "shared": shared, "long_answers": data in LONG, "seed": seed}
-    options["max_new_tokens"] = max_new_tokens
+    options |= {"max_new_tokens": max_new_tokens, "stop": stop or ()}
     figures = _compare(model, tokenizer, records, methods, retention, **options)
     if save_results:
         result = {"settings": settings, "figures": figures, **run_info()}

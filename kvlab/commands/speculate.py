@@ -15,7 +15,7 @@ from kvlab import speculate as decoding
 from kvlab.commands import shared
 from kvlab.evaluate import run_info
 from kvlab.fuse import Fuser, Size
-from kvlab.generation import encode
+from kvlab.generation import answer_text, encode
 from kvlab.lab.report import problems
 from kvlab.records import read_prompts
 from kvlab.speculate import generate
@@ -38,6 +38,7 @@ def speculate(
     compiled: bool = False,
     store: Path | None = None,
     threshold: float = 0.5,
+    stop: list[str] | None = None,
     **options,
 ) -> None:
     """Decode prompts plainly and speculatively, prompt by prompt in one run, and compare.
@@ -65,6 +66,7 @@ def speculate(
             retrieved for each prompt. Retrieval and loading are timed apart, as finding_seconds.
             Default: no knowledge.
         threshold: Minimum cosine similarity of a retrieved item.
+        stop: Strings that end a text, such as --stop "Question:"; they are cut off.
         **options: Of `kvlab.speculate.Sampling`.
     """
     fused = (not no_prefill_fusion, not no_decode_fusion)
@@ -77,7 +79,7 @@ def speculate(
             hint = "leave --compiled out, or --store"
             raise ValueError(f"What a draft knows differs from prompt to prompt: {hint}.")
     fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
-    sampling = decoding.Sampling(generator=torch.Generator(), **options)
+    sampling = decoding.Sampling(generator=torch.Generator(), logits_processor=(), **options)
     texts = [*(prompts or ()), *(read_prompts(prompt_file) if prompt_file else ())]
     texts = texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
     scale = shared.scale_with_target(teacher_model, base_model)
@@ -97,12 +99,14 @@ def speculate(
 
     def run(ids: list[int], proposer: decoding.ModelProposer | None, n=max_new_tokens):
         sampling.generator.manual_seed(seed)
-        return generate(target, [ids], proposer, gamma=gamma, max_new_tokens=n, sampling=sampling)
+        ends = {"max_new_tokens": n, "tokenizer": tokenizer, "stop": stop or ()}
+        return generate(target, [ids], proposer, gamma=gamma, sampling=sampling, **ends)
 
     for proposer in (None, make_proposer(texts[0], rows[0])[0]):
         run(rows[0], proposer, 4)  # warms up, and compiles
     rounds = {"speculative": []} if skip_standard else {"plain": [], "speculative": []}
-    results = _decode_prompts(texts, rows, rounds, make_proposer, run, tokenizer)
+    read = partial(answer_text, tokenizer, stop=stop or ())
+    results = _decode_prompts(texts, rows, rounds, make_proposer, run, read)
     summary = _summarize_arms(results, rounds, gamma, sampling.greedy)
     if save_results:
         settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
@@ -139,7 +143,7 @@ def _make_proposer(
     return proposer, {"found": item and item.question, "finding_seconds": seconds}
 
 
-def _decode_prompts(texts, rows, rounds: dict, make_proposer, run, tokenizer) -> list[dict]:
+def _decode_prompts(texts, rows, rounds: dict, make_proposer, run, read) -> list[dict]:
     """Decode each prompt with each arm, and add the rounds of each arm to `rounds`."""
     results = []
     for text, ids in zip(tqdm(texts, desc="prompts"), rows, strict=True):
@@ -150,7 +154,7 @@ def _decode_prompts(texts, rows, rounds: dict, make_proposer, run, tokenizer) ->
             rounds[arm] += generated.rounds
             summary = decoding.summarize(generated.rounds)
             tokens = generated.tokens[0].tolist()
-            result = {"text": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
+            result = {"text": read(tokens)}
             results[-1][arm] = result | {"token_ids": tokens} | asdict(summary)
     return results
 
