@@ -32,7 +32,7 @@ from kvlab.cache import Prefix, prefill
 from kvlab.compress import AWARE, METHODS, count_kept, evict, require_one_text
 from kvlab.evaluate import exact_match, exponential, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import read_json, read_tensors, write_tensors, write_text
-from kvlab.generation import encode_parts
+from kvlab.generation import Stop, answer_text, encode_parts
 from kvlab.losses import distillation_losses
 from kvlab.models import differences, fingerprint, first_layers, require_supported, rotary_of
 from kvlab.records import Record
@@ -505,6 +505,7 @@ def compression_scores(
     retention: Sequence[float],
     generate: Callable,
     long_answers: bool = False,
+    stop: Stop = (),
     **options,
 ) -> pd.DataFrame:
     """Score a model's answers given full and given compressed contexts.
@@ -518,6 +519,7 @@ def compression_scores(
         generate: `kvlab.speculate.generate` for this model, such as
             `partial(generate, model, max_new_tokens=64)`.
         long_answers: score ROUGE-L, too.
+        stop: strings that end an answer; they are cut off.
         options: of `compress_for`: distiller, shared.
 
     Returns:
@@ -543,10 +545,11 @@ def compression_scores(
         questions = [encode_question(tokenizer, record) for record in records]
         for method, fraction in arms:
             prefixes = compress_for(model, questions, method, fraction, **options)
-            tokens = generate([q.question for q in questions], prefix=prefixes).tokens
+            prompts = [q.question for q in questions]
+            tokens = generate(prompts, prefix=prefixes, tokenizer=tokenizer, stop=stop).tokens
             for q, prefix, ids in zip(questions, prefixes, tokens, strict=True):
                 row = {"method": method, "retention": fraction, "context": number}
-                row["answer"] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                row["answer"] = answer_text(tokenizer, ids, stop)
                 row["references"] = q.record.answers
                 rows.append(row | _score_likelihoods(model, tokenizer, q, prefix))
     scores = pd.DataFrame(rows)

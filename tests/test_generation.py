@@ -154,9 +154,9 @@ def test_one_text_for_every_generation_config(target, name):
 
 def test_the_lab_answers_as_transformers_does():
     model, prompts = lab.load("lab-target"), []
-    for task in ("reading", "arithmetic", "faq"):
-        prompts += [encode(tokenizer(), d[:-1]) for d in heldout(task, 4, seed=4)[:4]]
-    for fields in ({}, {"no_repeat_ngram_size": 3}, {"eos_token_id": [1, 17]}):
+    for task in ("reading", "arithmetic"):
+        prompts += [encode(tokenizer(), d[:-1]) for d in heldout(task, 2, seed=4)[:2]]
+    for fields in ({"no_repeat_ngram_size": 3}, {"eos_token_id": [1, 17]}):
         model.generation_config = GenerationConfig(**{"eos_token_id": 1} | fields)
         texts = continuations(model, tokenizer(), prompts, COUNT)
         assert texts == by_transformers(model, prompts) == by_decoding(model, prompts)

@@ -151,6 +151,7 @@ def eval_compression(
     output_dir: Path = Path("results"),
     seed: int = 0,
     base_model: str | None = None,
+    stop: list[str] | None = None,
 ) -> None:
     """Compare a model's answers given compressed caches, by several methods and of several sizes.
 
@@ -179,6 +180,7 @@ def eval_compression(
         output_dir: Folder of that file.
         seed: Random seed (choice of contexts, method random).
         base_model: The model that answers. Default: the scale's target.
+        stop: Strings that end an answer, such as --stop "Question:"; they are cut off.
     """
     scale = common.scale_with_target(base_model)
     choices = [*METHODS, *AWARE] if distiller is None else ["distill", *METHODS, *AWARE]
@@ -205,7 +207,7 @@ def eval_compression(
     if distiller is not None:
         distiller = KVDistiller.from_pretrained(distiller, model)
     options = {"distiller": distiller, "shared": shared, "long_answers": data in LONG, "seed": seed}
-    options["max_new_tokens"] = max_new_tokens
+    options |= {"max_new_tokens": max_new_tokens, "stop": stop or ()}
     result = {"settings": settings, **run_info()}
 
     def keep(scores: pd.DataFrame) -> None:

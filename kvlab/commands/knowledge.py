@@ -15,7 +15,7 @@ from kvlab import lab
 from kvlab.cache import Prefix, truncate
 from kvlab.commands.shared import open_store, require_store, scale_with_target
 from kvlab.files import require_writable
-from kvlab.generation import encode
+from kvlab.generation import answer_text, encode
 from kvlab.knowledge import ARMS, CACHES_USED, Item, KnowledgeCache
 from kvlab.records import read_faq
 from kvlab.speculate import decode, generate
@@ -150,8 +150,9 @@ def _compare_ways(store: KnowledgeCache, question: str, items, arm: str, max_new
             start = time.perf_counter()
             next(decode(store.model, [ids], prefix=begin(), max_new_tokens=1))
             seconds.append(time.perf_counter() - start)
-        output = generate(store.model, [ids], prefix=begin(), max_new_tokens=max_new_tokens)
-        answer = store.tokenizer.decode(output.tokens[0], skip_special_tokens=True)
+        ends = {"max_new_tokens": max_new_tokens, "tokenizer": store.tokenizer}
+        output = generate(store.model, [ids], prefix=begin(), **ends)
+        answer = answer_text(store.tokenizer, output.tokens[0])
         rows[way] = {
             "first token (ms)": 1000 * median(seconds[1:]),
             "tokens read": prefilled + len(ids),

@@ -17,7 +17,7 @@ from kvlab.commands import shared
 from kvlab.evaluate import run_info
 from kvlab.files import require_writable
 from kvlab.fuse import Fuser, Size
-from kvlab.generation import encode
+from kvlab.generation import answer_text, encode
 from kvlab.lab.report import problems
 from kvlab.records import read_prompts
 from kvlab.speculate import generate
@@ -40,6 +40,7 @@ def speculate(
     compiled: bool = False,
     store: Path | None = None,
     threshold: float = 0.5,
+    stop: list[str] | None = None,
     **options,
 ) -> None:
     """Decode prompts plainly and speculatively, prompt by prompt in one run, and compare.
@@ -67,6 +68,7 @@ def speculate(
             retrieved for each prompt. Retrieval and loading are timed apart, as finding_seconds.
             Default: no knowledge.
         threshold: Minimum cosine similarity of a retrieved item.
+        stop: Strings that end a text, such as --stop "Question:"; they are cut off.
         **options: Of `kvlab.speculate.Sampling`.
     """
     fused = (not no_prefill_fusion, not no_decode_fusion)
@@ -82,7 +84,7 @@ def speculate(
     if path:
         require_writable(path)
     fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
-    sampling = decoding.Sampling(generator=torch.Generator(), **options)
+    sampling = decoding.Sampling(generator=torch.Generator(), logits_processor=(), **options)
     texts = [*(prompts or ()), *(read_prompts(prompt_file) if prompt_file else ())]
     texts = texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
     scale = shared.scale_with_target(teacher_model, base_model)
@@ -105,14 +107,16 @@ def speculate(
 
     def run(ids: list[int], proposer: decoding.ModelProposer | None, n=max_new_tokens):
         sampling.generator.manual_seed(seed)
-        return generate(target, [ids], proposer, gamma=gamma, max_new_tokens=n, sampling=sampling)
+        ends = {"max_new_tokens": n, "tokenizer": tokenizer, "stop": stop or ()}
+        return generate(target, [ids], proposer, gamma=gamma, sampling=sampling, **ends)
 
     for proposer in (None, make_proposer(*pairs[0])[0]):
         run(pairs[0][1], proposer, min(4, max_new_tokens))  # warms up, and compiles
     rounds = {"speculative": []} if skip_standard else {"plain": [], "speculative": []}
+    read = partial(answer_text, tokenizer, stop=stop or ())
     settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
     result = {"settings": settings, "prompts": [], **run_info()}
-    for decoded in _decode_prompts(pairs, rounds, make_proposer, run, tokenizer):
+    for decoded in _decode_prompts(pairs, rounds, make_proposer, run, read):
         result["prompts"].append(decoded)
         if path:
             shared.write_json(path, result)
@@ -150,7 +154,7 @@ def _make_proposer(
     return proposer, {"found": item and item.question, "finding_seconds": seconds}
 
 
-def _decode_prompts(pairs, rounds: dict, make_proposer, run, tokenizer) -> Iterator[dict]:
+def _decode_prompts(pairs, rounds: dict, make_proposer, run, read) -> Iterator[dict]:
     """Decode each prompt with each arm, and add the rounds of each arm to `rounds`."""
     for text, ids in tqdm(pairs, desc="prompts"):
         proposer, retrieved = make_proposer(text, ids)
@@ -160,7 +164,7 @@ def _decode_prompts(pairs, rounds: dict, make_proposer, run, tokenizer) -> Itera
             rounds[arm] += generated.rounds
             summary = decoding.summarize(generated.rounds)
             tokens = generated.tokens[0].tolist()
-            decoded = {"text": tokenizer.decode(tokens, skip_special_tokens=True).strip()}
+            decoded = {"text": read(tokens)}
             result[arm] = decoded | {"token_ids": tokens} | asdict(summary)
         yield result
 
