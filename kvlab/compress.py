@@ -61,6 +61,8 @@ def sinks_recent(attention: Attention, budget: int, sinks: int = 4) -> Tensor:
     Source: Xiao et al. (2023), StreamingLLM, arXiv 2309.17453, section 3.2. The paper counts
     positions inside the cache, as `compact` does; `evict` does not change them.
     """
+    if sinks < 0:
+        raise ValueError(f"sinks is {sinks}, expected 0 or more.")
     scores = torch.arange(attention.context, device=attention.keys.device).float()
     scores[: min(sinks, budget)] = float("inf")
     return scores.expand(*attention.keys.shape[:2], -1)

@@ -77,6 +77,10 @@ class DistillSettings:
     chunk_size: int = 1536
 
     def __post_init__(self):
+        least = {"rank": 1, "scorer_hidden_size": 1, "sinks": 0, "chunk_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {value} or more.")
         if self.gate not in GATES:
             raise ValueError(f"gate is {self.gate!r}, expected one of {', '.join(GATES)}.")
         if self.routing not in ROUTINGS:
@@ -424,6 +428,8 @@ def train_distiller(
     Returns:
         The history of `fit`; "kl" and "reverse_kl" are already multiplied by their weights.
     """
+    if not 0 <= forward_share <= 1:
+        raise ValueError(f"forward_share is {forward_share}, expected a fraction from 0 to 1.")
     loss_weights = {"kl": forward_share, "reverse_kl": 1 - forward_share}
     loss_weights = {name: weight for name, weight in loss_weights.items() if weight}
     PartialState(cpu=distiller.model.device.type == "cpu")  # else `fit` takes the best device

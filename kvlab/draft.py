@@ -725,6 +725,11 @@ class DraftSettings:
     every: int = 0
     folder: str | Path | None = None
 
+    def __post_init__(self):
+        for name, weight in (self.loss_weights or {}).items():
+            if not weight >= 0:
+                raise ValueError(f"The weight of {name} is {weight}, expected 0 or more.")
+
 
 def train_draft(
     draft: KnowledgeDraft, target: PreTrainedModel, examples: Examples, heldout: Examples, **options

@@ -40,6 +40,37 @@ def f1(predictions: Sequence[str], references: References) -> np.ndarray:
     return _squad(predictions, references, "f1")
 
 
+def squad_v2(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float | int]:
+    """Return the scores of SQuAD 2.0's official script, in percent, with its names.
+
+    Questions without an accepted answer (NoAns) are right if the prediction is empty; HasAns are
+    the others. A group without questions has no scores.
+
+    Source: Rajpurkar et al. (2018), https://aclanthology.org/P18-2124.
+
+    Example:
+        >>> scores = squad_v2(["Rome", "Oslo"], [["Rome"], []])
+        >>> scores["exact"], scores["HasAns_exact"], scores["NoAns_exact"]
+        (50.0, 100.0, 0.0)
+    """
+    texts = []
+    for accepted in references:  # what is an article or a sign only counts as no answer
+        empty = exact_match(accepted, [""] * len(accepted))
+        texts.append([text for text, same in zip(accepted, empty, strict=True) if not same] or [""])
+    values = {"exact": exact_match(predictions, texts), "f1": f1(predictions, texts)}
+    answerable = np.array([accepted != [""] for accepted in texts])
+    groups = {"": answerable >= 0, "HasAns_": answerable, "NoAns_": ~answerable}
+    scores: dict[str, float | int] = {}
+    for group, rows in groups.items():
+        if rows.any():
+            for name, score in values.items():
+                scores[group + name] = float(100 * score[rows].mean())
+            scores[group + "total"] = int(rows.sum())
+    return scores
+
+
 def _squad(predictions: Sequence[str], references: References, score: str) -> np.ndarray:
     from torchmetrics.functional.text import squad  # a notebook without it can use all the rest
 

@@ -741,10 +741,14 @@ def _tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 # -- texts
 
 
+QUOTES = str.maketrans(dict.fromkeys("'‘’‚‛“”„‟«»‹›「」『』", '"'))
+
+
 def _normal(text: str) -> str:
     """A question without case, punctuation and extra space; C++ and C#, -1 and 1 stay apart."""
-    words = unicodedata.normalize("NFKC", text).casefold().split()
-    return " ".join(filter(None, (word.strip("?!.,;:\"'…。、·()") for word in words)))
+    text = unicodedata.normalize("NFKC", text).casefold().translate(QUOTES)
+    words = (word.strip('?!.,;:"…。、·()¿¡') for word in text.split())
+    return " ".join(filter(None, words)) or text  # "???" is not "!!!"
 
 
 def _embed(embedder: Embedder | None, questions: list[str], size: int | None = None) -> Tensor:

@@ -142,7 +142,7 @@ for name in lab.NAMES:
 plots.lab_report(figures, tasks, ["target", "draft", "teacher"]);
 
 # %% [markdown]
-# (An interval without width says only that all twenty questions agreed.)
+# (Twenty right answers of twenty do not show that the next is right, so this interval is no point either.)
 # A gap between the draft and the target is what several chapters live on: a draft that were always right would need no target, and a draft that were always wrong would be no use.
 
 # %% [markdown]

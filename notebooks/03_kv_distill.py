@@ -221,7 +221,7 @@ pd.DataFrame(table).T.fillna("")
 # In ten passages no published score is distinguishable from random, except those that are worse.
 # They were made for other uses: SnapKV for long prompts that end in a question, H2O and StreamingLLM for going on writing.
 # Here every token of the text counts, and there is no question yet.
-# (Intervals are over passages. Where all ten give 0, no interval can be had this way, and [0, 0] is not one.)
+# (Intervals are over passages. Ten that all give 0 do not show that the next gives 0, so this interval is no point either.)
 #
 # The key norm is worse than random: it says something, with the wrong sign.
 # In the models it was found on, small keys draw attention.
@@ -561,7 +561,7 @@ print(textwrap.fill(results["decode_ms_100"].conditions, 78))
 #
 # The paper {cite}`chari2025kvdistill` takes the method apart on SQuAD, with Llama-3-8B; percent of exact matches at 20 % of the entries: $\lambda = 0.6$ 86.0, forward KL alone 83.4, reverse KL alone 82.7; and with a learned embedding in place of routing 67.4.
 # The benchmark does it in the lab, in short runs that differ in one thing each from the lab's distiller, standardized scores included.
-# Each is trained twice, and bars reach from one seed to the other.
+# Each is trained twice, and two seeds leave intervals so wide that only the largest gaps stand out.
 # (Here every token of the answer must be the likeliest after the right ones before it, which is not the measure above.)
 
 # %% mystnb={"image": {"alt": "Dots with intervals: share of questions answered after short trainings that differ in one thing, at 25 and at 10 percent of the entries."}}
@@ -604,8 +604,8 @@ for name, scores in {"base": "standardized", "free_scores": "left free"}.items()
 # Free scores that are almost all open teach little more.
 # Trained longer they may yet learn; that they can learn well in larger models, the paper shows.
 #
-# Adding $\log \sigma(s)$ teaches worse than multiplying, and without adapters much is lost at a tenth.
-# To score after layer 6 or 12 costs something at a tenth, too.
+# With both seeds, adding $\log \sigma(s)$ teaches worse than multiplying, and without adapters much is lost at a tenth.
+# To score after layer 6 or 12 costs something at a tenth, too, with both seeds.
 # Neither the divergences nor routing make a difference that two seeds can show: the paper's order of $\lambda$, and what routing gained it, are not to be seen here.
 # In passages of plain facts, one entry per fact may be nearly all there is to find.
 # Whether denser text needs them is not tested.

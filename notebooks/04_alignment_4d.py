@@ -674,11 +674,11 @@ rows = {
 results.table(rows, ".0f")
 
 # %% [markdown]
-# (With so few seeds, an interval is little more than the range from the worst to the best of them. A difference from no teacher is computed on the seeds that both have. Times are by the clock, with other work beside; the paired overhead further down is the one to trust.)
+# (With so few seeds, an interval by Student's t is wider than the range from the worst to the best of them. A difference from no teacher is computed on the seeds that both have. Times are by the clock, with other work beside; the paired overhead further down is the one to trust.)
 #
 # **Time is what counts.**
 # With targets stretched segment by segment, and layers in proportion, students solve the most: on average far more than without a teacher, after the same steps on the same problems.
-# But not with every seed: a student that learned without a teacher can have luck, too, and the interval almost reaches 0.
+# But not with every seed: a student that learned without a teacher can have luck, too, and the interval contains 0.
 # By index, the same teacher with the same weight is no help and rather does harm: most targets then belong to another token.
 #
 # **The controls show where the gain comes from.**

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from kvlab import cache as kv
 from kvlab import lab, losses
-from kvlab.compress import capture_attention
+from kvlab.compress import capture_attention, sinks_recent
 from kvlab.distill import (
     ROUTINGS,
     DistillDataset,
@@ -40,6 +40,7 @@ from kvlab.distill import (
     routed,
     train_distiller,
 )
+from kvlab.draft import DraftSettings
 from kvlab.models import CacheError
 
 # the start
@@ -169,6 +170,9 @@ def test_layers_before_the_scorer_grow_with_depth(tiny_model, layers, eta):
     [
         ({"gate": "open"}, "gate is 'open', expected one of multiply, none"),
         ({"routing": "some"}, "routing is 'some', expected one of conditional, all, embedding"),
+        ({"sinks": -1}, "sinks is -1, expected 0 or more"),
+        ({"rank": 0}, "rank is 0, expected 1 or more"),
+        ({"chunk_size": -8}, "chunk_size is -8, expected 1 or more"),
         ({"layer": 4}, "layers is 4, expected 1 to 3, which the model has"),
         ({"layer": 0}, "layers is 0, expected 1 to 3, which the model has"),
     ],
@@ -176,6 +180,16 @@ def test_layers_before_the_scorer_grow_with_depth(tiny_model, layers, eta):
 def test_impossible_settings_are_refused(tiny_model, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         make(tiny_model(), **settings)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_a_loss_with_a_weight_below_zero_is_refused(tiny_model, fraction):
+    with pytest.raises(ValueError, match=f"forward_share is {fraction}, expected a fraction"):
+        train_distiller(make(tiny_model()), [], steps=1, forward_share=fraction)
+    with pytest.raises(ValueError, match="weight of kl is -1, expected 0 or more"):
+        DraftSettings(loss_weights={"ce": 1, "kl": -1})
+    with pytest.raises(ValueError, match="sinks is -1, expected 0 or more"):
+        sinks_recent(None, 2, sinks=-1)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (1, 0)])

@@ -20,6 +20,7 @@ from kvlab.evaluate import (
     mean_interval,
     multiple_choice,
     rouge_l,
+    squad_v2,
 )
 from kvlab.generation import answers, continuations, encode, rendered
 from kvlab.lab.tokenizers import train_tokenizer
@@ -355,6 +356,19 @@ def test_answers_do_not_follow_the_models_own_sampling(model, spelled, generated
 def test_squad_cases(prediction, reference, exact, overlap):
     assert exact_match([prediction], [reference]).tolist() == [exact]
     assert f1([prediction], [reference]) == pytest.approx([overlap])
+
+
+def test_squad_v2_scores_unanswerable_questions_as_the_official_script():
+    predictions = ["Denver Broncos", "red box", "", "Rome", "the", "."]
+    references = [["the Broncos", "Denver Broncos"], ["red"], ["blue"], [], [], ["the", "."]]
+    scores = squad_v2(predictions, references)
+    expected = {"exact": 300 / 6, "f1": 100 * (1 + 2 / 3 + 2) / 6, "total": 6}
+    expected |= {"HasAns_exact": 100 / 3, "HasAns_f1": 100 * (1 + 2 / 3) / 3, "HasAns_total": 3}
+    expected |= {"NoAns_exact": 200 / 3, "NoAns_f1": 200 / 3, "NoAns_total": 3}
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert "NoAns_exact" not in squad_v2(["a cat"], [["cat"]])
+    with pytest.raises(ValueError, match="zip"):
+        squad_v2(["a"], [])
 
 
 def test_squad_scores_are_one_a_pair():

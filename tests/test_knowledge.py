@@ -743,7 +743,13 @@ def test_every_question_finds_its_own_item(make, small_shards, embedder):
 @pytest.mark.parametrize("embedder", [BAG, None])
 def test_exact_is_exact_but_for_case_punctuation_and_space(make, embedder):
     store = make([*RECORDS, RECORDS[0] | {"answer": "Paris"}], embedder=embedder)
-    for question in ("where does anna live", "Where does  Anna live ?!", "WHERE DOES ANNA LIVE?"):
+    for question in (
+        "where does anna live",
+        "Where does  Anna live ?!",
+        "WHERE DOES ANNA LIVE?",
+        "“Where does Anna live？”",
+        "«¿Where does ‘Anna’ live?»",
+    ):
         hits = store.retrieve(question, k=5, exact=True)
         assert [(hit.item.answer, hit.score) for hit in hits] == [("Rome", 1.0), ("Paris", 1.0)]
         assert len(store.retrieve(question, exact=True)) == 1
@@ -755,9 +761,13 @@ def test_exact_is_exact_but_for_case_punctuation_and_space(make, embedder):
     store.add(
         [
             {"question": f"What is {thing}?", "answer": thing}
-            for thing in ("C++", "C#", "1", "-1", "n!=1")
+            for thing in ("C++", "C#", "1", "-1", "n!=1", "Anna's dog")
         ]
+        + [{"question": "???", "answer": "?"}]
     )
+    assert [hit.item.answer for hit in store.retrieve("???", k=9, exact=True)] == ["?"]
+    assert store.retrieve("!!!", exact=True) == []
+    assert store.retrieve("What is Anna’s dog?", exact=True)[0].item.answer == "Anna's dog"
     for thing in ("C++", "C#", "1", "-1", "n!=1"):
         assert [hit.item.answer for hit in store.retrieve(f"what is {thing}", k=9, exact=True)] == [
             thing
