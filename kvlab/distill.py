@@ -31,7 +31,7 @@ from kvlab import cache as kv
 from kvlab.cache import Prefix, prefill
 from kvlab.compress import AWARE, METHODS, count_kept, evict, require_one_text
 from kvlab.evaluate import exact_match, exponential, f1, figure, log_likelihoods, rouge_l
-from kvlab.files import read_json, read_tensors, write_tensors, write_text
+from kvlab.files import naming, read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import Stop, answer_text, encode_parts
 from kvlab.losses import distillation_losses
 from kvlab.models import differences, fingerprint, first_layers, require_supported, rotary_of
@@ -277,15 +277,16 @@ class KVDistiller(nn.Module):
         """
         folder = Path(folder)
         about = read_json(folder / SETTINGS_FILE)
+        with naming(folder / SETTINGS_FILE):
+            settings, trained_model = about["settings"].items(), about["model"]
+            trained_for = trained_model["weights"]
         current = fingerprint(model)
         weights = current.pop("weights")
-        if unlike := differences(about["model"], current):
+        if unlike := differences(trained_model, current):
             raise ValueError(f"{folder} was trained for another model ({unlike}): load that one.")
-        trained_for = about["model"]["weights"]
         if trained_for["dtype"] == weights["dtype"] and trained_for != weights:
             warning = f"{folder} was trained for other weights of this model: expect worse answers."
             warnings.warn(warning, stacklevel=2)
-        settings = about["settings"].items()
         distiller = cls(model, **{RENAMED_SETTINGS.get(name, name): v for name, v in settings})
         distiller.adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
         distiller.load_state_dict(read_tensors(folder / SCORER_FILE), strict=False)

@@ -55,18 +55,16 @@ def numbers_of(command, capsys):
 @pytest.mark.parametrize("command", ALL)
 def test_every_number_is_checked_before_anything_is_loaded(command, tiny, nothing_loads, capsys):
     options = numbers_of(command, capsys)
-    assert options
     for name, value in options.items():
-        for wrong in ("-2",) if type(value) is int else (".nan", ".inf", "-.inf", "nan", "inf"):
-            args = [command, *(["Why?"] if command == "ask" else []), f"--{name}", wrong]
-            with pytest.raises(SystemExit) as stop:
-                main(args)
-            error = stop.value.code
-            if error == 2:  # no number for the parser, which names the option
-                assert name in capsys.readouterr().err
-            else:
-                assert error.startswith(f"kvlab: {name} is {wrong.replace('.', '')}, expected ")
-    assert list(tiny.iterdir()) == []
+        wrong = (-2,) if type(value) is int else (float("nan"), float("inf"), -float("inf"))
+        for number in wrong:
+            for given in (number, [value, number]):
+                with pytest.raises(ValueError, match=rf"^{name} is {number}, expected "):
+                    shared.require_ranges({name: given})
+    assert not list(tiny.iterdir())
+    name = next(name for name, value in options.items() if type(value) is int)
+    with pytest.raises(SystemExit, match=rf"^kvlab: {name} is -2, expected "):
+        main([command, *(["Why?"] if command == "ask" else []), f"--{name}", "-2"])
 
 
 @pytest.mark.parametrize(
@@ -145,12 +143,12 @@ def test_bytes_that_are_no_text_are_a_sentence(run_toy):
         run_toy("--prompts", "caf\udce9")
 
 
-@pytest.mark.parametrize("content", [b"\xff", b"[" * 50_000, b'output_dir: "\\ud800"'])
-def test_a_configuration_that_cannot_be_read_is_named(content, run_toy, tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
+def test_a_configuration_that_is_no_text_is_named(run_toy, tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff")
+    with pytest.raises(
+        SystemExit, match=r"^kvlab: --config .*mine\.yaml does not fit: byte 0 is not"
+    ):
         run_toy("--config", str(tmp_path / "mine.yaml"))
-    assert "mine.yaml" in f"{stop.value.code} {capsys.readouterr().err}"
 
 
 def test_ctrl_c_ends_a_command_with_a_sentence_and_130(run_toy, capsys):

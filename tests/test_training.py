@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
+from kvlab.cache import prefill
+from kvlab.evaluate import log_likelihoods
+from kvlab.speculate import ModelProposer, decode
 from kvlab.training import fit
 
 ROOT = Path(__file__).resolve().parents[1]
+PADDED = SimpleNamespace(pad_token_id=0)
 QUICK = {"learning_rate": 0.05, "warmup": 3}
 
 
@@ -96,6 +101,30 @@ def interrupted(*calls):
         return mse(model, batch)
 
     return losses
+
+
+def test_a_model_in_training_is_read_as_in_evaluation(tiny_model):
+    model = copy.deepcopy(tiny_model(attention_dropout=0.5))
+    ids = torch.randint(97, (1, 9), generator=torch.Generator().manual_seed(0))
+    draft = copy.deepcopy(tiny_model(seed=1))
+    want = list(decode(model, ids, max_new_tokens=8))
+    logits, likelihoods = prefill(model, ids).logits, log_likelihoods(model, PADDED, ids, ids)
+    for training in (model, draft):
+        training.train()
+        training.model.norm.eval()
+        training.gradient_checkpointing_enable({"use_reentrant": False})
+    for proposer in (None, ModelProposer(draft)):
+        rounds = list(decode(model, ids, proposer, max_new_tokens=8))
+        texts = [[token for r in run for token in r.tokens[0]] for run in (rounds, want)]
+        assert texts[0] == texts[1]
+    assert torch.equal(prefill(model, ids).logits, logits)
+    prefix = prefill(model, ids[:, :4])
+    assert log_likelihoods(model, PADDED, ids[:, 4:], ids, prefix) == pytest.approx(
+        log_likelihoods(model.eval(), PADDED, ids[:, 4:], ids, prefix)
+    )
+    assert log_likelihoods(model, PADDED, ids, ids) == pytest.approx(likelihoods)
+    assert draft.training
+    assert not draft.model.norm.training
 
 
 # the loop
