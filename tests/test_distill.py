@@ -40,7 +40,7 @@ from kvlab.distill import (
     routed,
     train_distiller,
 )
-from kvlab.models import CacheError
+from kvlab.models import CacheError, rotary_of
 
 # the start
 
