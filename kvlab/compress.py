@@ -15,6 +15,7 @@ next position.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class Attention(NamedTuple):
     """The input of one attention layer for a context and, after it, a question (if one is known).
 
     Args:
-        queries: (B, H, T, D), rotated.
+        queries: (B, H, Q, D), rotated, of the last Q of the T tokens: those that are read now. Q is
+            T, unless the tokens are read after a prefix.
         keys: (B, H_kv, T, D), rotated.
         values: (B, H_kv, T, D).
         scaling: factor of the attention logits.
@@ -104,11 +106,11 @@ def snapkv(attention: Attention, budget: int, window_size=32, kernel_size=5) -> 
     together. The window is the end of the question. Without a question it is the end of the
     context, and at most half the budget, since the paper's budgets are much larger than its window.
     """
-    total = attention.queries.shape[2]
+    count, total = attention.queries.shape[2], attention.keys.shape[2]
     context = attention.context
-    window_size = min(window_size, total - context or max(1, budget // 2))
+    window_size = min(window_size, count, total - context or max(1, budget // 2))
     before = min(context, total - window_size)  # entries before the window
-    votes = _attention_weights(attention, total - window_size, total).sum(3).mean(2)[..., :before]
+    votes = _attention_weights(attention, count - window_size, count).sum(3).mean(2)[..., :before]
     if before:
         votes = F.avg_pool1d(votes, kernel_size, stride=1, padding=kernel_size // 2)
     return F.pad(votes, (0, context - before), value=float("inf"))
@@ -125,7 +127,8 @@ def _attention_weights(attention: Attention, start: int, stop: int) -> Tensor:
     queries = attention.queries[:, :, start:stop].unflatten(1, (keys.shape[1], -1)).float()
     logits = queries @ keys.mT * attention.scaling
     positions = torch.arange(keys.shape[3], device=keys.device)
-    later = positions > positions[start:stop, None]
+    own = positions[-attention.queries.shape[2] :]  # of the queries
+    later = positions > own[start:stop, None]
     return logits.masked_fill(later, float("-inf")).softmax(-1)
 
 
@@ -147,13 +150,14 @@ def capture_attention(model: PreTrainedModel, on_layer: Callable[..., None]) -> 
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
 
     ALL_ATTENTION_FUNCTIONS[name] = attention
-    ALL_MASK_ATTENTION_FUNCTIONS[name] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    masks = ALL_MASK_ATTENTION_FUNCTIONS  # a name that is not registered gets no mask at all
+    masks.register(name, masks["sdpa"])
     config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = implementation
-        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+        del ALL_ATTENTION_FUNCTIONS[name], masks._global_mapping[name]
 
 
 def count_kept(entries: int, retention: float | None = None, budget: int | None = None) -> int:
@@ -174,14 +178,16 @@ def count_kept(entries: int, retention: float | None = None, budget: int | None 
     return min(budget, entries)
 
 
-def require_one_text(model: PreTrainedModel, input_ids: Tensor) -> None:
-    """Refuse token ids other than (1, T), and texts longer than the positions of the model."""
-    if input_ids.ndim != 2 or len(input_ids) != 1 or not input_ids.numel():
-        raise ValueError(f"input_ids is {tuple(input_ids.shape)}, expected (1, T), one text.")
-    limit = model.config.get_text_config(decoder=True).max_position_embeddings
-    total = input_ids.shape[1]
-    if total > limit:
-        raise ValueError(f"input_ids has {total} tokens, the model reads up to {limit}: cut them.")
+def require_tokens(input_ids: Tensor) -> None:
+    """Refuse token ids other than (B, T)."""
+    if input_ids.ndim != 2 or not input_ids.numel():
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids is {shape}, expected (B, T): texts of one length, unpadded.")
+
+
+def position_limit(model: PreTrainedModel) -> int:
+    """The number of positions that a model was made for."""
+    return model.config.get_text_config(decoder=True).max_position_embeddings
 
 
 @torch.no_grad()
@@ -191,18 +197,20 @@ def score_entries(
     score: Score,
     budget: int,
     question_ids: Tensor | None = None,
+    prefix: Prefix | None = None,
 ) -> tuple[Tensor, DynamicCache]:
     """Read a context, and a question after it, and score the entries of the context.
 
     Args:
-        input_ids: (1, T), the context.
+        input_ids: (B, T), the context.
         score: one of METHODS, or any function like them. It is called once per layer.
         budget: number of entries per head that the score plans for.
-        question_ids: (1, Q), or None.
+        question_ids: (1, Q) or (B, Q), or None.
+        prefix: what the context follows. Its P entries are scored with those of the context.
 
     Returns:
-        Scores, (L, 1, H_kv, T), and the cache of context and question, T + Q entries. Entries that
-        a method always keeps have infinity.
+        Scores, (L, B, H_kv, P + T), and the cache of prefix, context and question. Entries that a
+        method always keeps have infinity.
 
     Example:
         >>> from kvlab import lab
@@ -210,15 +218,21 @@ def score_entries(
         >>> score_entries(model, ids, key_norm, budget=6)[0].shape
         torch.Size([12, 1, 2, 20])
     """
-    text = input_ids if question_ids is None else torch.cat([input_ids, question_ids], 1)
-    require_one_text(model, text)
+    require_tokens(input_ids)
+    prefix = prefix or Prefix(DynamicCache(), 0)
+    text, context = input_ids, length(prefix.cache) + input_ids.shape[1]
+    if question_ids is not None:
+        text = torch.cat([input_ids, question_ids.expand(len(input_ids), -1)], 1)
+    total, limit = prefix.next_position + text.shape[1], position_limit(model)
+    if total > limit:
+        raise ValueError(f"The text has {total} tokens, the model reads up to {limit}: cut it.")
     scores = []
 
     def score_layer(*layer) -> None:
-        scores.append(score(Attention(*layer, context=input_ids.shape[1]), budget))
+        scores.append(score(Attention(*layer, context=context), budget))
 
     with capture_attention(model, score_layer):
-        cache = prefill(model, text).cache
+        cache = prefill(model, text, prefix).cache
     return torch.stack(scores), cache
 
 
@@ -231,36 +245,95 @@ def evict(
     budget: int | None = None,
     question_ids: Tensor | None = None,
     shared: bool = False,
+    chunk_size: int | None = None,
+    prefix: Prefix | None = None,
 ) -> Prefix:
     """Read a context, keep the entries with the highest scores, and free the memory of the others.
 
+    In chunks, each chunk is read after the entries kept so far, and the best of these and of its
+    own are kept. So no more than the budget and one chunk are in memory at once. A score that counts
+    attention counts that of the chunk read last.
+
+    Positions are those of the text. If the text is longer than the positions of the model, the kept
+    entries are moved to positions 0 to k - 1 after each chunk (see `compact`): gaps are closed, and
+    `positions` and `next_position` count entries instead of tokens.
+
     Args:
-        input_ids: (1, T), the context.
+        input_ids: (B, T), a context, or several of one length, without padding.
         score: one of METHODS, or any function like them.
         retention: fraction of the T entries to keep, the same in each head. Give this or `budget`.
         budget: number of entries to keep.
-        question_ids: (1, Q), a question that is known beforehand. It is used for the scores only
-            and is not in the returned cache, which is made for this one question.
+        question_ids: (1, Q) or (B, Q), a question that is known beforehand. It is used for the
+            scores only and is not in the returned cache, which is made for this one question.
         shared: keep the same entries in all heads and layers, by the mean of their scores.
+        chunk_size: number of tokens to read at once. Default: all.
+        prefix: what the context follows. Its entries can be evicted, too: they count for `retention`
+            and `budget`.
 
     Returns:
-        The smaller cache. `positions` of its entries is (L, 1, H_kv, k), or (1, k) if shared.
+        The smaller cache. `positions` of its entries is (L, B, H_kv, k), or (B, k) if shared.
 
     Example:
         >>> from kvlab import lab
         >>> model, ids = lab.load("lab-target"), torch.arange(10, 30)[None]
         >>> evict(model, ids, sinks_recent, budget=6, shared=True).positions
         tensor([[ 0,  1,  2,  3, 18, 19]])
+        >>> evict(model, ids, sinks_recent, budget=6, shared=True, chunk_size=7).positions
+        tensor([[ 0,  1,  2,  3, 18, 19]])
     """
-    total = input_ids.shape[-1]
-    count = count_kept(total, retention, budget)
-    scores, cache = score_entries(model, input_ids, score, count, question_ids)
+    require_tokens(input_ids)
+    prefix = _start(model, prefix, input_ids)
+    past, total = length(prefix.cache), input_ids.shape[1]
+    count = count_kept(past + total, retention, budget)
+    chunks = input_ids.split(total if chunk_size is None else chunk_size, 1)
+    asked = 0 if question_ids is None else question_ids.shape[1]
+    limit = position_limit(model)
+    too_long = prefix.next_position + total + asked > limit
+    if too_long:
+        needed = max(past, count if len(chunks) > 1 else 0) + chunks[0].shape[1] + asked
+        if needed > limit:
+            sizes = f"{needed} tokens and entries at once, the model reads up to {limit}"
+            raise ValueError(f"{sizes}: give a smaller chunk_size or budget.")
+        prefix = compact(prefix) if past else prefix
+    for chunk in chunks:
+        prefix = _evict_chunk(model, chunk, score, count, question_ids, shared, prefix)
+        prefix = compact(prefix) if too_long else prefix
+    return prefix
+
+
+def _start(model: PreTrainedModel, prefix: Prefix | None, input_ids: Tensor) -> Prefix:
+    """The prefix, or an empty one, with the positions of its entries."""
+    if prefix is None:
+        return Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
+    if prefix.positions is None and length(prefix.cache) == prefix.next_position:
+        positions = torch.arange(prefix.next_position, device=input_ids.device)
+        prefix = replace(prefix, positions=positions[None], rotary=rotary_of(model))
+    padded = prefix.attention_mask is not None or not isinstance(prefix.next_position, int)
+    if padded or prefix.positions is None:
+        raise ValueError("The prefix has padding or unknown positions: use `prefill` or `evict`.")
+    return prefix
+
+
+def _evict_chunk(model, input_ids, score, count, question_ids, shared, prefix: Prefix) -> Prefix:
+    """Read tokens after a prefix, and keep `count` of the entries of both."""
+    rows, size = input_ids.shape
+    count = min(count, length(prefix.cache) + size)
+    scores, cache = score_entries(model, input_ids, score, count, question_ids, prefix)
     if shared:
-        scores = scores.mean((0, 2))  # (1, T)
-    positions = scores.topk(count).indices.sort().values
-    ids = input_ids[0].tolist()
-    cache = select(cache, positions)
-    return Prefix(cache, total, ids, positions=positions, rotary=rotary_of(model))
+        scores = scores.mean((0, 2))  # (B, T)
+    columns = scores.topk(count).indices.sort().values
+    end = prefix.next_position + size
+    new = torch.arange(prefix.next_position, end, device=input_ids.device)
+    held = prefix.positions
+    held = torch.cat([held, new.expand(*held.shape[:-1], -1)], -1)
+    if held.ndim == columns.ndim == 2:
+        positions = held.expand(rows, -1).gather(1, columns)
+    else:  # (L, B, H_kv, T)
+        held, picked = (x if x.ndim == 4 else x[None, :, None] for x in (held, columns))
+        positions = held.take_along_dim(picked, -1)
+    ids = [*prefix.input_ids, *input_ids[0].tolist()] if rows == 1 else ()
+    fields = {"positions": positions, "rotary": rotary_of(model)}
+    return Prefix(select(cache, columns), end, ids, **fields)
 
 
 def compact(prefix: Prefix) -> Prefix:

@@ -29,7 +29,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import cache as kv
 from kvlab.cache import Prefix, prefill
-from kvlab.compress import AWARE, METHODS, count_kept, evict, require_one_text
+from kvlab.compress import AWARE, METHODS, compact, count_kept, evict, position_limit
 from kvlab.evaluate import exact_match, exponential, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import naming, read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import Stop, answer_text, encode_parts
@@ -217,13 +217,22 @@ class KVDistiller(nn.Module):
         """Compress one context, (1, T), to a fraction of its entries or to a number of them.
 
         Kept keys have their gates in them and keep their positions: the model needs nothing else.
+        If the context is longer than the positions of the model, kept entries are moved to
+        positions 0 to k - 1, as by `kvlab.compress.compact`. This is exact within chunks, which do
+        not attend to each other; gaps between kept entries are closed.
         """
-        require_one_text(self.model, input_ids)
-        total = input_ids.shape[1]
+        if input_ids.ndim != 2 or len(input_ids) != 1 or not input_ids.numel():
+            raise ValueError(f"input_ids is {tuple(input_ids.shape)}, expected (1, T), one text.")
+        total, limit = input_ids.shape[1], position_limit(self.model)
         count = count_kept(total, retention, budget)
+        needed = max(count, min(total, self.settings.chunk_size))
+        if needed > limit:
+            sizes = f"{needed} tokens or entries at once, the model reads up to {limit}"
+            raise ValueError(f"{sizes}: give a smaller chunk_size or budget.")
         prefix = self.keep(input_ids, torch.ones_like(input_ids), [count])
         ids = input_ids[0].tolist()
-        return replace(prefix, next_position=total, input_ids=ids, attention_mask=None)
+        prefix = replace(prefix, next_position=total, input_ids=ids, attention_mask=None)
+        return compact(prefix) if total > limit else prefix
 
     def forward(
         self, context: Tensor, context_mask: Tensor, text: Tensor, retention: float

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from kvlab import cache as kv
@@ -55,6 +55,7 @@ from kvlab.generation import (
     encode_answer,
     end_tokens,
 )
+from kvlab.losses import kl
 from kvlab.models import CacheError
 from kvlab.slots import Slots, step
 
@@ -62,6 +63,8 @@ VERSION = 1  # of the file format
 PARTS = ("kv", "hidden")
 ARMS = ("full", "prefix", "concat", "shift", "recompute")
 CACHES_USED = {"full": 0, "prefix": 1}  # how many prefixes' caches an arm uses; the others use all
+MAX_ERROR = 0.005  # nats per token that rounding may cost a splice
+MIN_AGREEMENT = 0.9  # fraction of next tokens of a splice that is trusted
 EARLY_LAYERS = 2  # that "recompute" computes for all tokens
 SHARD_BYTES, SHARD_ITEMS = 2**28, 256  # a shard is closed when it reaches either
 LEFTOVER = re.compile(r"[0-9a-f]{16}(\.index)?\.safetensors|\.([0-9a-f]{16}|manifest)\..*\.part")
@@ -191,6 +194,103 @@ def _recompute(model, cache, tokens: Tensor, start: int, fraction: float):
     slots.put(0, kv.from_tensor(stored), tokens.shape[1])
     step(model, slots, tokens[:, chosen], slots.set_write_columns(chosen[None]), logits_to_keep=1)
     return slots.entries(0)
+
+
+class Check(NamedTuple):
+    """What a splice does to the next tokens of a probe text; see `check`.
+
+    Args:
+        kl: KL divergence from full reading, in nats per token: the price of the splice.
+        agreement: fraction of tokens after which the likeliest next token is that of full reading.
+        error: KL divergence, in nats per token, from the same arm on pieces that the model has just
+            read at their positions: 0, but for rounding, if the caches and their rotation are right.
+    """
+
+    kl: float
+    agreement: float
+    error: float
+
+    @property
+    def verdict(self) -> str:
+        """What to do: "trust" it, "recompute" more tokens, or "reject" it.
+
+        "reject": the cache is not that of its text at its positions (damaged, moved by a rotation
+        that is not the model's, or of another model): prefill the pieces again with this model, and
+        use "prefix" if it is rejected again. "recompute": the cache is what it should be, but the
+        pieces depend on each other: use "recompute" with a larger fraction, or "prefix".
+        """
+        if not self.error <= MAX_ERROR:  # nan, too
+            return "reject"
+        close = self.kl <= MAX_ERROR or self.agreement >= MIN_AGREEMENT
+        return "trust" if close else "recompute"
+
+
+@torch.no_grad()
+def check(
+    model: PreTrainedModel,
+    prefixes: list[Prefix],
+    arm: str = "recompute",
+    fraction: float = 0.15,
+    probe_ids: Sequence[int] | None = None,
+) -> Check:
+    """Splice prefixes, and compare what the model says after them with full reading.
+
+    Reads the text and the probe three times: run it for each model and kind of piece, not for each
+    request.
+
+    Args:
+        prefixes: as for `splice`, not compressed.
+        arm: as for `splice`.
+        fraction: as for `splice`.
+        probe_ids: a text that follows, such as a question with its answer. Default: the last piece
+            once more.
+
+    Example:
+        >>> from kvlab import cache, lab
+        >>> model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
+        >>> texts = tokenizer(["Anna lives in Rome.", " Ben has a dog."]).input_ids
+        >>> prefixes = [cache.prefill(model, torch.tensor([ids])) for ids in texts]
+        >>> check(model, prefixes, "prefix").verdict, check(model, prefixes, "concat").verdict
+        ('trust', 'reject')
+    """
+    if any(p.cache is not None and kv.length(p.cache) < len(p.input_ids) for p in prefixes):
+        raise CacheError("A piece is compressed, so it is not its text: check it uncompressed.")
+    spliced = splice(model, prefixes, arm, fraction)
+    full = splice(model, prefixes, "full")
+    probe = torch.tensor([probe_ids or prefixes[-1].input_ids], device=model.device)
+    total = full.next_position + probe.shape[1]
+    if total > (limit := model.config.get_text_config(decoder=True).max_position_embeddings):
+        raise CacheError(f"{total} tokens with the probe, the model reads up to {limit}: cut it.")
+    reference = full
+    if arm not in CACHES_USED:  # approximations
+        in_place = _read_in_place(model, prefixes)
+        if arm == "recompute" and len(prefixes) > 1:
+            tokens = torch.tensor([full.input_ids], device=model.device)
+            start = len(prefixes[0].input_ids)
+            in_place = _recompute(model, in_place, tokens, start, fraction)
+        reference = replace(full, cache=in_place)
+    p, q, r = (_log_probabilities(model, x, probe) for x in (full, spliced, reference))
+    agreement = (p.argmax(-1) == q.argmax(-1)).float().mean().item()
+    price, error = (kl(q, x).mean().clamp(min=0).item() for x in (p, r))
+    return Check(price, agreement, error)
+
+
+def _read_in_place(model: PreTrainedModel, prefixes: list[Prefix]) -> DynamicCache:
+    """Each text read alone at its positions: the model itself rotates its keys."""
+    caches, start = [], 0
+    for prefix in prefixes:
+        ids = torch.tensor([prefix.input_ids], device=model.device)
+        caches.append(kv.to_tensor(kv.prefill(model, ids, position=start).cache))
+        start += ids.shape[1]
+    return kv.from_tensor(torch.cat(caches, dim=4))
+
+
+def _log_probabilities(model: PreTrainedModel, prefix: Prefix, ids: Tensor) -> Tensor:
+    """Log-probabilities of the next tokens, (S, V), after each of ids (1, S)."""
+    start, past = prefix.next_position, kv.clone(prefix.cache)  # it will be appended to
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    logits = model(ids, position_ids=positions, past_key_values=past, use_cache=True).logits
+    return logits[0].float().log_softmax(-1)
 
 
 # -- the store

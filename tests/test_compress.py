@@ -193,6 +193,21 @@ def test_capture_changes_nothing_and_gets_what_layers_compute(tiny_model, family
     assert (set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS)) == names
 
 
+@every_family
+def test_capture_keeps_the_mask_of_a_prefix_and_of_padding(tiny_model, family):
+    model, mask = tiny_model(family, dtype=DOUBLE), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :7] = 0
+    before, rows = kv.prefill(model, IDS[:, :25]), IDS.repeat(2, 1)
+    after, padded = (
+        kv.prefill(model, IDS[:, 25:], before),
+        kv.prefill(model, rows, attention_mask=mask),
+    )
+    with capture_attention(model, lambda *_: None):
+        captured = kv.prefill(model, IDS[:, 25:], before)
+        assert same_cache(captured.cache, after.cache)
+        assert same_cache(kv.prefill(model, rows, attention_mask=mask).cache, padded.cache)
+
+
 def test_capture_is_undone_after_an_exception(tiny_model):
     model = tiny_model()
     names = set(ALL_ATTENTION_FUNCTIONS), set(ALL_MASK_ATTENTION_FUNCTIONS)
@@ -335,15 +350,25 @@ def test_an_impossible_size_is_refused(options, sentence):
         count_kept(40, **options)
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 5), (1, 0)])
-def test_anything_but_one_text_is_refused(tiny_model, shape):
-    with pytest.raises(ValueError, match=r"input_ids is \(.*expected \(1, T\), one text"):
+@pytest.mark.parametrize("shape", [(5,), (2, 1, 5), (1, 0)])
+def test_anything_but_texts_of_one_length_is_refused(tiny_model, shape):
+    with pytest.raises(
+        ValueError, match=r"input_ids is \(.*expected \(B, T\): texts of one length"
+    ):
         evict(tiny_model(), torch.zeros(shape, dtype=torch.long), key_norm, retention=0.5)
 
 
-def test_a_text_longer_than_the_models_positions_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="has 257 tokens, the model reads up to 256"):
-        evict(tiny_model(), IDS.repeat(1, 7)[:, :257], key_norm, retention=0.5)
+def test_a_text_longer_than_the_models_positions_is_refused_at_once_and_read_in_chunks(tiny_model):
+    model, ids = tiny_model(), IDS.repeat(1, 7)[:, :257]
+    with pytest.raises(
+        ValueError, match="257 tokens and entries at once, the model reads up to 256"
+    ):
+        evict(model, ids, key_norm, retention=0.5)
+    with pytest.raises(ValueError, match="The text has 257 tokens, the model reads up to 256"):
+        score_entries(model, ids, key_norm, 9)
+    for options in ({"retention": 1.0}, {"budget": 160}):
+        with pytest.raises(ValueError, match="give a smaller chunk_size or budget"):
+            evict(model, ids, key_norm, chunk_size=100, **options)
 
 
 def test_a_sliding_window_is_refused(tiny_model):
@@ -409,3 +434,190 @@ def test_generate_takes_a_compact_cache_with_placeholders(tiny_model, family, sh
     past = kv.clone(small.cache)
     ids = model.generate(prompt, past_key_values=past, do_sample=False, max_new_tokens=6)
     assert ids[0, 16:].tolist() == greedy(model, small, TEXT)
+
+
+# chunks
+
+
+@every_method
+@pytest.mark.parametrize("shared", [True, False])
+@with_or_without_a_question
+def test_one_chunk_is_plain_eviction(tiny_model, method, shared, question):
+    model, question_ids = tiny_model(), TEXT[:, :question] if question else None
+    options = {"budget": 12, "shared": shared, "question_ids": question_ids}
+    prefixes = []
+    for chunk_size in (None, 40, 99):
+        torch.manual_seed(1)
+        prefixes.append(evict(model, IDS, METHODS[method], chunk_size=chunk_size, **options))
+    for prefix in prefixes[1:]:
+        assert same_cache(prefix.cache, prefixes[0].cache)
+        assert prefix.positions.equal(prefixes[0].positions)
+
+
+@every_family
+@every_method
+@pytest.mark.parametrize("size", [1, 7])
+def test_full_retention_in_chunks_is_the_full_cache(tiny_model, family, method, size):
+    model = tiny_model(family, dtype=DOUBLE)
+    prefix = evict(model, IDS, METHODS[method], retention=1.0, chunk_size=size)
+    full = kv.prefill(model, IDS)
+    near(kv.to_tensor(prefix.cache), kv.to_tensor(full.cache))
+    near(read_on(model, prefix, TEXT), read_on(model, full, TEXT))
+    assert (prefix.positions == torch.arange(40)).all()
+    assert prefix.next_position == len(prefix.input_ids) == 40
+
+
+@every_method
+@pytest.mark.parametrize("shared", [True, False])
+@with_or_without_a_question
+def test_a_chunk_is_read_after_the_best_so_far_and_the_best_of_both_are_kept(
+    tiny_model, method, shared, question
+):
+    model, question_ids = tiny_model(dtype=DOUBLE), TEXT[:, :question] if question else None
+    torch.manual_seed(1)
+    options = {"question_ids": question_ids, "shared": shared, "chunk_size": 9}
+    prefix = evict(model, IDS, METHODS[method], budget=12, **options)
+    torch.manual_seed(1)
+    cache, positions = None, torch.zeros(LAYERS, 1, GROUPS, 0, dtype=torch.long)
+    for start in range(0, 40, 9):
+        chunk = IDS[:, start : start + 9]
+        before = kv.Prefix(cache, start) if start else None
+        held = positions.shape[-1] + chunk.shape[1]
+        k = min(12, held)
+        scores, cache = score_entries(model, chunk, METHODS[method], k, question_ids, before)
+        assert scores.shape == (LAYERS, 1, GROUPS, held)
+        assert scores.isinf().sum(-1).max() <= k
+        assert kv.length(cache) == held + question
+        scores = scores.mean((0, 2), keepdim=True) if shared else scores
+        columns = scores.topk(k).indices.sort().values.expand(LAYERS, 1, GROUPS, -1)
+        new = torch.arange(start, start + chunk.shape[1]).expand(LAYERS, 1, GROUPS, -1)
+        positions = torch.cat([positions, new], -1).gather(-1, columns)
+        cache = kv.select(cache, columns)
+    assert same_cache(prefix.cache, cache)
+    assert prefix.positions.shape == ((1, 12) if shared else (LAYERS, 1, GROUPS, 12))
+    assert (prefix.positions == positions).all()
+    assert prefix.next_position == len(prefix.input_ids) == 40
+    for layer in prefix.cache.layers:
+        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
+@pytest.mark.parametrize("size", [1, 7, 20])
+def test_sinks_and_recent_entries_are_the_same_in_chunks(tiny_model, size):
+    at_once = evict(tiny_model(), IDS, sinks_recent, budget=11).positions
+    chunks = evict(tiny_model(), IDS, sinks_recent, budget=11, chunk_size=size).positions
+    assert chunks.equal(at_once)
+
+
+@every_family
+@pytest.mark.parametrize("method", ["h2o", "snapkv"])
+def test_attention_after_a_prefix_is_the_models(tiny_model, family, method):
+    model = tiny_model(family, dtype=DOUBLE)
+    before = kv.prefill(model, IDS[:, :25])
+    rows = []
+
+    def rest_of_all(attention, budget):
+        """The score of the last 15 queries, from a reading of all 40 tokens."""
+        attention = attention._replace(queries=attention.queries[:, :, 25:])
+        rows.append(METHODS[method](attention, budget))
+        return rows[-1]
+
+    score_entries(model, IDS, rest_of_all, 12)
+    scores, _ = score_entries(model, IDS[:, 25:], METHODS[method], 12, prefix=before)
+    near(scores, torch.stack(rows), 1e-5)
+
+
+def test_a_text_longer_than_the_model_reads_counts_entries(tiny_model):
+    model = tiny_model(dtype=DOUBLE, max_position_embeddings=32)
+    rotary, seen = rotary_of(model), []
+
+    def best(attention, budget):
+        seen.append(attention.keys.shape[2])
+        return key_norm(attention, budget)
+
+    prefix = evict(model, IDS, best, budget=10, chunk_size=16, question_ids=TEXT)
+    assert max(seen) == 10 + 16 + 6 == 32
+    assert prefix.positions.tolist() == [list(range(10))]
+    assert prefix.next_position == 10
+    assert prefix.input_ids == IDS[0].tolist()
+    one = compact(evict(model, IDS[:, :16], key_norm, budget=10, question_ids=TEXT))
+    two = kv.prefill(model, IDS[:, 16:32], one).cache  # at positions 10 to 25
+    scores, _ = score_entries(model, IDS[:, 16:32], key_norm, 10, TEXT, one)
+    columns = scores.topk(10).indices.sort().values
+    two = kv.shift(kv.select(two, columns), torch.arange(10) - columns, rotary)
+    three = evict(model, IDS[:, 32:], key_norm, budget=10, prefix=kv.Prefix(two, 10))
+    near(kv.to_tensor(prefix.cache), kv.to_tensor(compact(three).cache), 1e-6)
+    read_on(model, prefix, TEXT)
+
+
+# after a prefix: eviction while a text is written
+
+
+@every_family
+@pytest.mark.parametrize("shared", [True, False])
+def test_evicting_after_a_prefix_is_the_next_chunk(tiny_model, family, shared):
+    model = tiny_model(family)
+    options = {"budget": 12, "shared": shared}
+    prefix = None
+    for chunk in IDS.split(9, 1):
+        prefix = evict(model, chunk, h2o, prefix=prefix, **options)
+    expected = evict(model, IDS, h2o, chunk_size=9, **options)
+    assert same_cache(prefix.cache, expected.cache)
+    assert prefix.positions.equal(expected.positions)
+    assert prefix.next_position == expected.next_position == 40
+
+
+def test_entries_of_a_prefix_that_was_shared_or_prefilled_can_be_evicted_by_head(tiny_model):
+    model = tiny_model(dtype=DOUBLE)
+    full = kv.prefill(model, IDS)
+    for before in (kv.prefill(model, IDS[:, :30]), kv.Prefix(kv.truncate(full.cache, 30), 30)):
+        prefix = evict(model, IDS[:, 30:], key_norm, budget=12, prefix=before)
+        assert prefix.positions.shape == (LAYERS, 1, GROUPS, 12)
+        expected = evict(model, IDS, key_norm, budget=12)
+        assert prefix.positions.equal(expected.positions)
+        near(kv.to_tensor(prefix.cache), kv.to_tensor(expected.cache))
+    by_head = evict(model, IDS[:, :30], key_norm, budget=20)
+    prefix = evict(model, IDS[:, 30:], key_norm, budget=12, prefix=by_head, shared=True)
+    assert prefix.positions.shape == (LAYERS, 1, GROUPS, 12)
+    for layer, group in itertools.product(range(LAYERS), range(GROUPS)):
+        positions = prefix.positions[layer, 0, group]
+        assert set(positions.tolist()) <= {*by_head.positions[layer, 0, group].tolist()} | {
+            *range(30, 40)
+        }
+        old = positions < 30
+        entries = prefix.cache.layers[layer].values[0, group]
+        near(entries[old], full.cache.layers[layer].values[0, group, positions[old]])
+
+
+def test_a_padded_prefix_is_refused(tiny_model):
+    model, mask = tiny_model(), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :3] = 0
+    padded = kv.prefill(model, IDS.repeat(2, 1), attention_mask=mask)
+    with pytest.raises(ValueError, match="padding or unknown positions: use `prefill` or `evict`"):
+        evict(model, TEXT.repeat(2, 1), key_norm, budget=12, prefix=padded)
+    unknown = kv.Prefix(kv.truncate(kv.prefill(model, IDS).cache, 30), 40)
+    with pytest.raises(ValueError, match="padding or unknown positions"):
+        evict(model, TEXT, key_norm, budget=12, prefix=unknown)
+
+
+# batches
+
+
+@pytest.mark.parametrize("method", ["sinks_recent", "key_norm", "h2o", "snapkv"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("chunk_size", [None, 9])
+def test_rows_of_a_batch_are_texts_alone(tiny_model, method, shared, chunk_size):
+    model, rows = tiny_model("Llama", dtype=DOUBLE), torch.cat([IDS, IDS.flip(1), IDS.roll(5, 1)])
+    options = {"budget": 12, "shared": shared, "chunk_size": chunk_size, "question_ids": TEXT}
+    batch = evict(model, rows, METHODS[method], **options)
+    assert batch.positions.shape == ((3, 12) if shared else (LAYERS, 3, GROUPS, 12))
+    assert batch.next_position == 40
+    after = read_on(model, batch, TEXT.repeat(3, 1))
+    small = read_on(model, compact(batch), TEXT.repeat(3, 1))
+    for i, ids in enumerate(rows):
+        alone = evict(model, ids[None], METHODS[method], **options)
+        cache = kv.from_tensor(kv.to_tensor(batch.cache)[:, :, i : i + 1])
+        near(kv.to_tensor(cache), kv.to_tensor(alone.cache))
+        own = batch.positions[i : i + 1] if shared else batch.positions[:, i : i + 1]
+        assert own.equal(alone.positions)
+        near(after[i : i + 1], read_on(model, alone, TEXT))
+        near(small[i : i + 1], read_on(model, compact(alone), TEXT), 1e-4)

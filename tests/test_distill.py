@@ -41,7 +41,7 @@ from kvlab.distill import (
     train_distiller,
 )
 from kvlab.draft import DraftSettings
-from kvlab.models import CacheError
+from kvlab.models import CacheError, rotary_of
 
 # the start
 
@@ -775,3 +775,25 @@ def test_a_batch_pads_contexts_on_the_left_and_texts_on_the_right():
     assert batch["context_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
     assert batch["text"].tolist() == [[7, 0, 0], [8, 9, 10]]
     assert batch["weights"].tolist() == [[1, 0, 0], [0, 0.5, 1]]
+
+
+# longer than the model reads
+
+
+@every_family
+def test_a_context_longer_than_the_model_reads_is_compressed_to_the_first_positions(
+    tiny_model, family
+):
+    sizes = {"rank": 4, "scorer_hidden_size": 8, "chunk_size": 16}
+    model = tiny_model(family, dtype=DOUBLE, max_position_embeddings=32)
+    distiller = KVDistiller(model, **sizes).eval()
+    prefix = distiller.compress(IDS, budget=10)
+    assert prefix.positions.tolist() == [list(range(10))]
+    assert (prefix.next_position, prefix.input_ids) == (10, IDS[0].tolist())
+    kept = distiller.keep(IDS, torch.ones_like(IDS), [10])
+    by = torch.arange(10) - kept.positions
+    near(kv.to_tensor(prefix.cache), kv.to_tensor(kv.shift(kept.cache, by, rotary_of(model))))
+    with pytest.raises(ValueError, match="33 tokens or entries at once, the model reads up to 32"):
+        distiller.compress(IDS, budget=33)
+    with pytest.raises(ValueError, match="give a smaller chunk_size or budget"):
+        KVDistiller(model, **sizes | {"chunk_size": 33}).compress(IDS, budget=9)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -1555,3 +1556,79 @@ def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tm
     draft = KnowledgeDraft.cut(model, "first:1", knowledge="kv")
     with pytest.raises(ValueError, match="Drafts do not read compressed caches"):
         draft.read(store, store.items[0])
+
+
+# a check before a splice is trusted
+
+
+@pytest.fixture(scope="module")
+def pieces(tokenizer):
+    """A trained model, what it read, and a question with its answer."""
+    model = lab.load("lab-target")
+    texts = ["Anna lives in Rome.", " Ben has a dog.", " Carl lives in Oslo.", " Dora is a baker."]
+    question = "<|user|> Where does Carl live?<|assistant|> Oslo<|end|>"
+    read = [prefill(model, ids) for ids in tokenizer(texts).input_ids]
+    return model, read, tokenizer(question).input_ids
+
+
+def change(pieces, change_cache):
+    """The pieces with the caches of all but the first changed."""
+    later = [dataclasses.replace(p, cache=change_cache(p.cache)) for p in pieces[1:]]
+    return [pieces[0], *later]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("probe", [True, False])
+def test_a_check_tells_right_splices_from_wrong_positions_and_wrong_caches(pieces, probe, dtype):
+    model, read, question = pieces
+    model = copy.deepcopy(model).to(dtype)
+    read = [prefill(model, piece.input_ids) for piece in read]
+    run = functools.partial(knowledge.check, model, probe_ids=question if probe else None)
+    assert [run(read, arm).verdict for arm in ("full", "prefix")] == ["trust", "trust"]
+    right = {arm: run(read, arm) for arm in ("shift", "recompute")}
+    assert max(result.error for result in right.values()) < 0.004
+    assert right["shift"].verdict == "recompute"  # right, but short texts depend on each other
+    assert right["recompute"].kl < right["shift"].kl
+    rotary = rotary_of(model)
+    wrong = [change(read, lambda cache, by=by: kv.shift(cache, by, rotary)) for by in (1, -1, 50)]
+    wrong.append(change(read, lambda cache: kv.from_tensor(kv.to_tensor(cache).roll(1, -1))))
+    wrong.append(change(read, lambda cache: kv.from_tensor(kv.to_tensor(cache) * 3)))
+    for prefixes, arm in itertools.product(wrong, ("shift", "recompute")):
+        assert run(prefixes, arm).verdict == "reject"
+    assert run(read, "concat").verdict == "reject"
+    rolled = kv.from_tensor(kv.to_tensor(read[0].cache).roll(1, -1))
+    first = [dataclasses.replace(read[0], cache=rolled), *read[1:]]
+    assert run(first, "prefix").verdict == "reject"
+    nan = change(read, lambda cache: kv.from_tensor(kv.to_tensor(cache) * float("nan")))
+    assert run(nan, "shift").verdict == "reject"
+
+
+@every_family
+@every_rope
+@pytest.mark.parametrize("arm", ["full", "prefix", "shift", "recompute"])
+def test_the_error_of_a_right_splice_is_zero_and_its_price_is_a_plain_loops(
+    tiny_model, family, rope, arm
+):
+    model, probe = tiny_model(family, rope, torch.float64), IDS[21:]
+    prefixes = prefill_each(model)
+    result = knowledge.check(model, prefixes, arm, probe_ids=probe)
+    assert result.error < 1e-6
+    spliced, price, same = splice(model, prefixes, arm), 0.0, 0
+    for end in range(1, len(probe) + 1):
+        ids = torch.tensor([probe[:end]])
+        p = prefill(model, FLAT + probe[:end]).logits[0].log_softmax(-1)
+        q = kv.prefill(model, ids, spliced).logits[0].log_softmax(-1)
+        price += (p.exp() * (p - q)).sum().item() / len(probe)
+        same += (p.argmax() == q.argmax()).item() / len(probe)
+    assert result.kl == pytest.approx(price, abs=1e-5)
+    assert result.agreement == pytest.approx(same)
+
+
+def test_what_cannot_be_checked_is_a_sentence(tiny_model):
+    model = tiny_model()
+    prefixes = prefill_each(model)
+    small = dataclasses.replace(prefixes[1], cache=kv.truncate(prefixes[1].cache, 2))
+    with pytest.raises(CacheError, match="A piece is compressed, so it is not its text"):
+        knowledge.check(model, [prefixes[0], small], "shift")
+    with pytest.raises(CacheError, match="261 tokens with the probe, the model reads up to 256"):
+        knowledge.check(model, prefixes, probe_ids=IDS[:24] * 10)
