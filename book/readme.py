@@ -42,7 +42,8 @@ ROWS = (
         "03",
         "correct answers from a quarter of the cache (KV-Distill)",
         "distill:em_distill_25",
-        "full cache {distill:em_full}; SnapKV {distill:em_snapkv_25}",
+        "full cache {distill:em_full}; SnapKV {distill:em_snapkv_25}; "
+        "the best other score {distill:em_key_norm_reversed_25}",
         "question unknown at compression",
     ),
     (
@@ -65,7 +66,8 @@ ROWS = (
         "speed, over assisted generation of transformers",
         "speculate:over_assisted",
         "compiled {speculate:over_assisted_compiled}; "
-        "eight prompts at once {speculate:batch_8_over_assisted}",
+        "eight prompts at once, over assisted generation of one by one "
+        "{speculate:batch_8_over_assisted}",
         "word problems, greedy, without prefill",
     ),
     (

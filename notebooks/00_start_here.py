@@ -637,10 +637,12 @@ rank = f"rank {1 + order.index(0)} of {len(moves)}"
 print(f"without the first entry: {moves[0]:.1e} nats ({rank})")
 for i in order[:4]:
     print(f"without {tokenizer.decode(read[0, i])!r}: {moves[i]:.1e} nats")
+if scale.name == "tiny":
+    assert order.index(0) >= 4
 
 # %% [markdown]
-# The entries that matter most for this question are those that hold its answer and what could be taken for it.
-# The first is not among them: a model this small has learned no sink.
+# These are the entries that matter most for this question.
+# The first is not among them: this model has learned no sink.
 # ````{solution-end}
 # ````
 
@@ -653,11 +655,15 @@ for i in order[:4]:
 # - The number of entries is not the next position: pass it on.
 # - A cache belongs to one model. `load` checks that; everything else checks only shapes.
 #
-# The cell below runs alone, after the imports.
+# The cell below runs alone.
 
 # %%
+import tempfile
+
+from kvlab import Scale
 from kvlab.cache import load, prefill, save
 
+scale = Scale.current()
 model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
 begin = tokenizer("Anna lives in Oslo.", return_tensors="pt").input_ids
 more = tokenizer(" Anna has a parrot.", return_tensors="pt").input_ids

@@ -668,13 +668,13 @@ table
 
 # %%
 rows = {
-    label: {"training": f"seconds_{arm}", "peak memory": f"mb_{arm}"}
+    label: {"peak memory": f"mb_{arm}"}
     for arm, label in ARMS.items()
 }
 results.table(rows, ".0f")
 
 # %% [markdown]
-# (With so few seeds, an interval by Student's t is wider than the range from the worst to the best of them. A difference from no teacher is computed on the seeds that both have. Times are by the clock, with other work beside; the paired overhead further down is the one to trust.)
+# (With so few seeds, an interval by Student's t is wider than the range from the worst to the best of them. A difference from no teacher is computed on the seeds that both have. What the loss costs in time is measured in pairs, further down.)
 #
 # **Time is what counts.**
 # With targets stretched segment by segment, and layers in proportion, students solve the most: on average far more than without a teacher, after the same steps on the same problems.

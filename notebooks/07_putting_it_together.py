@@ -64,7 +64,7 @@ results = kvlab.results("together")
 # Without this book it reads the document and the request, and then writes one token at a time:
 
 # %%
-conversation = Requests(1, seed=5, test=True)[0]
+conversation = Requests(1, seed=1, test=True)[0]
 document, request = map(torch.tensor, encode_parts(tokenizer, conversation))
 print(textwrap.fill(conversation[0]["content"], 78))
 print(">", conversation[1]["content"], "\n")
@@ -76,8 +76,21 @@ def answer(ids, proposer=None, prefix=None):
 
 
 plain = answer(torch.cat((document, request)))
-text = tokenizer.decode(plain.tokens[0], skip_special_tokens=True)
-print(textwrap.fill(text.strip(), 78))
+text = tokenizer.decode(plain.tokens[0], skip_special_tokens=True).strip()
+print(textwrap.fill(text, 78))
+
+
+def sentences(text):
+    return set(text.removesuffix(".").split(". "))
+
+
+if scale.name == "tiny":  # nothing that the document does not say
+    assert sentences(text) <= sentences(conversation[0]["content"])
+
+# %% [markdown]
+# The lab's target is small, and about many documents it also says what is not there.
+# We chose one that it describes correctly, as the last lines check.
+# The other parts of this chapter do not depend on that: they give the target's text, right or wrong, sooner.
 
 # %% [markdown]
 # ## What is stored
@@ -243,9 +256,16 @@ for name, cached in {
     "distilled": "draft, distilled",
 }.items():
     print(f"cache of a passage, {cached}: {results[f'kb_{name}'].value:.0f} kB")
+saved = {name: results[f"saved_{name}"].interval for name in list(names)[1:]}
+assert all(saved[name][1] > 0 for name in ("draft", "trained"))  # pay
+assert saved["knowledge"][2] < 0.1 * totals["plain"] and saved["reads"][1] < 0 < saved["reads"][2]
+assert saved["fused"][1] < 0 < saved["fused"][2]  # nothing
+assert saved["distilled"][2] < 0  # costs time
+accepted = {name: results[f"acceptance_{name}"].value for name in ("distilled", "fused")}
+assert accepted["distilled"] < accepted["fused"]
 
 # %% [markdown]
-# The draft pays here, and so does its training.
+# The draft pays here, and so does its training (the last lines of the cell check each of these sentences).
 # The caches save little time on passages as short as these; chapter 01 measures longer ones.
 # Fusing brings nothing to a draft that was trained for this target and has read the same text (chapter 06 has the case where it has not).
 # With a quarter of the entries the draft guesses worse: that saves memory, not time.
@@ -253,8 +273,8 @@ for name, cached in {
 # ## A check you can break
 #
 # Whatever is done to the draft, the text is the target's.
-# Choose a quarter of the target's own entries in the same way, and the text changes.
-# (Chapter 03 does better with a quarter, because there the distiller also writes into the kept entries. The text is not equal there either.)
+# Choose a quarter of the target's own entries in the same way, and most of the texts change.
+# (Short answers survive such a choice in chapter 03; a description of many facts, in the same words and order, does not.)
 
 # %%
 others = Requests(8, seed=5, test=True)
@@ -276,7 +296,8 @@ unchanged = {model: sum(equal) for model, equal in same.items()}
 print(unchanged, "of", len(others), "answers unchanged")
 if target.dtype == torch.float32:
     assert all(same["draft"])
-assert scale.name != "tiny" or not all(same["target"])
+if scale.name == "tiny":
+    assert sum(same["target"]) < len(others) / 2
 
 # %% [markdown]
 # ## Exercises
@@ -296,6 +317,7 @@ assert scale.name != "tiny" or not all(same["target"])
 # ````
 
 # %%
+accepted_at = {}
 for retention in (0.5, 0.25, 0.1, 0.02):
     ids = document[None].to(target.device)
     some = distiller.compress(ids, retention=retention).positions[0]
@@ -305,9 +327,12 @@ for retention in (0.5, 0.25, 0.1, 0.02):
     print(
         f"{retention:4.0%} {len(some):3} entries: accepted {summary.acceptance:.2f}"
     )
+    accepted_at[retention] = summary.acceptance
+if scale.name == "tiny":
+    assert accepted_at[0.5] > accepted_at[0.02]
 
 # %% [markdown]
-# For this one request, keeping everything scored below keeping half; from a half downwards acceptance falls.
+# With 2 % of the entries fewer guesses are accepted than with half of them; one request shows no more.
 # A forgotten entry costs acceptance, never the text.
 # ````{solution-end}
 # ````
@@ -334,6 +359,8 @@ from kvlab.speculate import LookupProposer
 summary = summarize(answer(request, LookupProposer(), stored("target")).rounds)
 accepted, gained = summary.acceptance, summary.tokens_per_call
 print(f"accepted {accepted:.2f}, {gained:.2f} tokens per call")
+if scale.name == "tiny":  # some, not all
+    assert 0 < accepted < 0.95 and gained > 1
 
 # %% [markdown]
 # It finds some: the lookup copies the words that followed the same words before, and here many sentences begin alike and continue differently.
@@ -356,13 +383,12 @@ import torch
 
 from kvlab import Scale, cache, speculate
 from kvlab.generation import encode_parts
+from kvlab.lab.corpora import Requests
 
 scale = Scale.current()
 target, draft = scale.load("target"), scale.load("draft")
 tokenizer = scale.load_tokenizer("target")
-text = "Anna lives in Rome. Anna has a dog. Ben lives in Oslo."
-document = {"role": "system", "content": text}
-turns = [document, {"role": "user", "content": "Tell me about Anna."}]
+turns = Requests(1, seed=378, test=True)[0]  # a passage, and a request
 passage, request = (torch.tensor(ids) for ids in encode_parts(tokenizer, turns))
 with torch.no_grad():
     target_prefix = cache.prefill(target, passage[None].to(target.device))
@@ -370,7 +396,11 @@ with torch.no_grad():
 proposer = speculate.ModelProposer(draft, draft_prefix)
 options = {"prefix": target_prefix, "max_new_tokens": 48}
 output = speculate.generate(target, [request], proposer, **options)
-print(tokenizer.decode(output.tokens[0], skip_special_tokens=True))
+answer = tokenizer.decode(output.tokens[0], skip_special_tokens=True).strip()
+for message in (*turns, {"role": "assistant", "content": answer}):
+    print(f"{message['role']}: {message['content']}")
+if scale.name == "tiny":  # it says nothing that the passage does not say
+    assert all(part in turns[0]["content"] for part in answer.split(". "))
 
 # %% [markdown]
 # **Further reading**: the page {doc}`At scale <../book/at_scale>` takes the commands to several GPUs.

@@ -1,0 +1,32 @@
+"""The README can be copied: each Python snippet runs alone, and its comparisons hold."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvlab
+from kvlab import compress
+
+ROOT = Path(__file__).parents[1]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_a_snippet_of_the_readme_runs_alone(number, tmp_path):
+    command = [sys.executable, "-c", SNIPPETS[number]]
+    environment = os.environ | {"KVLAB_SCALE": "tiny", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_best_other_score_is_the_best():
+    results = kvlab.results("distill")
+    for percent in (25, 10):
+        scores = {name: results[f"em_{name}_{percent}"].value for name in compress.METHODS}
+        assert max(scores, key=scores.get) == "key_norm_reversed"
