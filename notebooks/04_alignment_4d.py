@@ -890,7 +890,7 @@ print(f"un-rotated: {unrotated:.2f}")
 
 # %%
 if scale.name == "tiny":
-    deep = lab.load("lab-target")
+    deep = lab.load("lab-target").to(student.device)
     their = [segment(tokenizer, t) for _, t in pairs]
     likeness = align.similar_layers(student, texts[:32], deep, their[:32])
     second = layer_map(likeness, k=2)

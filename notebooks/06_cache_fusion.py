@@ -355,7 +355,7 @@ print(textwrap.fill(results["answers_rehearsed_first"].conditions, 78))
 # %%
 shipped = lab.models.MODELS / "lab-fuser"
 if scale.name == "tiny":
-    fuser = Fuser.from_pretrained(shipped).float()  # of tests/benchmarks/fuse.py
+    fuser = Fuser.from_pretrained(shipped).to(receiver.device, torch.float32)  # of tests/benchmarks/fuse.py
 else:
     prompts = [encode(tokenizer, request) for request in Requests(200)]
     targets = draft.generate_targets(sharer, tokenizer, prompts, max_new_tokens=96)
