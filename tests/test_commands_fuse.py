@@ -228,7 +228,7 @@ def test_a_fuser_that_was_killed_goes_on_and_ends_the_same(fuse, tiny, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(training, "_save_run", killed)
         patch.setattr(fuse_module, "fit", lambda *args, **more: fit(*args, **more | {"every": 2}))
-        with pytest.raises(SystemExit, match="^130$"):
+        with pytest.raises(SystemExit, match="130"):
             fuse("killed", *options)
     assert not (tiny / "killed" / "training.json").exists()
     monkeypatch.setattr(fuse_module, "fit", counted)
