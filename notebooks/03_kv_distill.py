@@ -216,7 +216,9 @@ if scale.name == "tiny":
     reversed_half = at_half.pop("key_norm_reversed").mean()
     gains = [bootstrap(values - at_half["random"])[1] for values in at_half.values()]
     best = max(values.mean() for values in at_half.values())
-    assert max(gains) <= 0 and 0.35 < best < 0.65 and reversed_half > best + 0.2
+    assert max(gains) <= 0
+    assert 0.35 < best < 0.65
+    assert reversed_half > best + 0.2
 table = {"everything": {"100 %": shown(full)}}
 for (name, fraction), values in evicted.items():
     table.setdefault(name, {})[f"{100 * fraction:g} %"] = shown(values)

@@ -500,7 +500,8 @@ ratio = faq.tokens_per_second / faq_plain.tokens_per_second
 print(f"acceptance {faq.acceptance:.2f}: {ratio:.2f} times the plain speed")
 print("best gamma:", speculate.best_gamma(faq.acceptance, c, v))
 if scale.name == "tiny":
-    assert faq.acceptance < 0.1 and ratio < 1
+    assert faq.acceptance < 0.1
+    assert ratio < 1
     assert speculate.best_gamma(faq.acceptance, c, v) == 0
 
 # %% [markdown]
@@ -539,8 +540,8 @@ for kind, these in some.items():
         rows[name, kind] = {"acceptance": s.acceptance, "times plain speed": ratio}
 if scale.name == "tiny":
     best = max(
-        speculate.cost_model(0.99, half / target.config.num_hidden_layers, g, v(g)).speedup
-        for g in range(1, widest)
+        speculate.cost_model(0.99, 0.5, g, v(g)).speedup
+        for g in range(1, widest + 1)
     )
     print(f"first {half} layers, 0.99 accepted: at best {best:.2f} times plain")
 pd.DataFrame(rows).T.round(2)
@@ -715,7 +716,8 @@ for name, generated in both.items():
     acceptance = summarize(generated.rounds).acceptance
     p_value = chi_square(count_pairs(generated), expected)
     print(f"{name:8} acceptance {acceptance:.2f}, p-value {p_value:.2g}")
-assert p_value < 1e-6 and acceptance > summarize(both["exact"].rounds).acceptance
+assert p_value < 1e-6
+assert acceptance > summarize(both["exact"].rounds).acceptance
 
 # %% [markdown]
 # More is accepted, and the text is no longer the target's: it leans towards what the draft likes.

@@ -257,12 +257,14 @@ for name, cached in {
 }.items():
     print(f"cache of a passage, {cached}: {results[f'kb_{name}'].value:.0f} kB")
 saved = {name: results[f"saved_{name}"].interval for name in list(names)[1:]}
-assert all(saved[name][1] > 0 for name in ("draft", "trained"))  # pay
-assert saved["knowledge"][2] < 0.1 * totals["plain"] and saved["reads"][1] < 0 < saved["reads"][2]
+for name in ("draft", "trained"):  # they pay
+    assert saved[name][1] > 0
+for name in ("knowledge", "reads"):  # little
+    assert saved[name][2] < 0.1 * results["ms_plain"].value
 assert saved["fused"][1] < 0 < saved["fused"][2]  # nothing
 assert saved["distilled"][2] < 0  # costs time
-accepted = {name: results[f"acceptance_{name}"].value for name in ("distilled", "fused")}
-assert accepted["distilled"] < accepted["fused"]
+fewer, more = (results[f"acceptance_{arm}"] for arm in ("distilled", "fused"))
+assert fewer.value < more.value
 
 # %% [markdown]
 # The draft pays here, and so does its training (the last lines of the cell check each of these sentences).
@@ -360,7 +362,8 @@ summary = summarize(answer(request, LookupProposer(), stored("target")).rounds)
 accepted, gained = summary.acceptance, summary.tokens_per_call
 print(f"accepted {accepted:.2f}, {gained:.2f} tokens per call")
 if scale.name == "tiny":  # some, not all
-    assert 0 < accepted < 0.95 and gained > 1
+    assert 0 < accepted < 0.95
+    assert gained > 1
 
 # %% [markdown]
 # It finds some: the lookup copies the words that followed the same words before, and here many sentences begin alike and continue differently.
