@@ -354,3 +354,52 @@ def compact(prefix: Prefix) -> Prefix:
     positions = torch.arange(count, device=prefix.positions.device)
     cache = shift(prefix.cache, positions - prefix.positions, prefix.rotary)
     return Prefix(cache, count, prefix.input_ids, positions=positions[None], rotary=prefix.rotary)
+
+
+def generate_within(
+    generate: Callable,
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    score: Score,
+    *,
+    budget: int,
+    every: int = 32,
+    max_new_tokens: int = 256,
+) -> tuple[Tensor, Prefix]:
+    """Generate a text, and evict again after every few tokens: compression while decoding.
+
+    After a stretch its tokens are read once more, at once, for their scores. In memory are at most
+    `budget + every` entries, plus the prompt while it is read.
+
+    Args:
+        generate: `kvlab.speculate.generate` for this model, such as `partial(generate, model)`.
+        model: the same model.
+        input_ids: (1, T), T > 1, the prompt.
+        score: as in `evict`.
+        budget: number of entries to keep.
+        every: number of tokens from one eviction to the next.
+        max_new_tokens: as in `generate`.
+
+    Returns:
+        The generated ids, and the cache of prompt and text up to the last stretch.
+
+    Example:
+        >>> from functools import partial
+        >>> from kvlab import lab, speculate
+        >>> model, ids = lab.load("lab-target"), torch.arange(10, 30)[None]
+        >>> generate, options = partial(speculate.generate, model), {"budget": 9, "every": 4}
+        >>> _, prefix = generate_within(generate, model, ids, h2o, **options, max_new_tokens=12)
+        >>> length(prefix.cache)
+        9
+    """
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else torch.tensor(ends).flatten().tolist()
+    text, tokens, prefix = input_ids, [], None
+    while True:
+        prefix = evict(model, text[:, :-1], score, budget=budget, prefix=prefix)
+        count = min(every, max_new_tokens - len(tokens))
+        new = generate(text[:, -1:], prefix=prefix, max_new_tokens=count).tokens[0].tolist()
+        tokens += new
+        if len(new) < count or new[-1] in ends or len(tokens) == max_new_tokens:
+            return torch.tensor(tokens), prefix
+        text = torch.cat([text[:, -1:], text.new_tensor([new])], 1)

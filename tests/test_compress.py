@@ -34,6 +34,7 @@ from kvlab.compress import (
     compact,
     count_kept,
     evict,
+    generate_within,
     h2o,
     key_norm,
     random,
@@ -42,6 +43,7 @@ from kvlab.compress import (
     snapkv,
 )
 from kvlab.models import CacheError, rotary_of
+from kvlab.speculate import generate
 
 every_method = pytest.mark.parametrize("method", METHODS)
 with_or_without_a_question = pytest.mark.parametrize("question", [0, 6])
@@ -586,6 +588,40 @@ def test_entries_of_a_prefix_that_was_shared_or_prefilled_can_be_evicted_by_head
         old = positions < 30
         entries = prefix.cache.layers[layer].values[0, group]
         near(entries[old], full.cache.layers[layer].values[0, group, positions[old]])
+
+
+@every_family
+@pytest.mark.parametrize("every", [1, 5, 24, 99])
+def test_generating_within_a_budget_that_holds_all_is_plain_generation(tiny_model, family, every):
+    model = copy.deepcopy(tiny_model(family, dtype=DOUBLE))
+    plain = generate(model, IDS, max_new_tokens=24).tokens[0]
+    for end in (None, plain[9].item()):
+        model.generation_config.eos_token_id = end
+        expected = generate(model, IDS, max_new_tokens=24).tokens[0]
+        options = {"budget": 99, "every": every, "max_new_tokens": 24}
+        tokens, _ = generate_within(partial(generate, model), model, IDS, h2o, **options)
+        assert tokens.equal(expected)
+
+
+def test_generating_within_a_budget_is_a_stretch_after_what_was_kept_and_so_on(tiny_model):
+    model, held = tiny_model("Llama", dtype=DOUBLE, max_position_embeddings=48), []
+
+    def observed(attention, budget):
+        held.append(attention.keys.shape[2])
+        return sinks_recent(attention, budget)
+
+    options = {"budget": 12, "every": 5, "max_new_tokens": 30}
+    tokens, prefix = generate_within(partial(generate, model), model, IDS, observed, **options)
+    assert kv.length(prefix.cache) == 12
+    assert max(held[LAYERS:]) == 12 + 5
+    text, before, expected = IDS, None, []
+    for _ in range(6):  # beyond 48 positions, entries are counted
+        before = evict(model, text[:, :-1], sinks_recent, budget=12, prefix=before)
+        new = greedy(model, before, text[:, -1:], steps=5)
+        expected += new
+        text = torch.tensor([[text[0, -1].item(), *new]])
+    assert tokens.tolist() == expected
+    assert same_cache(prefix.cache, before.cache)
 
 
 def test_a_padded_prefix_is_refused(tiny_model):
