@@ -214,7 +214,7 @@ for name, score in compress.METHODS.items():
 if scale.name == "tiny":
     at_half = {name: evicted[name, 0.5] for name in compress.METHODS}
     reversed_half = at_half.pop("key_norm_reversed").mean()
-    gains = [bootstrap(values - at_half["random"])[1] for values in at_half.values()]
+    gains = [mean_interval(values - at_half["random"])[1] for values in at_half.values()]
     best = max(values.mean() for values in at_half.values())
     assert max(gains) <= 0
     assert 0.35 < best < 0.65
