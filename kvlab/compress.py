@@ -366,7 +366,8 @@ def generate_within(
     """Generate a text, and evict again after every few tokens: compression while decoding.
 
     After a stretch its tokens are read once more, at once, for their scores. In memory are at most
-    `budget + every` entries, plus the prompt while it is read.
+    `budget + every` entries, plus the prompt while it is read. A text longer than the positions of
+    the model goes on at the number of its entries (see `compact`).
 
     Args:
         generate: `kvlab.speculate.generate` for this model, such as `partial(generate, model)`.
@@ -395,6 +396,8 @@ def generate_within(
     while True:
         prefix = evict(model, text[:, :-1], score, budget=budget, prefix=prefix)
         count = min(every, max_new_tokens - len(tokens))
+        if prefix.next_position + 1 + count > position_limit(model):
+            prefix = compact(prefix)
         new = generate(text[:, -1:], prefix=prefix, max_new_tokens=count).tokens[0].tolist()
         tokens += new
         if len(new) < count or new[-1] in ends or len(tokens) == max_new_tokens:
