@@ -251,24 +251,22 @@ def evict(
     """Read a context, keep the entries with the highest scores, and free the memory of the others.
 
     In chunks, each chunk is read after the entries kept so far, and the best of these and of its
-    own are kept. So no more than the budget and one chunk are in memory at once. A score that counts
-    attention counts that of the chunk read last.
+    own are kept: no more than the budget and one chunk are in memory, and attention is scored chunk
+    by chunk.
 
     Positions are those of the text. If the text is longer than the positions of the model, the kept
-    entries are moved to positions 0 to k - 1 after each chunk (see `compact`): gaps are closed, and
-    `positions` and `next_position` count entries instead of tokens.
+    entries move to positions 0 to k - 1 after each chunk (see `compact`): `next_position` is k.
 
     Args:
         input_ids: (B, T), a context, or several of one length, without padding.
         score: one of METHODS, or any function like them.
-        retention: fraction of the T entries to keep, the same in each head. Give this or `budget`.
+        retention: fraction of the entries to keep, the same in each head. Give this or `budget`.
         budget: number of entries to keep.
         question_ids: (1, Q) or (B, Q), a question that is known beforehand. It is used for the
             scores only and is not in the returned cache, which is made for this one question.
         shared: keep the same entries in all heads and layers, by the mean of their scores.
         chunk_size: number of tokens to read at once. Default: all.
-        prefix: what the context follows. Its entries can be evicted, too: they count for `retention`
-            and `budget`.
+        prefix: what the context follows. Its entries count, too, and can be evicted.
 
     Returns:
         The smaller cache. `positions` of its entries is (L, B, H_kv, k), or (B, k) if shared.
@@ -288,8 +286,7 @@ def evict(
     chunks = input_ids.split(total if chunk_size is None else chunk_size, 1)
     asked = 0 if question_ids is None else question_ids.shape[1]
     limit = position_limit(model)
-    too_long = prefix.next_position + total + asked > limit
-    if too_long:
+    if too_long := prefix.next_position + total + asked > limit:
         needed = max(past, count if len(chunks) > 1 else 0) + chunks[0].shape[1] + asked
         if needed > limit:
             sizes = f"{needed} tokens and entries at once, the model reads up to {limit}"
@@ -369,7 +366,8 @@ def generate_within(
     """Generate a text, and evict again after every few tokens: compression while decoding.
 
     After a stretch its tokens are read once more, at once, for their scores. In memory are at most
-    `budget + every` entries, plus the prompt while it is read.
+    `budget + every` entries, plus the prompt while it is read. A text longer than the positions of
+    the model goes on at the number of its entries (see `compact`).
 
     Args:
         generate: `kvlab.speculate.generate` for this model, such as `partial(generate, model)`.
@@ -398,6 +396,8 @@ def generate_within(
     while True:
         prefix = evict(model, text[:, :-1], score, budget=budget, prefix=prefix)
         count = min(every, max_new_tokens - len(tokens))
+        if prefix.next_position + 1 + count > position_limit(model):
+            prefix = compact(prefix)
         new = generate(text[:, -1:], prefix=prefix, max_new_tokens=count).tokens[0].tolist()
         tokens += new
         if len(new) < count or new[-1] in ends or len(tokens) == max_new_tokens:

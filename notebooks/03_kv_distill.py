@@ -264,6 +264,19 @@ for name, values in answered.items():
 print("mixed up - as it was:", shown(answered["mixed up"] - answered["as it was"]))
 
 # %% [markdown]
+# ### Longer texts, and texts that grow
+#
+# With `chunk_size`, `evict` reads a context chunk by chunk, each after the best entries so far, so a context may be longer than the model reads at once (then the kept entries are compacted after each chunk).
+# With `prefix`, it evicts again from what was kept before: `generate_within` does that every few tokens of a text that the model writes.
+
+# %%
+options = {"budget": 24, "shared": True}
+at_once = evict(target, ids, compress.sinks_recent, **options)
+in_chunks = evict(target, ids, compress.sinks_recent, chunk_size=16, **options)
+assert in_chunks.positions.equal(at_once.positions)  # of this score; others choose anew
+print("entries:", cache.length(in_chunks.cache), "next:", in_chunks.next_position)
+
+# %% [markdown]
 # ## KV-Distill
 #
 # KV-Distill {cite}`chari2025kvdistill` learns to choose, and it also *writes*: before the other tokens are thrown away, those that stay take over what they said.
