@@ -155,7 +155,7 @@ class Reader(nn.Module):
         super().__init__()
         attention = layer.self_attn
         self.head_dim = attention.head_dim
-        self.gate = nn.Parameter(torch.zeros(1))
+        self.gate = nn.Parameter(attention.o_proj.weight.new_zeros(1))
         self.norm = copy.deepcopy(layer.input_layernorm)
         self.query = copy.deepcopy(attention.q_proj)
         self.query_norm = copy.deepcopy(getattr(attention, "q_norm", nn.Identity()))
@@ -364,7 +364,8 @@ class KnowledgeDraft(PreTrainedModel, GenerationMixin):
             entries = torch.stack([reader.project(states) for reader in self.readers])
         else:
             entries = states.permute(1, 2, 0, 3, 4, 5)
-        positions = (knowledge.start[:, None] + torch.arange(mask.shape[1])).to(self.device)
+        positions = knowledge.start.to(self.device)[:, None]
+        positions = positions + torch.arange(mask.shape[1], device=self.device)
         rotary = self.plain.base_model.rotary_emb(entries, positions)
         entries = torch.stack((_rotate(entries[:, 0], *rotary), entries[:, 1]), 1)
         if self.config.knowledge != "prefix":  # an entry of zeros: a head can attend to nothing

@@ -138,7 +138,7 @@ def log_likelihoods(
     past, position = None, 0
     if prefix is not None:
         past, position = repeat(prefix.cache, len(rows)), prefix.next_position
-    position_ids = (position + columns).to(model.device)
+    position_ids = torch.as_tensor(position, device=model.device) + columns.to(model.device)
     text = {"input_ids": input_ids, "position_ids": position_ids}
     with evaluating(model):
         logits = model(**text, past_key_values=past, use_cache=past is not None).logits
