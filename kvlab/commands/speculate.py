@@ -85,8 +85,7 @@ def speculate(
         require_writable(path)
     fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
     sampling = decoding.Sampling(generator=torch.Generator(), logits_processor=(), **options)
-    texts = [*(prompts or ()), *(read_prompts(prompt_file) if prompt_file else ())]
-    texts = texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
+    texts = _all_prompts(prompts, prompt_file)
     scale = shared.scale_with_target(teacher_model, base_model)
     tokenizer = shared.load_shared_tokenizer(scale)
     rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
@@ -94,9 +93,7 @@ def speculate(
     target = decoding.Runner(scale.load("target"), room)
     draft = decoding.Runner(scale.load("draft"), room)
     reads = getattr(draft.model.config, "knowledge", None)
-    if store and not reads:
-        hint = "leave --store out, or give a draft of `kvlab train-draft --knowledge kv`"
-        raise ValueError(f"{scale.draft} does not read knowledge: {hint}.")
+    _require_reader(scale.draft, reads, store)
     knowledge = shared.open_store(store, target.model, scale, reads) if store else None
     lengths = [len(ids) + max_new_tokens for ids in rows]
     pairs = [*zip(texts, rows, strict=True)]
@@ -123,6 +120,17 @@ def speculate(
     result["summary"] = _summarize_arms(result["prompts"], rounds, gamma, sampling.greedy)
     if path:
         print(shared.write_json(path, result))
+
+
+def _all_prompts(prompts: list[str] | None, prompt_file: Path | None) -> list[str]:
+    texts = [*(prompts or ()), *(read_prompts(prompt_file) if prompt_file else ())]
+    return texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
+
+
+def _require_reader(name: str, reads: str | None, store: Path | None) -> None:
+    if store and not reads:
+        hint = "leave --store out, or give a draft of `kvlab train-draft --knowledge kv`"
+        raise ValueError(f"{name} does not read knowledge: {hint}.")
 
 
 def _fit(fuser: Fuser, draft, target) -> Fuser:
