@@ -84,7 +84,7 @@ def test_a_draft_begun_by_one_process_is_finished_by_two(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "_save_run", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         cli.main([*command, "--output_dir", "split"])
     options = "-m torch.distributed.run --standalone --nproc_per_node 2 -m kvlab.cli"
     launch = [sys.executable, *options.split()]
