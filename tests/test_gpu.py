@@ -1,5 +1,6 @@
 """The run for a GPU, dry: every part says what it found, in a file that `kvlab.results` can read."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvlab.results import Results
 
@@ -74,3 +76,14 @@ def test_a_chapter_runs_at_t4_with_stand_ins(path, tmp_path):
     environment = os.environ | {"KVLAB_SCALE": "t4", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
+
+
+@pytest.mark.parametrize("law", ["splice_arms", "distill_gradient", "fuse_gates"])
+def test_a_law_mixes_no_tensors_of_two_devices(monkeypatch, law):
+    monkeypatch.syspath_prepend(RUN.parent)
+    laws, pretend = importlib.import_module("laws"), importlib.import_module("pretend")
+    with pretend.pretended():
+        here, there = torch.ones(2), torch.ones(2, device="cuda")
+        with pytest.raises(RuntimeError, match="to be on the same device"):
+            here + there
+        getattr(laws, law)("cuda", torch.float32)
