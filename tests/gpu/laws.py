@@ -376,11 +376,11 @@ def speculation_sampled(device: str, dtype: torch.dtype) -> None:
     p_values = {}
     for rule in (exact_rule, without_residual):
         sampling = Sampling(1.0, generator=torch.Generator().manual_seed(0))
-        options = {"gamma": 3, "max_new_tokens": 2, "sampling": sampling}
+        options = {"gamma": 3, "max_new_tokens": 5, "sampling": sampling}
         with verified_by(rule):
             rows = begun.expand(PAIRS[device], -1)
             pairs = generate(target, rows, speculate.ModelProposer(draft), **options).tokens
-        pairs = torch.stack(pairs)
+        pairs = torch.stack(pairs)[:, :2]
         counts = np.bincount(6 * pairs[:, 0] + pairs[:, 1], minlength=36)
         p_values[rule] = chi_square(counts, expected)
     assert p_values[exact_rule] > 1e-3, f"p is {p_values[exact_rule]:.2g}"
@@ -456,7 +456,7 @@ def compiled_path(device: str, dtype: torch.dtype) -> None:
             require_same_text(target, prompts, got.tokens, want.tokens, dtype, "compiled")
             assert 0 < summarize(got.rounds).acceptance < 1
             if dtype == torch.float32:
-                assert [r.drafted for r in got.rounds] == [r.drafted for r in want.rounds]
+                assert [r.tokens for r in got.rounds] == [r.tokens for r in want.rounds]
         assert (places_of(fast), places_of(fast_draft)) == places
         assert len(fast._programs) == 1
         assert len(fast_draft._programs) == gamma
