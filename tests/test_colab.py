@@ -44,7 +44,7 @@ def runtime(tmp_path_factory) -> Path:
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Two short chapters that import most of kvlab run as in Colab; the book runs them all.
 ALONE = ["01_knowledge_caching.ipynb", "07_putting_it_together.ipynb"]
-COLAB = """IPython accelerate datasets filelock huggingface_hub matplotlib numpy packaging pandas
+COLAB = """IPython accelerate datasets filelock huggingface_hub jinja2 matplotlib numpy packaging pandas
     peft requests safetensors scipy sentence_transformers sklearn tokenizers torch tqdm transformers
     xxhash yaml""".split()
 

@@ -91,13 +91,14 @@ DATA = ("lab", *CONTEXTS)
 RANGES = {  # of numbers on the command line, by their type and, where they differ, by their name
     int: {
         "": "[1, inf)",
-        **dict.fromkeys(("every", "kv_warmup", "layers", "made_up", "sinks", "top_k"), "[0, inf)"),
+        **dict.fromkeys(("every", "kv_warmup", "layers", "made_up", "sinks"), "[0, inf)"),
+        **dict.fromkeys(("min_new_tokens", "top_k"), "[0, inf)"),
         "seed": f"[0, {2**32 - 1}]",
     },
     float: {
         "": "[0, inf)",
         **dict.fromkeys(("retention", "top_p"), "(0, 1]"),
-        **dict.fromkeys(("forward_share", "kv_end"), "[0, 1]"),
+        **dict.fromkeys(("forward_share", "kv_end", "min_p"), "[0, 1]"),
         "dropout": "[0, 1)",
         "gate": "(-inf, inf)",
         "heldout": "(0, 1)",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # With stand-ins, which say and learn nothing, it is enough that every line is reached.
 STEPS = 2  # of each training
-TOKENS = 8  # of each generated text
+TOKENS = 14  # of each generated text
 ITEMS = 4  # of each data set that is made up
 QUESTIONS = {"tiny": 64, "t4": 32}
 

@@ -1,7 +1,7 @@
 """Sort the causal LMs of transformers into those that kvlab reads right and those that it refuses.
 
-python book/architectures.py            write book/architectures.md
-python book/architectures.py --check    write nothing; exit 1 if the page is not current
+python book/try_architectures.py            write book/architectures.md
+python book/try_architectures.py --check    write nothing; exit 1 if the page is not current
 
 Each is built small, with random weights and otherwise its default configuration. Those whose default has other
 than full attention are tried with full attention in every layer as well.
@@ -42,7 +42,7 @@ TEXT = """# Architectures
 Which causal LMs of transformers {version} does kvlab read right? Each class below was built small, with random weights and
 its default configuration, and was either refused with a sentence or right in all of these: reading in parts, moving a
 text by 100 positions (every layer), dropping entries, the first layers alone, and greedy decoding beside a shorter text.
-{right} classes are right, {refused} are refused. `python book/architectures.py` makes this page.
+{right} classes are right, {refused} are refused. `python book/try_architectures.py` makes this page.
 
 A checkpoint can differ from the default configuration, so the trial is repeated for every model on its first use; see
 `kvlab.models.require_supported`.
@@ -189,7 +189,7 @@ def main(check_only: bool) -> None:
     if not check_only:
         PAGE.write_text(text, encoding="utf-8")
     elif text != PAGE.read_text(encoding="utf-8"):
-        sys.exit("book/architectures.md is not current: run `python book/architectures.py`.")
+        sys.exit("book/architectures.md is not current: run `python book/try_architectures.py`.")
 
 
 if __name__ == "__main__":
