@@ -72,14 +72,7 @@ def speculate(
         **options: Of `kvlab.speculate.Sampling`.
     """
     fused = (not no_prefill_fusion, not no_decode_fusion)
-    if not all(fused) and not fuser_checkpoint:
-        hint = "give --fuser_checkpoint, or leave --no_..._fusion out"
-        raise ValueError(f"Without a fuser nothing is fused: {hint}.")
-    if store:
-        shared.require_store(store)
-        if compiled:
-            hint = "leave --compiled out, or --store"
-            raise ValueError(f"What a draft knows differs from prompt to prompt: {hint}.")
+    _require_options_that_fit(fused, fuser_checkpoint, store, compiled)
     path = shared.timed_name(output_dir, "speculate") if save_results else None
     if path:
         require_writable(path)
@@ -110,16 +103,26 @@ def speculate(
     for proposer in (None, make_proposer(*pairs[0])[0]):
         run(pairs[0][1], proposer, min(4, max_new_tokens))  # warms up, and compiles
     rounds = {"speculative": []} if skip_standard else {"plain": [], "speculative": []}
-    read = partial(answer_text, tokenizer, stop=stop or ())
     settings = shared.command_settings(base_model=scale.draft, teacher_model=scale.target)
     result = {"settings": settings, "prompts": [], **run_info()}
-    for decoded in _decode_prompts(pairs, rounds, make_proposer, run, read):
-        result["prompts"].append(decoded)
-        if path:
-            shared.write_json(path, result)
+    read = partial(answer_text, tokenizer, stop=stop or ())
+    _decode_and_write(result, path, pairs, rounds, make_proposer, run, read)
     result["summary"] = _summarize_arms(result["prompts"], rounds, gamma, sampling.greedy)
     if path:
         print(shared.write_json(path, result))
+
+
+def _require_options_that_fit(
+    fused: tuple[bool, bool], fuser_checkpoint: Path | None, store: Path | None, compiled: bool
+) -> None:
+    if not all(fused) and not fuser_checkpoint:
+        hint = "give --fuser_checkpoint, or leave --no_..._fusion out"
+        raise ValueError(f"Without a fuser nothing is fused: {hint}.")
+    if store:
+        shared.require_store(store)
+        if compiled:
+            hint = "leave --compiled out, or --store"
+            raise ValueError(f"What a draft knows differs from prompt to prompt: {hint}.")
 
 
 def _all_prompts(prompts: list[str] | None, prompt_file: Path | None) -> list[str]:
@@ -160,6 +163,14 @@ def _make_proposer(
         return proposer, {}
     seconds = time.perf_counter() - started
     return proposer, {"found": item and item.question, "finding_seconds": seconds}
+
+
+def _decode_and_write(result: dict, path: Path | None, *options) -> None:
+    """Add the prompts to the result, which is in the file after each of them."""
+    for decoded in _decode_prompts(*options):
+        result["prompts"].append(decoded)
+        if path:
+            shared.write_json(path, result)
 
 
 def _decode_prompts(pairs, rounds: dict, make_proposer, run, read) -> Iterator[dict]:
