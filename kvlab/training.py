@@ -140,9 +140,8 @@ def fit(
             entry = {"step": step}
             entry |= _backward(accelerator, wrapped, losses, group, weight, loss_weights, logged)
             _require_finite(entry)
-            entry["grad_norm"] = float(
-                accelerator.clip_grad_norm_(trainable.values(), settings.clip)
-            )
+            norm = accelerator.clip_grad_norm_(trainable.values(), settings.clip)
+            entry["grad_norm"] = float(norm)
             entry["learning_rate"] = schedule.get_last_lr()[0]
             optimizer.step()
             optimizer.zero_grad()
@@ -153,15 +152,20 @@ def fit(
             bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
             is_due = step % every == 0 or step == settings.steps
             if is_due and evaluate:
-                model.eval()
-                entry.update(evaluate(model))
-                model.train()
+                entry |= _evaluated(model, evaluate)
             is_stopped = _in_any_process(accelerator, interrupts)
             if (is_due or is_stopped) and checkpoint and accelerator.is_main_process:
                 _save_run(Path(checkpoint), trainable, optimizer, schedule, run, history)
             if is_stopped:
                 raise KeyboardInterrupt(f"step {step} of {settings.steps} is in {checkpoint}")
     return history
+
+
+def _evaluated(model: nn.Module, evaluate: Callable) -> Mapping[str, float]:
+    model.eval()
+    figures = evaluate(model)
+    model.train()
+    return figures
 
 
 @contextmanager
