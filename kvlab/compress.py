@@ -26,7 +26,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvlab.cache import Prefix, length, prefill, select, shift
-from kvlab.models import require_supported, rotary_of
+from kvlab.generation import end_tokens
+from kvlab.models import position_limit, require_supported, rotary_of
 
 
 class Attention(NamedTuple):
@@ -183,11 +184,6 @@ def require_tokens(input_ids: Tensor) -> None:
     if input_ids.ndim != 2 or not input_ids.numel():
         shape = tuple(input_ids.shape)
         raise ValueError(f"input_ids is {shape}, expected (B, T): texts of one length, unpadded.")
-
-
-def position_limit(model: PreTrainedModel) -> int:
-    """The number of positions that a model was made for."""
-    return model.config.get_text_config(decoder=True).max_position_embeddings
 
 
 @torch.no_grad()
@@ -390,8 +386,7 @@ def generate_within(
         >>> length(prefix.cache)
         9
     """
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else torch.tensor(ends).flatten().tolist()
+    ends = end_tokens(model)
     text, tokens, prefix = input_ids, [], None
     while True:
         prefix = evict(model, text[:, :-1], score, budget=budget, prefix=prefix)

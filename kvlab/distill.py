@@ -29,12 +29,19 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import cache as kv
 from kvlab.cache import Prefix, prefill
-from kvlab.compress import AWARE, METHODS, compact, count_kept, evict, position_limit
+from kvlab.compress import AWARE, METHODS, compact, count_kept, evict
 from kvlab.evaluate import exact_match, exponential, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import naming, read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import Stop, answer_text, encode_parts
 from kvlab.losses import distillation_losses
-from kvlab.models import differences, fingerprint, first_layers, require_supported, rotary_of
+from kvlab.models import (
+    differences,
+    fingerprint,
+    first_layers,
+    position_limit,
+    require_supported,
+    rotary_of,
+)
 from kvlab.records import Record
 from kvlab.training import fit
 

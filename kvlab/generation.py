@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.cache import from_layers, prefill
+from kvlab.models import position_limit
 from kvlab.slots import Slots, step
 
 Conversation = Sequence[dict[str, str]]
@@ -150,11 +151,11 @@ def tokens_left(model: PreTrainedModel, position: int, max_new_tokens: int) -> i
     Raises:
         ValueError: the text is already longer than the model reads.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit and position > limit:
+    limit = position_limit(model)
+    if position > limit:
         reads = f"The prompt has {position} tokens, the model reads up to {limit}"
         raise ValueError(f"{reads}: give a shorter one.")
-    return min(max_new_tokens, limit - position + 1) if limit else max_new_tokens
+    return min(max_new_tokens, limit - position + 1)
 
 
 # -- where a text ends, and what decides its tokens

@@ -61,6 +61,12 @@ def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
 
 
+def position_limit(model: PreTrainedModel) -> float:
+    """Return the number of positions that a model was made for, infinity if it does not say."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode for a while.
@@ -152,21 +158,16 @@ def _read_at_two_places(decoder: PreTrainedModel, config: PretrainedConfig) -> t
     size = decoder.get_input_embeddings().num_embeddings
     ids = torch.tensor([[size // 3, size // 2]] * 2, device=decoder.device)
     positions = torch.stack((0 * by, by))[:, None] + torch.arange(2, device=by.device)
-    training = {module: module.training for module in decoder.modules()}
+    cache = DynamicCache()
     try:
-        for module in training:
-            module.training = False  # no dropout, no checkpointing
-        cache = DynamicCache()
-        decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        with evaluating(decoder):
+            decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         sentence = f"{type(decoder).__name__} cannot read two tokens into a DynamicCache"
         cause = f"{type(error).__name__}: {error}"
         raise CacheError(f"{sentence} ({cause}): use a Llama-like decoder.") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return cache.layers, by
 
 

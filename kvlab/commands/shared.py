@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlab.files import write_text
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
-from kvlab.models import fingerprint
+from kvlab.models import fingerprint, position_limit
 from kvlab.records import CONTEXTS, Record, read_records
 from kvlab.scale import Scale
 
@@ -135,8 +135,7 @@ def _is_in(number: float, interval: str) -> bool:
 
 def leave_out_long(models: Sequence[PreTrainedModel], items: list, lengths: Sequence[int]) -> list:
     """Items whose number of tokens all models can read; prints how many are left out."""
-    configs = [model.config.get_text_config(decoder=True) for model in models]
-    limit = min(config.max_position_embeddings for config in configs)
+    limit = min(map(position_limit, models))
     readable = [item for item, n in zip(items, lengths, strict=True) if n <= limit]
     if len(readable) < len(items):
         count = f"{len(items) - len(readable)} of {len(items)} texts are left out"
