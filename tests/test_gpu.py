@@ -71,11 +71,19 @@ def test_a_part_that_ends_early_does_not_stop_the_next(tmp_path, broken):
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_a_chapter_runs_at_t4_with_stand_ins(path, tmp_path):
-    command = [sys.executable, RUN.with_name("chapters.py"), path, "t4", "cpu", "bfloat16"]
-    environment = os.environ | {"KVLAB_SCALE": "t4", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
+def test_a_chapter_runs_at_t4_with_stand_ins(path, monkeypatch):
+    monkeypatch.syspath_prepend(RUN.parent)
+    run_apart = importlib.import_module("chapters").run_apart
+    run_apart(path, "t4", "cpu", "bfloat16")  # raises what one of its cells raised
+
+
+def test_a_chapter_that_fails_is_named_with_its_cell(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(RUN.parent)
+    broken = {"cells": [{"cell_type": "code", "source": ["1 / 0"]}]}
+    (tmp_path / "broken.ipynb").write_text(json.dumps(broken))
+    run_apart = importlib.import_module("chapters").run_apart
+    with pytest.raises(RuntimeError, match="In broken at t4 on cpu, cell 0:\n1 / 0"):
+        run_apart(tmp_path / "broken.ipynb", "t4", "cpu", "bfloat16")
 
 
 @pytest.mark.parametrize("law", ["splice_arms", "distill_gradient", "fuse_gates"])
