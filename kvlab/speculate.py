@@ -41,6 +41,7 @@ from kvlab.generation import (
     widened,
 )
 from kvlab.models import first_layers, require_supported
+from kvlab.ragged import is_ragged
 from kvlab.slots import Slots, step
 
 Acceptance = float | Sequence[float]  # of all positions, or by position
@@ -364,12 +365,17 @@ class Runner:
                 ids = torch.tensor([text], device=self.model.device)
                 prefixed[key] = prefill(model, ids, prefix)
             states.append(prefixed[key])
-        columns = max(length(state.cache) for state in states) + room
+        caches = [state.cache for state in states]
+        columns = max(map(length, caches)) + room
         size = self.compiled_room or columns
         if columns > size:
             raise ValueError(f"compiled_room is {size}, but texts need {columns}.")
+        ragged = caches if any(map(is_ragged, caches)) else ()
+        if ragged and self.compiled_room:
+            hint = "leave compiled_room out, or compress with one budget for every head"
+            raise ValueError(f"Heads of a prefix have lengths of their own: {hint}.")
         if not self.compiled_room or self.slots is None or len(self.slots.lengths) != len(texts):
-            self.slots = Slots(self.model, len(texts), size)
+            self.slots = Slots(self.model, len(texts), size, ragged)
             if self.compiled_room:
                 for layer in self.slots.layers:
                     torch._dynamo.mark_static_address(layer.keys)

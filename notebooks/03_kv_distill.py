@@ -176,14 +176,14 @@ assert ours[..., -latest:].isinf().all()
 
 # %% [markdown]
 # `evict` computes a score in every layer, keeps the best entries of each head, and frees the others.
-# For a picture, all heads keep the same entries (`shared=True`), by the mean of their scores: dark tokens have a high score, underlined ones stay.
+# For a picture, all heads keep the same entries (`scope="token"`), by the mean of their scores: dark tokens have a high score, underlined ones stay.
 
 # %%
 budget, views = compress.count_kept(ids.shape[1], retention=0.25), {}
 for name, score in compress.METHODS.items():
     if name != "random":
         scores, _ = compress.score_entries(target, ids, score, budget)
-        prefix = evict(target, ids, score, budget=budget, shared=True)
+        prefix = evict(target, ids, score, budget=budget, scope="token")
         views[name] = (
             scores.mean((0, 2))[0].tolist(),
             prefix.positions[0].tolist(),
@@ -270,7 +270,7 @@ print("mixed up - as it was:", shown(answered["mixed up"] - answered["as it was"
 # With `prefix`, it evicts again from what was kept before: `generate_within` does that every few tokens of a text that the model writes.
 
 # %%
-options = {"budget": 24, "shared": True}
+options = {"budget": 24, "scope": "token"}
 at_once = evict(target, ids, compress.sinks_recent, **options)
 in_chunks = evict(target, ids, compress.sinks_recent, chunk_size=16, **options)
 assert in_chunks.positions.equal(at_once.positions)  # of this score; others choose anew
@@ -692,7 +692,7 @@ from kvlab.knowledge import KnowledgeCache
 from kvlab.lab import corpora
 
 records, stores = corpora.made_up(20), {}
-quarter = {"retention": 0.25, "shared": True}
+quarter = {"retention": 0.25, "scope": "token"}
 ways = {
     "all entries": None,
     "a quarter, by KV-Distill": partial(distiller.compress, retention=0.25),
