@@ -15,7 +15,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import get_args, get_origin
 
-from jsonargparse import ArgumentParser, auto_parser
+import yaml
+from jsonargparse import ArgumentParser, auto_parser, get_loader, set_loader
 from torch import OutOfMemoryError
 
 from kvlab.commands import align, distill, draft, fuse, knowledge, lab, shared, speculate
@@ -37,6 +38,18 @@ COMMANDS = {
     "lab": {"_help": "Train and measure the lab models."} | LAB_COMMANDS,
 }
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # --per-domain is --per_domain
+
+
+_load_in_c = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> object:
+    """Load YAML; what is nested too deeply is a RecursionError, and does not end the process."""
+    yaml.compose(text, yaml.SafeLoader)  # recurses in Python
+    return _load_in_c(text)
+
+
+set_loader("yaml", _load_yaml, (yaml.YAMLError,))
 
 
 class _Parser(ArgumentParser):

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +13,7 @@ import pytest
 import yaml
 from command_helpers import RECORDS, write
 
-from kvlab import cli, lab
+from kvlab import cache, cli, generation, lab, speculate
 from kvlab.cli import COMMANDS, main
 from kvlab.commands import shared
 from kvlab.knowledge import KnowledgeCache
@@ -303,3 +306,85 @@ def test_ask_prints_the_stored_answer(tiny, capsys):
     main(["ask", RECORDS[0]["question"], *store, "--exact", "--max_new_tokens", "2"])
     assert f"stored answer: {RECORDS[0]['answer']}" in capsys.readouterr().out
     assert len(KnowledgeCache.load("store", lab.load("lab-draft"), lab.load_tokenizer("lab-draft")))
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("flags", [["--config", "deep.yaml"], ["--config=deep.yaml"]])
+def test_a_configuration_that_is_nested_too_deeply_is_a_sentence(flags, run_toy, tmp_path):
+    path = tmp_path / "deep.yaml"
+    for text in (f"maps: {DEEP}", f"maps: {DEEP}{DEEP.replace('[', ']')}", "- " * 100_000):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=r"^kvlab: .* does not fit: it is nested too deeply\."):
+            run_toy(*[flag.replace("deep.yaml", str(path)) for flag in flags])
+
+
+def test_an_option_that_is_nested_too_deeply_is_a_sentence(run_toy):
+    with pytest.raises(SystemExit, match=r"^kvlab: The command line does not fit: it is nested"):
+        run_toy("--losses", DEEP)
+
+
+STOPPED = """
+import sys
+from kvlab import __main__ as entry
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "kvlab.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+entry.main()
+"""
+
+
+def test_ctrl_c_while_modules_are_imported_ends_with_130():
+    run = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "")
+
+
+def test_the_command_is_the_module_that_handles_ctrl_c():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"kvlab": "kvlab.__main__:main"}
+
+
+def test_a_template_without_thinking_refuses_it_before_anything_is_loaded(tiny, nothing_loads):
+    with pytest.raises(SystemExit, match="template of lab-target has no enable_thinking: leave it"):
+        main(["speculate", "--enable_thinking"])
+
+
+@pytest.fixture
+def thinker(tiny):
+    """A folder of a lab model whose template opens an answer with a thought, if it may."""
+    lab.load("lab-draft").save_pretrained("thinker")
+    tokenizer = lab.load_tokenizer("lab-draft")
+    opening = "<|assistant|>{% if enable_thinking %} hmm{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>", opening)
+    assert opening in tokenizer.chat_template
+    tokenizer.save_pretrained("thinker")
+    return "thinker"
+
+
+@pytest.mark.parametrize("flags", [[], ["--enable_thinking", "false"], ["--enable_thinking"]])
+def test_every_prompt_of_a_command_is_rendered_with_thinking_or_without(
+    flags, thinker, tiny, monkeypatch, capsys
+):
+    prompts = []
+    prefill = cache.prefill
+
+    def reading(model, input_ids, *args, **options):
+        prompts.extend(map(lab.load_tokenizer("lab-draft").decode, input_ids.tolist()))
+        return prefill(model, input_ids, *args, **options)
+
+    for module in (generation, speculate):
+        monkeypatch.setattr(module, "prefill", reading)
+    few = [*flags, "--max_new_tokens", "2", "--base_model", thinker]
+    main(["speculate", "--prompts", "Who?", "--teacher_model", thinker, *few])
+    build = ["build-cache", "--records", write(tiny / "records.jsonl"), "--store", "store"]
+    main([*build, "--generate_answers", *few])
+    main(["ask", "Who?", "--store", "store", "--exact", *few])
+    answers = [text for text in prompts if "<|assistant|>" in text]
+    assert len(answers) >= 4
+    thinks = flags == ["--enable_thinking"]
+    assert {"<|assistant|> hmm" in text for text in answers} == {thinks}
