@@ -388,3 +388,50 @@ def test_every_prompt_of_a_command_is_rendered_with_thinking_or_without(
     assert len(answers) >= 4
     thinks = flags == ["--enable_thinking"]
     assert {"<|assistant|> hmm" in text for text in answers} == {thinks}
+
+
+def figures_of(*options):
+    main([*COMPARE, *options])
+    (path,) = Path("results").iterdir()
+    figures = json.loads(path.read_text())["figures"]
+    path.unlink()
+    return {figure["name"]: figure for figure in figures}
+
+
+def test_unanswerable_questions_are_scored_apart_and_change_nothing_else(tiny):
+    squad_file(tiny / "squad.json", [1, 1, 1])
+    plain = figures_of()
+    rows = json.loads((tiny / "squad.json").read_text())
+    for n, paragraph in enumerate(rows["data"][0]["paragraphs"]):
+        question = {"question": f"Where is Anna{n}?", "answers": [], "is_impossible": True}
+        paragraph["qas"].append(question)
+    (tiny / "squad.json").write_text(json.dumps(rows))
+    both = figures_of()
+    assert not any("Ans" in name for name in plain)
+    for score in ("exact", "f1"):
+        name = score.replace("exact", "exact_match")
+        for arm in ("full, 1", "key_norm, 0.5"):
+            has, no = (both[f"{arm}, {group}_{score}"] for group in ("HasAns", "NoAns"))
+            assert has["value"] == plain[f"{arm}, {name}"]["value"]
+            assert (has["n"], no["n"]) == (3, 3)
+            assert both[f"{arm}, {name}"]["value"] == pytest.approx(
+                (has["value"] + no["value"]) / 2
+            )
+
+
+def test_unanswerable_questions_are_not_trained_on(tiny, capsys):
+    squad_file(tiny / "squad.json", [1, 1, 1, 1])
+    rows = json.loads((tiny / "squad.json").read_text())
+    rows["data"][0]["paragraphs"][0]["qas"][0]["answers"] = []
+    (tiny / "squad.json").write_text(json.dumps(rows))
+    main([*SMALL, "out", "--data", "squad", "--source", "squad.json", "--steps", "1"])
+    printed = capsys.readouterr().out
+    assert "1 of 4 questions are left out: they have no answer." in printed
+    assert "Training: 2 examples. Held out: 1 contexts with 1 questions." in printed
+
+
+def test_compiled_models_decode_as_few_tokens_as_two(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("torch.compile", lambda step, **_: step)
+    for tokens in ("1", "2", "3"):
+        main(["speculate", "--prompts", "One?", "--compiled", "--max_new_tokens", tokens])
+        assert "equal_texts          True" in capsys.readouterr().out
