@@ -10,6 +10,7 @@ as "settings" is `command_settings(...)`, the options that were parsed here.
 import re
 import sys
 from collections.abc import Sequence
+from functools import wraps
 from itertools import pairwise
 from os.path import expanduser
 from pathlib import Path
@@ -66,7 +67,15 @@ class _Parser(ArgumentParser):
             if isinstance(options.get("default"), tuple):
                 options["default"] = list(options["default"])
             names = names[:1]
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        if item:  # a configuration may give one value as it is, as the command line does
+            check = action._check_type
+            action._check_type = wraps(check)(lambda value, **more: check(_as_list(value), **more))
+        return action
+
+
+def _as_list(value: object) -> list | None:
+    return value if value is None or isinstance(value, list) else [value]
 
 
 def _list_item(hint: object) -> type | None:
@@ -118,7 +127,8 @@ def main(args: list[str] | None = None) -> None:
         options = {name: _without_tilde(name, value) for name, value in options.items()}
         shared.require_ranges(options)
         shared.parsed_options.update(options)
-        command(**options)
+        # Null in a configuration is the default.
+        command(**{name: value for name, value in options.items() if value is not None})
     except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
         raise SystemExit(f"kvlab: {error}") from error
     except KeyboardInterrupt as error:

@@ -501,7 +501,8 @@ class KnowledgeCache:
             input_ids = (*prompt, *input_ids)
             count = len(input_ids) + self._reserve(generate, max_new_tokens)
             if count > limit:
-                raise CacheError(f"Record {number} has {count} tokens, the model reads {limit}.")
+                reads = f"Record {number} has {count} tokens, the model reads {limit}"
+                raise CacheError(f"{reads}: shorten it, or leave it out.")
             texts = [str(record.get("domain") or ""), question, answer]
             id = str(record.get("id") or _json_hash(texts)[:16])
             items.append(Item(id, *texts, input_ids, len(prompt), generate))

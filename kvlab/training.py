@@ -132,9 +132,9 @@ def fit(
         >>> history[-1]["mse"] < 0.1 < history[0]["mse"]
         True
     """
-    settings = FitSettings(**settings)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _require_trainable(trainable, loader, every)
+    settings = FitSettings(**settings)
     accelerator = _new_accelerator(settings)
     optimizer, schedule = _make_optimizer(trainable, settings)
     run = asdict(settings) | {"betas": list(settings.betas), "batch_size": loader.batch_size}

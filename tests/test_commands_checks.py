@@ -435,3 +435,31 @@ def test_compiled_models_decode_as_few_tokens_as_two(tiny, monkeypatch, capsys):
     for tokens in ("1", "2", "3"):
         main(["speculate", "--prompts", "One?", "--compiled", "--max_new_tokens", tokens])
         assert "equal_texts          True" in capsys.readouterr().out
+
+
+def test_one_value_of_a_list_may_stand_alone_in_a_configuration(run_toy, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    for text, prompts in (("One two?", ["One two?"]), ("[a, b]", ["a", "b"])):
+        path.write_text(f"prompts: {text}\nmaps: a.json\n")
+        got = run_toy("--config", str(path))
+        assert (got["prompts"], got["maps"]) == (prompts, ["a.json"])
+    path.write_text("prompts: 3\n")
+    with pytest.raises(SystemExit):
+        run_toy("--config", str(path))
+    assert 'key "prompts" element 1' in capsys.readouterr().err
+
+
+def test_null_in_a_configuration_is_the_default(tiny, capsys):
+    (tiny / "mine.yaml").write_text("max_new_tokens: null\nprompts: null\n")
+    main(["speculate", "--config", "mine.yaml", "--teacher_model", "lab-draft"])
+    assert "equal_texts          True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["loop", "loop/x", "gone", "gone/x"])
+def test_an_output_folder_behind_a_link_that_leads_nowhere_is_a_sentence(
+    place, tiny, nothing_loads
+):
+    (tiny / "loop").symlink_to("loop")
+    (tiny / "gone").symlink_to("nowhere")
+    with pytest.raises(SystemExit, match=rf"^kvlab: {place}/manifest.json cannot be written \("):
+        main(["build-cache", "--store", place])
