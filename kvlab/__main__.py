@@ -3,15 +3,15 @@
 import sys
 
 
-def main() -> None:
+def run() -> None:
     """Import the command line, and run it."""
     try:
-        from kvlab.cli import main as run_command
+        from kvlab.cli import main
 
-        run_command()
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -103,7 +103,8 @@ def read_records(name: str, source: str | Path | Iterable, split: str = "train")
     """Records of a data set, from a file, the Hugging Face hub or rows in memory.
 
     Records that lack a question, an answer or (in data sets with contexts) a context are left out,
-    and one warning counts them. SQuAD v2's unanswerable questions have no answers, and stay. Wrong targets of P3 (`is_correct`) are left out as well.
+    and one warning counts them. Wrong targets of P3 (`is_correct`) are left out as well. SQuAD v2's
+    unanswerable questions have no answers, and stay.
 
     Args:
         name: one of `DATA_SETS`, such as "squad" or "gsm8k".

@@ -335,7 +335,7 @@ class Interrupted:
             raise KeyboardInterrupt
 
 sys.meta_path.insert(0, Interrupted())
-entry.main()
+entry.run()
 """
 
 
@@ -346,7 +346,7 @@ def test_ctrl_c_while_modules_are_imported_ends_with_130():
 
 def test_the_command_is_the_module_that_handles_ctrl_c():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"kvlab": "kvlab.__main__:main"}
+    assert project["project"]["scripts"] == {"kvlab": "kvlab.__main__:run"}
 
 
 def test_a_template_without_thinking_refuses_it_before_anything_is_loaded(tiny, nothing_loads):
