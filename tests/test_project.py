@@ -204,6 +204,7 @@ FLOORS = (
     "compress layers generation training evaluate records scale plots lab lab.corpora lab.tokenizers",
     CHAPTERS,
     "lab.report lab.recipe lab.__main__ commands cli",
+    "__main__",
 )
 PATHS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

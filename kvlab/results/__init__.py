@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Results(dict[str, Figure]):
             >>> results("distill").table(rows).columns.tolist()
             ['25 % (fraction)', '10 % (fraction)']
         """
+        import pandas as pd  # here, because it takes a second
+
         table = pd.DataFrame(index=list(rows))
         units = {}
         for label, names in rows.items():
