@@ -225,10 +225,10 @@ for way, (first_cost, *_, last_cost) in costs.items():
 # It is paid once per step, however many tokens the step looks at:
 
 # %%
-one = step(256)
-for k in (1, 4, 8):
-    cost = step(256, k)
-    print(f"{k} new tokens at once: {1000 * cost:.1f} ms, {cost / one:.1f} times one")
+spent = {k: step(256, k) for k in (1, 4, 8)}
+for k, cost in spent.items():
+    ratio = cost / spent[1]
+    print(f"{k} new tokens at once: {1000 * cost:.1f} ms, {ratio:.1f} times one")
 
 # %% [markdown]
 # {term}`Speculative decoding <speculative decoding>` lives on this: a target that goes through its layers anyway may as well check several

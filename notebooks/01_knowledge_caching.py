@@ -16,7 +16,7 @@
 # - join pieces that were read apart, in five ways, and measure the error of each;
 # - work out when loading a cache pays, from three numbers of your model and your disk.
 #
-# **Time and memory**: about half a minute and 1 GB, nearly all of it PyTorch itself, at `tiny`. The second cell prints the memory of the models at any scale.
+# **Time and memory**: about a minute and 1 GB, nearly all of it PyTorch itself, at `tiny`. The second cell prints the memory of the models at any scale.
 #
 # **Code**: `kvlab/knowledge.py`. The code written out here is checked against it.
 # ```

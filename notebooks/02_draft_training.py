@@ -17,7 +17,7 @@
 # - separate the answers that it knows by heart from those that it reads, with controls that must fail;
 # - put it into the loop of chapter 05, and give it away as a model that other programs load.
 #
-# **Time and memory**: about a minute and 1 GB, most of it PyTorch itself, at `tiny`; the second cell prints the memory of the models at any scale.
+# **Time and memory**: one or two minutes and 1 GB, most of it PyTorch itself, at `tiny`; the second cell prints the memory of the models at any scale.
 #
 # **Code**: `kvlab/draft.py` and `kvlab/losses.py`; what is written out here is checked against them.
 # ```
@@ -418,8 +418,8 @@ for way, by_loss in panels.items():
     lower = [by_loss.pop(kind)[0] for kind in ("reverse_kl", "tv")]
     higher = [value for value, _, _ in by_loss.values()]
     gaps[way] = min(higher) - max(lower)
-    print(f"{way}: at least {gaps[way]:.3f} between these two and the other four,")
-    print(f"and {max(higher) - min(higher):.3f} from the least to the best of the four")
+    print(f"{way}: reverse_kl and tv are {gaps[way]:.3f} or more below the others,")
+    print(f"which are within {max(higher) - min(higher):.3f} of one another")
 assert gaps["greedy"] > 0.05
 assert gaps["sampled"] < gaps["greedy"] / 2
 

@@ -17,7 +17,7 @@
 # - train students toward keys and values like their teacher's, by four arms, with controls that should fail;
 # - find out where that helps and where it does harm.
 #
-# **Time and memory**: less than a minute and 1.2 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
+# **Time and memory**: about a minute and 1.2 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
 # **Code**: `kvlab/align.py` and `kvlab/layers.py`; the code written out here is checked against it.
 # ```

@@ -16,7 +16,7 @@
 # - measure acceptance, and predict from three measured numbers how much faster decoding becomes;
 # - choose how many tokens to draft, and recognize when drafting does not pay.
 #
-# **Time and memory**: less than a minute and 1 GB (with PyTorch itself) at `tiny`; at `t4`, memory is printed by the second cell.
+# **Time and memory**: one or two minutes and 1 GB (with PyTorch itself) at `tiny`; at `t4`, memory is printed by the second cell.
 #
 # **Code**: `kvlab/speculate.py`; what is written out here is checked against it.
 # ```

@@ -16,7 +16,7 @@
 # - find out whether any information crosses, with a text in which the small model reads blanks;
 # - give the fuser to a draft in speculative decoding, separate the large model's contribution from that of mere parameters, and see when it pays.
 #
-# **Time and memory**: about half a minute and 1 GB, most of it PyTorch itself, at `tiny`. The second cell prints the size of the models at any scale.
+# **Time and memory**: about a minute and 1 GB, most of it PyTorch itself, at `tiny`. The second cell prints the size of the models at any scale.
 #
 # **Code**: `kvlab/fuse.py`, and `FusedProposer` in `kvlab/speculate.py`; the code written out here is checked against it.
 # ```
