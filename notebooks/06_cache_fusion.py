@@ -324,11 +324,11 @@ if scale.name == "tiny":
 # The information crosses: the receiver answers with words that it has never read.
 # The benchmark has longer passages, 600 steps and both ways to train.
 # Each has its control, a fuser with as many parameters that does not read the sharer.
-# Some rows are the mean over several fusers, each trained with its own seed; the label has their number:
+# Some rows are the mean over several fusers, each trained with its own seed: the label has their number in brackets, and without one there is one fuser or none.
 
 # %%
 def with_counts(labels):
-    """Labels by figure, with the number of fusers (or drafts) where it is above 1."""
+    """Labels by figure, with the number of trained fusers (or drafts) above 1."""
     counted = {}
     for name, label in labels.items():
         trained = name.replace("guesses_", "answers_", 1)  # the same fusers
@@ -338,9 +338,11 @@ def with_counts(labels):
 
 
 def print_conditions(name):
-    """Of all rows, with the number of prompts."""
-    what = results[name].conditions.partition("; mean over")[0]
-    print(textwrap.fill(f"{what}; {results[name].n} prompts", 78))
+    """Those that all rows have in common, with the number of prompts."""
+    parts = results[name].conditions.split("; ")
+    own = ("fused", "mean over", "n is")  # of this row
+    shared = [part for part in parts if not any(words in part for words in own)]
+    print(textwrap.fill(f"{'; '.join(shared)}; {results[name].n} prompts", 78))
 
 
 # %% mystnb={"image": {"alt": "Fractions of questions answered, with intervals: from blanks nothing; trained on answers and the controls without a sharer hardly more; rehearsed many more, with the sharer's first layers as many as when the receiver reads everything."}}
@@ -442,7 +444,7 @@ arms = {
 mark = results["acceptance_none"].value, "the draft alone"
 rows = results.intervals(with_counts(arms))
 plots.intervals(rows, "guesses accepted (fraction)", mark)
-print_conditions("acceptance_none")
+print_conditions("acceptance_both")
 
 # %%
 gains = {}
@@ -675,7 +677,7 @@ for name in fuse.LAYER_MAPS:
     unexplained[name] = history[-1]["fvu"]
     print(f"{name:12} {chosen} FVU {unexplained[name]:.3f}")
 if scale.name == "tiny":
-    assert min(unexplained, key=unexplained.get) == "first"
+    assert unexplained["first"] < unexplained["last"]
 
 # %% [markdown]
 # First layers represent the token itself, last layers the next one.
