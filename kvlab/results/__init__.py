@@ -62,7 +62,14 @@ class Results(dict[str, Figure]):
 
         Args:
             labels: label of each figure, by the figure's name.
+
+        Raises:
+            ValueError: two figures have the same label, so one would hide the other.
         """
+        if len({*labels.values()}) < len(labels):
+            raise ValueError(
+                f"Two of {list(labels.values())} are the same: give each its own label."
+            )
         return {label: self[name].interval for name, label in labels.items()}
 
     def table(self, rows: Mapping[str, Mapping[str, str]], spec: str = ".2f") -> pd.DataFrame:
