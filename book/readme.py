@@ -19,10 +19,10 @@ TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
 ROWS = (
     (
         "01",
-        "time to the first token, prefill of all items over loading their caches",
+        "time to the first token, item and question prefilled, over the item's cache loaded",
         "knowledge:ttft_ratio",
         "",
-        "items of 512 tokens, the shape of Qwen3-0.6B, random weights",
+        "items of about 512 tokens, a question of 12, the shape of Qwen3-0.6B, random weights",
     ),
     (
         "01",

@@ -61,13 +61,15 @@ from kvlab.models import (
 )
 from kvlab.ragged import RaggedLayer, bias_of, is_ragged
 from kvlab.records import Record
-from kvlab.training import fit
+from kvlab.training import fit, require_least
 
 GATES = ("multiply", "none")
 ROUTINGS = ("conditional", "all", "embedding")
 SCORER_FILE, SETTINGS_FILE = "scorer.safetensors", "kvdistill.json"
 RENAMED_SETTINGS = {"width": "scorer_hidden_size", "row": "chunk_size"}  # in older files
-UNITS = dict.fromkeys(("exact_match", "f1", "accuracy", "rouge_l"), "fraction")
+SQUAD_V2 = {"HasAns_exact": "exact_match", "HasAns_f1": "f1"}  # as in `kvlab.evaluate.squad_v2`
+SQUAD_V2 |= {"NoAns_exact": "exact_match", "NoAns_f1": "f1"}
+UNITS = dict.fromkeys(("exact_match", "f1", *SQUAD_V2, "accuracy", "rouge_l"), "fraction")
 UNITS |= {"perplexity": "per token", "MB": "MB"}
 
 
@@ -102,10 +104,7 @@ class DistillSettings:
     chunk_size: int = 1536
 
     def __post_init__(self):
-        least = {"rank": 1, "scorer_hidden_size": 1, "sinks": 0, "chunk_size": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {value} or more.")
+        require_least(self, rank=1, scorer_hidden_size=1, sinks=0, chunk_size=1)
         if self.gate not in GATES:
             raise ValueError(f"gate is {self.gate!r}, expected one of {', '.join(GATES)}.")
         if self.routing not in ROUTINGS:
@@ -755,7 +754,7 @@ def compression_scores(
         Columns are method, retention, context (its number), answer, references, exact_match, f1 (the
         best of the references), log_likelihood (nats) and tokens of the first reference, bytes of
         the cache and, where they apply, accuracy (whether the right choice is the most probable)
-        and rouge_l.
+        and rouge_l. Where there is no reference, the empty text is one.
 
     Example:
         >>> from kvlab import lab, speculate
@@ -781,7 +780,7 @@ def compression_scores(
                 row["references"] = q.record.answers
                 rows.append(row | _score_likelihoods(model, tokenizer, q, prefix))
     scores = pd.DataFrame(rows)
-    pairs = scores["answer"], scores["references"]
+    pairs = scores["answer"], [texts or ("",) for texts in scores["references"]]
     scores["exact_match"] = exact_match(*pairs)
     scores["f1"] = f1(*pairs)
     if long_answers:
@@ -804,7 +803,8 @@ def compression_figures(scores: pd.DataFrame) -> list[dict]:
     """Means of `compression_scores`, with 95 % intervals over contexts, which weigh the same.
 
     Besides what `figure` returns, each has method, retention and score: exact_match, f1, accuracy,
-    rouge_l, perplexity (of the first answer) or MB (of the cache).
+    rouge_l, perplexity (of the first answer) or MB (of the cache). If some questions have no
+    answer, scores of these (NoAns) and of the others (HasAns) are added.
 
     Example:
         >>> columns = "method retention context exact_match log_likelihood tokens bytes".split()
@@ -813,6 +813,11 @@ def compression_figures(scores: pd.DataFrame) -> list[dict]:
         [1.0, 2.0, 5.0]
     """
     figures = []
+    has_answer = scores.get("references", scores["method"]).map(bool)
+    if not has_answer.all():
+        groups = {"HasAns": has_answer, "NoAns": ~has_answer}
+        for name, score in SQUAD_V2.items():
+            scores = scores.assign(**{name: scores[score].where(groups[name.split("_")[0]])})
     for (method, fraction), rows in scores.groupby(["method", "retention"], sort=False):
         means = rows.groupby("context").mean(numeric_only=True).dropna(axis=1, how="all")
         means["perplexity"] = -means["log_likelihood"] / means["tokens"]

@@ -48,6 +48,8 @@ from kvlab import models
 from kvlab.cache import Prefix
 from kvlab.files import as_bytes, write_tensors, write_text
 from kvlab.generation import (
+    Ending,
+    Stop,
     answer_text,
     close_turn,
     continuations,
@@ -435,6 +437,7 @@ class KnowledgeCache:
         max_new_tokens: int = 128,
         batch_size: int = 8,
         compress: Callable[[Tensor], Prefix] | None = None,
+        stop: Stop = (),
     ) -> int:
         """Prefill and add records that are not in the store; return the number of new items.
 
@@ -449,6 +452,7 @@ class KnowledgeCache:
             batch_size: of prefill and of generation.
             compress: from token ids (1, T) to a `Prefix` of k entries, with positions (1, k), the
                 same for all heads; see `kvlab.compress`. It takes k / T of the bytes.
+            stop: strings that end a generated answer; they are cut off.
 
         Raises:
             CacheError: before any work: a record without a text, an id that is taken, a text that
@@ -467,7 +471,8 @@ class KnowledgeCache:
             groups = self._groups(items, self._reserve(generate, max_new_tokens))
             for first in range(0, len(groups), state.num_processes):
                 group = groups[first + state.process_index :][:1]  # of this process, if any
-                new = [self._fill(*group, max_new_tokens, batch_size, compress)] if group else []
+                options = max_new_tokens, batch_size, compress, stop
+                new = [self._fill(*group, *options)] if group else []
                 self.shards += gather_object(new)
                 if state.is_main_process:
                     _commit(self.folder, self.settings, self.shards)
@@ -496,7 +501,8 @@ class KnowledgeCache:
             input_ids = (*prompt, *input_ids)
             count = len(input_ids) + self._reserve(generate, max_new_tokens)
             if count > limit:
-                raise CacheError(f"Record {number} has {count} tokens, the model reads {limit}.")
+                reads = f"Record {number} has {count} tokens, the model reads {limit}"
+                raise CacheError(f"{reads}: shorten it, or leave it out.")
             texts = [str(record.get("domain") or ""), question, answer]
             id = str(record.get("id") or _json_hash(texts)[:16])
             items.append(Item(id, *texts, input_ids, len(prompt), generate))
@@ -526,14 +532,19 @@ class KnowledgeCache:
         count = min(SHARD_ITEMS, SHARD_BYTES // max(1, self.bytes_of(longest))) or 1
         return [items[i : i + count] for i in range(0, len(items), count)]
 
-    def _fill(self, items, max_new_tokens: int, batch_size: int, compress) -> dict:
+    def _fill(self, items, max_new_tokens: int, batch_size: int, compress, stop: Stop) -> dict:
         """Prefill the items of a shard and write its files; the manifest does not list them yet."""
         if items[0].generated:
             prompts = [list(item.input_ids) for item in items]
-            answers = continuations(self.model, self.tokenizer, prompts, max_new_tokens, batch_size)
+            stop = Ending.of(self.model, self.tokenizer, stop).stop
+            options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stop": stop}
+            answers = continuations(self.model, self.tokenizer, prompts, **options)
             end_ids = end_tokens(self.model, self.tokenizer)
             for i, (item, ids) in enumerate(zip(items, answers, strict=True)):
-                text = answer_text(self.tokenizer, ids)
+                text = answer_text(self.tokenizer, ids, stop)
+                if stop:  # which a turn must not contain
+                    turns = [{"role": "user", "content": item.question}]
+                    ids = encode_answer(self.tokenizer, turns, text)[1]
                 ids = close_turn(self.tokenizer, ids, end_ids)
                 items[i] = replace(item, answer=text, input_ids=(*item.input_ids, *ids))
         tensors = [{} for _ in items]

@@ -30,3 +30,12 @@ def test_the_best_other_score_is_the_best():
     for percent in (25, 10):
         scores = {name: results[f"em_{name}_{percent}"].value for name in compress.METHODS}
         assert max(scores, key=scores.get) == "key_norm_reversed"
+
+
+def test_the_figure_shows_what_its_description_says():
+    results = kvlab.results("distill")
+    assert results["em_distill_25"].high > results["em_full"].low  # what the whole cache answers
+    for percent in (25, 10, 5, 2):
+        value = results[f"em_distill_{percent}"].value
+        for other in ("key_norm_reversed", "snapkv", "random"):
+            assert value > results[f"em_{other}_{percent}"].value

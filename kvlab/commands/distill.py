@@ -44,6 +44,7 @@ def distill(
     precision: Literal["no", "fp16", "bf16"] = "no",
     seed: int = 0,
     base_model: str | None = None,
+    enable_thinking: bool = False,
     **options,
 ) -> None:
     """Train a KV-Distill compressor: what to keep of a context, and what to write into it.
@@ -78,9 +79,10 @@ def distill(
         seed: Random seed (held-out contexts, initialization, order, retention).
         base_model: The model whose cache is compressed: a lab model, a hub name or a folder.
             Default: the scale's target.
+        enable_thinking: Let the model think before it answers, if its template has this option.
         **options: Of `kvlab.distill.KVDistiller`.
     """
-    scale = common.scale_with_target(base_model)
+    scale = common.scale_with_target(base_model, enable_thinking=enable_thinking)
     counts = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate}
     retention = retention or [0.001, 0.8]
     if len(retention) != 2 or retention[0] > retention[1]:
@@ -102,7 +104,8 @@ def distill(
     training = counts | {"retention": retention, "forward_share": forward_share}
     training |= {"learning_rate": learning_rate, "precision": precision, "seed": seed}
     settings = asdict(distiller.settings)
-    run = output_dir / common.run_name(model, settings, training, instruction, repr(readings))
+    texts = instruction, enable_thinking, repr(readings)
+    run = output_dir / common.run_name(model, settings, training, *texts)
     training |= {"checkpoint": run / "checkpoint.safetensors", "every": every or steps}
     state.print(f"Training: {len(readings)} examples. Held out: {_count(test_records)}.")
     examples = chapter.DistillDataset(tokenizer, readings, instruction)
@@ -152,6 +155,7 @@ def eval_compression(
     seed: int = 0,
     base_model: str | None = None,
     stop: list[str] | None = None,
+    enable_thinking: bool = False,
 ) -> None:
     """Compare a model's answers given compressed caches, by several methods and of several sizes.
 
@@ -159,7 +163,8 @@ def eval_compression(
     see a question before they compress serve this question only; they have a table of their own.
     Intervals (95 %) are over contexts, which weigh the same. If the distiller was trained on the
     same records, only contexts that were held out are used. Contexts that are longer than the
-    model reads are left out, with a count.
+    model reads are left out, with a count. For SQuAD v2, scores of questions with and without an
+    answer (HasAns, NoAns) are added; without one, only an empty answer is right.
 
     Args:
         distiller: Folder that `kvlab distill` made. Default: only the other methods are compared.
@@ -181,8 +186,9 @@ def eval_compression(
         seed: Random seed (choice of contexts, method random).
         base_model: The model that answers. Default: the scale's target.
         stop: Strings that end an answer, such as --stop "Question:"; they are cut off.
+        enable_thinking: Let the model think before it answers, if its template has this option.
     """
-    scale = common.scale_with_target(base_model)
+    scale = common.scale_with_target(base_model, enable_thinking=enable_thinking)
     choices = [*METHODS, *AWARE] if distiller is None else ["distill", *METHODS, *AWARE]
     methods = list(dict.fromkeys(methods or choices))  # each once
     for name in methods:
@@ -196,7 +202,8 @@ def eval_compression(
     if data == "lab":
         records = common.lab_passages(contexts, questions, seed, source)
     else:
-        records = _test_records(common.load_records(data, source, split), distiller)
+        records = common.load_records(data, source, split, unanswerable=True)
+        records = _test_records(records, distiller)
         sample = random.Random(seed).sample([*records], min(contexts, len(records)))
         records = [records[context][:questions] for context in sample]
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
