@@ -6,9 +6,10 @@ it with the scores of `kvlab.compress` on questions about compressed contexts.
 """
 
 import copy
+import importlib
 import itertools
 import json
-import pkgutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,7 @@ from kvlab.compress import (
     METHODS,
     REPEATED,
     Repeat,
+    Score,
     attention_matching,
     choose_entries,
     compact,
@@ -716,11 +718,31 @@ def compress_for(
         options |= {"score": partial(score, sinks=sinks), "scope": own_scope, "repeat": repeat}
         prefix = evict(model, context, **options)
     else:
-        score = pkgutil.resolve_name(method) if ":" in method else METHODS[method]
+        score = own_score(method) if ":" in method else METHODS[method]
         if score is expected_attention:
             score = partial(score, sinks=sinks)
         prefix = evict(model, context, score, **options)
     return [prefix] * len(questions)
+
+
+def own_score(name: str) -> Score:
+    """A score of a module, "module:name", which is looked for in the current folder, too.
+
+    Example:
+        >>> own_score("kvlab.compress:key_norm").__name__
+        'key_norm'
+    """
+    module, _, function = name.partition(":")
+    folder = str(Path.cwd())
+    try:
+        if folder not in sys.path:
+            sys.path.append(folder)
+        score = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"There is no score {name} ({error}): give module:function.") from error
+    if not callable(score):
+        raise ValueError(f"{name} is no function: give a score such as kvlab.compress:key_norm.")
+    return score
 
 
 @torch.no_grad()
