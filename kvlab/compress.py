@@ -679,7 +679,8 @@ def attention_matching(
     For the queries Q of the repeated context, keys K and values V, of which K1 stay: a bias for
     each kept key, log b, from the non-negative least squares exp(Q K1') b = sum of exp(Q K'); then
     values V1 from the least squares softmax(Q K1' + log b) V1 = softmax(Q K') V. (Logits are
-    scaled.) The bias is in the cache (`kvlab.ragged`). Source: arXiv 2602.16284.
+    scaled.) The bias is in the cache (`kvlab.ragged`). Source: Zweiger et al.
+    (2026), arXiv 2602.16284, section 3.
 
     Args:
         input_ids: (1, T), the context.

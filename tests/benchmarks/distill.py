@@ -60,6 +60,7 @@ from kvlab.distill import (
 from kvlab.evaluate import figure, log_likelihoods
 from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
+from kvlab.files import write_text
 from kvlab.models import fingerprint
 from kvlab.ragged import pack
 from kvlab.records import Record
@@ -73,14 +74,8 @@ BATCH, RATE, RETENTION = (DEFAULTS[n] for n in ("batch_size", "learning_rate", "
 SETTINGS = {name: DEFAULTS[name] for name in ("standardize", "rank", "sinks")}
 SETTINGS["scorer_hidden_size"] = DEFAULTS["width"]
 PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 100
-PASSAGES, SCORED, FREE_STEPS, SINKS = 24, 1000, 300, 0  # the lab's models have no sinks to keep
-FREE = (
-    "random",
-    "h2o",
-    "key_norm",
-    "key_norm_reversed",
-    "expected_attention",
-)  # in scope "model", too
+PASSAGES, SCORED, FREE_STEPS, SINKS = 16, 600, 150, 0  # the lab's models have no sinks to keep
+FREE = ("random", "key_norm_reversed", "expected_attention")  # in scope "model", too
 COSTS = ("key_norm_reversed", "expected_attention", "compactor", "kvzip", "kvzip_plus", "distill")
 COSTS += ("distill_free", "attention_matching")
 COMPARED = ("distill", "snapkv", "key_norm_reversed", "random")
@@ -277,15 +272,25 @@ def arms_of_all(s: Lab, distiller: KVDistiller, free: FreeDistiller) -> dict[str
     return arms
 
 
-def match_figures(s: Lab, distillers: dict, free: dict) -> list[dict]:
+def match_scores(s: Lab, seed: int, distiller, free, folder: Path) -> dict[str, np.ndarray]:
+    """Exact match by passage of all arms, kept in a file after each arm."""
+    path = folder / f"match-{PASSAGES}-{seed}.json"
+    done = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    passages = encode_passages(s, held_out(s, PASSAGES, 5, 1000 + seed))
+    for name, compress in tqdm(arms_of_all(s, distiller, free).items(), desc=f"seed {seed}"):
+        if name not in done:
+            torch.manual_seed(seed)
+            done[name] = exact(s, passages, compress).mean(1).tolist()
+            write_text(path, json.dumps(done))
+    return {name: np.array(matches) for name, matches in done.items()}
+
+
+def match_figures(s: Lab, distillers: dict, free: dict, folder: Path) -> list[dict]:
     """Exact match over retention; passages differ by seed, all methods get the same questions."""
     scores: dict[str, list[np.ndarray]] = {}
     for seed, distiller in distillers.items():
-        passages = encode_passages(s, held_out(s, PASSAGES, 5, 1000 + seed))
-        torch.manual_seed(seed)
-        arms = arms_of_all(s, distiller, free[seed])
-        for name, compress in tqdm(arms.items(), desc=f"seed {seed}"):
-            scores.setdefault(name, []).append(exact(s, passages, compress).mean(1))
+        for name, matches in match_scores(s, seed, distiller, free[seed], folder).items():
+            scores.setdefault(name, []).append(matches)
     values = {name: np.concatenate(parts) for name, parts in scores.items()}
     conditions = "held-out passages of 16 to 24 facts, 5 questions each, greedy, word for word; "
     conditions += f"{len(distillers)} seed(s), n is passages; "
@@ -301,6 +306,7 @@ def match_figures(s: Lab, distillers: dict, free: dict) -> list[dict]:
         best = max(METHODS, key=lambda name: values[f"{name}_{percent}"].mean())
         pairs = {
             "gain": ("distill", best),
+            "where": ("kvzip", "kvzip_uniform"),
             "gain_free": ("distill_free", "kvzip"),
             "gain_kvzip": ("distill", "kvzip"),
             "gain_matching": ("attention_matching", "kvzip"),
@@ -616,7 +622,7 @@ def measure(quick: bool, seed: int, parts: Sequence[str] = PARTS) -> list[dict]:
         if "match" in parts or "cost" in parts:
             free = {i: trained_free(s, i, folder) for i in seeds}
         if "match" in parts:
-            figures += match_figures(s, distillers, free)
+            figures += match_figures(s, distillers, free, folder)
         if "cost" in parts:
             figures += cost_figures(s, first, free[seed])
         if "size" in parts:
