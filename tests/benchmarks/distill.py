@@ -58,9 +58,9 @@ from kvlab.distill import (
     train_distiller,
 )
 from kvlab.evaluate import figure, log_likelihoods
+from kvlab.files import write_text
 from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
-from kvlab.files import write_text
 from kvlab.models import fingerprint
 from kvlab.ragged import pack
 from kvlab.records import Record
