@@ -16,7 +16,6 @@ ordinary one if all heads keep the same number of entries; see `kvlab.ragged` fo
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -472,13 +471,13 @@ def score_entries(
         text = input_ids
         if question_ids is not None:
             text = torch.cat([input_ids, question_ids.expand(len(input_ids), -1)], 1)
-        return _score_text(model, text, prefix, partial(score, budget=budget), context)
+        return _score_text(model, text, prefix, lambda layer: score(layer, budget), context)
     end = prefix.next_position + input_ids.shape[1]
     _require_room(model, end + max(text.input_ids.shape[1] for text in repeat))
     prefix, parts = prefill(model, input_ids, prefix), []
     for text in repeat:
-        score_part = partial(score, budget=budget)
-        parts.append(_score_text(model, text.input_ids, prefix, score_part, context, text.part)[0])
+        inputs = model, text.input_ids, prefix, lambda layer: score(layer, budget), context
+        parts.append(_score_text(*inputs, text.part)[0])
     return torch.cat(parts, -1), prefix.cache
 
 
@@ -712,9 +711,7 @@ def attention_matching(
     return replace(_keep(model, plain, input_ids, cache, chosen), cache=from_ragged(layers))
 
 
-def _match(
-    queries: Tensor, keys: Tensor, values: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor]:
+def _match(queries: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Bias (k,) and values (k, D) of the kept columns of a head, from (N, D) and (T, D)."""
     from scipy.optimize import nnls  # slow to import
 
