@@ -30,6 +30,7 @@ from kvlab.models import position_limit, require_supported, rotary_of, rotate_ke
 from kvlab.ragged import is_ragged, pack
 
 SCOPES = ("head", "layer", "model", "token")  # where entries compete for the budget
+MAXIMUM_BIAS = 3  # of attention matching
 
 
 class Attention(NamedTuple):
@@ -671,7 +672,9 @@ def attention_matching(
     For the queries Q of the repeated context, keys K and values V, of which K1 stay: a bias for
     each kept key, log b, from the non-negative least squares exp(Q K1') b = sum of exp(Q K'); then
     values V1 from the least squares softmax(Q K1' + log b) V1 = softmax(Q K') V. (Logits are
-    scaled.) The bias is in the cache (`kvlab.ragged`). Source: arXiv 2602.16284.
+    scaled.) The bias is in the cache (`kvlab.ragged`). It is cut to -3 to 3, the bounds of the
+    authors' code: the values of an entry that receives no weight would have no bound. Source: arXiv
+    2602.16284.
 
     Args:
         input_ids: (1, T), the context.
@@ -719,7 +722,7 @@ def _match(queries: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> tu
     logits = logits - logits.max()
     weights = logits.exp()
     factors, _ = nnls(weights[:, columns].cpu().numpy(), weights.sum(1).cpu().numpy())
-    bias = torch.from_numpy(factors).to(keys.device).clamp(min=1e-9).log()
+    bias = torch.from_numpy(factors).to(keys.device).log().clamp(-MAXIMUM_BIAS, MAXIMUM_BIAS)
     attended = logits.softmax(1) @ values.double()
     kept = (logits[:, columns] + bias).softmax(1)
     written = torch.linalg.lstsq(kept.cpu(), attended.cpu(), driver="gelsd").solution
