@@ -269,7 +269,9 @@ def test_the_best_of_each_head_are_kept_and_nothing_else_is_in_memory(
             assert positions.tolist() == sorted(set(positions.tolist()))
             assert sorted(row[positions].tolist()) == sorted(row[ranked[:k]].tolist())
         for layer, group in itertools.product(range(LAYERS), range(GROUPS)):
-            positions = prefix.positions[0] if scope == "token" else prefix.positions[layer, 0, group]
+            positions = (
+                prefix.positions[0] if scope == "token" else prefix.positions[layer, 0, group]
+            )
             for name in ("keys", "values"):
                 entries = getattr(prefix.cache.layers[layer], name)
                 expected = getattr(full.layers[layer], name)[0, group, positions]

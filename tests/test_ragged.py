@@ -3,7 +3,6 @@
 import hashlib
 import json
 import types
-from functools import partial
 
 import pytest
 import torch
@@ -634,8 +633,9 @@ def test_padding_costs_little_on_a_trained_model(retention):
     model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
     facts = [f"{item['question']} {item['answer']}" for item in lab.faq()[:16]]
     ids = tokenizer(" ".join(facts), return_tensors="pt").input_ids[:, :300]
+    score = lambda layer, k: kvzip(layer, k, sinks=0)
     options = {"scope": "model", "repeat": repeat_texts(tokenizer, ids)}
-    prefix = evict(model, ids, partial(kvzip, sinks=0), retention=retention, **options)
+    prefix = evict(model, ids, score, retention=retention, **options)
     whole = kv.prefill(model, ids).cache
     assert ideal(whole, prefix) == pytest.approx(retention * kv.nbytes(whole), rel=0.01)
     assert ideal(whole, prefix) < kv.nbytes(prefix.cache) <= 1.3 * ideal(whole, prefix)

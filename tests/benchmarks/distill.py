@@ -198,7 +198,9 @@ def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
                 arms[f"{method}_{percent}"] = by_method(s, method, percent)
             if percent in (25, 10):
                 for method in METHODS:
-                    arms[f"{method}_shared_{percent}"] = by_method(s, method, percent, scope="token")
+                    arms[f"{method}_shared_{percent}"] = by_method(
+                        s, method, percent, scope="token"
+                    )
         for name, compress in tqdm(arms.items(), desc=f"seed {seed}"):
             scores.setdefault(name, []).append(exact(s, passages, compress).mean(1))
     values = {name: np.concatenate(parts) for name, parts in scores.items()}
