@@ -1,6 +1,7 @@
 """The laws of caches whose heads have lengths of their own: what is removed is what a mask hides."""
 
 import hashlib
+import itertools
 import json
 import types
 
@@ -374,6 +375,22 @@ def test_memory_of_decoding_begins_where_an_entry_is(tiny_model):
     assert slots.is_ragged_row(0)
     with pytest.raises(CacheError, match="Heads of this row have lengths of their own"):
         slots.entries(0)
+
+
+def test_memory_forgets_what_it_held_before(tiny_model):
+    model = tiny_model("Llama")
+    whole, prefix = ragged_prefix(model, mask_like())
+    small, longer = packed(whole.cache, mask_like(seed=8)), kv.prefill(model, TEXT, prefix).cache
+    caches = [prefix.cache, small, longer, whole.cache]
+    for cache, before in itertools.permutations(caches, 2):
+        slots, fresh = Slots(model, 1, 60, caches), Slots(model, 1, 60, caches)
+        slots.put(0, before, 60)
+        for memory in (slots, fresh):
+            memory.put(0, cache, 60)
+        for one, two in zip(slots.layers, fresh.layers, strict=True):
+            assert one.bias.equal(two.bias)
+        assert slots.lengths == fresh.lengths
+        assert slots.offsets.equal(fresh.offsets)
 
 
 def test_fixed_memory_is_refused(tiny_model):
