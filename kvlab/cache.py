@@ -329,12 +329,10 @@ def select(cache: DynamicCache, indices: Tensor) -> DynamicCache:
 
 def truncate(cache: DynamicCache, length: int) -> DynamicCache:
     """Keep the first `length` entries, without copying; CacheError if there are fewer."""
-    entries = cache.get_seq_length()
+    pairs, entries = _layers(cache), cache.get_seq_length()
     if not 0 <= length <= entries:
         raise CacheError(f"A cache of {entries} entries cannot be truncated to {length}.")
-    return from_layers(
-        (keys[:, :, :length], values[:, :, :length]) for keys, values in _layers(cache)
-    )
+    return from_layers((keys[:, :, :length], values[:, :, :length]) for keys, values in pairs)
 
 
 def join(first: DynamicCache, second: DynamicCache) -> DynamicCache:

@@ -16,7 +16,6 @@ ordinary one if all heads keep the same number of entries; see `kvlab.ragged` fo
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from kvlab.models import position_limit, require_supported, rotary_of, rotate_ke
 from kvlab.ragged import is_ragged, pack
 
 SCOPES = ("head", "layer", "model", "token")  # where entries compete for the budget
+MAXIMUM_BIAS = 3  # of attention matching
 
 
 class Attention(NamedTuple):
@@ -45,7 +45,7 @@ class Attention(NamedTuple):
         context: length of the context, the first entries. Only these can be evicted.
         part: the entries to score, where that is only a part of the context.
         hidden_states: (B, Q, hidden size), the input of the layer (after its norm).
-        positions: of the T tokens, (T,) or (B, H_kv, T).
+        positions: of the T tokens, (B | 1, H_kv | 1, T).
         layer: the module, with its weights.
         rotary: the rotary embedding of the model.
     """
@@ -222,7 +222,7 @@ def compactor(
     scale = 1 / attention.rotary.attention_scaling
     plain = rotate_keys(keys, backwards, attention.rotary, scale)
     read = attention.keys.shape[2] - attention.queries.shape[2]  # before, by others
-    queries = attention.queries[:, :, max(0, sinks - read) : part.stop - read].float()
+    queries = attention.queries[:, :, max(0, sinks - read) : max(0, part.stop - read)].float()
     earlier = keys.shape[2] - queries.shape[2]
     received = [0]
     for q, k in zip(
@@ -470,18 +470,21 @@ def score_entries(
     """
     require_tokens(input_ids)
     prefix = prefix or Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
+    if is_ragged(prefix.cache):
+        hint = "evict its text again, or with scope='head'"
+        raise ValueError(f"Heads of the prefix have lengths of their own: {hint}.")
     context = length(prefix.cache) + input_ids.shape[1]
     if not repeat:
         text = input_ids
         if question_ids is not None:
             text = torch.cat([input_ids, question_ids.expand(len(input_ids), -1)], 1)
-        return _score_text(model, text, prefix, partial(score, budget=budget), context)
+        return _score_text(model, text, prefix, lambda layer: score(layer, budget), context)
     end = prefix.next_position + input_ids.shape[1]
     _require_room(model, end + max(text.input_ids.shape[1] for text in repeat))
     prefix, parts = prefill(model, input_ids, prefix), []
     for text in repeat:
-        score_part = partial(score, budget=budget)
-        parts.append(_score_text(model, text.input_ids, prefix, score_part, context, text.part)[0])
+        inputs = model, text.input_ids, prefix, lambda layer: score(layer, budget), context
+        parts.append(_score_text(*inputs, text.part)[0])
     return torch.cat(parts, -1), prefix.cache
 
 
@@ -496,7 +499,7 @@ def _score_text(
     def score_layer(layer, hidden_states, *inputs) -> None:
         positions = prefix.positions
         if positions is not None:
-            held = positions[len(scores)] if positions.ndim == 4 else positions[0]
+            held = positions[len(scores)] if positions.ndim == 4 else positions[:, None]
             positions = torch.cat([held, new.expand(*held.shape[:-1], -1)], -1)
         details = {"hidden_states": hidden_states, "layer": layer, "positions": positions}
         attention = Attention(*inputs, context, part, **details, rotary=rotary)
@@ -570,8 +573,9 @@ def evict(
     if chunk_size is not None and (repeat or scope in ("layer", "model")):
         hint = "leave chunk_size out, or choose scope='head' and another score"
         raise ValueError(f"Entries of the whole text compete, or it is repeated: {hint}.")
-    if prefix is not None and repeat:
-        raise ValueError("A text is repeated from its first token: leave the prefix out.")
+    if repeat and (prefix is not None or question_ids is not None):
+        hint = "leave prefix and question_ids out"
+        raise ValueError(f"A text is repeated alone, from its first token: {hint}.")
     prefix = _start(model, prefix, input_ids)
     past, total = length(prefix.cache), input_ids.shape[1]
     count = count_kept(past + total, retention, budget)
@@ -628,9 +632,6 @@ def _start(model: PreTrainedModel, prefix: Prefix | None, input_ids: Tensor) -> 
     """The prefix, or an empty one, with the positions of its entries."""
     if prefix is None:
         return Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
-    if is_ragged(prefix.cache):
-        hint = "evict its text again, or with scope='head'"
-        raise ValueError(f"Heads of the prefix have lengths of their own: {hint}.")
     if prefix.positions is None and length(prefix.cache) == prefix.next_position:
         positions = torch.arange(prefix.next_position, device=input_ids.device)
         prefix = replace(prefix, positions=positions[None], rotary=rotary_of(model))
@@ -679,8 +680,9 @@ def attention_matching(
     For the queries Q of the repeated context, keys K and values V, of which K1 stay: a bias for
     each kept key, log b, from the non-negative least squares exp(Q K1') b = sum of exp(Q K'); then
     values V1 from the least squares softmax(Q K1' + log b) V1 = softmax(Q K') V. (Logits are
-    scaled.) The bias is in the cache (`kvlab.ragged`). Source: Zweiger et al.
-    (2026), arXiv 2602.16284, section 3.
+    scaled.) The bias is in the cache (`kvlab.ragged`). It is cut to -3 to 3, the bounds of the
+    authors' code: the values of an entry that receives no weight would have no bound. Source:
+    Zweiger et al. (2026), arXiv 2602.16284, section 3.
 
     Args:
         input_ids: (1, T), the context.
@@ -698,40 +700,37 @@ def attention_matching(
     """
     total = input_ids.shape[1]
     count = count_kept(total, retention, budget)
-    kept = []  # queries, by text and layer
+    kept = []  # queries, by text and layer, with the factor of the logits
 
     def keep_queries(attention: Attention, budget: int) -> Tensor:
-        kept.append(attention.queries)
+        kept.append(attention.queries * attention.scaling)
         return score(attention, budget)
 
     scores, cache = score_entries(model, input_ids, keep_queries, count, repeat=repeat)
     chosen = choose_entries(scores, count, scope)
-    depth, scaling = len(cache.layers), cache.layers[0].keys.shape[-1] ** -0.5
-    layers = []
+    depth, layers = len(cache.layers), []
     for i, (layer, keep) in enumerate(zip(cache.layers, chosen.expand_as(scores), strict=True)):
         queries = torch.cat(kept[i::depth], 2).unflatten(1, (keep.shape[1], -1)).flatten(2, 3)
         values, bias = layer.values.clone(), torch.zeros_like(layer.keys[..., 0])
         for head, columns in enumerate(keep[0]):
             if columns.any():
                 tensors = queries[0, head], layer.keys[0, head], layer.values[0, head]
-                b, v = _match(*tensors, columns, scaling)
+                b, v = _match(*tensors, columns)
                 bias[0, head, columns], values[0, head, columns] = b, v
         layers.append(pack(layer.keys, values, keep, bias))
     plain = Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
     return replace(keep_entries(model, plain, input_ids, cache, chosen), cache=from_ragged(layers))
 
 
-def _match(
-    queries: Tensor, keys: Tensor, values: Tensor, columns: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def _match(queries: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Bias (k,) and values (k, D) of the kept columns of a head, from (N, D) and (T, D)."""
     from scipy.optimize import nnls  # slow to import
 
-    logits = scaling * queries.double() @ keys.double().T  # (N, T)
+    logits = queries.double() @ keys.double().T  # (N, T)
     logits = logits - logits.max()
     weights = logits.exp()
     factors, _ = nnls(weights[:, columns].cpu().numpy(), weights.sum(1).cpu().numpy())
-    bias = torch.from_numpy(factors).to(keys.device).clamp(min=1e-9).log()
+    bias = torch.from_numpy(factors).to(keys.device).log().clamp(-MAXIMUM_BIAS, MAXIMUM_BIAS)
     attended = logits.softmax(1) @ values.double()
     kept = (logits[:, columns] + bias).softmax(1)
     written = torch.linalg.lstsq(kept.cpu(), attended.cpu(), driver="gelsd").solution

@@ -151,6 +151,10 @@ class Slots(Cache):
         self.write.visible_length = None
         return columns
 
+    def is_ragged_row(self, row: int) -> bool:
+        """Tell whether heads of a row have lengths of their own, or entries a bias."""
+        return is_ragged(self) and any(x.first or bool(x.bias[row].any()) for x in self.layers)
+
     def entries(self, row: int, start: int = 0, stop: int | None = None) -> DynamicCache:
         """Return the entries of a row, or some of them, as a cache that shares their memory."""
         part = slice(start, self.lengths[row] if stop is None else stop)

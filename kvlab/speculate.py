@@ -554,7 +554,8 @@ class FusedProposer(ModelProposer):
         self.settled = []  # the tokens of each row that are fused, or will not be
         for row, prefix in enumerate(_prefix_per_row(self.prefix, len(texts))):
             self.settled.append(len(texts[row]) - self.unread[row])
-            if self.prefill and target_cache.lengths[row] == len(texts[row]) - 1:
+            whole = target_cache.lengths[row] == len(texts[row]) - 1
+            if self.prefill and whole and not target_cache.is_ragged_row(row):
                 self.settled[row] = len(prefix.input_ids) if prefix else 0
                 self._fuse(row, target_cache)
 
