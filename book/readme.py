@@ -127,7 +127,10 @@ def table() -> str:
 
 PERCENTS = (50, 25, 10, 5, 2)
 METHODS = {  # of the leaderboard, with where their entries compete
-    "distill_free": ("KV-Distill with a score for each head (`kvlab distill --scope model`)", "model"),
+    "distill_free": (
+        "KV-Distill with a score for each head (`kvlab distill --scope model`)",
+        "model",
+    ),
     "distill": ("KV-Distill, as published", "tokens"),
     "kvzip": ("KVzip, its default", "model"),
     "kvzip_plus": ("KVzip+", "model"),
