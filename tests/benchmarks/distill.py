@@ -74,7 +74,12 @@ BATCH, RATE, RETENTION = (DEFAULTS[n] for n in ("batch_size", "learning_rate", "
 SETTINGS = {name: DEFAULTS[name] for name in ("standardize", "rank", "sinks")}
 SETTINGS["scorer_hidden_size"] = DEFAULTS["width"]
 PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 100
-PASSAGES, SCORED, FREE_STEPS, SINKS = 16, 600, 150, 0  # the lab's models have no sinks to keep
+PASSAGES, SCORED, FREE_STEPS, SINKS = (
+    16,
+    600,
+    (150, 50),
+    0,
+)  # the lab's models have no sinks to keep
 FREE = ("random", "key_norm_reversed", "expected_attention")  # in scope "model", too
 COSTS = ("key_norm_reversed", "expected_attention", "compactor", "kvzip", "kvzip_plus", "distill")
 COSTS += ("distill_free", "attention_matching")
@@ -199,16 +204,16 @@ def trained_free(s: Lab, seed: int, folder: Path) -> FreeDistiller:
     """A distiller with one budget over all heads: scores first, then writing."""
     torch.manual_seed(seed)
     free = FreeDistiller(s.target, rank=64, scorer_hidden_size=64, sinks=SINKS)
-    count, steps = (4, 1) if s.quick else (SCORED, FREE_STEPS)
+    count, (score_steps, steps) = (4, (1, 1)) if s.quick else (SCORED, FREE_STEPS)
     facts, questions, batch = ((2, 3), 1, 2) if s.quick else ((8, 24), 8, BATCH)
-    name = f"free-{count}-{steps}-{seed}-{fingerprint(s.target)['weights']['sha256'][:8]}"
+    name = f"free-{count}-{score_steps}-{steps}-{seed}-{fingerprint(s.target)['weights']['sha256'][:8]}"
     contexts = [text for text, _ in Readings(count, facts, 1, seed)]
-    options = {"steps": steps, "seed": seed, "every": 50}
+    options = {"steps": score_steps, "seed": seed, "every": 50}
     checkpoint = {"checkpoint": folder / f"{name}-scores.safetensors", "batch_size": 2 * batch}
     fit_scores(free, ScoreDataset(s.target, s.tokenizer, contexts, SINKS), **options, **checkpoint)
     free.scorer.requires_grad_(False)
     readings = DistillDataset(s.tokenizer, Readings(steps * batch, facts, questions, seed))
-    options |= {"checkpoint": folder / f"{name}.safetensors", "batch_size": batch}
+    options |= {"checkpoint": folder / f"{name}.safetensors", "batch_size": batch, "steps": steps}
     train_distiller(free, readings, learning_rate=RATE, retention=(0.01, 0.5), **options)
     return free
 
@@ -285,23 +290,22 @@ def match_scores(s: Lab, seed: int, distiller, free, folder: Path) -> dict[str, 
     return {name: np.array(matches) for name, matches in done.items()}
 
 
-def match_figures(s: Lab, distillers: dict, free: dict, folder: Path) -> list[dict]:
+def match_figures(s: Lab, shipped: KVDistiller, free: dict, folder: Path) -> list[dict]:
     """Exact match over retention; passages differ by seed, all methods get the same questions."""
     scores: dict[str, list[np.ndarray]] = {}
-    for seed, distiller in distillers.items():
-        for name, matches in match_scores(s, seed, distiller, free[seed], folder).items():
+    for seed, distiller in free.items():
+        for name, matches in match_scores(s, seed, shipped, distiller, folder).items():
             scores.setdefault(name, []).append(matches)
     values = {name: np.concatenate(parts) for name, parts in scores.items()}
     conditions = "held-out passages of 16 to 24 facts, 5 questions each, greedy, word for word; "
-    conditions += f"{len(distillers)} seed(s), n is passages; "
+    conditions += f"{len(free)} seed(s), of the passages and of distill_free, n is passages; "
     figures = []
     for name, matches in values.items():
         figures.append(figure(f"em_{name}", matches, "fraction", conditions + kind_of(name)))
     for percent in (25, 10):
-        for method in ("distill", "distill_free"):
-            for seed, matches in zip(distillers, scores[f"{method}_{percent}"], strict=True):
-                name, text = f"em_{method}_{percent}_seed_{seed}", f"{conditions}seed {seed} alone"
-                figures.append(figure(name, matches, "fraction", text))
+        for seed, matches in zip(free, scores[f"distill_free_{percent}"], strict=True):
+            name, text = f"em_distill_free_{percent}_seed_{seed}", f"{conditions}seed {seed} alone"
+            figures.append(figure(name, matches, "fraction", text))
     for percent in PERCENTS:
         best = max(METHODS, key=lambda name: values[f"{name}_{percent}"].mean())
         pairs = {
@@ -337,6 +341,7 @@ def kind_of(name: str) -> str:
         "attention_matching": "entries of kvzip, with fitted values and biases",
         "_counts": "random entries, as many in each head as kvzip keeps",
         "choice": "what distill chose, as the plain model made it",
+        "distill": "the distiller that ships, the same tokens in all layers and heads",
     }
     kind = next((text for part, text in words.items() if part in name), "")
     sinks = ", the first four always stay" if "kvzip_sinks" in name else ""
@@ -617,14 +622,15 @@ def measure(quick: bool, seed: int, parts: Sequence[str] = PARTS) -> list[dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if quick else RUNS
         seeds = range(seed, seed + (1 if quick else 3))
-        distillers = {i: trained(s, "base", i, 1 if quick else STEPS, folder) for i in seeds}
-        first = distillers[seed]
         if "match" in parts or "cost" in parts:
+            shipped = KVDistiller.from_pretrained(lab.models.MODELS / "lab-distiller", s.target)
             free = {i: trained_free(s, i, folder) for i in seeds}
         if "match" in parts:
-            figures += match_figures(s, distillers, free, folder)
+            figures += match_figures(s, shipped, free, folder)
         if "cost" in parts:
-            figures += cost_figures(s, first, free[seed])
+            figures += cost_figures(s, shipped, free[seed])
+        if {"size", "choice", "needles"} & {*parts}:
+            first = trained(s, "base", seed, 1 if quick else STEPS, folder)
         if "size" in parts:
             figures += size_figures(s, first)
         if "choice" in parts:
