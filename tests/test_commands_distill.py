@@ -307,6 +307,33 @@ def test_intervals_are_over_contexts():
     )  # seven questions, but one context
 
 
+def test_a_distiller_with_one_budget_for_all_heads_is_trained_and_compared(train, compare):
+    written = train("free", "--scope", "model", "--score_steps", "2")
+    names = {(f["method"], f["retention"]) for f in written["figures"]}
+    assert ("distill", 0.1) in names
+    _, tables, _ = compare(
+        "--distiller", "free", *TWO, "--retention", "0.3", "--methods", "distill"
+    )
+    rows = rows_of(tables["Compressed without the question"])
+    assert rows == [("full", 1.0), ("distill", 0.3)]
+
+
+def test_a_score_of_ones_own_is_compared(compare, tmp_path, monkeypatch):
+    (tmp_path / "own_scores.py").write_text(
+        "def latest(attention, budget):\n"
+        "    from kvlab.compress import sinks_recent\n"
+        "    return sinks_recent(attention, budget)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--methods", "own_scores:latest", "sinks_recent", "--retention", "0.4"]
+    for scope in ("head", "model"):
+        written, _, _ = compare(*TWO, *options, "--scope", scope)
+        values = {}
+        for f in written["figures"]:
+            values.setdefault(f["method"], []).append(f["value"])
+        assert values["own_scores:latest"] == values["sinks_recent"]
+
+
 def test_methods_that_know_the_question_have_a_table_of_their_own(compare, train):
     train("distiller")
     written, tables, name = compare("--distiller", "distiller", *TWO, "--retention", "1", "0.25")
