@@ -93,12 +93,10 @@ def distill(
     retention = retention or [0.001, 0.8]
     if len(retention) != 2 or retention[0] > retention[1]:
         raise ValueError(f"retention is {retention}, expected two fractions in (0, 1], in order.")
-    if data == "lab":
-        test_records = common.lab_passages(contexts, questions, seed, source)
-        readings = Readings(steps * batch_size * accumulate, questions=questions, seed=seed)
-    else:
-        records = common.load_records(data, source, split)
-        readings, test_records = _split_records(records, heldout, questions, seed)
+    count = steps * batch_size * accumulate
+    readings, test_records = _readings(
+        data, source, split, count, contexts, questions, heldout, seed
+    )
     if len(readings) < batch_size:
         raise ValueError(f"{len(readings)} examples are fewer than a batch of {batch_size}.")
     require_writable(output_dir / "training.json")
@@ -123,14 +121,33 @@ def distill(
     history = chapter.train_distiller(distiller, examples, **training)
     if state.is_main_process:
         settings |= {"base_model": scale.target, "retention": retention}
-        distiller.save_pretrained(output_dir)
-        comparison = {"distiller": distiller, "long_answers": data in LONG, "seed": seed}
-        arms = ["distill"], [0.5, 0.25, 0.1]
-        figures = _compare(model, tokenizer, test_records[:contexts], *arms, **comparison)
-        result = {"settings": common.command_settings(**settings)}
-        result["heldout"] = [common.short_digest(rows[0].context) for rows in test_records]
-        result |= {"figures": figures, **run_info(), "history": history}
-        print(common.write_json(output_dir / "training.json", result))
+        comparison = {"long_answers": data in LONG, "seed": seed}
+        parts = test_records, contexts, settings, history
+        _save(distiller, tokenizer, output_dir, *parts, **comparison)
+
+
+def _save(
+    distiller, tokenizer, output_dir, records, contexts, settings, history, **options
+) -> None:
+    """Write a distiller, and how it answers about held-out contexts."""
+    distiller.save_pretrained(output_dir)
+    arms = ["distill"], [0.5, 0.25, 0.1]
+    options["distiller"] = distiller
+    figures = _compare(distiller.model, tokenizer, records[:contexts], *arms, **options)
+    result = {"settings": common.command_settings(**settings)}
+    result["heldout"] = [common.short_digest(rows[0].context) for rows in records]
+    result |= {"figures": figures, **run_info(), "history": history}
+    print(common.write_json(output_dir / "training.json", result))
+
+
+def _readings(
+    data, source, split, count: int, contexts: int, questions: int, heldout: float, seed: int
+) -> tuple:
+    """Contexts with questions and answers to train on, and the records of held-out contexts."""
+    if data == "lab":
+        test_records = common.lab_passages(contexts, questions, seed, source)
+        return Readings(count, questions=questions, seed=seed), test_records
+    return _split_records(common.load_records(data, source, split), heldout, questions, seed)
 
 
 def _fit_scores(distiller, tokenizer, readings, training: dict) -> None:
