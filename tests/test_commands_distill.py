@@ -250,7 +250,9 @@ def test_each_method_answers_from_what_it_kept():
     likelihoods = full["log_likelihood"].tolist()
     for (method, size), rows in scores.groupby(["method", "retention"], sort=False):
         ratio = rows["bytes"].to_numpy() / full["bytes"].to_numpy()
-        assert ratio.tolist() == pytest.approx([size] * 6, abs=0.01)
+        ragged = method in {*REPEATED, "attention_matching"} - {"kvzip_uniform"}
+        assert ratio.max() <= size * (1.4 if ragged else 1) + 0.01
+        assert ratio.min() >= size - 0.01
         if size == 1:
             assert rows["log_likelihood"].tolist() == pytest.approx(likelihoods, abs=1e-3)
             assert rows["rouge_l"].tolist() == full["rouge_l"].tolist()

@@ -123,7 +123,7 @@ def distill(
         settings |= {"base_model": scale.target, "retention": retention}
         comparison = {"long_answers": data in LONG, "seed": seed}
         parts = test_records, contexts, settings, history
-        _save(distiller, tokenizer, output_dir, *parts, **comparison)
+        _save_compared(distiller, tokenizer, output_dir, *parts, **comparison)
 
 
 def _save(
