@@ -126,7 +126,7 @@ def distill(
         _save_compared(distiller, tokenizer, output_dir, *parts, **comparison)
 
 
-def _save(
+def _save_compared(
     distiller, tokenizer, output_dir, records, contexts, settings, history, **options
 ) -> None:
     """Write a distiller, and how it answers about held-out contexts."""
