@@ -199,6 +199,7 @@ def test_a_figure_without_alt_text_is_a_warning(alt, warnings, monkeypatch):
 CHAPTERS = "knowledge draft distill align fuse speculate"
 FLOORS = (
     "files models losses answers results lab.models lab.worlds",
+    "ragged",
     "cache",
     "slots",
     "compress layers generation training evaluate records scale plots lab lab.corpora lab.tokenizers",
