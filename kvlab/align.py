@@ -49,7 +49,7 @@ from kvlab.generation import answers, rendered
 from kvlab.layers import CKA, LayerMap, layer_map, load_layer_map, proportional, save_layer_map
 from kvlab.losses import columns_to_keep, cross_entropy
 from kvlab.models import rotary_of
-from kvlab.training import fit
+from kvlab.training import fit, require_least
 
 SEGMENTS = ("prompt", "reasoning", "answer")
 # A bare "answer" or 答案 occurs inside reasoning too, so a colon or a verb must follow.
@@ -646,10 +646,8 @@ class AlignmentSettings:
     fp16: bool = False
 
     def __post_init__(self):
-        least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "kv_weight": 0, "codi_weight": 0}
-        for name, value in (least | {"kv_warmup": 0, "learning_rate": 0}).items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {value} or more.")
+        require_least(self, epochs=1, batch_size=1, accumulate=1, learning_rate=0)
+        require_least(self, kv_weight=0, codi_weight=0, kv_warmup=0)
         if not 0 <= self.kv_end <= 1:
             raise ValueError(f"kv_end is {self.kv_end}, expected a fraction from 0 to 1.")
 
@@ -867,11 +865,13 @@ def alignment_figures(runs: pd.DataFrame) -> list[dict]:
     for score, unit in {"accuracy": "fraction", "seconds": "seconds", "GB": "GB"}.items():
         if score in runs:
             for arm in arms:
-                figures.append(figure(f"{score}_{arm}", table[score][arm], unit, "n is seeds"))
+                figures.append(
+                    figure(f"{score}_{arm}", table[score][arm].dropna(), unit, "n is seeds")
+                )
     accuracy = table["accuracy"]
     for arm in arms:
         if "ce_only" in accuracy and arm != "ce_only":
-            gain = accuracy[arm] - accuracy["ce_only"]
+            gain = (accuracy[arm] - accuracy["ce_only"]).dropna()
             conditions = f"accuracy of {arm} minus that of ce_only, seed by seed; n is seeds"
             figures.append(figure(f"gain_{arm}", gain, "difference", conditions))
     return figures

@@ -10,12 +10,14 @@ as "settings" is `command_settings(...)`, the options that were parsed here.
 import re
 import sys
 from collections.abc import Sequence
+from functools import wraps
 from itertools import pairwise
 from os.path import expanduser
 from pathlib import Path
 from typing import get_args, get_origin
 
-from jsonargparse import ArgumentParser, auto_parser
+import yaml
+from jsonargparse import ArgumentParser, auto_parser, get_loader, set_loader
 from torch import OutOfMemoryError
 
 from kvlab.commands import align, distill, draft, fuse, knowledge, lab, shared, speculate
@@ -39,6 +41,18 @@ COMMANDS = {
 _OPTION = re.compile(r"(?<=^--)\w[\w-]*(?==|$)")  # --per-domain is --per_domain
 
 
+_load_in_c = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> object:
+    """Load YAML; what is nested too deeply is a RecursionError, and does not end the process."""
+    yaml.compose(text, yaml.SafeLoader)  # recurses in Python
+    return _load_in_c(text)
+
+
+set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+
+
 class _Parser(ArgumentParser):
     """The parser, where `--flag` alone means true and items follow each other: --names a b."""
 
@@ -53,7 +67,15 @@ class _Parser(ArgumentParser):
             if isinstance(options.get("default"), tuple):
                 options["default"] = list(options["default"])
             names = names[:1]
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        if item:  # a configuration may give one value as it is, as the command line does
+            check = action._check_type
+            action._check_type = wraps(check)(lambda value, **more: check(_as_list(value), **more))
+        return action
+
+
+def _as_list(value: object) -> list | None:
+    return value if value is None or isinstance(value, list) else [value]
 
 
 def _list_item(hint: object) -> type | None:
@@ -105,7 +127,8 @@ def main(args: list[str] | None = None) -> None:
         options = {name: _without_tilde(name, value) for name, value in options.items()}
         shared.require_ranges(options)
         shared.parsed_options.update(options)
-        command(**options)
+        # Null in a configuration is the default.
+        command(**{name: value for name, value in options.items() if value is not None})
     except (ValueError, OSError, FloatingPointError, OutOfMemoryError) as error:
         raise SystemExit(f"kvlab: {error}") from error
     except KeyboardInterrupt as error:

@@ -315,6 +315,12 @@ def _repeated(attention: Attention, sinks: int, norms=None, sizes=None) -> Tenso
 _SCORES = (random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed)
 _SCORES += (tova, keydiff, expected_attention, compactor)
 METHODS: dict[str, Score] = {score.__name__: score for score in _SCORES}
+REPEATED: dict[str, tuple[Score, str]] = {  # with the scope of their budget
+    "kvzip": (kvzip, "model"),
+    "kvzip_layer": (kvzip, "layer"),
+    "kvzip_uniform": (kvzip, "head"),
+    "kvzip_plus": (kvzip_plus, "model"),
+}
 AWARE: dict[str, Score] = {"h2o_aware": h2o, "snapkv_aware": snapkv}  # the question is known
 
 
@@ -587,7 +593,7 @@ def evict(
         options = {"question_ids": question_ids, "repeat": repeat}
         scores, cache = score_entries(model, chunk, score, count_now, prefix=prefix, **options)
         kept = choose_entries(scores, count_now, scope)
-        prefix = _keep(model, prefix, chunk, cache, kept)
+        prefix = keep_entries(model, prefix, chunk, cache, kept)
         prefix = compact(prefix) if too_long else prefix
     return prefix
 
@@ -635,7 +641,9 @@ def _start(model: PreTrainedModel, prefix: Prefix | None, input_ids: Tensor) -> 
     return prefix
 
 
-def _keep(model, prefix: Prefix, input_ids: Tensor, cache: DynamicCache, kept: Tensor) -> Prefix:
+def keep_entries(
+    model, prefix: Prefix, input_ids: Tensor, cache: DynamicCache, kept: Tensor
+) -> Prefix:
     """The kept entries, (L, B, H_kv, T) or (B, T), of a prefix and tokens that were read after it."""
     rows, count = input_ids.shape
     end = prefix.next_position + count
@@ -673,8 +681,8 @@ def attention_matching(
     each kept key, log b, from the non-negative least squares exp(Q K1') b = sum of exp(Q K'); then
     values V1 from the least squares softmax(Q K1' + log b) V1 = softmax(Q K') V. (Logits are
     scaled.) The bias is in the cache (`kvlab.ragged`). It is cut to -3 to 3, the bounds of the
-    authors' code: the values of an entry that receives no weight would have no bound. Source: arXiv
-    2602.16284.
+    authors' code: the values of an entry that receives no weight would have no bound. Source:
+    Zweiger et al. (2026), arXiv 2602.16284, section 3.
 
     Args:
         input_ids: (1, T), the context.
@@ -711,7 +719,7 @@ def attention_matching(
                 bias[0, head, columns], values[0, head, columns] = b, v
         layers.append(pack(layer.keys, values, keep, bias))
     plain = Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
-    return replace(_keep(model, plain, input_ids, cache, chosen), cache=from_ragged(layers))
+    return replace(keep_entries(model, plain, input_ids, cache, chosen), cache=from_ragged(layers))
 
 
 def _match(queries: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

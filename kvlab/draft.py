@@ -52,7 +52,7 @@ from kvlab.files import read_tensors, write_tensors
 from kvlab.generation import Ending, Stop, continuations, end_tokens, process, processors_of
 from kvlab.losses import CHUNK, NAMES, acceptance, columns_to_keep, distillation_losses
 from kvlab.models import fingerprint, require_supported, rotary_of
-from kvlab.training import fit
+from kvlab.training import fit, require_least
 
 KINDS = ("vector", "kv", "prefix")
 ANSWERS_PER_FILE = 256
@@ -727,6 +727,7 @@ class DraftSettings:
     folder: str | Path | None = None
 
     def __post_init__(self):
+        require_least(self, epochs=1, batch_size=1, accumulate=1, learning_rate=0, every=0)
         for name, weight in (self.loss_weights or {}).items():
             if not weight >= 0:
                 raise ValueError(f"The weight of {name} is {weight}, expected 0 or more.")

@@ -37,7 +37,7 @@ def naming(place: str | Path) -> Iterator[None]:
     except _UNREADABLE as error:
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"There is no file {error.filename or place}.") from error
-        reason = str(error).removesuffix(".")
+        reason = " ".join(str(error).split()).removesuffix(".")
         if isinstance(error, UnicodeDecodeError):
             reason = f"byte {error.start} is not UTF-8, save it as UTF-8"
         elif isinstance(error, UnicodeEncodeError):
@@ -83,7 +83,7 @@ def require_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
         part = _beside(folder / "kvlab")
         part.touch()
         part.unlink()

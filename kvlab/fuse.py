@@ -54,7 +54,7 @@ from kvlab.generation import rendered
 from kvlab.layers import LayerMap, first_aligned, last_aligned, proportional
 from kvlab.losses import cross_entropy
 from kvlab.models import CacheError, differences, fingerprint, head_dim
-from kvlab.training import FitSettings, fit
+from kvlab.training import FitSettings, fit, require_least
 
 NOISES = {"logistic": torch.logit, "gumbel": lambda u: -(-u.log()).log()}  # u is uniform in (0, 1)
 LAYER_MAPS = {"last": last_aligned, "proportional": proportional, "first": first_aligned}
@@ -591,6 +591,10 @@ class FuserArm(Settings):
     accumulate: int = 1
     precision: Literal["no", "fp16", "bf16"] = "no"
     seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_least(self, steps=1, batch_size=1, accumulate=1, learning_rate=0)
 
     def train(
         self, receiver: Model, sharer: Model, examples: Sequence, loss=response_loss, **options

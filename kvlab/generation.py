@@ -447,7 +447,8 @@ def rendered(
     if not tokenizer.chat_template:
         return "\n".join(message["content"] for message in conversation)
     asks = conversation[-1]["role"] == "user"
-    options = {"add_generation_prompt": asks, "enable_thinking": enable_thinking}
+    thinks = enable_thinking or getattr(tokenizer, "enable_thinking", False)  # of a `Scale`
+    options = {"add_generation_prompt": asks, "enable_thinking": thinks}
     return _apply(tokenizer, conversation, **options)
 
 

@@ -63,9 +63,9 @@ def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
 
 
-def position_limit(model: PreTrainedModel) -> float:
+def position_limit(model: PreTrainedModel | PretrainedConfig) -> float:
     """Return the number of positions that a model was made for, infinity if it does not say."""
-    config = model.config.get_text_config(decoder=True)
+    config = getattr(model, "config", model).get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 

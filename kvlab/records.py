@@ -42,7 +42,8 @@ class Record:
     Args:
         context: the text to read; a method may compress it. Most problems have none.
         question: the text after the context, never compressed.
-        answers: one or more accepted texts, each once; for a multiple choice, the right option.
+        answers: accepted texts, each once; for a multiple choice, the right option. A question of
+            SQuAD v2 that its context does not answer has none.
         choices: the options of a multiple choice, else none.
         reasoning: the solution that leads to the answer, if the data set has one.
 
@@ -65,8 +66,8 @@ class Record:
 
     @property
     def answer(self) -> str:
-        """The first of the answers: the one to learn from."""
-        return self.answers[0]
+        """The first of the answers: the one to learn from. It is empty if there is none."""
+        return next(iter(self.answers), "")
 
     @property
     def letter(self) -> str:
@@ -80,7 +81,7 @@ def accepted_answers(record: Record) -> tuple[str, ...]:
 
 
 def messages(record: Record) -> list[dict[str, str]]:
-    r"""A record as a conversation: context, question, lettered options; reasoning and answer.
+    r"""A record as a conversation: context, question, lettered options; reasoning and answer, if any.
 
     Example:
         >>> messages(Record("", "What is hot?", ("sun",), ("snow", "sun")))[0]["content"]
@@ -91,15 +92,19 @@ def messages(record: Record) -> list[dict[str, str]]:
     prompt = f"{record.context}\n\n{record.question}" if record.context else record.question
     for letter, choice in zip(ascii_uppercase, record.choices, strict=False):
         prompt += f"\n{letter}) {choice}"
+    question = {"role": "user", "content": prompt}
+    if not record.answers:
+        return [question]
     solution = f"{record.reasoning} The answer is {accepted_answers(record)[0]}.".strip()
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": solution}]
+    return [question, {"role": "assistant", "content": solution}]
 
 
 def read_records(name: str, source: str | Path | Iterable, split: str = "train") -> list[Record]:
     """Records of a data set, from a file, the Hugging Face hub or rows in memory.
 
     Records that lack a question, an answer or (in data sets with contexts) a context are left out,
-    and one warning counts them. Wrong targets of P3 (`is_correct`) are left out as well.
+    and one warning counts them. Wrong targets of P3 (`is_correct`) are left out as well. SQuAD v2's
+    unanswerable questions have no answers, and stay.
 
     Args:
         name: one of `DATA_SETS`, such as "squad" or "gsm8k".
@@ -131,7 +136,8 @@ def read_records(name: str, source: str | Path | Iterable, split: str = "train")
     complete = []
     for record in records:
         has_context = record.context.strip() or not data_set.has_context
-        if has_context and record.question.strip() and "".join(record.answers).strip():
+        has_answer = "".join(record.answers).strip() or not record.answers
+        if has_context and record.question.strip() and has_answer:
             complete.append(record)
     if len(complete) < len(records):
         counts = f"{len(records) - len(complete)} of {len(records)} records are left out"
@@ -145,7 +151,7 @@ def read_records(name: str, source: str | Path | Iterable, split: str = "train")
 
 def _squad_record(row: Row) -> Record:
     texts = [answer["text"] for answer in _items(row["answers"])]
-    texts = dict.fromkeys(filter(str.strip, texts))  # each once
+    texts = dict.fromkeys(filter(str.strip, texts)) or texts[:1]  # each once
     return Record(row["context"], row["question"], tuple(texts))
 
 

@@ -69,6 +69,7 @@ class Scale:
     questions: int  # in an evaluation inside a notebook
     needs: dict[str, Need]
     seed: int = 0
+    enable_thinking: bool = False  # before answers, by the chat template
 
     @classmethod
     def current(cls, chapter: str | None = None) -> Scale:
@@ -115,9 +116,18 @@ class Scale:
         model = lab.load_model(getattr(self, role), self.dtype)
         return model.to(self.device).requires_grad_(False)
 
+    def load_config(self, role: str) -> PreTrainedConfig:
+        """The configuration of a role's model."""
+        return lab.load_config(getattr(self, role))
+
     def load_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
-        """The tokenizer of a role's model."""
-        return lab.load_tokenizer(getattr(self, role))
+        """The tokenizer of a role's model, which renders prompts with or without thinking."""
+        tokenizer = lab.load_tokenizer(getattr(self, role))
+        if self.enable_thinking and "enable_thinking" not in str(tokenizer.chat_template):
+            text = f"The chat template of {getattr(self, role)} has no enable_thinking"
+            raise ValueError(f"{text}: leave it out, or choose a model whose template has it.")
+        tokenizer.enable_thinking = self.enable_thinking
+        return tokenizer
 
     def load_embedder(self) -> torch.nn.Module:
         """The sentence embedder, on the device."""

@@ -60,6 +60,26 @@ class FitSettings:
     precision: Literal["no", "fp16", "bf16"] = "no"
     seed: int = 0
 
+    def __post_init__(self):
+        require_least(self, steps=1, accumulate=1, learning_rate=0, weight_decay=0, warmup=0)
+        if not 0 <= self.decay <= 1 or not self.clip > 0:
+            expected = "a fraction from 0 to 1, and a number above 0"
+            raise ValueError(f"decay is {self.decay} and clip {self.clip}, expected {expected}.")
+
+
+def require_least(settings: object, **least: float) -> None:
+    """Refuse settings that are less than they may be, or no finite number.
+
+    Example:
+        >>> require_least(FitSettings(steps=5), steps=9)
+        Traceback (most recent call last):
+        ValueError: steps is 5, expected 9 or more.
+    """
+    for name, value in least.items():
+        number = getattr(settings, name)
+        if not value <= number < math.inf:
+            raise ValueError(f"{name} is {number}, expected {value} or more.")
+
 
 def fit(
     model: nn.Module,
@@ -112,9 +132,9 @@ def fit(
         >>> history[-1]["mse"] < 0.1 < history[0]["mse"]
         True
     """
-    settings = FitSettings(**settings)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _require_trainable(trainable, loader, settings)
+    _require_trainable(trainable, loader, every)
+    settings = FitSettings(**settings)
     accelerator = _new_accelerator(settings)
     optimizer, schedule = _make_optimizer(trainable, settings)
     run = asdict(settings) | {"betas": list(settings.betas), "batch_size": loader.batch_size}
@@ -216,7 +236,7 @@ def _training_mode(model: nn.Module, wrapped: nn.Module, accelerator: Accelerato
         model.eval()
 
 
-def _require_trainable(trainable: dict, loader: DataLoader, settings: FitSettings) -> None:
+def _require_trainable(trainable: dict, loader: DataLoader, every: int) -> None:
     if not trainable:
         raise ValueError("The model has no parameter that requires a gradient: unfreeze some.")
     halves = [name for name, p in trainable.items() if p.dtype in (torch.float16, torch.bfloat16)]
@@ -227,10 +247,8 @@ def _require_trainable(trainable: dict, loader: DataLoader, settings: FitSetting
         )
     if len(loader) == 0:
         raise ValueError("The loader has no batch: is batch_size larger than the data set?")
-    if settings.steps < 1 or settings.accumulate < 1:
-        raise ValueError(
-            f"steps is {settings.steps} and accumulate {settings.accumulate}, expected 1 or more."
-        )
+    if every < 1:
+        raise ValueError(f"every is {every}, expected a positive number of steps.")
 
 
 def _new_accelerator(settings: FitSettings) -> Accelerator:

@@ -121,7 +121,7 @@ for question in questions:
 # %% [markdown]
 # Three models make up the lab.
 # `lab-target` is deep and knows the FAQ.
-# `lab-draft` has two layers: fast, and often wrong.
+# `lab-draft` has two layers: fast, and more often wrong.
 # `lab-teacher` has another width, another number of heads and a tokenizer of its own.
 # This is what they can do, measured now, with 95 % confidence intervals.
 # Passages and problems are held out from training; the FAQ is asked as it was learned.
@@ -139,7 +139,11 @@ tasks = {
 figures = []
 for name in lab.NAMES:
     figures += report(name, n=20, tasks=list(tasks))
-plots.lab_report(figures, tasks, ["target", "draft", "teacher"]);
+plots.lab_report(figures, tasks, ["target", "draft", "teacher"])
+right = {figure["name"]: figure["value"] for figure in figures}
+if scale.name == "tiny":
+    assert all(right[f"target_{task}"] > right[f"draft_{task}"] for task in tasks)
+    assert right["target_faq"] == 1
 
 # %% [markdown]
 # (Twenty right answers of twenty do not show that the next is right, so this interval is no point either.)
@@ -179,7 +183,7 @@ print(words(continue_from(prefix, 8)))
 # %% [markdown]
 # Without a cache, each new token would have to read everything before it again.
 # With one, a step computes the keys and values of a single token and *looks at* the rest.
-# So one way the cost of a token grows with the text, and the other way it is almost flat.
+# So one way the cost of a token should grow with the text, and the other way it should be almost flat.
 # Is that what happens?
 
 # %%
@@ -212,7 +216,9 @@ for n in lengths:
 
 # %% mystnb={"image": {"alt": "Milliseconds for the next token against tokens already read: rising steeply without a cache, nearly flat with one."}}
 labels = ("tokens already read", "milliseconds for the next token")
-plots.lines(lengths, costs, *labels, ylim=(0, None));
+plots.lines(lengths, costs, *labels, ylim=(0, None))
+for way, (first_cost, *_, last_cost) in costs.items():
+    print(f"{way}: {lengths[-1]} tokens cost {last_cost / first_cost:.1f} times one")
 
 # %% [markdown]
 # The two meet where there is nothing to read again.
@@ -220,8 +226,10 @@ plots.lines(lengths, costs, *labels, ylim=(0, None));
 # It is paid once per step, however many tokens the step looks at:
 
 # %%
-for k in (1, 4, 8):
-    print(f"{k} new tokens at once: {1000 * step(256, k):.1f} ms")
+spent = {k: step(256, k) for k in (1, 4, 8)}
+for k, cost in spent.items():
+    ratio = cost / spent[1]
+    print(f"{k} new tokens at once: {1000 * cost:.1f} ms, {ratio:.1f} times one")
 
 # %% [markdown]
 # {term}`Speculative decoding <speculative decoding>` lives on this: a target that goes through its layers anyway may as well check several
@@ -266,7 +274,10 @@ pictures = {
     "keys, turned back": turned_back.layers[0].keys[0, 0],
     "values": stored.layers[0].values[0, 0],
 }
-plots.cache_picture(pictures, places.tolist());
+plots.cache_picture(pictures, places.tolist())
+spread = {name: rows.float().std(0).max().item() for name, rows in pictures.items()}
+assert spread["keys, as stored"] > 20 * spread["keys, turned back"]
+assert spread["keys, as stored"] > 20 * spread["values"]
 
 # %% [markdown]
 # The waves on the left are the position: fast ones in the first columns, slow ones further right, and again in the second half of the head.
@@ -374,7 +385,9 @@ together = [moved(query, n, theta) * k for n, k in zip(steps, keys_moved)]
 alone = [query * k for k in keys_moved]
 scores = {"both moved": together, "only the key": alone}
 scores = {way: [s.sum().item() for s in list_] for way, list_ in scores.items()}
-plots.lines(steps, scores, "positions moved", "query · key", height=2.6);
+plots.lines(steps, scores, "positions moved", "query · key", height=2.6)
+swing = {way: max(values) - min(values) for way, values in scores.items()}
+assert swing["both moved"] < 0.01 * swing["only the key"]
 
 # %% [markdown]
 # ## The number of entries is not the position
@@ -563,6 +576,9 @@ for name in ("Qwen3-14B", "Qwen2-7B-Instruct"):
     fit = 1e9 // bytes_per_token(c, torch.float16)
     layers, heads = c.num_hidden_layers, c.num_key_value_heads
     print(f"{name}: {fit:.0f} tokens; {layers} layers, {heads} KV heads")
+large, small = (configs[name] for name in ("Qwen3-14B", "Qwen2-7B-Instruct"))
+assert round(large.num_hidden_layers / small.num_hidden_layers, 1) == 1.4
+assert large.num_key_value_heads == 2 * small.num_key_value_heads
 
 # %% [markdown]
 # Layers differ by a factor of 1.4, KV heads by a factor of 2.
@@ -601,6 +617,10 @@ errors = {
     "whole prompt moved": error_by_layer(shift(cache, 100, rotary), there),
     "question made alone": error_by_layer(alone_then_moved, in_place),
 }
+if scale.name == "tiny":
+    together, alone = errors.values()
+    assert max(together) < 0.05
+    assert alone[0] < 0.05 < 0.1 < min(alone[1:])
 pd.DataFrame(errors).rename_axis("layer").round(5)
 
 # %% [markdown]

@@ -17,7 +17,7 @@
 # - train students toward keys and values like their teacher's, by four arms, with controls that should fail;
 # - find out where that helps and where it does harm.
 #
-# **Time and memory**: less than a minute and 1.2 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
+# **Time and memory**: about a minute and 1.2 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
 # **Code**: `kvlab/align.py` and `kvlab/layers.py`; the code written out here is checked against it.
 # ```
@@ -173,10 +173,15 @@ plots.token_links(
         "by index": links(align.by_index(*borders)),
         "by segments": links(plan_time(*borders)),
     },
-);
+)
+if scale.name == "tiny":  # the segments of teacher tokens with the student's indices
+    of_teacher = np.repeat(align.SEGMENTS, np.diff(b.borders))
+    reasoning, answer = (of_teacher[slice(*a.borders[i : i + 2])] for i in (1, 2))
+    assert reasoning[0] == "prompt"
+    assert set(answer) == {"reasoning"}
 
 # %% [markdown]
-# By index, the student's reasoning learns from the end of the teacher's prompt, and its answer from the beginning of the teacher's reasoning.
+# By index, the student's reasoning begins to learn from the end of the teacher's prompt, and its answer learns from the teacher's reasoning.
 # By segments, prompt learns from prompt and answer from answer.
 # Inside the reasoning the alignment is only proportional: the student's "=" need not fall on the teacher's.
 #
@@ -276,6 +281,7 @@ def biased_cka(x, y):
 
 counts = (16, 32, 64, 128, 256, 512, 1024)
 rows = {"biased": [], "unbiased": []}
+torch.manual_seed(scale.seed)
 for n in counts:
     x, y = torch.randn(2, n, 128)
     rows["biased"].append(biased_cka(x, y).item())
@@ -283,7 +289,9 @@ for n in counts:
     unbiased.update([x], [y])
     rows["unbiased"].append(unbiased.matrix().item())
 ax = plots.lines(counts, rows, "tokens", "CKA of independent layers")
-ax.set(xscale="log", xticks=counts, xticklabels=counts, ylim=(-0.1, 1.05));
+ax.set(xscale="log", xticks=counts, xticklabels=counts, ylim=(-0.1, 1.05))
+assert rows["biased"][0] > 0.8 > 0.2 > rows["biased"][-1]
+assert max(map(abs, rows["unbiased"])) < 0.15
 
 # %% [markdown]
 # Minibatches add up: means of HSIC over batches first, then the ratio.
@@ -308,10 +316,15 @@ for layer, (layers, weights) in enumerate(
     )
 even = proportional(len(chosen.indices), chosen.teacher_layers)
 print("proportional:", even.indices.flatten().tolist())
+if scale.name == "tiny":
+    assert max(map_.max() for map_ in maps.values()) < 0.5
+    rows = maps["hidden"]
+    assert (rows.max(1).values - rows.min(1).values).max() < 0.15
+    assert (chosen.weights - 0.5).abs().max() < 0.05
 
 # %% [markdown]
 # At the tiny scale, no layer of one model is very similar to any of the other: their tokens differ, and they were trained separately.
-# The rows are nearly flat, so the choice of the two best layers means little.
+# For hidden states, by which the layers are chosen, the rows are nearly flat, so the choice of the two best means little.
 # And the weights, a softmax over numbers from 0 to 1, are nearly even for any two layers.
 # For comparison, the student with itself and, at the tiny scale, with a deeper model of the same tokenizer, on the very same texts:
 
@@ -381,7 +394,12 @@ for name, projector in projectors.items():
         spread = (truth - truth.mean(2, keepdim=True)).square().sum((2, 3))
         explained = (1 - error / spread)[0].tolist()
         rows[f"{name}, {kind}"] = {f"layer {i}": v for i, v in enumerate(explained)}
-pd.DataFrame(rows).T.round(2)
+table = pd.DataFrame(rows).T
+if scale.name == "tiny":
+    ridge = table.filter(like="ridge", axis="index")
+    assert ((ridge > 0.1) & (ridge < 0.6)).all(axis=None)
+    assert (table.filter(like="orthogonal", axis="index") < 0).all(axis=None)
+table.round(2)
 
 # %% mystnb={"image": {"alt": "Heat maps of the values of one layer, tokens by dimensions: the student's own, the teacher's through a random rotation, and through the ridge map, which resembles the first."}}
 short_one = min(range(32, 48), key=lambda i: len(texts[i].input_ids))
@@ -395,7 +413,10 @@ views |= {
     for n, p in projectors.items()
 }
 pieces = [tokenizer.decode(i) for i in texts[short_one].input_ids]
-plots.cache_picture(views, pieces, shared=True);
+plots.cache_picture(views, pieces, shared=True)
+if scale.name == "tiny":  # the ridge map is the palest
+    own_size, _, ridge_size = (view.float().std() for view in views.values())
+    assert ridge_size < own_size
 
 # %% [markdown]
 # The ridge map finds some of the student's pattern in the teacher's numbers, and leaves out the rest, so it is paler.
@@ -477,9 +498,15 @@ for i in range(32, 48):
             rows.setdefault(name, {}).setdefault(place, []).append(
                 torch.minimum(p, q).sum().item()
             )
-pd.DataFrame(
+overlap = pd.DataFrame(
     {name: {k: np.mean(v) for k, v in r.items()} for name, r in rows.items()}
-).T.round(2)
+).T
+if scale.name == "tiny":
+    assert (overlap["prompt ends"].drop("a cache of zeros") > 0.5).all()
+    assert overlap["first digit"].max() < 0.3
+    gain = overlap.loc["teacher"] - overlap.loc["teacher, another problem"]
+    assert gain["first digit"] < 0.05
+overlap.round(2)
 
 # %% [markdown]
 # At the end of the prompt much of the overlap remains, but also with a teacher that read another problem, so it is form more than content.
@@ -596,7 +623,12 @@ teacher.to(scale.device);
 # %% mystnb={"image": {"alt": "Share of the KV loss in the gradient over the first steps. As the source has it, it stays near 0; large and fading, it begins high and falls to 0."}}
 at = [h["step"] for h in histories["as the source"] if "share_kv" in h]
 ax = plots.lines(at, shares, "step", "share of the KV loss in the gradient")
-ax.set_ylim(0, 1);
+ax.set_ylim(0, 1)
+if scale.name == "tiny":
+    source, fading = shares.values()
+    assert max(source) < 0.05
+    assert fading[0] > 0.3
+    assert fading[-1] < 0.01
 
 # %% [markdown]
 # ## The four arms, and controls that should fail
@@ -629,7 +661,7 @@ ARMS = {
     "random_teacher": "full, random teacher",
 }
 
-# %% mystnb={"image": {"alt": "Share of test problems solved at four points of the training, for no teacher, four arms and two controls, with intervals over seeds."}}
+# %% mystnb={"image": {"alt": "Share of test problems solved at four points of the training, for no teacher, four arms and three controls, with intervals over seeds."}}
 def number(name):
     return int(name.rsplit("_", 1)[1])
 
@@ -647,6 +679,9 @@ ax = plots.lines(
 )
 ax.set(ylim=(0, None), xticks=percent)
 print(textwrap.fill(results["accuracy_full"].conditions, 78))
+gap = [a - b for (a, _, _), (b, _, _) in zip(*list(curves.values())[:2])]
+print("segments minus no teacher:", " ".join(f"{value:+.2f}" for value in gap))
+assert max(gap[: len(gap) // 2]) < 0.1 < gap[-2]  # it opens in the third quarter
 
 # %%
 rows = {label: {"solved": f"accuracy_{arm}"} for arm, label in ARMS.items()}
@@ -664,6 +699,34 @@ for arm, label in ARMS.items():
 table["by seed"] = pd.Series(by_seed)
 over = results["segment_over_shuffled"]
 print(f"segments minus segments with another problem: {over:+.3f} ({over.n} seeds)")
+solved, gain = (
+    {arm: results[f"{kind}_{arm}"] for arm in ARMS if f"{kind}_{arm}" in results}
+    for kind in ("accuracy", "gain")
+)
+assert all(3 <= figure.n <= 5 for figure in solved.values())
+assert solved["segment"].value == max(figure.value for figure in solved.values())
+assert gain["segment"].value > 0.1
+assert gain["segment"].low < 0
+assert gain["baseline"].value < 0
+assert gain["random_teacher"].high < 0
+assert gain["full"].low < 0
+assert gain["cka"].low < 0
+assert solved["full"].low < solved["shuffled"].value
+assert over.low > 0
+
+
+def better(arm, other):
+    """For each seed that both arms have, whether the first solves more."""
+    names = (f"accuracy_{arm}_seed_{i}" for i in range(solved[arm].n))
+    pairs = ((name, name.replace(arm, other, 1)) for name in names)
+    return [results[a].value > results[b].value for a, b in pairs if b in results]
+
+
+assert all(better("segment", "shuffled_segment"))
+assert any(better("shuffled", "full"))
+most = better("segment", "ce_only")
+assert sum(most) > len(most) / 2
+assert not all(most)
 table
 
 # %%
@@ -674,7 +737,7 @@ rows = {
 results.table(rows, ".0f")
 
 # %% [markdown]
-# (With so few seeds, an interval by Student's t is wider than the range from the worst to the best of them. A difference from no teacher is computed on the seeds that both have. What the loss costs in time is measured in pairs, further down.)
+# (With so few seeds, an interval by Student's t is as wide as the range from the worst to the best of them, or wider. A difference from no teacher is computed on the seeds that both have. What the loss costs in time is measured in pairs, further down.)
 #
 # **Time is what counts.**
 # With targets stretched segment by segment, and layers in proportion, students solve the most: on average far more than without a teacher, after the same steps on the same problems.
@@ -682,11 +745,11 @@ results.table(rows, ".0f")
 # By index, the same teacher with the same weight is no help and rather does harm: most targets then belong to another token.
 #
 # **The controls show where the gain comes from.**
-# With the same loss and a teacher that read another problem, students of the `segments` arm solve fewer problems with each seed; that is the clearest difference here.
+# With the same loss and a teacher that read another problem, students of the `segments` arm solve fewer problems with each seed, and the interval of that difference does not contain 0.
 # So the features of *this* problem matter.
 # A teacher with random weights ruins its student.
 # And look at single seeds once more: one student of `full, another problem` did well, better than the `full` arm itself with that seed.
-# With one seed each, almost any conclusion would have been possible, and four are few.
+# With one seed each, almost any conclusion would have been possible, and three to five are few.
 #
 # **With layers by CKA no gain is left** that these seeds could show, neither over no teacher nor over the control, where the source expected more from layers than from time.
 # Look where the map sends the student's layers:
@@ -699,6 +762,7 @@ for layer, even_layer in enumerate(even):
     print(
         f"student layer {layer}: teacher layer {even_layer} in proportion, {by_cka:.1f} by CKA"
     )
+    assert abs(by_cka.value - (depth - 1) / 2) < 1.5  # near the middle
 
 # %% [markdown]
 # It sends all three near the middle of the teacher, and hardly by merit: rows of CKA are nearly flat, and another seed gives another map.
@@ -733,7 +797,13 @@ labels = {
     f"accuracy_{arm}_seed_0": ARMS[arm] for arm in ("ce_only", "segment", "full")
 }
 labels |= {f"accuracy_tried_{name}": label for name, label in tried.items()}
-plots.splice_panels({"problems solved": results.intervals(labels)});
+plots.splice_panels({"problems solved": results.intervals(labels)})
+alone, by_segments, _, source, weight_1, learned = (
+    results[name].value for name in labels
+)
+assert source < alone + 0.1
+assert weight_1 > by_segments - 0.1
+assert learned - alone < (by_segments - alone) / 2
 
 # %% mystnb={"image": {"alt": "Share of the KV loss in the gradient over a whole training, for the segments arm, where it fades to 0, and as the source has it, where it rises."}}
 steps = sorted(
@@ -743,7 +813,11 @@ curves = {
     label: [results[f"share_{arm}_{step}"].value for step in steps]
     for arm, label in {"segment": "segments", "source": "as the source"}.items()
 }
-plots.lines(steps, curves, "step", "share of the KV loss");
+plots.lines(steps, curves, "step", "share of the KV loss")
+source = curves["as the source"]
+assert source[0] < 0.1
+assert min(source[len(source) // 2 :]) > 0.3
+assert curves["segments"][-1] == 0
 
 # %% [markdown]
 # As the source has it, nothing much is gained, though not because the loss is silent for good: its share of the gradient is small at first, and large in the second half, when its weight has risen and cross-entropy has fallen (below).
@@ -752,7 +826,7 @@ plots.lines(steps, curves, "step", "share of the KV loss");
 #
 # All of this is one small student, one teacher and one kind of problem, with settings that were chosen on other problems of the same kind, in some twenty trials of the `segments` and `full` arms.
 # Controls with random weights were run for `full` only.
-# That the arms differ so clearly here does not say that they would for Qwen2-7B and a pretrained student of 1.5B.
+# That segments are ahead here does not say that they would be for Qwen2-7B and a pretrained student of 1.5B.
 # `kvlab compare-alignments` runs the same comparison, controls included, for any two models and any of the source's data sets.
 
 # %% [markdown]
@@ -857,14 +931,15 @@ def share_explained(projector, pairs):
 
 
 rotated = Projector(*widths).fit_ridge(as_stored(texts[:32], others[:32]))
-print(
-    f"rotated:    {share_explained(rotated, as_stored(texts[32:], others[32:])):.2f}"
-)
+explained = share_explained(rotated, as_stored(texts[32:], others[32:]))
+print(f"rotated:    {explained:.2f}")
 one_by_one = (
     next(aligned([one], [two])) for one, two in zip(texts[32:], others[32:])
 )
 unrotated = share_explained(projectors["ridge"], one_by_one)
 print(f"un-rotated: {unrotated:.2f}")
+if scale.name == "tiny":
+    assert explained < unrotated
 
 # %% [markdown]
 # A rotated key is the un-rotated one turned by an angle that depends on its position, and by other angles in the two models.
@@ -918,6 +993,7 @@ if scale.name == "tiny":
         )
         for i in (0, 1)
     ]
+    explained = []
     for weight in (0.0, 0.25, 0.5, 0.75, 1.0):
         error = spread = 0.0
         for first, other, mine in of_both(slice(32, 48)):
@@ -927,9 +1003,11 @@ if scale.name == "tiny":
             spread += (
                 (mine.keys - mine.keys.mean(2, keepdim=True)).square().sum().item()
             )
+        explained.append(1 - error / spread)
         print(
-            f"weight of the second {weight:.2f}: {1 - error / spread:.3f} of the variance explained"
+            f"weight of the second {weight:.2f}: {explained[-1]:.3f} of the variance explained"
         )
+    assert explained[2] > max(explained[0], explained[-1])
 
 # %% [markdown]
 # The mean of both explains more than either teacher alone: where one is wrong, the other often is not.
@@ -941,7 +1019,7 @@ if scale.name == "tiny":
 # ## Takeaways
 #
 # - Four things differ between two caches: time, layer, head, and what the numbers mean. Each step can be checked alone, and should be.
-# - Align time by segments or not at all. Here that was the difference between a gain with most seeds and a loss with all.
+# - Align time by segments or not at all. Here that was the difference between a gain with most seeds and none on average.
 # - CKA as flat as this does not show what can be learned: layers in proportion taught more than layers by CKA.
 # - A KV loss is strong medicine. Look at its fraction of the gradient, let it fade, and run the controls (no teacher, another problem, random weights), each with more seeds than you think.
 # - A cache carried over by linear maps cannot be read from, but it can be learned toward.

@@ -16,7 +16,7 @@
 # - measure acceptance, and predict from three measured numbers how much faster decoding becomes;
 # - choose how many tokens to draft, and recognize when drafting does not pay.
 #
-# **Time and memory**: less than a minute and 1 GB (with PyTorch itself) at `tiny`; at `t4`, memory is printed by the second cell.
+# **Time and memory**: one or two minutes and 1 GB (with PyTorch itself) at `tiny`; at `t4`, memory is printed by the second cell.
 #
 # **Code**: `kvlab/speculate.py`; what is written out here is checked against it.
 # ```
@@ -188,7 +188,9 @@ if exact:
 # Underlined tokens were drafted and accepted, those struck through were rejected, and the one in a box is the target's own.
 
 # %%
-solution = speculate.generate(target, prompt, proposer, gamma=4)
+solution = speculate.generate(
+    target, prompt, proposer, gamma=4, tokenizer=tokenizer
+)
 plots.token_view(solution.rounds, tokenizer)
 
 # %% [markdown]
@@ -308,6 +310,7 @@ longest = 128 if scale.name == "tiny" else 64
 def run(prompts, proposer=None, gamma=8, **options):
     """The rounds of each prompt, one at a time."""
     options = {"gamma": gamma, "max_new_tokens": longest} | options
+    options["tokenizer"] = tokenizer
     bar = tqdm(prompts, desc="decoding", leave=False, delay=2)
     return [speculate.generate(target, p, proposer, **options).rounds for p in bar]
 
@@ -337,7 +340,7 @@ plots.acceptance_by_position(accepted);
 # Right: of *all* guesses at that position.
 # The second can only fall; the first shows whether the draft loses its way as it guesses further on.
 # In this chapter $\alpha_k$ is the first.
-# (On the FAQ the draft often gets only the end of the text right, which gains nothing: after it there is no further token to have.)
+# (An accepted end of a text gains nothing: after it there is no further token to have.)
 
 # %%
 rows = {}
@@ -436,6 +439,11 @@ print(
     f"the draft has {layer_ratio:.2f} of the target's layers, and costs c = {c:.2f} of it"
 )
 print(f"best gamma up to {widest}:", best)
+results = kvlab.results("speculate")  # of more prompts, on two threads
+print(f"in the benchmark: c {results['c']:.2f}, v {results['v']:.2f}")
+if scale.name == "tiny":
+    assert results["c"].low > layer_ratio
+    assert results["v"].low > 1.1
 
 # %% [markdown]
 # In the lab $c$ is more than the ratio of the layers: embedding, head and choosing a token cost the same for both models.
@@ -605,7 +613,6 @@ if exact:
 # Those figures take minutes, so a benchmark has measured them (`tests/benchmarks/speculate.py`), with 95 % confidence intervals over prompts.
 
 # %%
-results = kvlab.results("speculate")
 here, there = results["prefix_equal"], results["prefix_equal_assisted"]
 print(f"right after a cache: kvlab {here.value:.0%},", end=" ")
 print(f"assistant_model {there.value:.0%} of {here.n} pairs")
@@ -617,18 +624,22 @@ print(textwrap.fill(results["over_assisted"].conditions, 78))
 names = {
     "over_generate": "over plain generate",
     "over_assisted": "over generate(assistant_model=...)",
-    "over_assisted_in_inference_mode": "... in inference mode",
+    "over_assisted_in_inference_mode": "the same, both in inference mode",
     "plain_over_generate": "our plain loop over plain generate",
-    "plain_over_generate_in_inference_mode": "... in inference mode",
+    "plain_over_generate_in_inference_mode": "plain loops, both in inference mode",
     "over_generate_compiled": "over plain generate, both compiled",
     "over_assisted_compiled": "over assisted, both compiled",
     "batch_8_over_assisted": "8 texts at once, over assisted one by one",
 }
-plots.speed_ratios(results.intervals(names));
+plots.speed_ratios(results.intervals(names))
+for name in ("over_assisted", "plain_over_generate"):
+    assert results[f"{name}_in_inference_mode"].value < results[name].value
+peers = "generate compiled, assisted compiled"  # were faster than eager
+assert peers in results["over_assisted_compiled"].conditions
 
 # %% [markdown]
 # In eager mode a small model's step is mostly the cost of starting each operation, and all programs start much the same ones.
-# Part of the difference is `torch.inference_mode()`, which our loop enters and `generate` does not: the rows "in inference mode" give it to both.
+# Part of the difference is `torch.inference_mode()`, which our loop enters and `generate` does not: the rows "in inference mode" give it to both, and their ratios are smaller.
 # With `Runner(model, compiled_room=...)` the three shapes of call, draft one, verify $\gamma + 1$, plain one, are compiled on memory that stays where it is, into CUDA graphs on a GPU.
 # That takes a minute, so it pays for many texts, not for one.
 #
@@ -640,11 +651,10 @@ plots.speed_ratios(results.intervals(names));
 
 # %%
 several = [prompts[kind][i][0] for i in (0, 1) for kind in prompts]
-batch = speculate.generate(
-    target, several, proposer, gamma=4, max_new_tokens=longest
-)
+options = {"gamma": 4, "max_new_tokens": longest, "tokenizer": tokenizer}
+batch = speculate.generate(target, several, proposer, **options)
 for ids, tokens in zip(several, batch.tokens, strict=True):
-    one = speculate.generate(target, ids[None], gamma=4, max_new_tokens=longest)
+    one = speculate.generate(target, ids[None], **options)
     if exact:
         assert tokens.tolist() == one.tokens[0].tolist()
 rounds = [
@@ -653,6 +663,8 @@ rounds = [
 print("accepted by row:", [r.accepted for r in rounds[:4]])
 gained = np.array([[len(tokens) for tokens in r.tokens] for r in rounds[:4]])
 print("tokens of each row after these:", gained.sum(0))
+if scale.name == "tiny":
+    assert len(set(gained.sum(0))) > 1  # the rows have drifted apart
 
 # %% [markdown]
 # ## Exercises
@@ -677,13 +689,16 @@ print("tokens of each row after these:", gained.sum(0))
 large, small = config_of("Qwen/Qwen3-14B"), config_of("Qwen/Qwen3-0.6B")
 by_layers = small.num_hidden_layers / large.num_hidden_layers
 by_bytes = parameters(small) / parameters(large)
+gains = []
 for c in (by_layers, by_bytes):
     g = speculate.best_gamma(0.8, c)
-    gain = speculate.cost_model(0.8, c, g).speedup
-    print(f"c = {c:.2f}: best gamma {g}, {gain:.2f} times plain")
+    gains.append(speculate.cost_model(0.8, c, g).speedup)
+    print(f"c = {c:.2f}: best gamma {g}, {gains[-1]:.2f} times plain")
+assert gains[0] < 1.1
+assert gains[1] > 3
 
 # %% [markdown]
-# As long as the number of layers decides, there is nothing to be gained from a draft of nearly as many.
+# As long as the number of layers decides, there is next to nothing to be gained from a draft of nearly as many.
 # ````{solution-end}
 # ````
 
@@ -753,9 +768,7 @@ class Forgetful(ModelProposer):
 
 texts, per_call = {}, {}
 for arm in (ModelProposer(target), Forgetful(target)):
-    generated = speculate.generate(
-        target, prompt, arm, gamma=2, max_new_tokens=longest
-    )
+    generated = speculate.generate(target, prompt, arm, **options | {"gamma": 2})
     s = summarize(generated.rounds)
     print(f"{type(arm).__name__}: acceptance {s.acceptance:.2f},", end=" ")
     print(f"{s.tokens_per_call:.2f} tokens per call")
@@ -790,7 +803,8 @@ tokenizer = scale.load_tokenizer("target")
 ids = tokenizer("Anna lives in Oslo. Anna", return_tensors="pt").input_ids
 
 proposer = speculate.ModelProposer(draft)
-stream = speculate.decode(target, ids, proposer, gamma=4, max_new_tokens=16)
+options = {"gamma": 4, "max_new_tokens": 16, "tokenizer": tokenizer}
+stream = speculate.decode(target, ids, proposer, **options)
 pieces = [tokenizer.decode(r.tokens[0]) for r in stream]  # print each as it comes
 print(tokenizer.decode(ids[0]), *pieces, sep="|")
 

@@ -71,8 +71,8 @@ print(">", conversation[1]["content"], "\n")
 
 
 def answer(ids, proposer=None, prefix=None):
-    options = {"gamma": 4, "max_new_tokens": 96, "prefix": prefix}
-    return generate(target, [ids], proposer, **options)
+    options = {"gamma": 4, "max_new_tokens": 96, "tokenizer": tokenizer}
+    return generate(target, [ids], proposer, prefix=prefix, **options)
 
 
 plain = answer(torch.cat((document, request)))
@@ -261,7 +261,7 @@ for name in ("draft", "trained"):  # they pay
     assert saved[name][1] > 0
 for name in ("knowledge", "reads"):  # little
     assert saved[name][2] < 0.1 * results["ms_plain"].value
-assert saved["fused"][1] < 0 < saved["fused"][2]  # nothing
+assert saved["fused"][2] < 0.05 * results["ms_plain"].value  # next to nothing
 assert saved["distilled"][2] < 0  # costs time
 fewer, more = (results[f"acceptance_{arm}"] for arm in ("distilled", "fused"))
 assert fewer.value < more.value
@@ -269,7 +269,7 @@ assert fewer.value < more.value
 # %% [markdown]
 # The draft pays here, and so does its training (the last lines of the cell check each of these sentences).
 # The caches save little time on passages as short as these; chapter 01 measures longer ones.
-# Fusing brings nothing to a draft that was trained for this target and has read the same text (chapter 06 has the case where it has not).
+# Fusing brings next to nothing to a draft that was trained for this target and has read the same text (chapter 06 has the case where it has not).
 # With a quarter of the entries the draft guesses worse: that saves memory, not time.
 #
 # ## A check you can break
@@ -397,7 +397,7 @@ with torch.no_grad():
     target_prefix = cache.prefill(target, passage[None].to(target.device))
     draft_prefix = cache.prefill(draft, passage[None].to(draft.device))
 proposer = speculate.ModelProposer(draft, draft_prefix)
-options = {"prefix": target_prefix, "max_new_tokens": 48}
+options = {"prefix": target_prefix, "max_new_tokens": 48, "tokenizer": tokenizer}
 output = speculate.generate(target, [request], proposer, **options)
 answer = tokenizer.decode(output.tokens[0], skip_special_tokens=True).strip()
 for message in (*turns, {"role": "assistant", "content": answer}):

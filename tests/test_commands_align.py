@@ -20,7 +20,7 @@ from kvlab import align as align_module
 from kvlab import lab, training
 from kvlab.align import ARMS, AlignedStudent, Problems, TeacherFeatures, alignment_figures, solved
 from kvlab.cli import main
-from kvlab.generation import answers
+from kvlab.generation import answers, encode
 from kvlab.lab import corpora
 from kvlab.layers import LayerMap, layer_map, load_layer_map, proportional, save_layer_map
 from kvlab.records import messages, read_records
@@ -745,3 +745,76 @@ def test_published_problems_are_learned_from_as_they_are(listened):
             for a, b in itertools.pairwise(lesson[0].borders)
         )
         assert f" The answer is {found[reasoning.strip()]}." in answer
+
+
+def lengthened(path, rows):
+    """Make some problems of a file longer than the lab models read."""
+    lines = (path).read_text().splitlines()
+    for row in rows:
+        problem = json.loads(lines[row])
+        lines[row] = json.dumps(problem | {"question": "Anna counts eggs. " * 3000 + str(row)})
+    path.write_text("\n".join(lines))
+
+
+def test_problems_longer_than_a_model_reads_are_left_out_with_a_count(set_out, sums, tiny, capsys):
+    lengthened(tiny / "sums.jsonl", [2, 5])
+    more = ["--problems", "99", "--heldout", "4"]
+    (tasks,) = set_out(ALIGNED, *SUMS, *more, "--eval_dataset_name", "lab")
+    assert len(tasks.student) == len(tasks.teacher) == len(sums) - 2
+    assert "2 of 25 texts are left out: they have more than the 2048" in capsys.readouterr().out
+    again = ["--eval_dataset_name", "gsm8k", "--eval_source", "sums.jsonl"]
+    (tasks,) = set_out(ALIGNED, "--heldout", "99", *again)
+    assert len(tasks.questions) == len(tasks.answers) == len(sums) - 2
+    run = ["layer-map", *SUMS, "--student_model", "lab-draft", "--num_samples", "99"]
+    main(run)
+    assert "draft (rows) and lab-teacher, 23 problems:" in capsys.readouterr().out
+
+
+def test_a_problem_that_only_the_teacher_cannot_read_is_left_out(set_out, tiny, monkeypatch):
+    load = Scale.load_config
+
+    def short(scale, role):
+        config = load(scale, role)
+        config.max_position_embeddings = 80 if role == "teacher" else 2048
+        return config
+
+    monkeypatch.setattr(Scale, "load_config", short)
+    few = ["--problems", "64", "--batch_size", "2"]
+    (tasks,) = set_out(ALIGNED, *few)
+    tokenizer = lab.load_tokenizer("lab-teacher")
+    lengths = [len(encode(tokenizer, conversation)) for conversation in tasks.teacher]
+    assert 0 < len(lengths) < 64
+    assert max(lengths) <= 80
+    alone = ["--kv_weight", "0", "--codi_weight", "0"]
+    assert len(set_out(ALIGNED, *few, *alone)[0].student) == 64
+
+
+def test_arms_compared_so_far_are_there_when_a_comparison_is_stopped(tiny, monkeypatch):
+    accuracies = iter([0.2, 0.4, 0.7])
+    monkeypatch.setattr("kvlab.align.solved", lambda *_: np.array([next(accuracies)]))
+    train, calls = align_module.train_arm, []
+
+    def stopping(*args, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train(*args, **options)
+
+    monkeypatch.setattr("kvlab.align.train_arm", stopping)
+    arms = ["--arms", "segment", "ce_only", "--seeds", "2", "--output_dir", "compared"]
+    with pytest.raises(SystemExit) as stop:
+        main([*ALIGNMENTS_COMPARED, *arms])
+    assert stop.value.code == 130
+    written = json.loads((tiny / "compared/comparison.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in written["runs"]] == [
+        ("segment", 0), ("ce_only", 0), ("segment", 1),
+    ]  # fmt: skip
+    counts = {figure["name"]: figure["n"] for figure in written["figures"]}
+    assert (counts["accuracy_segment"], counts["accuracy_ce_only"]) == (2, 1)
+    assert counts["gain_segment"] == 1
+    monkeypatch.setattr("kvlab.align.train_arm", train)
+    monkeypatch.setattr("kvlab.align.solved", lambda *_: np.array([0.5]))
+    monkeypatch.setattr(align_module, "_encode_to_files", lambda *_: pytest.fail("read again"))
+    main([*ALIGNMENTS_COMPARED, *arms])
+    again = json.loads((tiny / "compared/comparison.json").read_text())["runs"]
+    assert [run["seconds"] for run in again[:3]] == [run["seconds"] for run in written["runs"]]

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +13,7 @@ import pytest
 import yaml
 from command_helpers import RECORDS, write
 
-from kvlab import cli, lab
+from kvlab import cache, cli, generation, lab, speculate
 from kvlab.cli import COMMANDS, main
 from kvlab.commands import shared
 from kvlab.knowledge import KnowledgeCache
@@ -303,3 +306,160 @@ def test_ask_prints_the_stored_answer(tiny, capsys):
     main(["ask", RECORDS[0]["question"], *store, "--exact", "--max_new_tokens", "2"])
     assert f"stored answer: {RECORDS[0]['answer']}" in capsys.readouterr().out
     assert len(KnowledgeCache.load("store", lab.load("lab-draft"), lab.load_tokenizer("lab-draft")))
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("flags", [["--config", "deep.yaml"], ["--config=deep.yaml"]])
+def test_a_configuration_that_is_nested_too_deeply_is_a_sentence(flags, run_toy, tmp_path):
+    path = tmp_path / "deep.yaml"
+    for text in (f"maps: {DEEP}", f"maps: {DEEP}{DEEP.replace('[', ']')}", "- " * 100_000):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=r"^kvlab: .* does not fit: it is nested too deeply\."):
+            run_toy(*[flag.replace("deep.yaml", str(path)) for flag in flags])
+
+
+def test_an_option_that_is_nested_too_deeply_is_a_sentence(run_toy):
+    with pytest.raises(SystemExit, match=r"^kvlab: The command line does not fit: it is nested"):
+        run_toy("--losses", DEEP)
+
+
+STOPPED = """
+import sys
+from kvlab import __main__ as entry
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "kvlab.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+entry.run()
+"""
+
+
+def test_ctrl_c_while_modules_are_imported_ends_with_130():
+    run = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "")
+
+
+def test_the_command_is_the_module_that_handles_ctrl_c():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"kvlab": "kvlab.__main__:run"}
+
+
+def test_a_template_without_thinking_refuses_it_before_anything_is_loaded(tiny, nothing_loads):
+    with pytest.raises(SystemExit, match="template of lab-target has no enable_thinking: leave it"):
+        main(["speculate", "--enable_thinking"])
+
+
+@pytest.fixture
+def thinker(tiny):
+    """A folder of a lab model whose template opens an answer with a thought, if it may."""
+    lab.load("lab-draft").save_pretrained("thinker")
+    tokenizer = lab.load_tokenizer("lab-draft")
+    opening = "<|assistant|>{% if enable_thinking %} hmm{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>", opening)
+    assert opening in tokenizer.chat_template
+    tokenizer.save_pretrained("thinker")
+    return "thinker"
+
+
+@pytest.mark.parametrize("flags", [[], ["--enable_thinking", "false"], ["--enable_thinking"]])
+def test_every_prompt_of_a_command_is_rendered_with_thinking_or_without(
+    flags, thinker, tiny, monkeypatch, capsys
+):
+    prompts = []
+    prefill = cache.prefill
+
+    def reading(model, input_ids, *args, **options):
+        prompts.extend(map(lab.load_tokenizer("lab-draft").decode, input_ids.tolist()))
+        return prefill(model, input_ids, *args, **options)
+
+    for module in (generation, speculate):
+        monkeypatch.setattr(module, "prefill", reading)
+    few = [*flags, "--max_new_tokens", "2", "--base_model", thinker]
+    main(["speculate", "--prompts", "Who?", "--teacher_model", thinker, *few])
+    build = ["build-cache", "--records", write(tiny / "records.jsonl"), "--store", "store"]
+    main([*build, "--generate_answers", *few])
+    main(["ask", "Who?", "--store", "store", "--exact", *few])
+    answers = [text for text in prompts if "<|assistant|>" in text]
+    assert len(answers) >= 4
+    thinks = flags == ["--enable_thinking"]
+    assert {"<|assistant|> hmm" in text for text in answers} == {thinks}
+
+
+def figures_of(*options):
+    main([*COMPARE, *options])
+    (path,) = Path("results").iterdir()
+    figures = json.loads(path.read_text())["figures"]
+    path.unlink()
+    return {figure["name"]: figure for figure in figures}
+
+
+def test_unanswerable_questions_are_scored_apart_and_change_nothing_else(tiny):
+    squad_file(tiny / "squad.json", [1, 1, 1])
+    plain = figures_of()
+    rows = json.loads((tiny / "squad.json").read_text())
+    for n, paragraph in enumerate(rows["data"][0]["paragraphs"]):
+        question = {"question": f"Where is Anna{n}?", "answers": [], "is_impossible": True}
+        paragraph["qas"].append(question)
+    (tiny / "squad.json").write_text(json.dumps(rows))
+    both = figures_of()
+    assert not any("Ans" in name for name in plain)
+    for score in ("exact", "f1"):
+        name = score.replace("exact", "exact_match")
+        for arm in ("full, 1", "key_norm, 0.5"):
+            has, no = (both[f"{arm}, {group}_{score}"] for group in ("HasAns", "NoAns"))
+            assert has["value"] == plain[f"{arm}, {name}"]["value"]
+            assert (has["n"], no["n"]) == (3, 3)
+            assert both[f"{arm}, {name}"]["value"] == pytest.approx(
+                (has["value"] + no["value"]) / 2
+            )
+
+
+def test_unanswerable_questions_are_not_trained_on(tiny, capsys):
+    squad_file(tiny / "squad.json", [1, 1, 1, 1])
+    rows = json.loads((tiny / "squad.json").read_text())
+    rows["data"][0]["paragraphs"][0]["qas"][0]["answers"] = []
+    (tiny / "squad.json").write_text(json.dumps(rows))
+    main([*SMALL, "out", "--data", "squad", "--source", "squad.json", "--steps", "1"])
+    printed = capsys.readouterr().out
+    assert "1 of 4 questions are left out: they have no answer." in printed
+    assert "Training: 2 examples. Held out: 1 contexts with 1 questions." in printed
+
+
+def test_compiled_models_decode_as_few_tokens_as_two(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("torch.compile", lambda step, **_: step)
+    for tokens in ("1", "2", "3"):
+        main(["speculate", "--prompts", "One?", "--compiled", "--max_new_tokens", tokens])
+        assert "equal_texts          True" in capsys.readouterr().out
+
+
+def test_one_value_of_a_list_may_stand_alone_in_a_configuration(run_toy, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    for text, prompts in (("One two?", ["One two?"]), ("[a, b]", ["a", "b"])):
+        path.write_text(f"prompts: {text}\nmaps: a.json\n")
+        got = run_toy("--config", str(path))
+        assert (got["prompts"], got["maps"]) == (prompts, ["a.json"])
+    path.write_text("prompts: 3\n")
+    with pytest.raises(SystemExit):
+        run_toy("--config", str(path))
+    assert 'key "prompts" element 1' in capsys.readouterr().err
+
+
+def test_null_in_a_configuration_is_the_default(tiny, capsys):
+    (tiny / "mine.yaml").write_text("max_new_tokens: null\nprompts: null\n")
+    main(["speculate", "--config", "mine.yaml", "--teacher_model", "lab-draft"])
+    assert "equal_texts          True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["loop", "loop/x", "gone", "gone/x"])
+def test_an_output_folder_behind_a_link_that_leads_nowhere_is_a_sentence(
+    place, tiny, nothing_loads
+):
+    (tiny / "loop").symlink_to("loop")
+    (tiny / "gone").symlink_to("nowhere")
+    with pytest.raises(SystemExit, match=rf"^kvlab: {place}/manifest.json cannot be written \("):
+        main(["build-cache", "--store", place])

@@ -12,6 +12,7 @@ from command_helpers import RECORDS, opened, write
 
 from kvlab import lab
 from kvlab.cli import COMMANDS, main
+from kvlab.generation import encode_answer
 from kvlab.knowledge import KnowledgeCache
 from kvlab.models import require_supported
 from kvlab.scale import Scale
@@ -342,3 +343,46 @@ def test_a_mistake_in_asking_is_a_sentence(built, build, tmp_path):
     ):
         with pytest.raises(SystemExit, match=f"^kvlab: {message}"):
             main(["ask", "Who?", "--store", str(built), *options])
+
+
+def test_a_stop_string_ends_generated_answers_and_is_not_stored(build, tmp_path):
+    questions = [{"question": record["question"]} for record in RECORDS]
+    options = ["--generate_answers", "--max_new_tokens", "12", "--store"]
+    build(questions, *options, "whole")
+    whole = [item.answer for item in opened(tmp_path / "whole").items]
+    stop = whole[0][3:6]
+    build(questions, *options, "cut", "--stop", "nowhere", stop)
+    items = opened(tmp_path / "cut").items
+    assert [item.answer for item in items] == [text.partition(stop)[0].strip() for text in whole]
+    tokenizer = lab.load_tokenizer("lab-draft")
+    for item in items:  # a closed turn, as an answer that ended by itself
+        turn = [{"role": "user", "content": item.question}]
+        prompt, answer = encode_answer(tokenizer, turn, item.answer)
+        assert list(item.input_ids) == prompt + answer
+
+
+def test_a_stop_string_of_the_models_own_is_not_stored_either(build, tmp_path, monkeypatch):
+    question = [{"question": RECORDS[0]["question"]}]
+    options = ["--generate_answers", "--max_new_tokens", "12", "--store"]
+    build(question, *options, "whole")
+    (whole,) = opened(tmp_path / "whole").items
+    load, stop = Scale.load, whole.answer[3:6]
+
+    def stopping(scale, role):
+        model = load(scale, role)
+        model.generation_config.stop_strings = [stop]
+        return model
+
+    monkeypatch.setattr(Scale, "load", stopping)
+    build(question, *options, "cut")
+    (item,) = opened(tmp_path / "cut").items
+    assert item.answer == whole.answer.partition(stop)[0].strip()
+
+
+def test_a_stop_string_ends_every_answer_of_ask(answered, built):
+    question = lab.faq()[0]["question"]
+    ((_, whole),) = answered(built, question)
+    stop = whole["question alone"][-1][4:7]
+    ((_, cut),) = answered(built, question, "--stop", "nowhere", stop)
+    for way, (*_, text) in whole.items():
+        assert cut[way][-1] == text.partition(stop)[0].strip() != text

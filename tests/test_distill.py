@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 from benchmarks.distill import LogGateDistiller
@@ -35,12 +36,14 @@ from kvlab.distill import (
     DistillDataset,
     DistillExample,
     KVDistiller,
+    compression_figures,
     encode_turns,
     pad_contexts,
     routed,
     train_distiller,
 )
 from kvlab.draft import DraftSettings
+from kvlab.evaluate import exact_match, f1, squad_v2
 from kvlab.models import CacheError, rotary_of
 
 # the start
@@ -797,3 +800,21 @@ def test_a_context_longer_than_the_model_reads_is_compressed_to_the_first_positi
         distiller.compress(IDS, budget=33)
     with pytest.raises(ValueError, match="give a smaller chunk_size or budget"):
         KVDistiller(model, **sizes | {"chunk_size": 33}).compress(IDS, budget=9)
+
+
+def test_figures_of_unanswerable_questions_are_those_of_squads_script():
+    answers = ["Rome", "a red Rome", "", "Oslo", "The.", "Bern"]
+    references = [("Rome",), ("red Rome", "Rome"), (), (), (), ("Oslo", "Bern street")]
+    texts = [text or ("",) for text in references]
+    rows = pd.DataFrame({"method": "full", "retention": 1.0, "answer": answers})
+    rows["references"] = references
+    rows["context"] = 0  # so that questions weigh the same, as in the script
+    rows = rows.assign(exact_match=exact_match(answers, texts), f1=f1(answers, texts))
+    rows = rows.assign(log_likelihood=-1.0, tokens=2, bytes=10)
+    figures = {f["score"]: f["value"] for f in compression_figures(rows)}
+    script = squad_v2(answers, references)
+    for name in ("HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1", "f1"):
+        assert 100 * figures[name] == pytest.approx(script[name]), name
+    assert 100 * figures["exact_match"] == pytest.approx(script["exact"])
+    answerable = rows[rows["references"].map(bool)]
+    assert not any("Ans" in f["score"] for f in compression_figures(answerable))

@@ -205,6 +205,7 @@ FLOORS = (
     "compress layers generation training evaluate records scale plots lab lab.corpora lab.tokenizers",
     CHAPTERS,
     "lab.report lab.recipe lab.__main__ commands cli",
+    "__main__",
 )
 PATHS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -294,6 +295,8 @@ def test_results_have_figures_intervals_and_tables():
     figure = results["em_full"]
     assert figure.low <= figure.value <= figure.high
     assert results.intervals({"em_full": "full"}) == {"full": figure.interval}
+    with pytest.raises(ValueError, match="are the same: give each its own label"):
+        results.intervals({"em_full": "full", "em_distill_25": "full"})
     table = results.table({"full": {"score": "em_full"}, "other": {"memory": "cache_mb_100"}})
     assert list(table.columns) == ["score (fraction)", "memory (MB)"]
     assert table.loc["full", "score (fraction)"] == f"{figure:.2f}"

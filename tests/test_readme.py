@@ -30,3 +30,14 @@ def test_the_best_other_score_is_the_best():
     for percent in (25, 10):
         scores = {name: results[f"em_{name}_{percent}"].value for name in compress.METHODS}
         assert max(scores, key=scores.get) == "key_norm_reversed"
+
+
+def test_the_figure_shows_what_its_description_says():
+    results = kvlab.results("distill")
+    full = results["em_full"].value
+    for name in ("distill_free", "kvzip"):
+        assert results[f"em_{name}_10"].value > full - 0.05
+    for percent in (10, 5, 2):
+        value = min(results[f"em_{name}_{percent}"].value for name in ("distill_free", "kvzip"))
+        for other in ("distill", "kvzip_uniform", "snapkv", "random"):
+            assert value > results[f"em_{other}_{percent}"].value

@@ -324,7 +324,7 @@ def test_every_record_has_its_three_texts_and_of_choices_one_is_right(kind, path
     for record in records:
         texts = [record.context, record.question, *record.answers, *record.choices]
         assert all(isinstance(text, str) and text.strip() for text in texts)
-        assert record.answer == record.answers[0]
+        assert record.answer == (*record.answers, "")[0]
         assert len(set(record.answers)) == len(record.answers)
         assert not record.choices or (len(record.answers) == 1 and record.answer in record.choices)
 
@@ -332,32 +332,23 @@ def test_every_record_has_its_three_texts_and_of_choices_one_is_right(kind, path
 @pytest.mark.parametrize(("kind", "path"), paths_of("squad"))
 def test_squad_texts_are_as_written_so_that_offsets_hold(kind, path):
     paragraphs = [paragraph for article in raw(path)["data"] for paragraph in article["paragraphs"]]
-    questions = [
-        (paragraph["context"], qa)
-        for paragraph in paragraphs
-        for qa in paragraph["qas"]
-        if qa["answers"]
-    ]
+    questions = [(paragraph["context"], qa) for paragraph in paragraphs for qa in paragraph["qas"]]
     records = read(kind, path)
     assert [(r.context, r.question) for r in records] == [
         (context, qa["question"]) for context, qa in questions
     ]
     for record, (_, qa) in zip(records, questions, strict=True):
-        assert record.answer == qa["answers"][0]["text"]
         assert set(record.answers) == {answer["text"] for answer in qa["answers"]}
         for answer in qa["answers"]:
             assert record.context[answer["answer_start"] :].startswith(answer["text"])
 
 
-def test_questions_without_an_answer_are_left_out_with_one_warning():
-    with pytest.warns(
-        UserWarning, match=r"squad_v2\.json: 1 of 2 records are left out, which lack .* answer"
-    ) as warned:
-        records = read_records("squad", DATA / "squad_v2.json")
-    assert len(warned) == 1
-    assert warned[0].filename == __file__
+def test_unanswerable_questions_have_no_answers_and_nothing_to_learn_from():
+    records = read_records("squad", DATA / "squad_v2.json")
     # A plausible answer does not replace a missing one.
-    assert [record.answers for record in records] == [("1960",)]
+    assert [record.answers for record in records] == [("1960",), ()]
+    assert records[1].answer == ""
+    assert [message["role"] for message in messages(records[1])] == ["user"]
 
 
 def test_records_that_lack_a_text_are_counted():
@@ -667,11 +658,7 @@ def test_squad_v2_of_the_hub_has_empty_answers(monkeypatch):
     row = HUB["squad"]
     rows = [row, row | {"answers": {"text": [], "answer_start": []}}]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
-    with pytest.warns(
-        UserWarning, match=r"some/set, split 'train': 1 of 2 records are left out"
-    ) as warned:
-        assert len(read_records("squad", "some/set")) == 1
-    assert warned[0].filename == __file__
+    assert [len(record.answers) for record in read_records("squad", "some/set")] == [1, 0]
 
 
 @pytest.mark.parametrize(("kind", "path"), OURS)

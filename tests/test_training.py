@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
+from kvlab.align import AlignmentSettings
 from kvlab.cache import prefill
+from kvlab.distill import DistillSettings
+from kvlab.draft import DraftSettings
 from kvlab.evaluate import log_likelihoods
+from kvlab.fuse import FuserArm
 from kvlab.speculate import ModelProposer, decode
 from kvlab.training import fit
 
@@ -473,8 +478,6 @@ def test_a_bad_loss_in_the_second_batch_of_a_step_stops_too():
         ({"model": net(dtype=torch.bfloat16)}, r"half precision \(0.weight"),
         ({"model": net(dtype=torch.float16)}, "float32"),
         ({"loader": DataLoader(rows(4), batch_size=8, drop_last=True)}, "has no batch"),
-        ({"steps": 0}, "steps is 0"),
-        ({"accumulate": 0}, "accumulate 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(change, told):
@@ -736,3 +739,49 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
             torch.testing.assert_close(
                 got[name], tensor, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
             )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("steps", 0, "steps is 0, expected 1 or more"),
+        ("accumulate", -1, "accumulate is -1, expected 1 or more"),
+        ("learning_rate", -1e-3, r"learning_rate is -0\.001, expected 0 or more"),
+        ("learning_rate", float("nan"), "learning_rate is nan, expected 0 or more"),
+        ("weight_decay", -0.1, r"weight_decay is -0\.1, expected 0 or more"),
+        ("weight_decay", float("inf"), "weight_decay is inf, expected 0 or more"),
+        ("warmup", -1, "warmup is -1, expected 0 or more"),
+        ("decay", 1.5, r"decay is 1\.5 and clip 1\.0, expected a fraction"),
+        ("decay", -0.5, r"decay is -0\.5 and clip 1\.0, expected a fraction"),
+        ("clip", 0.0, r"and clip 0\.0, expected .* a number above 0"),
+        ("clip", -1.0, r"and clip -1\.0, expected .* a number above 0"),
+        ("every", 0, "every is 0, expected a positive number of steps"),
+        ("betas", (0.9, 1.5), "[Ii]nvalid beta"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_the_first_step(setting, value, message):
+    model = net()
+    before = copy.deepcopy(model)
+    options = {"steps": 4, setting: value}
+    with pytest.raises(ValueError, match=message):
+        fit(model, DataLoader(rows(), batch_size=8), mse, **options)
+    assert near(model, before, atol=0)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan")])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (settings, name)
+        for settings, names in [
+            (FuserArm, "steps batch_size learning_rate accumulate"),
+            (DraftSettings, "epochs batch_size learning_rate accumulate every"),
+            (AlignmentSettings, "epochs batch_size learning_rate accumulate kv_weight kv_warmup"),
+            (partial(DistillSettings, layer=1), "rank scorer_hidden_size sinks chunk_size"),
+        ]
+        for name in names.split()
+    ],
+)
+def test_each_chapter_refuses_settings_of_training_where_they_are_made(settings, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected [01] or more"):
+        settings(**{name: value})

@@ -19,6 +19,7 @@ from kvlab.answers import extract_answer
 from kvlab.commands import shared
 from kvlab.evaluate import figure, run_info
 from kvlab.files import read_text, require_writable
+from kvlab.generation import encode
 from kvlab.lab import corpora
 from kvlab.layers import layer_map, save_layer_map
 from kvlab.records import DATA_SETS, PROBLEMS, accepted_answers, messages, read_records
@@ -46,6 +47,7 @@ class AlignmentOptions(AlignmentSettings):
         gradient_checkpointing: compute layers again in the backward pass: slower, in less memory.
         max_new_tokens: of each solution, when problems are asked.
         every: optimizer steps between checkpoints; 0: only at the end and on Ctrl-C.
+        enable_thinking: let the student think before it answers, if its template has this option.
     """
 
     model_name: str | None = None
@@ -61,6 +63,7 @@ class AlignmentOptions(AlignmentSettings):
     gradient_checkpointing: bool = False
     max_new_tokens: int = 256
     every: int = 200
+    enable_thinking: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,7 +78,8 @@ class AlignmentOptions(AlignmentSettings):
         scale = Scale.current()
         if self.fp16 and scale.device == "cpu":
             raise ValueError(f"fp16 needs a GPU: {scale.name} computes on the CPU.")
-        return replace(scale, student=self.model_name or scale.student)
+        student = self.model_name or scale.student
+        return replace(scale, student=student, enable_thinking=self.enable_thinking)
 
 
 def map_layers(
@@ -109,6 +113,8 @@ def map_layers(
     names = {"student": student_model or scale.student, "teacher": teacher_model or scale.teacher}
     scale = replace(scale, **names)
     pairs = _solutions(dataset_name, source, split, num_samples)
+    for column, role in enumerate(names):
+        pairs = _leave_out_long(scale, role, pairs, column)
     student, tokenizer = scale.load("student"), scale.load_tokenizer("student")
     teacher, teacher_tokenizer = _load_teacher(scale)
     layers = teacher.config.num_hidden_layers
@@ -189,7 +195,8 @@ def train_aligned(
         for number, projector in enumerate(aligned.projectors):
             projector.save_pretrained(output_dir / f"projector_{number}")
         measure("after")
-        _write(output_dir / "training.json", settings, figures, {}, history=history)
+        path = _write(output_dir / "training.json", settings, figures, {}, history=history)
+        print(shared.figures_table(figures), path, sep="\n")
 
 
 def compare_alignments(
@@ -201,8 +208,8 @@ def compare_alignments(
     similarity), segment (time by segments), full (both), and controls that should be no better than
     ce_only: shuffled and shuffled_segment (as full and segment, but the teacher read another
     problem), and random_teacher (as full, with random weights). All have the same problems, order
-    and steps. OUTPUT_DIR holds the results (comparison.json), and the files from which a run that
-    was stopped continues.
+    and steps. OUTPUT_DIR holds the results so far (comparison.json), and the files from which a run
+    that was stopped continues.
 
     Args:
         arms: some of them, e.g. --arms ce_only full. Default: all.
@@ -218,7 +225,8 @@ def compare_alignments(
     main = PartialState(cpu=scale.device == "cpu").is_main_process
     tokenizer = scale.load_tokenizer("student")
     problems = [_load_problems(settings, seed) for seed in range(seeds)]
-    require_writable(output_dir / "comparison.json")
+    path = output_dir / "comparison.json"
+    require_writable(path)
     rows = []
     for seed, arm in product(range(seeds), arms):
         student = _load_student(scale, settings)
@@ -234,16 +242,16 @@ def compare_alignments(
         rows.append(row)
         if main:
             print(f"{arm}, seed {seed}: {row['accuracy']:.3f}")
+            figures = align.alignment_figures(pd.DataFrame(rows))
+            _write(path, settings, figures, {"arms": arms}, runs=rows)
     if main:
-        figures = align.alignment_figures(pd.DataFrame(rows))
-        _write(output_dir / "comparison.json", settings, figures, {"arms": arms}, runs=rows)
+        print(shared.figures_table(figures), path, sep="\n")
 
 
-def _write(path: Path, settings: AlignmentOptions, figures: list, resolved: dict, **more) -> None:
+def _write(path: Path, settings: AlignmentOptions, figures: list, resolved: dict, **more) -> Path:
     resolved |= {"model_name": settings.scale().student, "teacher_model": settings.teachers()}
     result = {"settings": shared.command_settings(**resolved), "figures": figures, **run_info()}
-    print(shared.figures_table(figures))
-    print(shared.write_json(path, result | more))
+    return shared.write_json(path, result | more)
 
 
 def _load_student(scale: Scale, settings: AlignmentOptions) -> PreTrainedModel:
@@ -263,10 +271,11 @@ def _train(
     """Train in a folder of the run's own name."""
     values = [getattr(settings, field.name) for field in fields(AlignmentSettings)]
     names, texts = settings.teachers(), [read_text(path) for path in maps]
-    read = problems.student, problems.teacher
+    read = problems.student, problems.teacher, settings.enable_thinking
     folder /= shared.run_name(student, arm, values, seed, names, texts, *read)
     scale = settings.scale()
-    loaders = [partial(_load_teacher, replace(scale, teacher=name)) for name in names]
+    scales = [replace(scale, teacher=name, enable_thinking=False) for name in names]
+    loaders = [partial(_load_teacher, teacher) for teacher in scales]
     models = student, scale.load_tokenizer("student")
     every = settings.every or settings.steps(len(problems.student))
     run = settings, folder, maps, seed
@@ -282,9 +291,24 @@ def _load_problems(settings: AlignmentOptions, seed: int) -> Problems:
     questions, answers, kind = _questions(*test, settings.heldout)
     without = {question[0]["content"] for question in questions}
     pairs = _solutions(*data, settings.problems, seed, without)
+    scale = settings.scale()
+    asked = [*zip(questions, answers, strict=True)]
+    asked = _leave_out_long(scale, "student", asked, 0, settings.max_new_tokens)
+    questions, answers = map(list, zip(*asked, strict=True))
+    pairs = _leave_out_long(scale, "student", pairs, 0)
+    for name in settings.teachers() if settings.kv_weight or settings.codi_weight else ():
+        scale = replace(scale, teacher=name, enable_thinking=False)
+        pairs = _leave_out_long(scale, "teacher", pairs, 1)
     settings.steps(len(pairs))  # too few are refused before models are loaded
     student, teacher = ([pair[i] for pair in pairs] for i in (0, 1))
     return Problems(student, teacher, questions, answers, kind)
+
+
+def _leave_out_long(scale: Scale, role: str, rows: list, column: int, more: int = 0) -> list:
+    """Rows of which a model can read the conversation in a column, and so many tokens more."""
+    tokenizer = scale.load_tokenizer(role)
+    lengths = [len(encode(tokenizer, row[column])) + more for row in rows]
+    return shared.leave_out_long([scale.load_config(role)], rows, lengths)
 
 
 def _questions(name: str, source: str | None, split: str, count: int) -> tuple[list, list, str]:

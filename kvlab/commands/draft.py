@@ -35,6 +35,7 @@ def train_draft_command(
     max_new_tokens: int = 128,
     losses: dict[str, float] | None = None,
     base_model: str | None = None,
+    enable_thinking: bool = False,
     **options,
 ) -> None:
     """Cut a small draft from a model, and train it to guess that model's answers with a store's knowledge.
@@ -67,6 +68,7 @@ def train_draft_command(
             --losses.kl 1 --losses.ce 0.5; without ce the draft learns only from the model's own
             answers. Default: ce 1, and kl 0.8, tv 0.3 for kv, kl 0.5, tv 0.3 for others.
         base_model: Model that the store was built with. Default: the scale's target.
+        enable_thinking: Let the model think before it answers, if its template has this option.
         **options: Of `kvlab.draft.DraftSettings`.
     """
     shared.require_store(store, " --keep kv hidden")
@@ -79,7 +81,7 @@ def train_draft_command(
     others = read_prompts(other_prompts) if other_prompts else []
     more = read_prompts(questions) if questions else []
     require_writable(output_dir / "training.json")
-    scale = shared.scale_with_target(base_model)
+    scale = shared.scale_with_target(base_model, enable_thinking=enable_thinking)
     state = PartialState(cpu=scale.device == "cpu")  # before loading: each process gets its GPU
     target = scale.load("target")
     tokenizer = scale.load_tokenizer("target")

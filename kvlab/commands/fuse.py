@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,6 @@ from kvlab.generation import encode
 from kvlab.lab import corpora
 from kvlab.models import fingerprint
 from kvlab.records import messages
-from kvlab.scale import Scale
 from kvlab.speculate import FusedProposer, ModelProposer, generate, summarize
 
 
@@ -39,6 +38,7 @@ def train_fuser_command(
     every: int = 200,
     base_model: str | None = None,
     teacher_model: str | None = None,
+    enable_thinking: bool = False,
     **options,
 ) -> None:
     """Train a fuser from a large model's cache to a small model's (Cache-to-Cache).
@@ -66,14 +66,14 @@ def train_fuser_command(
             the scale's draft.
         teacher_model: The large model, which shares, with the same tokenizer. Default: the scale's
             target.
+        enable_thinking: Let the model think before it answers, if its template has this option.
         **options: Of `kvlab.fuse.FuserArm`.
     """
     arm = FuserArm(use_sharer=True, decode=not no_decode_fusion, **options)
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 2 or more.")
     require_writable(output_dir / "training.json")
-    scale = Scale.current()
-    scale = replace(scale, draft=base_model or scale.draft, target=teacher_model or scale.target)
+    scale = shared.scale_with_target(teacher_model, base_model, enable_thinking)
     tokenizer = shared.load_shared_tokenizer(scale)
     texts, heldout_texts = _requests(data, source, split, prompts, heldout, arm.seed)
     if len(texts) < arm.batch_size:

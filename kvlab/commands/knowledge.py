@@ -32,6 +32,8 @@ def build_cache(
     base_model: str | None = None,
     language: str = "en",
     batch_size: int = 8,
+    stop: list[str] | None = None,
+    enable_thinking: bool = False,
 ) -> None:
     """Prefill question/answer records into a store; items that it has already are skipped.
 
@@ -49,9 +51,11 @@ def build_cache(
         base_model: The model: a lab model, a hub name or a folder. Default: the scale's target.
         language: Of the lab's FAQ, en or zh.
         batch_size: Of prefill and of generation.
+        stop: Strings that end a generated answer, such as --stop "Question:"; they are cut off.
+        enable_thinking: Let the model think before it answers, if its template has this option.
     """
     items = read_faq(records) if records else lab.faq(language)
-    scale = scale_with_target(base_model)
+    scale = scale_with_target(base_model, enable_thinking=enable_thinking)
     require_writable(store / "manifest.json")
     # Before loading: it gives each process its own GPU.
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process
@@ -63,7 +67,7 @@ def build_cache(
         bound = "at most " if generate_answers else ""
         print(f"{store} has {len(cache)} items. Of {len(items)} records, those that are new to it "
               f"will take {bound}{size:.1f} MB.")  # fmt: skip
-    new = cache.add(items, generate_answers, max_new_tokens, batch_size)
+    new = cache.add(items, generate_answers, max_new_tokens, batch_size, stop=stop or ())
     if is_main:
         print(f"{new} items are new, {len(items) - new} were there.\n")
         print(cache.summary().round(2).to_string())
@@ -87,6 +91,8 @@ def ask(
     exact: bool = False,
     max_new_tokens: int = 96,
     base_model: str | None = None,
+    stop: list[str] | None = None,
+    enable_thinking: bool = False,
 ) -> None:
     """Ask a model with and without a store: answers, time, tokens read and bytes loaded.
 
@@ -106,10 +112,13 @@ def ask(
         exact: Find the same question only, ignoring case, punctuation and space.
         max_new_tokens: Of each answer.
         base_model: The model of the store. Default: the scale's target.
+        stop: Strings that end an answer, such as --stop "Question:"; they are cut off.
+        enable_thinking: Let the model think before it answers, if its template has this option.
     """
     require_store(store)
-    scale = scale_with_target(base_model)
+    scale = scale_with_target(base_model, enable_thinking=enable_thinking)
     cache = open_store(store, scale.load("target"), scale, "kv", embed=not exact)
+    ends = {"max_new_tokens": max_new_tokens, "tokenizer": cache.tokenizer, "stop": stop or ()}
     miss = "no item has this question" if exact else f"nothing scores {threshold}"
     for question in questions:
         hits = cache.retrieve(question, k, threshold, domain, exact)
@@ -120,14 +129,14 @@ def ask(
             print(f"    found: {item.question} ({about}), stored answer: {answer}")
         if not hits:
             print(f"    not in the store: {miss}")
-        table = _compare_ways(cache, question, [hit.item for hit in hits], arm, max_new_tokens)
+        table = _compare_ways(cache, question, [hit.item for hit in hits], arm, ends)
         print(table.drop(columns="answer").to_string(float_format="{:.2f}".format))
         for way, answer in table["answer"].items():
             print(f"{way}: {answer}")
         print()
 
 
-def _compare_ways(store: KnowledgeCache, question: str, items, arm: str, max_new_tokens: int):
+def _compare_ways(store: KnowledgeCache, question: str, items, arm: str, ends: dict):
     """A table with a row per way to answer; without items only the first."""
     alone = encode(store.tokenizer, [{"role": "user", "content": question}])
     # Of each way: what makes its prefix, the ids that follow, tokens prefilled, tokens loaded.
@@ -150,9 +159,8 @@ def _compare_ways(store: KnowledgeCache, question: str, items, arm: str, max_new
             start = time.perf_counter()
             next(decode(store.model, [ids], prefix=begin(), max_new_tokens=1))
             seconds.append(time.perf_counter() - start)
-        ends = {"max_new_tokens": max_new_tokens, "tokenizer": store.tokenizer}
         output = generate(store.model, [ids], prefix=begin(), **ends)
-        answer = answer_text(store.tokenizer, output.tokens[0])
+        answer = answer_text(store.tokenizer, output.tokens[0], ends["stop"])
         rows[way] = {
             "first token (ms)": 1000 * median(seconds[1:]),
             "tokens read": prefilled + len(ids),

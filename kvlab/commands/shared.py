@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.files import write_text
 from kvlab.knowledge import Item, KnowledgeCache
@@ -39,9 +39,12 @@ def load_shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
     return target
 
 
-def scale_with_target(target: str | None, draft: str | None = None) -> Scale:
+def scale_with_target(
+    target: str | None, draft: str | None = None, enable_thinking: bool = False
+) -> Scale:
     scale = Scale.current()
-    return replace(scale, target=target or scale.target, draft=draft or scale.draft)
+    names = {"target": target or scale.target, "draft": draft or scale.draft}
+    return replace(scale, **names, enable_thinking=enable_thinking)
 
 
 def require_store(store: Path, options: str = "") -> None:
@@ -133,7 +136,9 @@ def _is_in(number: float, interval: str) -> bool:
     return low < number < high or is_end
 
 
-def leave_out_long(models: Sequence[PreTrainedModel], items: list, lengths: Sequence[int]) -> list:
+def leave_out_long(
+    models: Sequence[PreTrainedModel | PreTrainedConfig], items: list, lengths: Sequence[int]
+) -> list:
     """Items whose number of tokens all models can read; prints how many are left out."""
     limit = min(map(position_limit, models))
     readable = [item for item, n in zip(items, lengths, strict=True) if n <= limit]
@@ -145,13 +150,21 @@ def leave_out_long(models: Sequence[PreTrainedModel], items: list, lengths: Sequ
     return readable
 
 
-def load_records(data: str, source: str | None, split: str) -> dict[str, list[Record]]:
-    """Records by their context."""
+def load_records(
+    data: str, source: str | None, split: str, unanswerable: bool = False
+) -> dict[str, list[Record]]:
+    """Records by their context; without those that have no answer, unless these are wanted."""
     if source is None:
         advice = "give --source, a file or a name on the hub"
         raise ValueError(f"There is no source of {data} records: {advice}.")
     records = {}
-    for record in read_records(data, source, split):
+    rows = read_records(data, source, split)
+    left = [record for record in rows if record.answers or unanswerable]
+    if len(left) < len(rows):
+        print(
+            f"{len(rows) - len(left)} of {len(rows)} questions are left out: they have no answer."
+        )
+    for record in left:
         records.setdefault(record.context, []).append(record)
     if not records:
         raise ValueError(f"There is no {data} record in {source}: give a source that has some.")

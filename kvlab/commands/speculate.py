@@ -41,6 +41,7 @@ def speculate(
     store: Path | None = None,
     threshold: float = 0.5,
     stop: list[str] | None = None,
+    enable_thinking: bool = False,
     **options,
 ) -> None:
     """Decode prompts plainly and speculatively, prompt by prompt in one run, and compare.
@@ -69,6 +70,7 @@ def speculate(
             Default: no knowledge.
         threshold: Minimum cosine similarity of a retrieved item.
         stop: Strings that end a text, such as --stop "Question:"; they are cut off.
+        enable_thinking: Let the model think before it answers, if its template has this option.
         **options: Of `kvlab.speculate.Sampling`.
     """
     fused = (not no_prefill_fusion, not no_decode_fusion)
@@ -79,7 +81,7 @@ def speculate(
     fuser = Fuser.from_pretrained(fuser_checkpoint) if fuser_checkpoint else None
     sampling = decoding.Sampling(generator=torch.Generator(), logits_processor=(), **options)
     texts = _all_prompts(prompts, prompt_file)
-    scale = shared.scale_with_target(teacher_model, base_model)
+    scale = shared.scale_with_target(teacher_model, base_model, enable_thinking)
     tokenizer = shared.load_shared_tokenizer(scale)
     rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None

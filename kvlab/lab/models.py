@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -70,6 +77,17 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     """
     with _loading(name):
         return AutoModelForCausalLM.from_pretrained(_folder_of(name), dtype=dtype).eval()
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model, by the model's name.
+
+    Example:
+        >>> load_config("lab-target").num_hidden_layers
+        12
+    """
+    with _loading(name):
+        return AutoConfig.from_pretrained(_folder_of(name))
 
 
 def load_embedder(name: str = EMBEDDER, device: str = "cpu") -> torch.nn.Module:

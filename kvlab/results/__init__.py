@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,14 @@ class Results(dict[str, Figure]):
 
         Args:
             labels: label of each figure, by the figure's name.
+
+        Raises:
+            ValueError: two figures have the same label, so one would hide the other.
         """
+        if len({*labels.values()}) < len(labels):
+            raise ValueError(
+                f"Two of {list(labels.values())} are the same: give each its own label."
+            )
         return {label: self[name].interval for name, label in labels.items()}
 
     def table(self, rows: Mapping[str, Mapping[str, str]], spec: str = ".2f") -> pd.DataFrame:
@@ -78,6 +87,8 @@ class Results(dict[str, Figure]):
             >>> results("distill").table(rows).columns.tolist()
             ['25 % (fraction)', '10 % (fraction)']
         """
+        import pandas as pd  # here, because it takes a second
+
         table = pd.DataFrame(index=list(rows))
         units = {}
         for label, names in rows.items():
