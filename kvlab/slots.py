@@ -109,15 +109,16 @@ class Slots(Cache):
     def put(self, row: int, cache: DynamicCache, next_position: Position) -> None:
         """Make a row a copy of a cache of one row."""
         count = length(cache)
+        if is_ragged(self):
+            self._put_ragged(row, cache, count)
+        elif is_ragged(cache):
+            raise CacheError("Heads of the cache have lengths of their own: give it as a prefix.")
+        else:
+            self.replace(row, 0, cache)
         self.lengths[row] = count
         self.offsets[row] = next_position - count
-        if not is_ragged(self):
-            if is_ragged(cache):
-                raise CacheError(
-                    "Heads of the cache have lengths of their own: give it as a prefix."
-                )
-            self.replace(row, 0, cache)
-            return
+
+    def _put_ragged(self, row: int, cache: DynamicCache, count: int) -> None:
         for slot, layer in zip(self.layers, cache.layers, strict=True):
             columns = slot.columns(slice(count - layer.get_seq_length(), count))
             slot.keys[row, :, columns] = layer.keys[0]
