@@ -83,7 +83,7 @@ PASSAGES, SCORED, FREE_STEPS, SINKS = (
 FREE = ("random", "key_norm_reversed", "expected_attention")  # in scope "model", too
 COSTS = ("key_norm_reversed", "expected_attention", "compactor", "kvzip", "kvzip_plus", "distill")
 COSTS += ("distill_free", "attention_matching")
-COMPARED = ("distill", "snapkv", "key_norm_reversed", "random")
+COMPARED = ("distill", "distill_free", "kvzip", "snapkv", "key_norm_reversed", "random")
 RUNS = Path("lab-runs/distill")  # checkpoints: a stopped run goes on, a finished one is loaded
 ABLATIONS = {
     "base": {},
@@ -401,7 +401,7 @@ def size_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
         ratios = [part / whole for part, whole in zip(kept, full, strict=True)]
         conditions = f"bytes at {percent} % over bytes of all"
         figures.append(figure(f"bytes_ratio_{percent}", ratios, "ratio", conditions))
-    conditions = "kept keys moved to positions 0, 1, ...; distill, seed 0, as em_distill"
+    conditions = "kept keys moved to positions 0, 1, ...; distill, the one that ships"
     for percent in (25, 10):
         compress = by_method(s, "distill", percent, distiller=distiller)
         moved = lambda passage, compress=compress: [compact(compress(passage)[0])] * len(passage)
@@ -411,20 +411,20 @@ def size_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     return figures
 
 
-def arms_of(s: Lab, distiller: KVDistiller, percents: Sequence[int]) -> dict[str, Compress]:
+def arms_of(s: Lab, distillers: dict, percents: Sequence[int]) -> dict[str, Compress]:
     """The full cache and the compared methods, by name and size."""
     arms = {"full": by_method(s, "full", 100)}
     for percent in percents:
         for name in COMPARED:
-            options = {"distiller": distiller} if name == "distill" else {}
+            options = {"distiller": distillers[name]} if name in distillers else {}
             arms[f"{name}_{percent}"] = by_method(s, name, percent, **options)
     return arms
 
 
-def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
+def choice_figures(s: Lab, distillers: dict) -> list[dict]:
     """The most probable of four options, from the whole cache and from parts of it."""
     rng = np.random.default_rng(7)
-    arms = arms_of(s, distiller, (25, 10, 5))
+    arms = arms_of(s, distillers, (25, 10, 5))
     correct: dict[str, list[float]] = {name: [] for name in arms}
     for text, [(question, answer)] in held_out(s, 100, 1, 2000):
         relation = next(r for r in worlds.RELATIONS.values() if answer in r.values)
@@ -436,7 +436,7 @@ def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
             scores = log_likelihoods(s.target, s.tokenizer, prompts, endings, prefix=prefix)
             correct[name].append(float(scores.argmax() == 0))
     conditions = "held-out passages of 16 to 24 facts, the likeliest of four answers of a kind, the others from the passage as "
-    conditions += "far as it has some; distill: seed 0"
+    conditions += "far as it has some; distill: the one that ships, distill_free: seed 0"
     return [figure(f"choice_{name}", v, "fraction", conditions) for name, v in correct.items()]
 
 
@@ -449,16 +449,16 @@ def others(
     return sorted(wrong, key=lambda v: v not in words)[:3]
 
 
-def needle_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
+def needle_figures(s: Lab, distillers: dict) -> list[dict]:
     """One fact asked for, by its depth and by the length of the passage."""
     figures = []
-    arms = arms_of(s, distiller, (25, 10))
+    arms = arms_of(s, distillers, (25, 10))
     for facts in (16,) if s.quick else (8, 16, 32):
         passages = [needles(s, facts, seed) for seed in range(1 if s.quick else 40)]
         for arm, compress in arms.items():
             matches = exact(s, passages, compress)
             for depth, values in zip(DEPTHS, matches.T, strict=True):
-                conditions = f"a passage of {facts} facts, the one asked for at {depth} % of its depth; distill: seed 0"
+                conditions = f"a passage of {facts} facts, the one asked for at {depth} % of its depth; distill: the one that ships, distill_free: seed 0"
                 name = f"needle_{arm}_{facts}_{depth}"
                 figures.append(figure(name, values, "fraction", conditions))
     return figures
@@ -612,6 +612,7 @@ def ragged_slots(model: PreTrainedModel, fraction: float, entries: int, masked=F
 
 
 PARTS = ("match", "cost", "size", "choice", "needles", "ablations", "speed")
+TRAINED_APART = {"size", "ablations", "speed"}  # without a distiller with a free budget
 
 
 def measure(quick: bool, seed: int, parts: Sequence[str] = PARTS) -> list[dict]:
@@ -622,21 +623,20 @@ def measure(quick: bool, seed: int, parts: Sequence[str] = PARTS) -> list[dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if quick else RUNS
         seeds = range(seed, seed + (1 if quick else 3))
-        if "match" in parts or "cost" in parts:
-            shipped = KVDistiller.from_pretrained(lab.models.MODELS / "lab-distiller", s.target)
-            free = {i: trained_free(s, i, folder) for i in seeds}
+        shipped = KVDistiller.from_pretrained(lab.models.MODELS / "lab-distiller", s.target)
+        wanted = seeds if "match" in parts else seeds[:1]
+        free = {i: trained_free(s, i, folder) for i in wanted} if {*parts} - TRAINED_APART else {}
+        both = {"distill": shipped, "distill_free": free.get(seed)}
         if "match" in parts:
             figures += match_figures(s, shipped, free, folder)
         if "cost" in parts:
             figures += cost_figures(s, shipped, free[seed])
-        if {"size", "choice", "needles"} & {*parts}:
-            first = trained(s, "base", seed, 1 if quick else STEPS, folder)
         if "size" in parts:
-            figures += size_figures(s, first)
+            figures += size_figures(s, shipped)
         if "choice" in parts:
-            figures += choice_figures(s, first)
+            figures += choice_figures(s, both)
         if "needles" in parts:
-            figures += needle_figures(s, first)
+            figures += needle_figures(s, both)
         if "ablations" in parts:
             figures += ablation_figures(s, folder, seeds[:2])
     return figures + (speed_figures(quick) if "speed" in parts else [])
