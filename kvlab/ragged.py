@@ -91,14 +91,15 @@ def attend_ragged(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
     if not is_ragged(cache):
         yield
         return
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    name = model.config.get_text_config(decoder=True)._attn_implementation
+    inner = ALL_ATTENTION_FUNCTIONS[name if name.startswith("kvlab_") else "sdpa"]  # captures, too
 
     def attend(module, query, key, value, attention_mask, **options):
         bias = cache.layers[module.layer_idx].bias[..., : key.shape[2]]
         bias = F.pad(bias, (0, key.shape[2] - bias.shape[-1]))
         mask = attention_mask[..., -key.shape[2] :] + bias[:, :, None]  # (B, H_kv, Q, T)
         mask = mask.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        return sdpa(module, query, key, value, mask, **options)
+        return inner(module, query, key, value, mask, **options)
 
     with use_attention(model, attend):
         yield

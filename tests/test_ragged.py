@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvlab import cache as kv
 from kvlab import lab
 from kvlab.compress import (
+    capture_attention,
     choose_entries,
     compact,
     evict,
@@ -670,3 +671,14 @@ def test_padding_costs_little_in_a_larger_shape(retention):
     smallest = int(kept.sum()) * 2 * width * 4
     assert kept.sum() == round(retention * total) * layers * heads
     assert smallest < kv.nbytes(cache) <= 1.5 * smallest
+
+
+def test_attention_after_such_a_cache_can_be_captured(tiny_model):
+    model = tiny_model("Llama", dtype=DOUBLE)
+    prefix, layers = ragged_prefix(model, mask_like()), []
+    with capture_attention(model, lambda *layer: layers.append(layer)):
+        captured = kv.prefill(model, TEXT, prefix)
+    near(captured.logits, kv.prefill(model, TEXT, prefix).logits, 1e-12)
+    shapes = [(*queries.shape[1:3], keys.shape[2]) for queries, keys, _, _ in layers]
+    columns = [layer.keys.shape[2] + TEXT.shape[1] for layer in prefix.cache.layers]
+    assert shapes == [(HEADS, TEXT.shape[1], count) for count in columns]
