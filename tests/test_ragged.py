@@ -675,7 +675,7 @@ def test_padding_costs_little_in_a_larger_shape(retention):
 
 def test_attention_after_such_a_cache_can_be_captured(tiny_model):
     model = tiny_model("Llama", dtype=DOUBLE)
-    prefix, layers = ragged_prefix(model, mask_like()), []
+    (_, prefix), layers = ragged_prefix(model, mask_like()), []
     with capture_attention(model, lambda *layer: layers.append(layer)):
         captured = kv.prefill(model, TEXT, prefix)
     near(captured.logits, kv.prefill(model, TEXT, prefix).logits, 1e-12)

@@ -17,7 +17,7 @@ def benchmark(measure: Callable[..., list[dict]], seed: int = 0, parts: Sequence
     Args:
         measure: `measure(quick, seed)` returns a list of `figure`; with parts also `parts`.
         parts: that can be measured alone, `--parts a b`. The other figures of FILE stay, and
-            "earlier" says from which commit they are.
+            "earlier" has the commit of each.
     """
     parser = ArgumentParser(description=measure.__doc__)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -33,14 +33,15 @@ def benchmark(measure: Callable[..., list[dict]], seed: int = 0, parts: Sequence
     if parts and options.out and options.out.is_file() and set(options.parts) < set(parts):
         before, names = json.loads(options.out.read_text("utf-8")), {f["name"] for f in figures}
         kept = [f for f in before["figures"] if f["name"] not in names]
+        commits = before.get("earlier", {})
+        earlier = {f["name"]: commits.get(f["name"], before["commit"]) for f in kept}
         figures = figures + kept
-        earlier = {"earlier": {"commit": before["commit"], "figures": [f["name"] for f in kept]}}
     result = {
         "figures": figures,
         **run_info(),
         "seeds": [seed],
         "seconds": round(time.perf_counter() - started, 1),
-        **earlier,
+        **({"earlier": earlier} if earlier else {}),
     }
     text = json.dumps(result, indent=1)
     if options.out:
