@@ -644,7 +644,7 @@ pd.DataFrame(rows).T
 from kvlab.distill import FreeDistiller, ScoreDataset, fit_scores
 
 free = FreeDistiller(target, rank=8, scorer_hidden_size=32, sinks=sinks)
-few = {"steps": 20 if scale.name == "tiny" else 200, "batch_size": 8}
+few = {"steps": 20 if scale.name == "tiny" else 200, "batch_size": batch}
 contexts = [text for text, _ in Readings(40, facts=(8, 16), questions=1)]
 scored = ScoreDataset(target, tokenizer, contexts, sinks)
 fitted = fit_scores(free, scored, **few)
