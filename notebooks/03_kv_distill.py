@@ -746,8 +746,8 @@ for p in sizes:
     assert results[f"gain_matching_{p}"].value < 0
     assert abs(results[f"gain_reversed_{p}"].value) < 0.05
     assert results[f"lost_free_{p}"].value < 0.06
-assert results["gain_free_10"].value > -0.02
-assert results["gain_free_2"].low > 0
+    assert results[f"gain_free_{p}"].value >= 0
+assert results["gain_reversed_2"].high < 0
 assert results["em_random_counts_10"].high < results["em_kvzip_10"].low
 results.table(
     {
@@ -761,10 +761,10 @@ results.table(
 # (It is not the numbers alone: random entries, as many in each head as KVzip keeps, do not help.)
 #
 # With one budget for all, the **choice** hardly matters here, as long as it is a good one.
-# KV-Distill with scores of its own for each head answers at 2 % almost what the whole cache answers, and more than KVzip, from one reading instead of two to three.
-# But so does the reversed key norm, which has learned nothing and reads nothing twice.
+# KV-Distill with scores of its own for each head answers at least as much as KVzip at all three sizes, from one reading instead of two to three; whether it is more, three seeds do not show.
+# But the reversed key norm, which has learned nothing and reads nothing twice, answers as much at a tenth, and more at a fiftieth.
 # Its success is the lab's: one short fact per sentence, on a model with normalized keys.
-# Where the strongest score is also the cheapest, a learned one cannot shine.
+# Where the cheapest score is the strongest, a learned one cannot shine.
 #
 # **Writing** adds nothing, neither by least squares nor by training: each fact is one value.
 # And KV-Distill as published, which chooses once for all heads, is no match for a free budget from a tenth downwards.
@@ -1177,7 +1177,7 @@ for size, values in by_size.items():
 #
 # - *Which*: eviction by a score needs no training. How good a score is, and even its sign, depends on the model: measure, and compare with the best.
 # - *Where*: with one budget over all layers and heads, good scores keep nearly everything at a tenth of the entries; with the same number in each head they lose most of it. That is worth more than any score or training here, and makes a cache ragged.
-# - *Writing*: KV-Distill learns what to keep and writes into it what goes. As published, one choice for all heads, it falls behind a training-free method with a free budget. With scores for each head it needs one reading, where KVzip needs two to three.
+# - *Writing*: KV-Distill learns what to keep and writes into it what goes. As published, one choice for all heads, it falls behind a training-free method with a free budget. With scores for each head it is level with KVzip, from one reading instead of two to three. A cheaper score is as good here; on another model it may be the worst, so measure.
 # - The gate is a way for the choice to be learned. It folds into the keys, so the reader of the cache is the unchanged model.
 # - A cache chosen for a question answers that question. Never compare it with one that was chosen for all.
 # - A distiller serves the kind of text it was trained on. Measure on yours (`kvlab eval-compression`).
