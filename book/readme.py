@@ -1,7 +1,7 @@
-"""Put results of kvlab.results into README.md: the table between its marks, and the figure.
+"""Put results of kvlab.results into README.md, a table and a figure, and into the leaderboard.
 
-python book/readme.py            write the table and the figure
-python book/readme.py --check    write nothing; exit 1 if the table is not what the results say
+python book/readme.py            write them
+python book/readme.py --check    write nothing; exit 1 if a table is not what the results say
 """
 
 import re
@@ -12,7 +12,7 @@ import kvlab
 from kvlab import plots
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+README, LEADERBOARD = ROOT / "README.md", ROOT / "book/leaderboard.md"
 FIGURE = ROOT / "book/_static/kv_distill.png"
 TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
 # Chapter, quantity, its figure, figures to compare it with, conditions.
@@ -40,17 +40,19 @@ ROWS = (
     ),
     (
         "03",
-        "correct answers from a quarter of the cache (KV-Distill)",
-        "distill:em_distill_25",
-        "full cache {distill:em_full}; SnapKV {distill:em_snapkv_25}; "
-        "the best other score {distill:em_key_norm_reversed_25}",
-        "question unknown at compression",
+        "correct answers from a tenth of the cache (KV-Distill, one budget for all heads)",
+        "distill:em_distill_free_10",
+        "full cache {distill:em_full}; KVzip, one budget, two to three readings "
+        "{distill:em_kvzip_10}; key norm reversed, one budget {distill:em_key_norm_reversed_free_10}; "
+        "KV-Distill as published {distill:em_distill_10}",
+        "question unknown at compression; lab model",
     ),
     (
         "03",
-        "correct answers from a tenth of the cache",
-        "distill:em_distill_10",
-        "SnapKV {distill:em_snapkv_10}; the best other score {distill:em_key_norm_reversed_10}",
+        "correct answers from a fiftieth of the cache",
+        "distill:em_distill_free_2",
+        "KVzip, one budget {distill:em_kvzip_2}; key norm reversed, one budget "
+        "{distill:em_key_norm_reversed_free_2}; KV-Distill as published {distill:em_distill_2}",
         "the same",
     ),
     (
@@ -123,17 +125,64 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+PERCENTS = (50, 25, 10, 5, 2)
+METHODS = {  # of the leaderboard, with where their entries compete
+    "distill_free": (
+        "KV-Distill with a score for each head (`kvlab distill --scope model`)",
+        "model",
+    ),
+    "distill": ("KV-Distill, as published", "tokens"),
+    "kvzip": ("KVzip, its default", "model"),
+    "kvzip_plus": ("KVzip+", "model"),
+    "kvzip_layer": ("KVzip", "layer"),
+    "kvzip_uniform": ("KVzip", "head"),
+    "kvzip_sinks": ("KVzip, four sinks of each head stay", "model"),
+    "attention_matching": ("attention matching on KVzip's entries", "model"),
+    "key_norm_reversed_free": ("key norm, reversed", "model"),
+    "key_norm_reversed": ("key norm, reversed", "head"),
+    "expected_attention_free": ("Expected Attention", "model"),
+    "expected_attention": ("Expected Attention", "head"),
+    "compactor": ("Compactor", "head"),
+    "keydiff": ("KeyDiff", "head"),
+    "tova": ("TOVA", "head"),
+    "h2o": ("H2O", "head"),
+    "snapkv": ("SnapKV", "head"),
+    "key_norm": ("key norm", "head"),
+    "sinks_recent": ("sinks and recent", "head"),
+    "random_free": ("random", "model"),
+    "random": ("random", "head"),
+}
+
+
+def leaderboard() -> str:
+    """The page of all methods that do not know the question, best first."""
+    results = kvlab.results("distill")
+    values = {name: [results[f"em_{name}_{p}"] for p in PERCENTS] for name in METHODS}
+    order = sorted(values, key=lambda name: -sum(figure.value for figure in values[name]))
+    columns = ["method", "entries compete in", *(f"{p} %" for p in PERCENTS)]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name in order:
+        cells = [*METHODS[name], *(format(figure, ".2f") for figure in values[name])]
+        lines.append("| " + " | ".join(cells) + " |")
+    text = (ROOT / "book/leaderboard.txt").read_text("utf-8")
+    full = results["em_full"]
+    conditions = full.conditions.removesuffix("; the whole cache")
+    return text.format(full=format(full, ".2f"), conditions=conditions, table="\n".join(lines))
+
+
 def draw() -> None:
     """Answers against the percentage of entries kept."""
     names = {
-        "distill": "KV-Distill",
-        "key_norm_reversed": "key norm, reversed",
+        "distill_free": "KV-Distill, one budget for all heads",
+        "kvzip": "KVzip, one budget",
+        "distill": "KV-Distill, as published",
+        "kvzip_uniform": "KVzip, per head",
         "snapkv": "SnapKV",
         "random": "random",
     }
-    results, percents = kvlab.results("distill"), (50, 25, 10, 5, 2)
+    results = kvlab.results("distill")
     curves = {
-        label: results.intervals({f"em_{name}_{p}": p for p in percents})
+        label: results.intervals({f"em_{name}_{p}": p for p in PERCENTS})
         for name, label in names.items()
     }
     ax = plots.retention_curves(curves, results["em_full"].value)
@@ -143,13 +192,14 @@ def draw() -> None:
 def main(check: bool) -> None:
     text = README.read_text()
     updated = TABLE.sub(lambda marks: marks[1] + table() + marks[2], text)
-    if check and updated != text:
-        sys.exit(
-            "README.md: its table is not that of kvlab/results; "
-            "run `python book/readme.py` and commit the result."
-        )
+    pages = {README: updated, LEADERBOARD: leaderboard()}
+    stale = [path for path, page in pages.items() if path.read_text() != page]
+    if check and stale:
+        names = " and ".join(path.name for path in stale)
+        sys.exit(f"{names}: not what kvlab/results says; run `python book/readme.py` and commit.")
     if not check:
-        README.write_text(updated)
+        for path in stale:
+            path.write_text(pages[path])
         draw()
 
 

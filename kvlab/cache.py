@@ -44,8 +44,9 @@ from kvlab.models import (
     rotary_of,
     rotate_keys,
 )
+from kvlab.ragged import RaggedLayer, attend_ragged, bias_of, causal_mask, is_ragged, pack
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, RAGGED_VERSION = 1, 2  # files of ordinary caches, and of those in `kvlab.ragged`
 Position = int | Tensor  # one for all rows, or (B,)
 Owner = PreTrainedModel | dict  # the model that made a cache, or its `fingerprint`
 
@@ -136,9 +137,23 @@ def from_layers(pairs: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
     return cache
 
 
+def from_ragged(layers: Iterable[RaggedLayer]) -> DynamicCache:
+    """Make a cache of layers: an ordinary one, if all heads have one length, and no entry a bias."""
+    layers = list(layers)
+    lengths = {layer.keys.shape[2] for layer in layers}
+    if len(lengths) == 1 and not any(layer.bias.any() for layer in layers):
+        return from_layers((layer.keys, layer.values) for layer in layers)
+    cache = DynamicCache()
+    cache.layers = layers
+    return cache
+
+
 def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Return (keys, values) of every layer of a cache that can be cut and joined."""
     layout(cache)
+    if is_ragged(cache):
+        takers = "see kvlab.ragged for the functions that take it"
+        raise CacheError(f"Heads of this cache have lengths of their own: {takers}.")
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -191,9 +206,8 @@ def prefill(
     start = torch.as_tensor(position, device=input_ids.device).reshape(-1, 1)
     new_positions = (start + new_mask.cumsum(1) - 1).clamp(min=0)  # padding gets any position
     options = {"attention_mask": mask, "position_ids": new_positions, "logits_to_keep": 1}
-    cache = from_layers(_layers(prefix.cache) if past else ())
-    with evaluating(model):
-        output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
+    cache = prefix.cache if past else DynamicCache()
+    output = read(model, input_ids, cache, **options)
     positions = prefix.positions if past else new_positions[:, :0]
     if (
         positions is not None and positions.ndim == 2
@@ -212,6 +226,25 @@ def prefill(
         attention_mask=mask,
         rotary=rotary_of(model),
     )
+
+
+def read(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, **options):
+    """Run token ids, (B, T), through a model after a cache, which grows, and return its output.
+
+    Args:
+        options: of the model, such as position_ids, (B, T).
+
+    Raises:
+        CacheError: a mask together with heads of different lengths.
+    """
+    if is_ragged(cache):
+        if options.get("attention_mask") is not None:
+            hint = "read rows without padding, one by one"
+            raise CacheError(f"Heads of this cache have lengths of their own: {hint}.")
+        count = input_ids.shape[1]
+        options["attention_mask"] = causal_mask(model, count, length(cache) + count)
+    with evaluating(model), attend_ragged(model, cache):
+        return model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
 
 
 def _require_made_by(cache: DynamicCache, model: PreTrainedModel, rows: int) -> None:
@@ -253,8 +286,11 @@ def part(prefix: Prefix, start: int, stop: int) -> Prefix:
 
 
 def length(cache: Cache) -> int:
-    """Count the entries T of a cache (which is not the next position, once entries were dropped)."""
-    return cache.get_seq_length()
+    """Count the entries T of a cache (which is not the next position, once entries were dropped).
+
+    Where heads have lengths of their own: those of the longest.
+    """
+    return max((layer.get_seq_length() for layer in cache.layers), default=0)
 
 
 def clone(cache: DynamicCache) -> DynamicCache:
@@ -293,12 +329,10 @@ def select(cache: DynamicCache, indices: Tensor) -> DynamicCache:
 
 def truncate(cache: DynamicCache, length: int) -> DynamicCache:
     """Keep the first `length` entries, without copying; CacheError if there are fewer."""
-    entries = cache.get_seq_length()
+    pairs, entries = _layers(cache), cache.get_seq_length()
     if not 0 <= length <= entries:
         raise CacheError(f"A cache of {entries} entries cannot be truncated to {length}.")
-    return from_layers(
-        (keys[:, :, :length], values[:, :, :length]) for keys, values in _layers(cache)
-    )
+    return from_layers((keys[:, :, :length], values[:, :, :length]) for keys, values in pairs)
 
 
 def join(first: DynamicCache, second: DynamicCache) -> DynamicCache:
@@ -308,17 +342,31 @@ def join(first: DynamicCache, second: DynamicCache) -> DynamicCache:
     """
     if layout(first) != layout(second):
         raise CacheError(f"Cannot join {layout(first)} and {layout(second)}: use one model.")
+    ragged = is_ragged(first) or is_ragged(second)
     layers = []
-    for one, other in zip(first.layers, second.layers, strict=True):
-        keys = torch.cat((one.keys, other.keys), 2)
-        layers.append((keys, torch.cat((one.values, other.values), 2)))
-    return from_layers(layers)
+    for pair in zip(first.layers, second.layers, strict=True):
+        keys = torch.cat([layer.keys for layer in pair], 2)
+        values = torch.cat([layer.values for layer in pair], 2)
+        layers.append((keys, values))
+        if ragged:
+            bias = torch.cat([bias_of(layer) for layer in pair], 2)
+            layers[-1] = pack(keys, values, bias > float("-inf"), bias)
+    return from_ragged(layers) if ragged else from_layers(layers)
 
 
 def _rotated(
     cache: DynamicCache, by: int | Tensor, rotary: nn.Module, scale: float
 ) -> DynamicCache:
     require_rotary(rotary, layout(cache).head_dim)
+    if is_ragged(cache):
+        by = torch.as_tensor(by)  # (), or (L, B, H_kv, T), of which a layer has the last columns
+        steps = by if by.ndim == 4 else by.expand(len(cache.layers), 1, 1, 1)
+        layers = []
+        for layer, m in zip(cache.layers, steps, strict=True):
+            m = m[..., -max(1, layer.keys.shape[2]) :]
+            keys = rotate_keys(layer.keys, m, rotary, scale)
+            layers.append(RaggedLayer(keys, layer.values, layer.bias))
+        return from_ragged(layers)
     layers = zip(_layers(cache), _per_entry(by, cache), strict=True)
     return from_layers(
         (rotate_keys(keys, m, rotary, scale), values) for (keys, values), m in layers
@@ -373,6 +421,10 @@ def repeat(cache: DynamicCache, rows: int) -> DynamicCache:
     if layout(cache).rows != 1:
         raise CacheError(f"The cache has {layout(cache).rows} rows, expected one.")
     size = (rows, -1, -1, -1)
+    if is_ragged(cache):
+        layers = [(layer.keys, layer.values, layer.bias[..., None]) for layer in cache.layers]
+        layers = [[tensor.expand(size) for tensor in tensors] for tensors in layers]
+        return from_ragged(RaggedLayer(k, v, bias[..., 0]) for k, v, bias in layers)
     return from_layers((keys.expand(size), values.expand(size)) for keys, values in _layers(cache))
 
 
@@ -438,7 +490,9 @@ def convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def nbytes(cache: DynamicCache) -> int:
     """Count the bytes of all keys and values."""
-    return sum(keys.nbytes + values.nbytes for keys, values in _layers(cache))
+    layout(cache)
+    parts = [(x.keys, x.values, getattr(x, "bias", None)) for x in cache.layers]
+    return sum(tensor.nbytes for part in parts for tensor in part if tensor is not None)
 
 
 def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -475,8 +529,7 @@ def save(prefix: Prefix, path: str | Path, model: Owner, metadata: dict | None =
         {'text': 'hello'}
     """
     owner = model if isinstance(model, dict) else fingerprint(model)
-    pairs = _layers(prefix.cache)
-    sizes = layout(prefix.cache)
+    cache, sizes = prefix.cache, layout(prefix.cache)
     _require_position(prefix.next_position, sizes.rows)
     names = {
         "layers": "num_hidden_layers",
@@ -489,16 +542,18 @@ def save(prefix: Prefix, path: str | Path, model: Owner, metadata: dict | None =
             f"The cache has {sizes}, the model {expected}: give the model that made it."
         )
     tensors = {}
-    for i, (keys, values) in enumerate(pairs):
-        tensors[f"layer.{i}.keys"] = keys
-        tensors[f"layer.{i}.values"] = values
+    for i, layer in enumerate(cache.layers):
+        tensors[f"layer.{i}.keys"] = layer.keys
+        tensors[f"layer.{i}.values"] = layer.values
+        if is_ragged(cache):
+            tensors[f"layer.{i}.bias"] = layer.bias
     header = {
-        "version": FORMAT_VERSION,
+        "version": RAGGED_VERSION if is_ragged(cache) else FORMAT_VERSION,
         "fingerprint": owner,
         "next_position": torch.as_tensor(prefix.next_position).tolist(),
         "dtype": str(sizes.dtype),
-        "layers": len(pairs),
-        "length": length(prefix.cache),
+        "layers": len(cache.layers),
+        "length": length(cache),
         "metadata": metadata or {},
     }
     header = json.loads(json.dumps(header))  # as it will be read, for the checksum
@@ -522,8 +577,8 @@ def _read_cache_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
             f"{path} is a safetensors file but no kvlab cache: give one made by `save`."
         )
     version = header.get("version")
-    if version != FORMAT_VERSION:
-        expected = f"this kvlab reads version {FORMAT_VERSION}: save the cache again"
+    if version not in (FORMAT_VERSION, RAGGED_VERSION):
+        expected = f"this kvlab reads up to version {RAGGED_VERSION}: save the cache again"
         raise CacheError(f"{path} has cache format version {version}, {expected}.")
     if header.pop("sha256", None) != _checksum(header, tensors):
         raise CacheError(f"{damaged} (its contents do not match its checksum).")
@@ -543,13 +598,15 @@ def load(path: str | Path, model: Owner) -> Prefix:
     )
     if differs := differences(header["fingerprint"], owner):
         raise CacheError(f"{path} was made by another model ({differs}): load it with that model.")
+    ragged = header["version"] == RAGGED_VERSION
     layers = []
     for i in range(header["layers"]):
-        keys, values = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
-        layers.append((keys.to(device), values.to(device)))
+        names = ("keys", "values", "bias")[: 3 if ragged else 2]
+        # Clones are not a map of the file.
+        layers.append([tensors[f"layer.{i}.{name}"].to(device).clone() for name in names])
     position = header["next_position"]
     return Prefix(
-        cache=clone(from_layers(layers)),  # not a map of the file
+        cache=from_ragged(RaggedLayer(*x) for x in layers) if ragged else from_layers(layers),
         next_position=torch.tensor(position, device=device)
         if isinstance(position, list)
         else position,

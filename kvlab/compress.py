@@ -1,9 +1,9 @@
 """Eviction: scores of the entries of a KV cache, and a cache of those with the best scores only.
 
 A score is a function of the queries, keys and values of one attention layer; it returns one number
-per entry, (B, H_kv, T). `evict` keeps the entries with the highest scores in each head and frees
-the others. The result is a `Prefix`: an ordinary cache, which the unchanged model continues at the
-next position.
+per entry, (B, H_kv, T). `evict` keeps the entries with the highest scores and frees the others. The
+result is a `Prefix`, which the unchanged model continues at the next position. Its cache is an
+ordinary one if all heads keep the same number of entries; see `kvlab.ragged` for the other.
 
 >>> from kvlab import lab
 >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
@@ -13,21 +13,24 @@ next position.
 (6, 12)
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvlab.cache import Prefix, length, prefill, select, shift
-from kvlab.generation import end_tokens
-from kvlab.models import position_limit, require_supported, rotary_of
+from kvlab.cache import Prefix, from_ragged, length, prefill, select, shift
+from kvlab.generation import encode_parts, end_tokens
+from kvlab.models import position_limit, require_supported, rotary_of, rotate_keys, use_attention
+from kvlab.ragged import is_ragged, pack
+
+SCOPES = ("head", "layer", "model", "token")  # where entries compete for the budget
+MAXIMUM_BIAS = 3  # of attention matching
 
 
 class Attention(NamedTuple):
@@ -40,6 +43,11 @@ class Attention(NamedTuple):
         values: (B, H_kv, T, D).
         scaling: factor of the attention logits.
         context: length of the context, the first entries. Only these can be evicted.
+        part: the entries to score, where that is only a part of the context.
+        hidden_states: (B, Q, hidden size), the input of the layer (after its norm).
+        positions: of the T tokens, (B | 1, H_kv | 1, T).
+        layer: the module, with its weights.
+        rotary: the rotary embedding of the model.
     """
 
     queries: Tensor
@@ -47,6 +55,11 @@ class Attention(NamedTuple):
     values: Tensor
     scaling: float
     context: int
+    part: slice = slice(0, None)
+    hidden_states: Tensor | None = None
+    positions: Tensor | None = None
+    layer: nn.Module | None = None
+    rotary: nn.Module | None = None
 
 
 Score = Callable[[Attention, int], Tensor]  # (attention, budget) -> (B, H_kv, context)
@@ -117,8 +130,197 @@ def snapkv(attention: Attention, budget: int, window_size=32, kernel_size=5) -> 
     return F.pad(votes, (0, context - before), value=float("inf"))
 
 
+def tova(attention: Attention, budget: int) -> Tensor:
+    """Attention from the last token, the mean over all heads: the same entries in each head.
+
+    Source: Oren et al. (2024), TOVA, arXiv 2401.06104, section 3.3, where an entry is evicted at
+    each decoding step.
+    """
+    count, heads = attention.queries.shape[2], attention.keys.shape[1]
+    weights = _attention_weights(attention, count - 1, count)[..., : attention.context]
+    return weights.mean((1, 2, 3))[:, None].expand(-1, heads, -1)
+
+
+def keydiff(attention: Attention, budget: int) -> Tensor:
+    """Minus the cosine of a key with the mean of all normalized keys: unusual keys stay.
+
+    Source: Park et al. (2025), KeyDiff, arXiv 2504.15364, section 3.2.
+    """
+    keys = F.normalize(attention.keys[:, :, : attention.context].float(), dim=-1)
+    return -F.cosine_similarity(keys, keys.mean(2, keepdim=True), dim=-1)
+
+
+def expected_attention(
+    attention: Attention, budget: int, sinks=4, future=512, epsilon: float = 0.01
+) -> Tensor:
+    """The attention that queries at future positions are expected to pay, times the value's norm.
+
+    Queries are taken as Gaussian, with the mean and covariance of the context's un-rotated queries,
+    and rotated by the mean rotation of the next positions. Source: Devoto et al. (2025), arXiv
+    2510.00636, section 3, with the constants of the authors' code.
+
+    Args:
+        sinks: number of first tokens, which are not among the queries and keys, and always stay.
+        future: number of positions.
+        epsilon: added to the attention weights.
+    """
+    context, keys = attention.context, attention.keys.float()
+    sinks = min(sinks, context - 1)
+    queries, positions = attention.queries.float(), attention.positions
+    read = keys.shape[2] - queries.shape[2]  # the tokens before have no query here
+    queries = queries[:, :, max(0, sinks - read) : context - read]
+    at = positions.reshape(-1, keys.shape[2])[0, max(sinks, read) : context]  # of all heads
+    queries = rotate_keys(queries, -at, attention.rotary, 1 / attention.rotary.attention_scaling)
+    mean = queries.mean(2)  # (B, H, D)
+    spread = queries - mean[:, :, None]
+    covariance = spread.mT @ spread / spread.shape[2]
+    # k' R q = (R' k)' q, and R' rotates backwards.
+    keys = keys[:, :, sinks:context]
+    steps = positions.max() + 1 + torch.arange(future, device=keys.device)
+    keys = _mean_rotation(keys, -steps, attention.rotary).repeat_interleave(
+        mean.shape[1] // keys.shape[1], 1
+    )
+    logits = attention.scaling * (keys @ mean[..., None])[..., 0]
+    logits = logits + attention.scaling**2 / 2 * ((keys @ covariance) * keys).sum(-1)
+    weights = logits.softmax(-1).unflatten(1, (attention.keys.shape[1], -1)).mean(2)
+    values = attention.values[:, :, sinks:context].float()
+    scores = (weights + epsilon) * values.norm(dim=-1)
+    return F.pad(scores, (sinks, 0), value=float("inf"))
+
+
+def _mean_rotation(keys: Tensor, steps: Tensor, rotary: nn.Module) -> Tensor:
+    """The mean of keys rotated by each of some numbers of positions, with the attention scaling."""
+    angles = steps[:, None] * rotary.inv_freq
+    cos, sin = angles.cos().mean(0), angles.sin().mean(0)
+    cos, sin = (x.to(keys.dtype) * rotary.attention_scaling for x in (cos, sin))
+    x, y = keys.chunk(2, -1)
+    return torch.cat((x * cos - y * sin, y * cos + x * sin), -1)
+
+
+def compactor(
+    attention: Attention, budget: int, sinks=8, recent=4, sketch=48, chunk_size=256
+) -> Tensor:
+    """Leverage of the un-rotated keys, plus attention without a causal mask times value norms.
+
+    Both are standardized over a layer; leverage has the evicted fraction as its weight, as in the
+    authors' code, whose attention logits are not scaled. Source: Chari and Van Durme (2025),
+    Compactor, arXiv 2507.08143, section 3.
+
+    Args:
+        sinks: number of first tokens, which always stay.
+        recent: number of last tokens, which always stay.
+        sketch: dimensions of the keys after a Gaussian sketch, if they have more.
+        chunk_size: tokens attend to those of their chunk.
+    """
+    context = attention.context
+    sinks, recent = min(sinks, context), max(0, min(recent, context - sinks))
+    part = slice(sinks, context - recent)
+    if part.stop - sinks < 2:
+        return attention.keys.new_full((*attention.keys.shape[:2], context), float("inf"))
+    keys, values = (x[:, :, part].float() for x in (attention.keys, attention.values))
+    backwards = -attention.positions[..., part]
+    scale = 1 / attention.rotary.attention_scaling
+    plain = rotate_keys(keys, backwards, attention.rotary, scale)
+    read = attention.keys.shape[2] - attention.queries.shape[2]  # before, by others
+    queries = attention.queries[:, :, max(0, sinks - read) : max(0, part.stop - read)].float()
+    earlier = keys.shape[2] - queries.shape[2]
+    received = [0]
+    for q, k in zip(
+        queries.split(chunk_size, 2), keys[:, :, earlier:].split(chunk_size, 2), strict=True
+    ):
+        k = torch.cat((keys[:, :, :earlier], k), 2)
+        weights = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT).softmax(-1).sum(2)
+        received[0] = received[0] + weights[..., :earlier]
+        received.append(weights[..., earlier:])
+    received = torch.cat(received, -1).unflatten(1, (keys.shape[1], -1)).mean(2)
+    received = F.avg_pool1d(received * values.norm(dim=-1), 3, stride=1, padding=1)
+    removed = 1 - budget / attention.context
+    scores = removed * _z(_leverage(plain, sketch)) + _z(received)
+    return F.pad(scores, (sinks, recent), value=float("inf"))
+
+
+def _leverage(keys: Tensor, sketch: int) -> Tensor:
+    """Statistical leverage of centered keys, (B, H, T, D), after a Gaussian sketch: (B, H, T)."""
+    x = keys - keys.mean(2, keepdim=True)
+    width = x.shape[-1]
+    if width > sketch:
+        shape = (*x.shape[:2], width, sketch)
+        x = x @ torch.randn(shape, device=x.device) / sketch**0.5
+    gram = x.mT @ x
+    ridge = 1e-2 * torch.eye(x.shape[-1], device=x.device)
+    return (x * torch.linalg.solve(gram + ridge, x.mT).mT).sum(-1)
+
+
+def _z(scores: Tensor) -> Tensor:
+    """Standardize over the heads and entries of each row."""
+    flat = scores.flatten(1)
+    mean, deviation = flat.mean(1), flat.std(1).clamp(min=1e-6)
+    return (scores - mean[:, None, None]) / deviation[:, None, None]
+
+
+def kvzip(attention: Attention, budget: int, sinks: int = 4) -> Tensor:
+    """The highest attention weight an entry receives while the model repeats the context.
+
+    Source: Kim et al. (2025), KVzip, arXiv 2505.23416, section 3.2. `repeat_texts` has what the
+    model reads; keys are those of the first tokens, of the part that it repeats, and of the text.
+
+    Args:
+        sinks: number of first tokens, which always stay.
+    """
+    return _repeated(attention, sinks)
+
+
+def kvzip_plus(attention: Attention, budget: int, sinks: int = 4) -> Tensor:
+    """`kvzip` with weights a_ij ||W_O v_j|| / ||h_i||: what an entry adds to a hidden state.
+
+    Source: the normalization of KVzip+ in NVIDIA's kvpress, where h_i is the layer's input.
+    """
+    heads, width = attention.queries.shape[1], attention.values.shape[3]
+    weight = attention.layer.o_proj.weight.float().unflatten(1, (heads, width))
+    gram = torch.einsum("ohd,ohe->hde", weight, weight).unflatten(0, (attention.keys.shape[1], -1))
+    values = attention.values.float()
+    norms = torch.einsum("bntd,ngde,bnte->bngt", values, gram, values).clamp(min=0).sqrt()
+    return _repeated(attention, sinks, norms, attention.hidden_states.float().norm(dim=-1))
+
+
+def _repeated(attention: Attention, sinks: int, norms=None, sizes=None) -> Tensor:
+    """Largest attention weight by entry of the part, times `norms` of entries, over `sizes`."""
+    context, total = attention.context, attention.keys.shape[2]
+    if total == context:
+        hint = "give repeat=repeat_texts(tokenizer, input_ids)"
+        raise ValueError(
+            f"These scores need a text in which the model repeats the context: {hint}."
+        )
+    start, stop, _ = attention.part.indices(context)
+    part = torch.arange(start, stop, device=attention.keys.device)
+    before = torch.arange(min(sinks, start), device=part.device)
+    text = torch.arange(context, total, device=part.device)
+    columns = torch.cat((before, part, text))
+    keys = attention.keys[:, :, None, columns].float()
+    queries = attention.queries[:, :, context - total :].unflatten(1, (keys.shape[1], -1)).float()
+    best = None
+    for rows in torch.arange(total - context).split(512):
+        logits = queries[:, :, :, rows] @ keys.mT * attention.scaling
+        later = columns > context + rows[:, None].to(columns.device)
+        weights = logits.masked_fill(later, float("-inf")).softmax(-1)
+        weights = weights[..., len(before) : len(before) + len(part)]
+        if norms is not None:
+            size = sizes[:, context - total :][:, rows]
+            weights = weights * norms[..., None, start:stop] / size[:, None, None, :, None]
+        highest = weights.amax((2, 3))
+        best = highest if best is None else best.maximum(highest)
+    return best.masked_fill(part < sinks, float("inf"))
+
+
 _SCORES = (random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed)
+_SCORES += (tova, keydiff, expected_attention, compactor)
 METHODS: dict[str, Score] = {score.__name__: score for score in _SCORES}
+REPEATED: dict[str, tuple[Score, str]] = {  # with the scope of their budget
+    "kvzip": (kvzip, "model"),
+    "kvzip_layer": (kvzip, "layer"),
+    "kvzip_uniform": (kvzip, "head"),
+    "kvzip_plus": (kvzip_plus, "model"),
+}
 AWARE: dict[str, Score] = {"h2o_aware": h2o, "snapkv_aware": snapkv}  # the question is known
 
 
@@ -137,28 +339,32 @@ def _attention_weights(attention: Attention, start: int, stop: int) -> Tensor:
 def capture_attention(model: PreTrainedModel, on_layer: Callable[..., None]) -> Iterator[None]:
     """Call `on_layer(queries, keys, values, scaling)` for each attention layer that runs, in order.
 
-    Inside the context the layers run with PyTorch's attention (sdpa), registered under a temporary
-    name.
+    Inside the context the layers run with PyTorch's attention (sdpa).
     """
-    require_supported(model)  # which runs layers that are not to be captured
-    name = f"kvlab_capture_{id(on_layer)}"
-    config = model.config.get_text_config(decoder=True)
-    implementation = config._attn_implementation
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def attention(module, query, key, value, attention_mask, scaling=None, **options):
-        on_layer(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
-
-    ALL_ATTENTION_FUNCTIONS[name] = attention
-    masks = ALL_MASK_ATTENTION_FUNCTIONS  # a name that is not registered gets no mask at all
-    masks.register(name, masks["sdpa"])
-    config._attn_implementation = name
-    try:
+    with _capture(model, lambda layer, hidden_states, *inputs: on_layer(*inputs)):
         yield
-    finally:
-        config._attn_implementation = implementation
-        del ALL_ATTENTION_FUNCTIONS[name], masks._global_mapping[name]
+
+
+@contextmanager
+def _capture(model: PreTrainedModel, on_layer: Callable[..., None]) -> Iterator[None]:
+    """Call `on_layer(layer, hidden_states, queries, keys, values, scaling)` for each layer."""
+    require_supported(model)  # which runs layers that are not to be captured
+    sdpa, inputs = ALL_ATTENTION_FUNCTIONS["sdpa"], {}
+
+    def capture(layer, query, key, value, attention_mask, scaling=None, **options):
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        on_layer(layer, inputs.get(layer), query, key, value, factor)
+        return sdpa(layer, query, key, value, attention_mask, scaling=scaling, **options)
+
+    def keep_input(layer, args, options) -> None:
+        inputs[layer] = options.get("hidden_states", args[0] if args else None)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                stack.enter_context(module.register_forward_pre_hook(keep_input, with_kwargs=True))
+        stack.enter_context(use_attention(model, capture))
+        yield
 
 
 def count_kept(entries: int, retention: float | None = None, budget: int | None = None) -> int:
@@ -186,6 +392,51 @@ def require_tokens(input_ids: Tensor) -> None:
         raise ValueError(f"input_ids is {shape}, expected (B, T): texts of one length, unpadded.")
 
 
+class Repeat(NamedTuple):
+    """A text (1, Q) in which the model repeats a part of the context, see `repeat_texts`."""
+
+    input_ids: Tensor
+    part: slice
+
+
+def repeat_texts(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, chunk_size: int = 2048
+) -> list[Repeat]:
+    """Return what a model reads after a context (1, T) for `kvzip`: it is told to repeat the context.
+
+    One text for each chunk: a user turn that asks for it, then the chunk as the answer. Source: Kim
+    et al. (2025), KVzip, arXiv 2505.23416, section 3.2.
+
+    Example:
+        >>> from kvlab import lab
+        >>> tokenizer = lab.load_tokenizer("lab-target")
+        >>> ids = tokenizer("Anna lives in Rome.", return_tensors="pt").input_ids
+        >>> tokenizer.decode(repeat_texts(tokenizer, ids)[0].input_ids[0])
+        '<|user|> Repeat the previous context exactly.<|assistant|>Anna lives in Rome.'
+    """
+    require_tokens(input_ids)
+    prompts = []
+    for part in ("", "part of the "):
+        text = f"Repeat the {part}previous context exactly" + (", starting with" if part else ".")
+        turns = [{"role": "system", "content": "."}, {"role": "user", "content": text}]
+        prompts.append(encode_parts(tokenizer, turns)[1])
+    first, later = prompts
+    closing = 0  # number of tokens that close the user's turn and open the answer
+    while closing < len(first) and first[-1 - closing] == later[-1 - closing]:
+        closing += 1
+    texts = []
+    for start in range(0, input_ids.shape[1], chunk_size):
+        prompt = first
+        if start:
+            before = input_ids[0, max(0, start - 8) : start].tolist()
+            middle = len(later) - closing
+            prompt = later[:middle] + before + later[middle:]
+        chunk = input_ids[:, start : start + chunk_size]
+        ids = torch.cat((input_ids.new_tensor([prompt]), chunk), 1)
+        texts.append(Repeat(ids, slice(start, start + chunk.shape[1])))
+    return texts
+
+
 @torch.no_grad()
 def score_entries(
     model: PreTrainedModel,
@@ -194,15 +445,18 @@ def score_entries(
     budget: int,
     question_ids: Tensor | None = None,
     prefix: Prefix | None = None,
+    repeat: Sequence[Repeat] = (),
 ) -> tuple[Tensor, DynamicCache]:
-    """Read a context, and a question after it, and score the entries of the context.
+    """Read a context, and a question or its repetition after it, and score the entries.
 
     Args:
         input_ids: (B, T), the context.
-        score: one of METHODS, or any function like them. It is called once per layer.
+        score: one of METHODS, or any function like them. It is called once per layer, with
+            `repeat` once per layer and text.
         budget: number of entries per head that the score plans for.
         question_ids: (1, Q) or (B, Q), or None.
         prefix: what the context follows. Its P entries are scored with those of the context.
+        repeat: texts, each of which is read after the context for the scores of its part.
 
     Returns:
         Scores, (L, B, H_kv, P + T), and the cache of prefix, context and question. Entries that a
@@ -215,21 +469,50 @@ def score_entries(
         torch.Size([12, 1, 2, 20])
     """
     require_tokens(input_ids)
-    prefix = prefix or Prefix(DynamicCache(), 0)
-    text, context = input_ids, length(prefix.cache) + input_ids.shape[1]
-    if question_ids is not None:
-        text = torch.cat([input_ids, question_ids.expand(len(input_ids), -1)], 1)
-    total, limit = prefix.next_position + text.shape[1], position_limit(model)
-    if total > limit:
-        raise ValueError(f"The text has {total} tokens, the model reads up to {limit}: cut it.")
-    scores = []
+    prefix = prefix or Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
+    if is_ragged(prefix.cache):
+        hint = "evict its text again, or with scope='head'"
+        raise ValueError(f"Heads of the prefix have lengths of their own: {hint}.")
+    context = length(prefix.cache) + input_ids.shape[1]
+    if not repeat:
+        text = input_ids
+        if question_ids is not None:
+            text = torch.cat([input_ids, question_ids.expand(len(input_ids), -1)], 1)
+        return _score_text(model, text, prefix, lambda layer: score(layer, budget), context)
+    end = prefix.next_position + input_ids.shape[1]
+    _require_room(model, end + max(text.input_ids.shape[1] for text in repeat))
+    prefix, parts = prefill(model, input_ids, prefix), []
+    for text in repeat:
+        inputs = model, text.input_ids, prefix, lambda layer: score(layer, budget), context
+        parts.append(_score_text(*inputs, text.part)[0])
+    return torch.cat(parts, -1), prefix.cache
 
-    def score_layer(*layer) -> None:
-        scores.append(score(Attention(*layer, context=context), budget))
 
-    with capture_attention(model, score_layer):
+def _score_text(
+    model, text: Tensor, prefix: Prefix, score: Callable, context: int, part=slice(0, None)
+) -> tuple[Tensor, DynamicCache]:
+    """Read a text after a prefix; score(attention) of each layer, stacked, and the longer cache."""
+    _require_room(model, prefix.next_position + text.shape[1])
+    new = torch.arange(text.shape[1], device=text.device) + prefix.next_position
+    scores, rotary = [], rotary_of(model)
+
+    def score_layer(layer, hidden_states, *inputs) -> None:
+        positions = prefix.positions
+        if positions is not None:
+            held = positions[len(scores)] if positions.ndim == 4 else positions[:, None]
+            positions = torch.cat([held, new.expand(*held.shape[:-1], -1)], -1)
+        details = {"hidden_states": hidden_states, "layer": layer, "positions": positions}
+        attention = Attention(*inputs, context, part, **details, rotary=rotary)
+        scores.append(score(attention))
+
+    with _capture(model, score_layer):
         cache = prefill(model, text, prefix).cache
     return torch.stack(scores), cache
+
+
+def _require_room(model: PreTrainedModel, total: int) -> None:
+    if total > (limit := position_limit(model)):
+        raise ValueError(f"The text has {total} tokens, the model reads up to {limit}: cut it.")
 
 
 def evict(
@@ -239,8 +522,9 @@ def evict(
     *,
     retention: float | None = None,
     budget: int | None = None,
+    scope: Literal[SCOPES] = "head",
     question_ids: Tensor | None = None,
-    shared: bool = False,
+    repeat: Sequence[Repeat] = (),
     chunk_size: int | None = None,
     prefix: Prefix | None = None,
 ) -> Prefix:
@@ -255,27 +539,43 @@ def evict(
 
     Args:
         input_ids: (B, T), a context, or several of one length, without padding.
-        score: one of METHODS, or any function like them.
-        retention: fraction of the entries to keep, the same in each head. Give this or `budget`.
-        budget: number of entries to keep.
+        score: one of METHODS, `kvzip`, `kvzip_plus`, or any function like them.
+        retention: fraction of the entries to keep. Give this or `budget`.
+        budget: number of entries to keep per head, in the mean.
+        scope: where entries compete: "head" keeps the same number in each head; "layer" in each
+            layer, and "model" in the whole model, so that heads have lengths of their own
+            (`kvlab.ragged`); "token" keeps the same entries in all heads and layers, by the mean of
+            their scores.
         question_ids: (1, Q) or (B, Q), a question that is known beforehand. It is used for the
             scores only and is not in the returned cache, which is made for this one question.
-        shared: keep the same entries in all heads and layers, by the mean of their scores.
+        repeat: `repeat_texts` of the context, for `kvzip`. They, too, are used for the scores only.
         chunk_size: number of tokens to read at once. Default: all.
         prefix: what the context follows. Its entries count, too, and can be evicted.
 
     Returns:
-        The smaller cache. `positions` of its entries is (L, B, H_kv, k), or (B, k) if shared.
+        The smaller cache. `positions` of its entries is (L, B, H_kv, k), or (B, k) for "token";
+        where a head is shorter than the longest, its first are -1.
 
     Example:
         >>> from kvlab import lab
         >>> model, ids = lab.load("lab-target"), torch.arange(10, 30)[None]
-        >>> evict(model, ids, sinks_recent, budget=6, shared=True).positions
+        >>> evict(model, ids, sinks_recent, budget=6, scope="token").positions
         tensor([[ 0,  1,  2,  3, 18, 19]])
-        >>> evict(model, ids, sinks_recent, budget=6, shared=True, chunk_size=7).positions
+        >>> evict(model, ids, sinks_recent, budget=6, scope="token", chunk_size=7).positions
         tensor([[ 0,  1,  2,  3, 18, 19]])
+        >>> small = evict(model, ids, h2o, budget=6, scope="model")
+        >>> (small.positions >= 0).sum() == 6 * 12 * 2
+        tensor(True)
     """
     require_tokens(input_ids)
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}, expected one of {', '.join(SCOPES)}.")
+    if chunk_size is not None and (repeat or scope in ("layer", "model")):
+        hint = "leave chunk_size out, or choose scope='head' and another score"
+        raise ValueError(f"Entries of the whole text compete, or it is repeated: {hint}.")
+    if repeat and (prefix is not None or question_ids is not None):
+        hint = "leave prefix and question_ids out"
+        raise ValueError(f"A text is repeated alone, from its first token: {hint}.")
     prefix = _start(model, prefix, input_ids)
     past, total = length(prefix.cache), input_ids.shape[1]
     count = count_kept(past + total, retention, budget)
@@ -289,9 +589,43 @@ def evict(
             raise ValueError(f"{sizes}: give a smaller chunk_size or budget.")
         prefix = compact(prefix) if past else prefix
     for chunk in chunks:
-        prefix = _evict_chunk(model, chunk, score, count, question_ids, shared, prefix)
+        count_now = min(count, length(prefix.cache) + chunk.shape[1])
+        options = {"question_ids": question_ids, "repeat": repeat}
+        scores, cache = score_entries(model, chunk, score, count_now, prefix=prefix, **options)
+        kept = choose_entries(scores, count_now, scope)
+        prefix = keep_entries(model, prefix, chunk, cache, kept)
         prefix = compact(prefix) if too_long else prefix
     return prefix
+
+
+def choose_entries(scores: Tensor, count: int, scope: str) -> Tensor:
+    """Which entries have the highest scores: (L, B, H_kv, T), or (B, T) for the scope "token".
+
+    Args:
+        scores: (L, B, H_kv, T).
+        count: of entries to keep per head, in the mean.
+        scope: as in `evict`.
+
+    Example:
+        >>> scores = torch.tensor([[9.0, 8, 7, 0], [6, 0, 0, 0]])[None, None]  # two heads
+        >>> choose_entries(scores, 2, "layer").sum(-1)
+        tensor([[[3, 1]]])
+    """
+    layers, rows, heads, size = scores.shape
+    if scope == "token":
+        return _highest(scores.mean((0, 2)), count)
+    if scope == "head":
+        return _highest(scores, count)
+    if scope == "layer":
+        return _highest(scores.flatten(2), count * heads).view_as(scores)
+    flat = scores.movedim(1, 0).flatten(1)
+    kept = _highest(flat, count * heads * layers).view(rows, layers, heads, size)
+    return kept.movedim(0, 1)
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    return kept.scatter_(-1, scores.topk(count).indices, True)
 
 
 def _start(model: PreTrainedModel, prefix: Prefix | None, input_ids: Tensor) -> Prefix:
@@ -307,26 +641,100 @@ def _start(model: PreTrainedModel, prefix: Prefix | None, input_ids: Tensor) -> 
     return prefix
 
 
-def _evict_chunk(model, input_ids, score, count, question_ids, shared, prefix: Prefix) -> Prefix:
-    """Read tokens after a prefix, and keep `count` of the entries of both."""
-    rows, size = input_ids.shape
-    count = min(count, length(prefix.cache) + size)
-    scores, cache = score_entries(model, input_ids, score, count, question_ids, prefix)
-    if shared:
-        scores = scores.mean((0, 2))  # (B, T)
-    columns = scores.topk(count).indices.sort().values
-    end = prefix.next_position + size
+def keep_entries(
+    model, prefix: Prefix, input_ids: Tensor, cache: DynamicCache, kept: Tensor
+) -> Prefix:
+    """The kept entries, (L, B, H_kv, T) or (B, T), of a prefix and tokens that were read after it."""
+    rows, count = input_ids.shape
+    end = prefix.next_position + count
     new = torch.arange(prefix.next_position, end, device=input_ids.device)
-    held = prefix.positions
-    held = torch.cat([held, new.expand(*held.shape[:-1], -1)], -1)
-    if held.ndim == columns.ndim == 2:
-        positions = held.expand(rows, -1).gather(1, columns)
-    else:  # (L, B, H_kv, T)
-        held, picked = (x if x.ndim == 4 else x[None, :, None] for x in (held, columns))
-        positions = held.take_along_dim(picked, -1)
+    held = torch.cat([prefix.positions, new.expand(*prefix.positions.shape[:-1], -1)], -1)
+    if held.ndim != kept.ndim:
+        held, kept = (x if x.ndim == 4 else x[None, :, None] for x in (held, kept))
+    held, kept = torch.broadcast_tensors(held, kept)
+    counts, total = kept.sum(-1), kept.shape[-1]
+    columns = kept.byte().argsort(dim=-1, stable=True)[..., total - int(counts.max()) :]
+    positions = held.gather(-1, columns).masked_fill(~kept.gather(-1, columns), -1)
+    if counts.min() == counts.max():
+        cache = select(cache, columns)
+    else:
+        layers = [(x.keys[:, :, :total], x.values[:, :, :total]) for x in cache.layers]
+        cache = from_ragged(pack(*layer, keep) for layer, keep in zip(layers, kept, strict=True))
     ids = [*prefix.input_ids, *input_ids[0].tolist()] if rows == 1 else ()
-    fields = {"positions": positions, "rotary": rotary_of(model)}
-    return Prefix(select(cache, columns), end, ids, **fields)
+    return Prefix(cache, end, ids, positions=positions, rotary=rotary_of(model))
+
+
+@torch.no_grad()
+def attention_matching(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    repeat: Sequence[Repeat],
+    *,
+    retention: float | None = None,
+    budget: int | None = None,
+    scope: Literal[SCOPES] = "model",
+    score: Score = kvzip,
+) -> Prefix:
+    """Evict, and fit what stays to the attention of the whole: writing without training.
+
+    For the queries Q of the repeated context, keys K and values V, of which K1 stay: a bias for
+    each kept key, log b, from the non-negative least squares exp(Q K1') b = sum of exp(Q K'); then
+    values V1 from the least squares softmax(Q K1' + log b) V1 = softmax(Q K') V. (Logits are
+    scaled.) The bias is in the cache (`kvlab.ragged`). It is cut to -3 to 3, the bounds of the
+    authors' code: the values of an entry that receives no weight would have no bound. Source:
+    Zweiger et al. (2026), arXiv 2602.16284, section 3.
+
+    Args:
+        input_ids: (1, T), the context.
+        repeat: `repeat_texts` of it.
+        retention, budget, scope: as in `evict`.
+        score: chooses the entries that stay.
+
+    Example:
+        >>> from kvlab import lab
+        >>> model, tokenizer = lab.load("lab-target"), lab.load_tokenizer("lab-target")
+        >>> ids = tokenizer("Anna lives in Rome. Ben has a dog.", return_tensors="pt").input_ids
+        >>> texts = repeat_texts(tokenizer, ids)
+        >>> attention_matching(model, ids, texts, retention=0.5).next_position
+        12
+    """
+    total = input_ids.shape[1]
+    count = count_kept(total, retention, budget)
+    kept = []  # queries, by text and layer, with the factor of the logits
+
+    def keep_queries(attention: Attention, budget: int) -> Tensor:
+        kept.append(attention.queries * attention.scaling)
+        return score(attention, budget)
+
+    scores, cache = score_entries(model, input_ids, keep_queries, count, repeat=repeat)
+    chosen = choose_entries(scores, count, scope)
+    depth, layers = len(cache.layers), []
+    for i, (layer, keep) in enumerate(zip(cache.layers, chosen.expand_as(scores), strict=True)):
+        queries = torch.cat(kept[i::depth], 2).unflatten(1, (keep.shape[1], -1)).flatten(2, 3)
+        values, bias = layer.values.clone(), torch.zeros_like(layer.keys[..., 0])
+        for head, columns in enumerate(keep[0]):
+            if columns.any():
+                tensors = queries[0, head], layer.keys[0, head], layer.values[0, head]
+                b, v = _match(*tensors, columns)
+                bias[0, head, columns], values[0, head, columns] = b, v
+        layers.append(pack(layer.keys, values, keep, bias))
+    plain = Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
+    return replace(keep_entries(model, plain, input_ids, cache, chosen), cache=from_ragged(layers))
+
+
+def _match(queries: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Bias (k,) and values (k, D) of the kept columns of a head, from (N, D) and (T, D)."""
+    from scipy.optimize import nnls  # slow to import
+
+    logits = queries.double() @ keys.double().T  # (N, T)
+    logits = logits - logits.max()
+    weights = logits.exp()
+    factors, _ = nnls(weights[:, columns].cpu().numpy(), weights.sum(1).cpu().numpy())
+    bias = torch.from_numpy(factors).to(keys.device).log().clamp(-MAXIMUM_BIAS, MAXIMUM_BIAS)
+    attended = logits.softmax(1) @ values.double()
+    kept = (logits[:, columns] + bias).softmax(1)
+    written = torch.linalg.lstsq(kept.cpu(), attended.cpu(), driver="gelsd").solution
+    return bias.to(keys.dtype), written.to(keys)
 
 
 def compact(prefix: Prefix) -> Prefix:
@@ -346,7 +754,10 @@ def compact(prefix: Prefix) -> Prefix:
     count = length(prefix.cache)
     positions = torch.arange(count, device=prefix.positions.device)
     cache = shift(prefix.cache, positions - prefix.positions, prefix.rotary)
-    return Prefix(cache, count, prefix.input_ids, positions=positions[None], rotary=prefix.rotary)
+    positions = positions[None]
+    if is_ragged(cache):
+        positions = positions.where(prefix.positions >= 0, -1)
+    return Prefix(cache, count, prefix.input_ids, positions=positions, rotary=prefix.rotary)
 
 
 def generate_within(

@@ -6,8 +6,10 @@ it with the scores of `kvlab.compress` on questions about compressed contexts.
 """
 
 import copy
+import importlib
 import itertools
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,7 +31,24 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import cache as kv
 from kvlab.cache import Prefix, prefill
-from kvlab.compress import AWARE, METHODS, compact, count_kept, evict
+from kvlab.compress import (
+    AWARE,
+    METHODS,
+    REPEATED,
+    Repeat,
+    Score,
+    attention_matching,
+    choose_entries,
+    compact,
+    count_kept,
+    evict,
+    expected_attention,
+    keep_entries,
+    kvzip,
+    repeat_texts,
+    require_tokens,
+    score_entries,
+)
 from kvlab.evaluate import exact_match, exponential, f1, figure, log_likelihoods, rouge_l
 from kvlab.files import naming, read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import Stop, answer_text, encode_parts
@@ -42,6 +61,7 @@ from kvlab.models import (
     require_supported,
     rotary_of,
 )
+from kvlab.ragged import RaggedLayer, bias_of, is_ragged
 from kvlab.records import Record
 from kvlab.training import fit, require_least
 
@@ -210,8 +230,11 @@ class KVDistiller(nn.Module):
         with routed(self.adapted, tokens):
             decoder = self.adapted.get_base_model().base_model
             cache = decoder(**inputs, use_cache=True).past_key_values
-        rows, total = input_ids.shape
-        if total <= size:
+        return self._joined(cache, *input_ids.shape)
+
+    def _joined(self, cache: DynamicCache, rows: int, total: int) -> DynamicCache:
+        """Join the chunks of contexts that were read side by side."""
+        if total <= self.settings.chunk_size:
             return cache
         layers = kv.to_tensor(cache).unflatten(2, (rows, -1))  # (L, 2, B, chunks, H_kv, size, D)
         return kv.from_tensor(layers.movedim(3, 4).flatten(4, 5)[..., -total:, :])
@@ -279,7 +302,8 @@ class KVDistiller(nn.Module):
         names = ("scorer.", "marker")
         trained = {name: p for name, p in self.named_parameters() if name.startswith(names)}
         write_tensors(folder / SCORER_FILE, trained, {"format": "pt"})
-        about = {"version": 1, "settings": asdict(self.settings), "model": fingerprint(self.model)}
+        about = {"version": 1, "kind": type(self).__name__, "settings": asdict(self.settings)}
+        about["model"] = fingerprint(self.model)
         write_text(folder / SETTINGS_FILE, json.dumps(about, indent=1) + "\n")
         return folder
 
@@ -302,10 +326,174 @@ class KVDistiller(nn.Module):
         if trained_for["dtype"] == weights["dtype"] and trained_for != weights:
             warning = f"{folder} was trained for other weights of this model: expect worse answers."
             warnings.warn(warning, stacklevel=2)
-        distiller = cls(model, **{RENAMED_SETTINGS.get(name, name): v for name, v in settings})
+        kind = FreeDistiller if about.get("kind") == "FreeDistiller" else cls
+        distiller = kind(model, **{RENAMED_SETTINGS.get(name, name): v for name, v in settings})
         distiller.adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
         distiller.load_state_dict(read_tensors(folder / SCORER_FILE), strict=False)
         return distiller
+
+
+class HeadScorer(nn.Module):
+    """Scores (L, B, H_kv, T) from the hidden states that enter each layer, (L, B, T, d)."""
+
+    def __init__(self, layers: int, hidden_size: int, scorer_hidden_size: int, heads: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
+        up = torch.randn(layers, hidden_size, scorer_hidden_size) / hidden_size**0.5
+        self.up, self.up_bias = (
+            nn.Parameter(up),
+            nn.Parameter(torch.zeros(layers, 1, 1, up.shape[2])),
+        )
+        self.down = nn.Parameter(torch.zeros(layers, scorer_hidden_size, heads))
+        self.down_bias = nn.Parameter(torch.zeros(layers, 1, 1, heads))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.norm(hidden_states.to(self.up.dtype))
+        x = F.gelu(x @ self.up[:, None] + self.up_bias)
+        return (x @ self.down[:, None] + self.down_bias).mT
+
+
+class FreeDistiller(KVDistiller):
+    """KV-Distill with scores of its own for each layer and head, and one budget over all of them.
+
+    One pass of the adapted model makes the entries and, from the hidden states that enter each
+    layer, their scores. The scores learn those of KVzip first (`fit_scores`, as in KVzap, arXiv
+    2601.07891), then the adapters learn to write (`train_distiller`). The cache is ragged
+    (`kvlab.ragged`).
+
+    Args:
+        model: a Llama-like decoder.
+        settings: rank, scorer_hidden_size, sinks and chunk_size of `DistillSettings`.
+
+    Example:
+        >>> from kvlab import lab
+        >>> distiller = FreeDistiller(lab.load("lab-target"), rank=8, scorer_hidden_size=16)
+        >>> prefix = distiller.compress(torch.arange(10, 30)[None], retention=0.25)
+        >>> (prefix.positions >= 0).sum(), prefix.next_position
+        (tensor(120), 20)
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int | None = None, **settings):
+        super().__init__(model, layer, **settings | {"gate": "none", "routing": "all"})
+        config = model.config.get_text_config(decoder=True)
+        sizes = config.hidden_size, self.settings.scorer_hidden_size, config.num_key_value_heads
+        self.scorer = HeadScorer(config.num_hidden_layers, *sizes).to(model.device)
+
+    def score(self, input_ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+        """The entries of contexts, padded on the left, and their scores (L, B, H_kv, T)."""
+        inputs = _chunked_inputs(input_ids, mask, self.settings.chunk_size)
+        decoder = self.adapted.get_base_model().base_model
+        output = decoder(**inputs, use_cache=True, output_hidden_states=True)
+        states = torch.stack(output.hidden_states[:-1])  # (L, rows * chunks, size, d)
+        rows, total = input_ids.shape
+        states = states.unflatten(1, (rows, -1)).flatten(2, 3)[:, :, -total:]
+        return self._joined(output.past_key_values, rows, total), self.scorer(states.detach())
+
+    def keep(self, input_ids: Tensor, attention_mask: Tensor, counts: Sequence[int]) -> Prefix:
+        """As `KVDistiller.keep`, except that entries are hidden, by a bias, rather than removed."""
+        cache, scores = self.score(input_ids, attention_mask)
+        positions = _positions(attention_mask)
+        always = (positions < self.settings.sinks)[:, None]
+        ranked = scores.detach().masked_fill(always, torch.inf)
+        ranked = ranked.masked_fill((attention_mask == 0)[:, None], -torch.inf)
+        rows = zip(ranked.split(1, 1), counts, strict=True)
+        kept = torch.cat([choose_entries(row, count, "model") for row, count in rows], 1)
+        layers = []
+        for layer, keep in zip(cache.layers, kept, strict=True):
+            bias = torch.zeros_like(layer.keys[..., 0]).masked_fill(~keep, -torch.inf)
+            layers.append(RaggedLayer(layer.keys, layer.values, bias))
+        fields = {"positions": positions, "rotary": rotary_of(self.model)}
+        return Prefix(kv.from_ragged(layers), attention_mask.sum(1), **fields)
+
+    @torch.no_grad()
+    def compress(
+        self, input_ids: Tensor, *, retention: float | None = None, budget: int | None = None
+    ) -> Prefix:
+        """Compress one context, (1, T), to a fraction of its entries or to a number per head."""
+        require_tokens(input_ids)
+        count = count_kept(input_ids.shape[1], retention, budget)
+        prefix = self.keep(input_ids, torch.ones_like(input_ids), [count])
+        kept = torch.stack([bias_of(layer) == 0 for layer in prefix.cache.layers])
+        empty = Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
+        return keep_entries(self.model, empty, input_ids, prefix.cache, kept)
+
+    def read_on(self, prefix: Prefix, text: Tensor) -> Tensor:
+        if not is_ragged(prefix.cache):
+            return super().read_on(prefix, text)
+        steps = torch.arange(text.shape[1], device=text.device)
+        position_ids = prefix.next_position[:, None] + steps
+        return kv.read(self.model, text, prefix.cache, position_ids=position_ids).logits
+
+
+class ScoreDataset(Dataset):
+    """Contexts with the logarithm of their scores by `kvzip`: (T,) and (L, H_kv, T).
+
+    Args:
+        model: scores the contexts, when they are read for the first time.
+        tokenizer: of the model.
+        contexts: texts.
+        sinks: as in `kvzip`.
+    """
+
+    def __init__(self, model, tokenizer, contexts: Sequence[str], sinks: int = 4):
+        self.model, self.tokenizer, self.contexts = model, tokenizer, contexts
+        self.score = partial(kvzip, sinks=sinks)
+        self.scored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index not in self.scored:
+            ids = encode_turns(self.tokenizer, self.contexts[index], [("", "")]).context[None]
+            ids = ids.to(self.model.device)
+            texts = repeat_texts(self.tokenizer, ids)
+            scores, _ = score_entries(self.model, ids, self.score, ids.shape[1], repeat=texts)
+            self.scored[index] = ids[0].cpu(), (scores[:, 0].cpu() + 1e-4).log().clamp(max=0.0)
+        return self.scored[index]
+
+
+def fit_scores(
+    distiller: FreeDistiller, examples: ScoreDataset, *, steps: int, batch_size: int = 32, **options
+) -> list[dict[str, float]]:
+    """Fit the scorer of a distiller to scores that take more readings, by least squares.
+
+    Args:
+        distiller: its scorer is changed in place.
+        examples: contexts with scores.
+        steps: optimizer steps.
+        batch_size: contexts per batch.
+        options: of `kvlab.training.fit`.
+    """
+
+    def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        contexts, scores = zip(*rows, strict=True)
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+        ids = pad(contexts, padding_value=-1)
+        targets = pad([score.movedim(-1, 0) for score in scores])  # (B, T, L, H_kv)
+        return {"context": ids.clamp(min=0), "mask": (ids >= 0).long(), "scores": targets}
+
+    def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        scores = model.score(batch["context"], batch["mask"])[1].permute(1, 3, 0, 2)
+        errors = (scores - batch["scores"]).square().mean((2, 3))
+        return {"squared_error": (errors * batch["mask"]).sum() / batch["mask"].sum()}
+
+    def count_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+        return batch["mask"].sum()
+
+    PartialState(cpu=distiller.model.device.type == "cpu")  # else `fit` takes the best device
+    loader = DataLoader(examples, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    defaults = {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup": max(1, steps // 20)}
+    trained = [p for p in distiller.adapted.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        return fit(
+            distiller, loader, losses, weight=count_tokens, steps=steps, **defaults | options
+        )
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _standardize(scores: Tensor, mask: Tensor) -> Tensor:
@@ -469,12 +657,16 @@ def train_distiller(
 
 
 class EncodedQuestion(NamedTuple):
-    """Token ids of a record: context (1, T), question (Q,), answer and choices, each (n,)."""
+    """Token ids of a record: context (1, T), question (Q,), answer and choices, each (n,).
+
+    `repeat` has what the model reads to score the context by repeating it.
+    """
 
     record: Record
     context: Tensor
     question: Tensor
     answers: list[Tensor]
+    repeat: list[Repeat]
 
 
 def encode_question(tokenizer: PreTrainedTokenizerBase, record: Record) -> EncodedQuestion:
@@ -483,8 +675,9 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, record: Record) -> Encod
     for answer in (record.answer, *record.choices):
         examples.append(encode_turns(tokenizer, record.context, [(record.question, answer)]))
     first = examples[0]
+    context, question = first.context[None], first.text[first.weights == 0]
     answers = [example.text[example.weights == 1] for example in examples]
-    return EncodedQuestion(record, first.context[None], first.text[first.weights == 0], answers)
+    return EncodedQuestion(record, context, question, answers, repeat_texts(tokenizer, context))
 
 
 def compress_for(
@@ -493,29 +686,63 @@ def compress_for(
     method: str,
     retention: float,
     distiller: KVDistiller | None = None,
-    shared: bool = False,
+    scope: str = "head",
+    sinks: int = 4,
 ) -> list[Prefix]:
     """Compress a context for each of its questions: once, unless the method sees the question.
 
     Args:
         questions: questions about one context.
-        method: "full" (the whole cache), "distill", or a name of METHODS or of AWARE.
+        method: "full" (the whole cache), "distill", "attention_matching", a name of METHODS, of
+            AWARE or of REPEATED, or a score of a module, "module:name".
         retention: fraction of the entries to keep.
         distiller: for the method "distill".
-        shared: as in `kvlab.compress.evict`.
+        scope: as in `kvlab.compress.evict`; REPEATED have their own.
+        sinks: number of first tokens that stay, of `expected_attention`, and of scores by repeating.
     """
     context = questions[0].context.to(model.device)
-    options = {"retention": retention, "shared": shared}
+    options = {"retention": retention, "scope": scope}
     if method in AWARE:
         ids = [q.question[None].to(model.device) for q in questions]
         return [evict(model, context, AWARE[method], question_ids=i, **options) for i in ids]
+    repeat = [Repeat(text.input_ids.to(model.device), text.part) for text in questions[0].repeat]
     if method == "full":
         prefix = prefill(model, context)
     elif method == "distill":
         prefix = distiller.compress(context, retention=retention)
+    elif method == "attention_matching":
+        score = partial(kvzip, sinks=sinks)
+        prefix = attention_matching(model, context, repeat, retention=retention, score=score)
+    elif method in REPEATED:
+        score, own_scope = REPEATED[method]
+        options |= {"score": partial(score, sinks=sinks), "scope": own_scope, "repeat": repeat}
+        prefix = evict(model, context, **options)
     else:
-        prefix = evict(model, context, METHODS[method], **options)
+        score = own_score(method) if ":" in method else METHODS[method]
+        if score is expected_attention:
+            score = partial(score, sinks=sinks)
+        prefix = evict(model, context, score, **options)
     return [prefix] * len(questions)
+
+
+def own_score(name: str) -> Score:
+    """A score of a module, "module:name", which is looked for in the current folder, too.
+
+    Example:
+        >>> own_score("kvlab.compress:key_norm").__name__
+        'key_norm'
+    """
+    module, _, function = name.partition(":")
+    folder = str(Path.cwd())
+    try:
+        if folder not in sys.path:
+            sys.path.append(folder)
+        score = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"There is no score {name} ({error}): give module:function.") from error
+    if not callable(score):
+        raise ValueError(f"{name} is no function: give a score such as kvlab.compress:key_norm.")
+    return score
 
 
 @torch.no_grad()
@@ -542,7 +769,7 @@ def compression_scores(
             `partial(generate, model, max_new_tokens=64)`.
         long_answers: score ROUGE-L, too.
         stop: strings that end an answer; they are cut off.
-        options: of `compress_for`: distiller, shared.
+        options: of `compress_for`: distiller, scope, sinks.
 
     Returns:
         A row for each method, retention and record. The first method is "full", the whole cache.

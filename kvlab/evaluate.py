@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlab.cache import Prefix, repeat
+from kvlab.cache import Prefix, read, repeat
 from kvlab.generation import encode_answer
-from kvlab.models import evaluating
 
 References = Sequence[str | Sequence[str]]  # per prediction one text, or several: the best counts
 
@@ -135,13 +134,11 @@ def log_likelihoods(
     starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]
     stops = torch.tensor([len(row) for row in rows])[:, None]
     columns = torch.arange(input_ids.shape[1])[None]
-    past, position = None, 0
+    past, position = DynamicCache(), 0
     if prefix is not None:
         past, position = repeat(prefix.cache, len(rows)), prefix.next_position
     position_ids = torch.as_tensor(position, device=model.device) + columns.to(model.device)
-    text = {"input_ids": input_ids, "position_ids": position_ids}
-    with evaluating(model):
-        logits = model(**text, past_key_values=past, use_cache=past is not None).logits
+    logits = read(model, input_ids, past, position_ids=position_ids).logits
     logits = logits[:, :-1].float()
     log_p = torch.zeros(input_ids.shape)
     log_p[:, 1:] = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0].cpu()

@@ -26,7 +26,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -59,6 +59,7 @@ from kvlab.generation import (
 )
 from kvlab.losses import kl
 from kvlab.models import CacheError
+from kvlab.ragged import bias_of, is_ragged, pack
 from kvlab.slots import Slots, step
 
 VERSION = 1  # of the file format
@@ -149,7 +150,7 @@ def splice(
     if arm not in ARMS:
         raise CacheError(f"The arm is {arm!r}: expected one of {', '.join(ARMS)}.")
     config = model.config.get_text_config(decoder=True)
-    input_ids, offsets = [], []  # offsets of the cache entries
+    input_ids, caches, rotary = [], [], models.rotary_of(model)
     for number, prefix in enumerate(prefixes):
         if number < CACHES_USED.get(arm, len(prefixes)):
             count, end = len(prefix.input_ids), prefix.next_position
@@ -157,9 +158,11 @@ def splice(
             if not entries <= count == end or len(prefix.cache.layers) != config.num_hidden_layers:
                 message = f"A prefix has {count} ids, {entries} entries and next position {end}"
                 raise CacheError(f"{message}: prefill it alone, from position 0, with this model.")
-            if arm == "recompute" and entries < count:
+            if arm == "recompute" and (entries < count or is_ragged(prefix.cache)):
                 raise CacheError("Evicted entries cannot be recomputed: use 'shift'.")
-            offsets += [len(input_ids)] * entries
+            moved = input_ids and arm != "concat"
+            cache = kv.shift(prefix.cache, len(input_ids), rotary) if moved else prefix.cache
+            caches.append(cache)
         input_ids += prefix.input_ids
     limit = config.max_position_embeddings
     if len(input_ids) > limit:
@@ -170,9 +173,7 @@ def splice(
     start = len(prefixes[0].input_ids)
     if arm == "prefix" and len(prefixes) > 1:
         return kv.prefill(model, tokens[:, start:], prefixes[0])
-    cache = kv.from_tensor(torch.cat([kv.to_tensor(prefix.cache) for prefix in prefixes], dim=4))
-    if arm != "concat":
-        cache = kv.shift(cache, torch.tensor(offsets, device=model.device), models.rotary_of(model))
+    cache = reduce(kv.join, caches)
     if arm == "recompute" and len(prefixes) > 1:
         cache = _recompute(model, cache, tokens, start, fraction)
     return Prefix(cache, len(input_ids), input_ids)
@@ -255,7 +256,8 @@ def check(
         >>> check(model, prefixes, "prefix").verdict, check(model, prefixes, "concat").verdict
         ('trust', 'reject')
     """
-    if any(p.cache is not None and kv.length(p.cache) < len(p.input_ids) for p in prefixes):
+    given = [p for p in prefixes if p.cache is not None]
+    if any(is_ragged(p.cache) or kv.length(p.cache) < len(p.input_ids) for p in given):
         raise CacheError("A piece is compressed, so it is not its text: check it uncompressed.")
     spliced = splice(model, prefixes, arm, fraction)
     full = splice(model, prefixes, "full")
@@ -451,7 +453,8 @@ class KnowledgeCache:
             max_new_tokens: of a generated answer.
             batch_size: of prefill and of generation.
             compress: from token ids (1, T) to a `Prefix` of k entries, with positions (1, k), the
-                same for all heads; see `kvlab.compress`. It takes k / T of the bytes.
+                same for all heads, or (L, 1, H_kv, k) where heads have lengths of their own; see
+                `kvlab.compress`. It takes k / T of the bytes.
             stop: strings that end a generated answer; they are cut off.
 
         Raises:
@@ -570,7 +573,10 @@ class KnowledgeCache:
             for part, tensor in parts.items():
                 named[f"{number}.{part}"] = tensor
             row = {"input_ids": (), "shard": "", "number": number, "checksum": _checksum_of(parts)}
-            rows.append(asdict(item) | row | {"kept": len(parts.get("positions", ()))})
+            if "positions" in parts:  # (k,), or (L, H_kv, k) with -1 before the first of a head
+                kept = (parts["positions"] >= 0).sum(-1).float().mean()
+                row["kept"] = max(1, round(kept.item()))
+            rows.append(asdict(item) | row)
         write_tensors(data, named)
         ids = [torch.tensor(item.input_ids, dtype=torch.int32) for item in items]
         table = {"input_ids": torch.cat(ids), "lengths": torch.tensor([len(i) for i in ids])}
@@ -634,9 +640,13 @@ class KnowledgeCache:
                 damaged; other items are not affected.
         """
         tensors, count = self._tensors(item, "kv"), len(item.input_ids)
-        cache = kv.from_tensor(tensors["kv"].to(self.model.device, self.model.dtype))
+        entries = tensors["kv"].to(self.model.device, self.model.dtype)
         positions = tensors.get("positions", torch.arange(count)).to(self.model.device)
-        return Prefix(cache, count, item.input_ids, positions=positions[None])
+        if positions.ndim == 1:
+            cache, positions = kv.from_tensor(entries), positions[None]
+        else:
+            cache, positions = _unflatten(entries, positions), positions[:, None]
+        return Prefix(cache, count, item.input_ids, positions=positions)
 
     def hidden_states(self, item: Item) -> Tensor:
         """Read the last hidden states of an item from disk, (1, T, d); see `read`."""
@@ -674,8 +684,8 @@ class KnowledgeCache:
                 prefix = self.read(item)
                 cache = prefix.cache
                 if start:
-                    left = (prefix.positions[0] >= start).nonzero()[:, 0]
-                    cache = kv.shift(kv.select(cache, left), -start, models.rotary_of(self.model))
+                    cache = _after(prefix, start)
+                    cache = kv.shift(cache, -start, models.rotary_of(self.model))
             prefixes.append(Prefix(cache, len(ids), ids))
         return splice(self.model, prefixes, arm, **options)
 
@@ -790,13 +800,47 @@ def _prefill_rows(model, rows: Sequence[Sequence[int]]) -> Iterator[dict[str, Te
 
 
 def _compressed(input_ids: Tensor, compress: Callable[[Tensor], Prefix]) -> tuple[Tensor, Tensor]:
-    """Stacked keys and values (L, 2, 1, H_kv, k, D), and their positions (k,)."""
+    """Stacked keys and values (L, 2, 1, H_kv, k, D), and their positions (k,).
+
+    If heads keep entries of their own: (2, N, D), and positions (L, H_kv, k), -1 for padding.
+    """
     prefix = compress(input_ids)
-    expected = (1, kv.length(prefix.cache)), input_ids.shape[1]
-    returned = tuple(prefix.positions.shape), prefix.next_position
+    cache, positions = prefix.cache, prefix.positions
+    layers, _, heads, _, _ = kv.layout(cache)
+    shape = (1,) if positions.ndim == 2 else (layers, 1, heads)
+    expected = (*shape, kv.length(cache)), input_ids.shape[1]
+    returned = tuple(positions.shape), prefix.next_position
     if returned != expected:
         raise CacheError(f"compress returned positions, next {returned}: expected {expected}.")
-    return kv.to_tensor(prefix.cache), prefix.positions[0].to("cpu", copy=True)
+    positions = positions.to("cpu", copy=True)
+    if positions.ndim == 2:
+        return kv.to_tensor(cache), positions[0]
+    if any(bias_of(layer)[bias_of(layer).isfinite()].any() for layer in cache.layers):
+        raise CacheError("Entries have a bias, which a store does not keep: compress otherwise.")
+    entries = []
+    for layer in cache.layers:
+        kept = bias_of(layer).isfinite()
+        entries.append(torch.stack((layer.keys[kept], layer.values[kept])))
+    return torch.cat(entries, 1), positions[:, 0]
+
+
+def _unflatten(entries: Tensor, positions: Tensor) -> DynamicCache:
+    """The cache of entries (2, N, D) of heads with lengths of their own, see `_compressed`."""
+    kept = (positions >= 0)[:, None]  # (L, 1, H_kv, k)
+    padded = entries.new_zeros(2, *kept.shape, entries.shape[-1])
+    padded[:, kept] = entries
+    return kv.from_ragged(pack(*layer) for layer in zip(*padded, kept, strict=True))
+
+
+def _after(prefix: Prefix, start: int) -> DynamicCache:
+    """The entries of a prefix of one row at positions from `start` on."""
+    if prefix.positions.ndim == 2:
+        return kv.select(prefix.cache, (prefix.positions[0] >= start).nonzero()[:, 0])
+    layers = []
+    for layer, positions in zip(prefix.cache.layers, prefix.positions, strict=True):
+        later = positions[..., positions.shape[-1] - layer.keys.shape[2] :] >= start
+        layers.append(pack(layer.keys, layer.values, later))
+    return kv.from_ragged(layers)
 
 
 # -- settings and manifest

@@ -11,12 +11,14 @@ import hashlib
 import math
 import reprlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvlab.files import as_bytes
 
@@ -81,6 +83,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.training = True
+
+
+@contextmanager
+def use_attention(model: PreTrainedModel, attention: Callable) -> Iterator[None]:
+    """Let the layers of a model attend by another function, as transformers calls them.
+
+    The function is registered under a temporary name, which is removed again.
+    """
+    name = f"kvlab_{attention.__name__}_{id(attention)}"
+    # A model of the first layers has a config of its own, which its attention does not see.
+    configs = [model.config.get_text_config(decoder=True)]
+    configs += [module.config for module in model.modules() if hasattr(module, "layer_idx")]
+    before = {id(config): (config, config._attn_implementation) for config in configs}
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    masks = ALL_MASK_ATTENTION_FUNCTIONS  # a name that is not registered gets no mask at all
+    masks.register(name, masks["sdpa"])
+    try:
+        for config, _ in before.values():
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in before.values():
+            config._attn_implementation = implementation
+        del ALL_ATTENTION_FUNCTIONS[name], masks._global_mapping[name]
 
 
 def require_supported(model: PreTrainedModel) -> None:

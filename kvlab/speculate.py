@@ -41,6 +41,7 @@ from kvlab.generation import (
     widened,
 )
 from kvlab.models import first_layers, require_supported
+from kvlab.ragged import is_ragged
 from kvlab.slots import Slots, step
 
 Acceptance = float | Sequence[float]  # of all positions, or by position
@@ -364,12 +365,17 @@ class Runner:
                 ids = torch.tensor([text], device=self.model.device)
                 prefixed[key] = prefill(model, ids, prefix)
             states.append(prefixed[key])
-        columns = max(length(state.cache) for state in states) + room
+        caches = [state.cache for state in states]
+        columns = max(map(length, caches)) + room
         size = self.compiled_room or columns
         if columns > size:
             raise ValueError(f"compiled_room is {size}, but texts need {columns}.")
+        ragged = caches if any(map(is_ragged, caches)) else ()
+        if ragged and self.compiled_room:
+            hint = "leave compiled_room out, or compress with one budget for every head"
+            raise ValueError(f"Heads of a prefix have lengths of their own: {hint}.")
         if not self.compiled_room or self.slots is None or len(self.slots.lengths) != len(texts):
-            self.slots = Slots(self.model, len(texts), size)
+            self.slots = Slots(self.model, len(texts), size, ragged)
             if self.compiled_room:
                 for layer in self.slots.layers:
                     torch._dynamo.mark_static_address(layer.keys)
@@ -548,7 +554,8 @@ class FusedProposer(ModelProposer):
         self.settled = []  # the tokens of each row that are fused, or will not be
         for row, prefix in enumerate(_prefix_per_row(self.prefix, len(texts))):
             self.settled.append(len(texts[row]) - self.unread[row])
-            if self.prefill and target_cache.lengths[row] == len(texts[row]) - 1:
+            whole = target_cache.lengths[row] == len(texts[row]) - 1
+            if self.prefill and whole and not target_cache.is_ragged_row(row):
                 self.settled[row] = len(prefix.input_ids) if prefix else 0
                 self._fuse(row, target_cache)
 

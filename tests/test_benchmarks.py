@@ -152,12 +152,24 @@ PROMISED = {
                 "snapkv_aware",
                 "key_norm",
                 "key_norm_reversed",
+                "tova",
+                "keydiff",
+                "expected_attention",
+                "compactor",
+                "kvzip",
+                "kvzip_layer",
+                "kvzip_uniform",
+                "kvzip_plus",
+                "kvzip_sinks",
+                "attention_matching",
+                "distill_free",
+                "key_norm_reversed_free",
             )
             for percent in (50, 25, 10, 5, 2)
         ),
         *(
             f"{what}_{percent}"
-            for what in ("bytes_ratio", "gain", "lost")
+            for what in ("bytes_ratio", "gain", "gain_free", "where", "lost", "lost_free")
             for percent in (50, 25, 10, 5, 2)
         ),
         *(
@@ -166,6 +178,15 @@ PROMISED = {
             for percent in (25, 10)
         ),
         *(f"em_distill_compacted_{percent}" for percent in (25, 10)),
+        *(f"em_random_counts_{percent}" for percent in (25, 10)),
+        *(
+            f"{what}_{method}"
+            for what in ("readings", "ms", "readings_ms")
+            for method in ("kvzip", "distill_free", "key_norm_reversed", "attention_matching")
+        ),
+        *(f"bytes_over_ideal_kvzip_{percent}" for percent in (25, 10, 5)),
+        "decode_ms_free_10",
+        "decode_ms_masked_10",
         *(
             f"choice_{arm}"
             for arm in (

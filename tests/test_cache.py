@@ -525,7 +525,7 @@ def test_files_of_other_kinds_are_refused(saved, tiny_model, tmp_path):
     path, owner = saved[0], fingerprint(tiny_model())
     rewrite(path, lambda header: header.update(version=99))
     with pytest.raises(
-        CacheError, match=r"a\.safetensors has cache format version 99, this kvlab reads version 1"
+        CacheError, match=r"a\.safetensors has cache format version 99, this kvlab reads up to v"
     ):
         kv.load(path, owner)
     save_file({"weight": torch.ones(2)}, path)

@@ -239,7 +239,7 @@ def test_a_fraction_is_rounded_and_at_least_one_and_a_number_at_most_all():
 def test_full_retention_is_the_full_cache(tiny_model, family, method):
     model = tiny_model(family)
     full = kv.prefill(model, IDS)
-    for options in ({"retention": 1.0}, {"budget": 99, "shared": True}):
+    for options in ({"retention": 1.0}, {"budget": 99, "scope": "token"}):
         prefix = evict(model, IDS, METHODS[method], **options)
         assert same_cache(prefix.cache, full.cache)
         assert prefix.next_position == full.next_position == 40
@@ -247,21 +247,21 @@ def test_full_retention_is_the_full_cache(tiny_model, family, method):
 
 
 @every_method
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("scope", ["token", "head"])
 @with_or_without_a_question
 def test_the_best_of_each_head_are_kept_and_nothing_else_is_in_memory(
-    tiny_model, method, shared, question
+    tiny_model, method, scope, question
 ):
     model = tiny_model("Llama")
     full, question_ids = kv.prefill(model, IDS).cache, TEXT[:, :question] if question else None
     for k, options in ((1, {"budget": 1}), (10, {"retention": 0.26}), (17, {"budget": 17})):
-        options |= {"question_ids": question_ids, "shared": shared}
+        options |= {"question_ids": question_ids, "scope": scope}
         torch.manual_seed(1)
         prefix = evict(model, IDS, METHODS[method], **options)
         torch.manual_seed(1)
         scores, _ = score_entries(model, IDS, METHODS[method], k, question_ids)
         assert scores.shape == (LAYERS, 1, GROUPS, 40)
-        scores = scores.mean((0, 2)) if shared else scores
+        scores = scores.mean((0, 2)) if scope == "token" else scores
         assert prefix.positions.shape == (*scores.shape[:-1], k)
         rows = zip(prefix.positions.reshape(-1, k), scores.reshape(-1, 40), strict=True)
         for positions, row in rows:
@@ -269,7 +269,9 @@ def test_the_best_of_each_head_are_kept_and_nothing_else_is_in_memory(
             assert positions.tolist() == sorted(set(positions.tolist()))
             assert sorted(row[positions].tolist()) == sorted(row[ranked[:k]].tolist())
         for layer, group in itertools.product(range(LAYERS), range(GROUPS)):
-            positions = prefix.positions[0] if shared else prefix.positions[layer, 0, group]
+            positions = (
+                prefix.positions[0] if scope == "token" else prefix.positions[layer, 0, group]
+            )
             for name in ("keys", "values"):
                 entries = getattr(prefix.cache.layers[layer], name)
                 expected = getattr(full.layers[layer], name)[0, group, positions]
@@ -290,7 +292,7 @@ def test_each_head_keeps_entries_of_its_own(tiny_model, method):
 @pytest.mark.parametrize("method", ["snapkv", "key_norm"])
 def test_an_evicted_cache_is_the_whole_text_with_the_evicted_hidden(tiny_model, family, method):
     model = tiny_model(family, dtype=DOUBLE)
-    prefix = evict(model, IDS, METHODS[method], budget=11, shared=True)
+    prefix = evict(model, IDS, METHODS[method], budget=11, scope="token")
     hidden = torch.ones(40).index_fill(0, prefix.positions[0], 0).bool()
     mask = torch.full((46, 46), -INF, dtype=DOUBLE).triu(1)
     mask[40:, :40] = mask[40:, :40].masked_fill(hidden, -INF)
@@ -394,24 +396,24 @@ def greedy(model, prefix, text, steps=6):
 
 
 @every_family
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_block_says_the_same_at_any_position(tiny_model, family, shared):
+@pytest.mark.parametrize("scope", ["token", "head"])
+def test_a_block_says_the_same_at_any_position(tiny_model, family, scope):
     model = tiny_model(family, dtype=DOUBLE)
-    block = evict(model, IDS, latest, budget=9, shared=shared)
+    block = evict(model, IDS, latest, budget=9, scope=scope)
     assert (block.positions == torch.arange(31, 40)).all()
     small = compact(block)
     assert small.next_position == 9
     near(read_on(model, small, TEXT), read_on(model, block, TEXT), 1e-4)
     assert greedy(model, small, TEXT) == greedy(model, block, TEXT)
-    gapped = evict(model, IDS, sinks_recent, budget=9, shared=shared)
+    gapped = evict(model, IDS, sinks_recent, budget=9, scope=scope)
     assert distance(read_on(model, compact(gapped), TEXT), read_on(model, gapped, TEXT)) > 0.01
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_compact_keys_are_rotated_to_the_first_positions(tiny_model, shared):
+@pytest.mark.parametrize("scope", ["token", "head"])
+def test_compact_keys_are_rotated_to_the_first_positions(tiny_model, scope):
     model = tiny_model(dtype=DOUBLE)
     rotary, full = rotary_of(model), kv.prefill(model, IDS).cache
-    prefix = evict(model, IDS, key_norm, budget=7, shared=shared)
+    prefix = evict(model, IDS, key_norm, budget=7, scope=scope)
     small = compact(prefix)
     unrotated = kv.select(kv.unrotate(full, torch.arange(40), rotary), prefix.positions)
     expected = kv.rotate(unrotated, torch.arange(7), rotary)
@@ -428,10 +430,10 @@ def test_compacting_a_full_cache_changes_nothing(tiny_model):
 
 
 @every_family
-@pytest.mark.parametrize("shared", [True, False])
-def test_generate_takes_a_compact_cache_with_placeholders(tiny_model, family, shared):
+@pytest.mark.parametrize("scope", ["token", "head"])
+def test_generate_takes_a_compact_cache_with_placeholders(tiny_model, family, scope):
     model = tiny_model(family, dtype=DOUBLE)
-    small = compact(evict(model, IDS, key_norm, budget=10, shared=shared))
+    small = compact(evict(model, IDS, key_norm, budget=10, scope=scope))
     prompt = torch.cat([torch.zeros(1, 10, dtype=torch.long), TEXT], 1)
     past = kv.clone(small.cache)
     ids = model.generate(prompt, past_key_values=past, do_sample=False, max_new_tokens=6)
@@ -442,11 +444,11 @@ def test_generate_takes_a_compact_cache_with_placeholders(tiny_model, family, sh
 
 
 @every_method
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("scope", ["token", "head"])
 @with_or_without_a_question
-def test_one_chunk_is_plain_eviction(tiny_model, method, shared, question):
+def test_one_chunk_is_plain_eviction(tiny_model, method, scope, question):
     model, question_ids = tiny_model(), TEXT[:, :question] if question else None
-    options = {"budget": 12, "shared": shared, "question_ids": question_ids}
+    options = {"budget": 12, "scope": scope, "question_ids": question_ids}
     prefixes = []
     for chunk_size in (None, 40, 99):
         torch.manual_seed(1)
@@ -470,33 +472,33 @@ def test_full_retention_in_chunks_is_the_full_cache(tiny_model, family, method, 
 
 
 @every_method
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("scope", ["token", "head"])
 @with_or_without_a_question
 def test_a_chunk_is_read_after_the_best_so_far_and_the_best_of_both_are_kept(
-    tiny_model, method, shared, question
+    tiny_model, method, scope, question
 ):
     model, question_ids = tiny_model(dtype=DOUBLE), TEXT[:, :question] if question else None
     torch.manual_seed(1)
-    options = {"question_ids": question_ids, "shared": shared, "chunk_size": 9}
+    options = {"question_ids": question_ids, "scope": scope, "chunk_size": 9}
     prefix = evict(model, IDS, METHODS[method], budget=12, **options)
     torch.manual_seed(1)
     cache, positions = None, torch.zeros(LAYERS, 1, GROUPS, 0, dtype=torch.long)
     for start in range(0, 40, 9):
         chunk = IDS[:, start : start + 9]
-        before = kv.Prefix(cache, start) if start else None
+        before = kv.Prefix(cache, start, positions=positions) if start else None
         held = positions.shape[-1] + chunk.shape[1]
         k = min(12, held)
         scores, cache = score_entries(model, chunk, METHODS[method], k, question_ids, before)
         assert scores.shape == (LAYERS, 1, GROUPS, held)
         assert scores.isinf().sum(-1).max() <= k
         assert kv.length(cache) == held + question
-        scores = scores.mean((0, 2), keepdim=True) if shared else scores
+        scores = scores.mean((0, 2), keepdim=True) if scope == "token" else scores
         columns = scores.topk(k).indices.sort().values.expand(LAYERS, 1, GROUPS, -1)
         new = torch.arange(start, start + chunk.shape[1]).expand(LAYERS, 1, GROUPS, -1)
         positions = torch.cat([positions, new], -1).gather(-1, columns)
         cache = kv.select(cache, columns)
     assert same_cache(prefix.cache, cache)
-    assert prefix.positions.shape == ((1, 12) if shared else (LAYERS, 1, GROUPS, 12))
+    assert prefix.positions.shape == ((1, 12) if scope == "token" else (LAYERS, 1, GROUPS, 12))
     assert (prefix.positions == positions).all()
     assert prefix.next_position == len(prefix.input_ids) == 40
     for layer in prefix.cache.layers:
@@ -555,10 +557,10 @@ def test_a_text_longer_than_the_model_reads_counts_entries(tiny_model):
 
 
 @every_family
-@pytest.mark.parametrize("shared", [True, False])
-def test_evicting_after_a_prefix_is_the_next_chunk(tiny_model, family, shared):
+@pytest.mark.parametrize("scope", ["token", "head"])
+def test_evicting_after_a_prefix_is_the_next_chunk(tiny_model, family, scope):
     model = tiny_model(family)
-    options = {"budget": 12, "shared": shared}
+    options = {"budget": 12, "scope": scope}
     prefix = None
     for chunk in IDS.split(9, 1):
         prefix = evict(model, chunk, h2o, prefix=prefix, **options)
@@ -578,7 +580,7 @@ def test_entries_of_a_prefix_that_was_shared_or_prefilled_can_be_evicted_by_head
         assert prefix.positions.equal(expected.positions)
         near(kv.to_tensor(prefix.cache), kv.to_tensor(expected.cache))
     by_head = evict(model, IDS[:, :30], key_norm, budget=20)
-    prefix = evict(model, IDS[:, 30:], key_norm, budget=12, prefix=by_head, shared=True)
+    prefix = evict(model, IDS[:, 30:], key_norm, budget=12, prefix=by_head, scope="token")
     assert prefix.positions.shape == (LAYERS, 1, GROUPS, 12)
     for layer, group in itertools.product(range(LAYERS), range(GROUPS)):
         positions = prefix.positions[layer, 0, group]
@@ -640,13 +642,13 @@ def test_a_padded_prefix_is_refused(tiny_model):
 
 
 @pytest.mark.parametrize("method", ["sinks_recent", "key_norm", "h2o", "snapkv"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("scope", ["token", "head"])
 @pytest.mark.parametrize("chunk_size", [None, 9])
-def test_rows_of_a_batch_are_texts_alone(tiny_model, method, shared, chunk_size):
+def test_rows_of_a_batch_are_texts_alone(tiny_model, method, scope, chunk_size):
     model, rows = tiny_model("Llama", dtype=DOUBLE), torch.cat([IDS, IDS.flip(1), IDS.roll(5, 1)])
-    options = {"budget": 12, "shared": shared, "chunk_size": chunk_size, "question_ids": TEXT}
+    options = {"budget": 12, "scope": scope, "chunk_size": chunk_size, "question_ids": TEXT}
     batch = evict(model, rows, METHODS[method], **options)
-    assert batch.positions.shape == ((3, 12) if shared else (LAYERS, 3, GROUPS, 12))
+    assert batch.positions.shape == ((3, 12) if scope == "token" else (LAYERS, 3, GROUPS, 12))
     assert batch.next_position == 40
     after = read_on(model, batch, TEXT.repeat(3, 1))
     small = read_on(model, compact(batch), TEXT.repeat(3, 1))
@@ -654,7 +656,7 @@ def test_rows_of_a_batch_are_texts_alone(tiny_model, method, shared, chunk_size)
         alone = evict(model, ids[None], METHODS[method], **options)
         cache = kv.from_tensor(kv.to_tensor(batch.cache)[:, :, i : i + 1])
         near(kv.to_tensor(cache), kv.to_tensor(alone.cache))
-        own = batch.positions[i : i + 1] if shared else batch.positions[:, i : i + 1]
+        own = batch.positions[i : i + 1] if scope == "token" else batch.positions[:, i : i + 1]
         assert own.equal(alone.positions)
         near(after[i : i + 1], read_on(model, alone, TEXT))
         near(small[i : i + 1], read_on(model, compact(alone), TEXT), 1e-4)

@@ -23,11 +23,13 @@ from safetensors.torch import load_file
 
 from kvlab import cache as kv
 from kvlab import files, knowledge, lab
+from kvlab.compress import evict, key_norm
 from kvlab.draft import KnowledgeDraft
 from kvlab.generation import close_turn, continuations, encode, rendered
 from kvlab.knowledge import ARMS, CACHES_USED, Hit, KnowledgeCache, splice
 from kvlab.lab.tokenizers import CHAT_TEMPLATE
 from kvlab.models import CacheError, rotary_of
+from kvlab.ragged import bias_of
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.randint(0, 97, (25,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -1543,12 +1545,64 @@ def test_an_export_of_compressed_items_is_the_same(make, model, tmp_path):
     assert [i.kept for i in copied] == [i.kept for i in store]
 
 
+@pytest.mark.parametrize("scope", ["model", "layer", "head"])
+def test_items_whose_heads_keep_entries_of_their_own(make, model, scope):
+    way = functools.partial(evict, model, score=key_norm, retention=0.4, scope=scope)
+    store, whole = make(compress=way), make(name="whole")
+    text = torch.tensor([store.prompt("Who?")])
+    expected = []
+    for item in load(store):
+        prefix, alone = load(store).read(item), way(torch.tensor([item.input_ids]))
+        assert torch.equal(prefix.positions, alone.positions)
+        logits = [kv.prefill(model, text, p).logits for p in (prefix, alone)]
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+        expected.append(alone.cache)
+    path, whole_path = data_of(store, store.items[0]), data_of(whole, whole.items[0])
+    assert path.stat().st_size < 0.6 * whole_path.stat().st_size
+    one, two = store.items[:2]
+    start = len(one.input_ids)
+    prefix = store.splice([one, two], "shift")
+    cache = kv.join(expected[0], kv.shift(expected[1], start, rotary_of(model)))
+    joined = kv.Prefix(cache, start + len(two.input_ids))
+    logits = [kv.prefill(model, text, p).logits for p in (prefix, joined)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+    with pytest.raises(CacheError, match="Evicted entries cannot be recomputed"):
+        store.splice([one, two], "recompute")
+
+
+def test_the_opening_is_left_out_of_items_whose_heads_keep_entries_of_their_own(
+    make, model, monkeypatch
+):
+    way = functools.partial(evict, model, score=key_norm, retention=0.4, scope="model")
+    store = make(compress=way)
+    monkeypatch.setitem(vars(store), "_opening", 2)
+    one, two = store.items[:2]
+    kept = [way(torch.tensor([item.input_ids])).positions for item in (one, two)]
+    prefix = store.splice([one, two], "shift")
+    entries = sum(int((bias_of(layer) == 0).sum()) for layer in prefix.cache.layers)
+    assert entries == (kept[0] >= 0).sum() + (kept[1] >= 2).sum()
+    assert prefix.next_position == len(one.input_ids) + len(two.input_ids) - 2
+
+
+def test_a_store_keeps_no_bias(make, model):
+    def biased(ids):
+        prefix = evict(model, ids, key_norm, retention=0.4, scope="model")
+        cache = prefix.cache
+        cache.layers[0].bias = cache.layers[0].bias + 0.5
+        return dataclasses.replace(prefix, cache=cache)
+
+    with pytest.raises(CacheError, match="Entries have a bias, which a store does not keep"):
+        make(compress=biased)
+
+
 def test_what_cannot_be_done_with_compressed_items_is_a_sentence(make, model, tmp_path):
     store, first = make(compress=halved(model)), halved(model)
     with pytest.raises(CacheError, match=r"Evicted entries cannot be recomputed: use 'shift'"):
         store.splice(store.items[:2], "recompute")
     by_head = lambda ids: dataclasses.replace(first(ids), positions=torch.zeros(2, 1, 2, 3))
-    with pytest.raises(CacheError, match=r"positions, next \(\(2, 1, 2, 3\), .*expected \(\(1, "):
+    with pytest.raises(
+        CacheError, match=r"positions, next \(\(2, 1, 2, 3\), .*expected \(\(\d, 1, "
+    ):
         make(name="by_head", compress=by_head)
     moved = lambda ids: dataclasses.replace(first(ids), next_position=3)
     with pytest.raises(CacheError, match=r"compress returned positions, next \(.*, 3\): expected"):

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from kvlab import distill as chapter
 from kvlab.commands import shared as common
-from kvlab.compress import AWARE, METHODS
-from kvlab.distill import KVDistiller
+from kvlab.compress import AWARE, METHODS, REPEATED, SCOPES
+from kvlab.distill import FreeDistiller, KVDistiller, ScoreDataset, fit_scores, own_score
 from kvlab.evaluate import run_info
 from kvlab.files import naming, read_json, require_writable
 from kvlab.lab.corpora import Readings
@@ -30,6 +30,8 @@ def distill(
     output_dir: Path = Path("distiller"),
     width: int = 1024,
     row: int = 1536,
+    scope: Literal["token", "model"] = "token",
+    score_steps: int = 300,
     retention: list[float] | None = None,
     forward_share: float = 0.6,
     instruction: float = 0.0,
@@ -63,6 +65,10 @@ def distill(
         width: Width of the scorer's hidden layer.
         row: Longer contexts are read in chunks of this many tokens, which do not attend to each
             other.
+        scope: Where entries compete: "token" keeps the same tokens in all heads and layers, as in the
+            paper; "model" scores each layer and head, with one budget over all of them. Its scores
+            learn those of KVzip first.
+        score_steps: Optimizer steps of that, with at most 1,000 contexts.
         retention: Bounds of the fraction to keep, drawn for each batch. Default: 0.001 0.8.
         forward_share: Weight of KL(p||q) in the loss; KL(q||p) has the rest.
         instruction: Weight of the questions' tokens in the loss; answers have 1.
@@ -87,12 +93,10 @@ def distill(
     retention = retention or [0.001, 0.8]
     if len(retention) != 2 or retention[0] > retention[1]:
         raise ValueError(f"retention is {retention}, expected two fractions in (0, 1], in order.")
-    if data == "lab":
-        test_records = common.lab_passages(contexts, questions, seed, source)
-        readings = Readings(steps * batch_size * accumulate, questions=questions, seed=seed)
-    else:
-        records = common.load_records(data, source, split)
-        readings, test_records = _split_records(records, heldout, questions, seed)
+    count = steps * batch_size * accumulate
+    readings, test_records = _readings(
+        data, source, split, count, contexts, questions, heldout, seed
+    )
     if len(readings) < batch_size:
         raise ValueError(f"{len(readings)} examples are fewer than a batch of {batch_size}.")
     require_writable(output_dir / "training.json")
@@ -100,26 +104,61 @@ def distill(
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
     test_records = _readable(model, tokenizer, test_records, 64)
     torch.manual_seed(seed)
-    distiller = KVDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
+    if scope == "model":
+        distiller = FreeDistiller(model, scorer_hidden_size=width, chunk_size=row, **dict(options))
+    else:
+        distiller = KVDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
     training = counts | {"retention": retention, "forward_share": forward_share}
     training |= {"learning_rate": learning_rate, "precision": precision, "seed": seed}
     settings = asdict(distiller.settings)
-    texts = instruction, enable_thinking, repr(readings)
+    texts = instruction, enable_thinking, repr(readings), scope, score_steps
     run = output_dir / common.run_name(model, settings, training, *texts)
     training |= {"checkpoint": run / "checkpoint.safetensors", "every": every or steps}
     state.print(f"Training: {len(readings)} examples. Held out: {_count(test_records)}.")
+    if scope == "model":
+        _fit_scores(distiller, tokenizer, readings, training | {"steps": score_steps})
     examples = chapter.DistillDataset(tokenizer, readings, instruction)
     history = chapter.train_distiller(distiller, examples, **training)
     if state.is_main_process:
         settings |= {"base_model": scale.target, "retention": retention}
-        distiller.save_pretrained(output_dir)
-        comparison = {"distiller": distiller, "long_answers": data in LONG, "seed": seed}
-        arms = ["distill"], [0.5, 0.25, 0.1]
-        figures = _compare(model, tokenizer, test_records[:contexts], *arms, **comparison)
-        result = {"settings": common.command_settings(**settings)}
-        result["heldout"] = [common.short_digest(rows[0].context) for rows in test_records]
-        result |= {"figures": figures, **run_info(), "history": history}
-        print(common.write_json(output_dir / "training.json", result))
+        comparison = {"long_answers": data in LONG, "seed": seed}
+        parts = test_records, contexts, settings, history
+        _save_compared(distiller, tokenizer, output_dir, *parts, **comparison)
+
+
+def _save_compared(
+    distiller, tokenizer, output_dir, records, contexts, settings, history, **options
+) -> None:
+    """Write a distiller, and how it answers about held-out contexts."""
+    distiller.save_pretrained(output_dir)
+    arms = ["distill"], [0.5, 0.25, 0.1]
+    options["distiller"] = distiller
+    figures = _compare(distiller.model, tokenizer, records[:contexts], *arms, **options)
+    result = {"settings": common.command_settings(**settings)}
+    result["heldout"] = [common.short_digest(rows[0].context) for rows in records]
+    result |= {"figures": figures, **run_info(), "history": history}
+    print(common.write_json(output_dir / "training.json", result))
+
+
+def _readings(
+    data, source, split, count: int, contexts: int, questions: int, heldout: float, seed: int
+) -> tuple:
+    """Contexts with questions and answers to train on, and the records of held-out contexts."""
+    if data == "lab":
+        test_records = common.lab_passages(contexts, questions, seed, source)
+        return Readings(count, questions=questions, seed=seed), test_records
+    return _split_records(common.load_records(data, source, split), heldout, questions, seed)
+
+
+def _fit_scores(distiller, tokenizer, readings, training: dict) -> None:
+    """Fit the scorer to KVzip's scores of the contexts, and freeze it."""
+    contexts = [readings[i][0] for i in range(min(len(readings), 1000))]
+    examples = ScoreDataset(distiller.model, tokenizer, contexts, distiller.settings.sinks)
+    names = ("steps", "batch_size", "accumulate", "precision", "seed", "every")
+    options = {name: training[name] for name in names}
+    options["checkpoint"] = training["checkpoint"].with_name("scores.safetensors")
+    fit_scores(distiller, examples, **options)
+    distiller.scorer.requires_grad_(False)
 
 
 def _split_records(records: dict[str, list], heldout: float, questions: int, seed: int) -> tuple:
@@ -148,7 +187,8 @@ def eval_compression(
     questions: int = 8,
     methods: list[str] | None = None,
     retention: list[float] | None = None,
-    shared: bool = False,
+    scope: Literal[SCOPES] = "head",
+    sinks: int = 4,
     max_new_tokens: int = 64,
     save_results: bool = False,
     output_dir: Path = Path("results"),
@@ -175,11 +215,14 @@ def eval_compression(
         contexts: Most contexts to read.
         questions: Most questions about each.
         methods: Some of distill, random, sinks_recent, h2o, snapkv, key_norm, key_norm_reversed,
-            h2o_aware and snapkv_aware, e.g. --methods distill h2o. Default: all.
+            tova, keydiff, expected_attention, compactor, kvzip, kvzip_layer, kvzip_uniform,
+            kvzip_plus, attention_matching, h2o_aware and snapkv_aware, e.g. --methods distill h2o,
+            or a score of your own, --methods my_module:my_score. Default: all.
         retention: Fractions of a context's entries to keep, e.g. --retention 0.5 0.1. Default: 1
             0.5 0.25 0.1 0.05 0.02.
-        shared: Keep the same entries in all heads and layers, by the mean of their scores; distill
-            always does.
+        scope: Where entries compete for the budget: within each head, each layer or the whole
+            model, or as tokens that all heads and layers keep; kvzip and distill have their own.
+        sinks: Number of first tokens that always stay, of expected_attention and kvzip.
         max_new_tokens: Tokens per answer.
         save_results: Write a JSON file with settings and figures, after each context.
         output_dir: Folder of that file.
@@ -189,10 +232,13 @@ def eval_compression(
         enable_thinking: Let the model think before it answers, if its template has this option.
     """
     scale = common.scale_with_target(base_model, enable_thinking=enable_thinking)
-    choices = [*METHODS, *AWARE] if distiller is None else ["distill", *METHODS, *AWARE]
+    choices = [*METHODS, *REPEATED, "attention_matching", *AWARE]
+    choices = choices if distiller is None else ["distill", *choices]
     methods = list(dict.fromkeys(methods or choices))  # each once
     for name in methods:
-        if name not in choices:
+        if ":" in name:
+            own_score(name)
+        elif name not in choices:
             expected = f"expected some of {', '.join(choices)} (distill needs a distiller)"
             raise ValueError(f"There is no method {name}: {expected}.")
     retention = retention or [1.0, 0.5, 0.25, 0.1, 0.05, 0.02]
@@ -213,7 +259,8 @@ def eval_compression(
     settings = common.command_settings(**resolved)
     if distiller is not None:
         distiller = KVDistiller.from_pretrained(distiller, model)
-    options = {"distiller": distiller, "shared": shared, "long_answers": data in LONG, "seed": seed}
+    options = {"distiller": distiller, "scope": scope, "sinks": sinks, "long_answers": data in LONG}
+    options["seed"] = seed
     options |= {"max_new_tokens": max_new_tokens, "stop": stop or ()}
     result = {"settings": settings, **run_info()}
 

@@ -3,7 +3,7 @@
 import json
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvlab.evaluate import run_info
@@ -11,24 +11,37 @@ from kvlab.files import write_text
 from kvlab.results import Figure
 
 
-def benchmark(measure: Callable[[bool, int], list[dict]], seed: int = 0) -> None:
+def benchmark(measure: Callable[..., list[dict]], seed: int = 0, parts: Sequence[str] = ()) -> None:
     """The command line of a benchmark: `--json` prints the result, `--out FILE` writes it, `--quick` takes seconds.
 
     Args:
-        measure: `measure(quick, seed)` returns a list of `figure`.
+        measure: `measure(quick, seed)` returns a list of `figure`; with parts also `parts`.
+        parts: that can be measured alone, `--parts a b`. The other figures of FILE stay, and
+            "earlier" has the commit of each.
     """
     parser = ArgumentParser(description=measure.__doc__)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--out", type=Path, help="write the result to a JSON file")
     parser.add_argument("--quick", action="store_true", help="a smaller sample, in seconds")
+    if parts:
+        parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     started = time.perf_counter()
-    figures = measure(options.quick, seed)
+    chosen = {"parts": options.parts} if parts else {}
+    figures = measure(options.quick, seed, **chosen)
+    earlier = {}
+    if parts and options.out and options.out.is_file() and set(options.parts) < set(parts):
+        before, names = json.loads(options.out.read_text("utf-8")), {f["name"] for f in figures}
+        kept = [f for f in before["figures"] if f["name"] not in names]
+        commits = before.get("earlier", {})
+        earlier = {f["name"]: commits.get(f["name"], before["commit"]) for f in kept}
+        figures = figures + kept
     result = {
         "figures": figures,
         **run_info(),
         "seeds": [seed],
         "seconds": round(time.perf_counter() - started, 1),
+        **({"earlier": earlier} if earlier else {}),
     }
     text = json.dumps(result, indent=1)
     if options.out:

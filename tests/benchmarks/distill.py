@@ -22,33 +22,68 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab import lab
-from kvlab.cache import Prefix, from_tensor, length, nbytes, prefill, select, truncate
+from kvlab.cache import (
+    Prefix,
+    bytes_per_token,
+    from_ragged,
+    from_tensor,
+    length,
+    nbytes,
+    prefill,
+    select,
+    truncate,
+)
 from kvlab.commands.shared import defaults_file
-from kvlab.compress import AWARE, METHODS, compact, count_kept
+from kvlab.compress import (
+    AWARE,
+    METHODS,
+    REPEATED,
+    choose_entries,
+    compact,
+    count_kept,
+    evict,
+    keep_entries,
+    kvzip,
+    score_entries,
+)
 from kvlab.distill import (
     DistillDataset,
     EncodedQuestion,
+    FreeDistiller,
     KVDistiller,
+    ScoreDataset,
     compress_for,
     encode_question,
+    fit_scores,
     train_distiller,
 )
 from kvlab.evaluate import figure, log_likelihoods
+from kvlab.files import write_text
 from kvlab.lab import worlds
 from kvlab.lab.corpora import Readings
 from kvlab.models import fingerprint
+from kvlab.ragged import pack
 from kvlab.records import Record
 from kvlab.scale import config_of
 from kvlab.slots import Slots, step
 from kvlab.speculate import generate
 
-THREADS, STEPS = 2, 400
+THREADS, STEPS = 1, 400
 DEFAULTS = yaml.safe_load(defaults_file().read_text("utf-8")).get("distill", {})
 BATCH, RATE, RETENTION = (DEFAULTS[n] for n in ("batch_size", "learning_rate", "retention"))
 SETTINGS = {name: DEFAULTS[name] for name in ("standardize", "rank", "sinks")}
 SETTINGS["scorer_hidden_size"] = DEFAULTS["width"]
 PERCENTS, DEPTHS, ABLATION_STEPS = (50, 25, 10, 5, 2), (0, 25, 50, 75, 100), 100
-COMPARED = ("distill", "snapkv", "key_norm_reversed", "random")
+PASSAGES, SCORED, FREE_STEPS, SINKS = (
+    16,
+    600,
+    (150, 50),
+    0,
+)  # the lab's models have no sinks to keep
+FREE = ("random", "key_norm_reversed", "expected_attention")  # in scope "model", too
+COSTS = ("key_norm_reversed", "expected_attention", "compactor", "kvzip", "kvzip_plus", "distill")
+COSTS += ("distill_free", "attention_matching")
+COMPARED = ("distill", "distill_free", "kvzip", "snapkv", "key_norm_reversed", "random")
 RUNS = Path("lab-runs/distill")  # checkpoints: a stopped run goes on, a finished one is loaded
 ABLATIONS = {
     "base": {},
@@ -165,82 +200,193 @@ def trained(s: Lab, name: str, seed: int, steps: int, folder: Path) -> KVDistill
     return distiller
 
 
+def trained_free(s: Lab, seed: int, folder: Path) -> FreeDistiller:
+    """A distiller with one budget over all heads: scores first, then writing."""
+    torch.manual_seed(seed)
+    free = FreeDistiller(s.target, rank=64, scorer_hidden_size=64, sinks=SINKS)
+    count, (score_steps, steps) = (4, (1, 1)) if s.quick else (SCORED, FREE_STEPS)
+    facts, questions, batch = ((2, 3), 1, 2) if s.quick else ((8, 24), 8, BATCH)
+    name = f"free-{count}-{score_steps}-{steps}-{seed}-{fingerprint(s.target)['weights']['sha256'][:8]}"
+    contexts = [text for text, _ in Readings(count, facts, 1, seed)]
+    options = {"steps": score_steps, "seed": seed, "every": 50}
+    checkpoint = {"checkpoint": folder / f"{name}-scores.safetensors", "batch_size": 2 * batch}
+    fit_scores(free, ScoreDataset(s.target, s.tokenizer, contexts, SINKS), **options, **checkpoint)
+    free.scorer.requires_grad_(False)
+    readings = DistillDataset(s.tokenizer, Readings(steps * batch, facts, questions, seed))
+    options |= {"checkpoint": folder / f"{name}.safetensors", "batch_size": batch, "steps": steps}
+    train_distiller(free, readings, learning_rate=RATE, retention=(0.01, 0.5), **options)
+    return free
+
+
 def by_method(s: Lab, method: str, percent: float, **options) -> Compress:
-    """Compress by a method of `compress_for`, or keep the plain entries that a distiller chose."""
-    if method == "choice":
-        return partial(choose, s, percent=percent, **options)
+    """Compress by a method of `compress_for`, or by one of the controls."""
     fraction = percent / 100
-    return partial(compress_for, s.target, method=method, retention=fraction, **options)
+    controls = {"choice": choose, "kvzip_sinks": with_sinks, "random_counts": with_counts}
+    if method in controls:
+        return partial(controls[method], s, fraction=fraction, **options)
+    if method == "distill_free":
+        method = "distill"
+    options |= {"method": method, "retention": fraction, "sinks": SINKS}
+    return partial(compress_for, s.target, **options)
 
 
-def choose(s: Lab, passage: Passage, percent: float, distiller: KVDistiller) -> list[Prefix]:
+def choose(s: Lab, passage: Passage, fraction: float, distiller: KVDistiller) -> list[Prefix]:
+    """The entries that a distiller chose, as the plain model made them."""
     context = passage[0].context
-    positions = distiller.compress(context, retention=percent / 100).positions
+    positions = distiller.compress(context, retention=fraction).positions
     plain = prefill(s.target, context)
-    return [replace(plain, cache=select(plain.cache, positions), positions=positions)] * len(
-        passage
-    )
+    cache = select(plain.cache, positions)
+    return [replace(plain, cache=cache, positions=positions)] * len(passage)
 
 
-def match_figures(s: Lab, distillers: dict[int, KVDistiller]) -> list[dict]:
+def with_sinks(s: Lab, passage: Passage, fraction: float) -> list[Prefix]:
+    """KVzip as published, where the first four entries of each head always stay."""
+    options = {"retention": fraction, "scope": "model", "repeat": passage[0].repeat}
+    return [evict(s.target, passage[0].context, kvzip, **options)] * len(passage)
+
+
+def with_counts(s: Lab, passage: Passage, fraction: float) -> list[Prefix]:
+    """Random entries, as many in each head as KVzip keeps there."""
+    context, q = passage[0].context, passage[0]
+    count = count_kept(context.shape[1], fraction)
+    score = partial(kvzip, sinks=SINKS)
+    scores, cache = score_entries(s.target, context, score, count, repeat=q.repeat)
+    counts = choose_entries(scores, count, "model").sum(-1, keepdim=True)
+    kept = torch.rand_like(scores).argsort(-1).argsort(-1) < counts
+    empty = Prefix(from_tensor(torch.zeros(0, 2, 1, 1, 0, 1)), 0, positions=context[:, :0])
+    return [keep_entries(s.target, empty, context, cache, kept)] * len(passage)
+
+
+def arms_of_all(s: Lab, distiller: KVDistiller, free: FreeDistiller) -> dict[str, Compress]:
+    """Every method at every size."""
+    arms = {"full": by_method(s, "full", 100)}
+    for percent in PERCENTS:
+        for method in (*METHODS, *AWARE, *REPEATED, "attention_matching", "kvzip_sinks"):
+            arms[f"{method}_{percent}"] = by_method(s, method, percent)
+        for method in ("distill", "choice"):
+            arms[f"{method}_{percent}"] = by_method(s, method, percent, distiller=distiller)
+        arms[f"distill_free_{percent}"] = by_method(s, "distill_free", percent, distiller=free)
+        for method in FREE:
+            arms[f"{method}_free_{percent}"] = by_method(s, method, percent, scope="model")
+        if percent in (25, 10):
+            arms[f"random_counts_{percent}"] = by_method(s, "random_counts", percent)
+            for method in ("random", "sinks_recent", "h2o", "snapkv", "key_norm"):
+                arms[f"{method}_shared_{percent}"] = by_method(s, method, percent, scope="token")
+            name = f"key_norm_reversed_shared_{percent}"
+            arms[name] = by_method(s, "key_norm_reversed", percent, scope="token")
+    return arms
+
+
+def match_scores(s: Lab, seed: int, distiller, free, folder: Path) -> dict[str, np.ndarray]:
+    """Exact match by passage of all arms, kept in a file after each arm."""
+    path = folder / f"match-{PASSAGES}-{seed}.json"
+    done = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    passages = encode_passages(s, held_out(s, PASSAGES, 5, 1000 + seed))
+    for name, compress in tqdm(arms_of_all(s, distiller, free).items(), desc=f"seed {seed}"):
+        if name not in done:
+            torch.manual_seed(seed)
+            done[name] = exact(s, passages, compress).mean(1).tolist()
+            write_text(path, json.dumps(done))
+    return {name: np.array(matches) for name, matches in done.items()}
+
+
+def match_figures(s: Lab, shipped: KVDistiller, free: dict, folder: Path) -> list[dict]:
     """Exact match over retention; passages differ by seed, all methods get the same questions."""
     scores: dict[str, list[np.ndarray]] = {}
-    for seed, distiller in distillers.items():
-        passages = encode_passages(s, held_out(s, 48, 5, 1000 + seed))
-        torch.manual_seed(seed)
-        arms = {"full": by_method(s, "full", 100)}
-        for percent in PERCENTS:
-            for method in METHODS:
-                arms[f"{method}_{percent}"] = by_method(s, method, percent)
-            for method in ("distill", "choice"):
-                arms[f"{method}_{percent}"] = by_method(s, method, percent, distiller=distiller)
-            for method in AWARE:
-                arms[f"{method}_{percent}"] = by_method(s, method, percent)
-            if percent in (25, 10):
-                for method in METHODS:
-                    arms[f"{method}_shared_{percent}"] = by_method(s, method, percent, shared=True)
-        for name, compress in tqdm(arms.items(), desc=f"seed {seed}"):
-            scores.setdefault(name, []).append(exact(s, passages, compress).mean(1))
+    for seed, distiller in free.items():
+        for name, matches in match_scores(s, seed, shipped, distiller, folder).items():
+            scores.setdefault(name, []).append(matches)
     values = {name: np.concatenate(parts) for name, parts in scores.items()}
-    conditions = f"held-out passages of 16 to 24 facts, 5 questions each, greedy, word for word; {len(distillers)} seed(s), n "
-    conditions += "is passages; "
+    conditions = "held-out passages of 16 to 24 facts, 5 questions each, greedy, word for word; "
+    conditions += f"{len(free)} seed(s), of the passages and of distill_free, n is passages; "
     figures = []
     for name, matches in values.items():
-        kind = (
-            "the question is known when entries are chosen"
-            if "aware" in name
-            else "the question is not known"
-        )
-        kind += ", same entries in all heads" if "shared" in name else ""
-        kind += (
-            ", what distill chose, as the plain model made it" if name.startswith("choice") else ""
-        )
-        kind = "the whole cache" if name == "full" else kind
-        figures.append(figure(f"em_{name}", matches, "fraction", conditions + kind))
+        figures.append(figure(f"em_{name}", matches, "fraction", conditions + kind_of(name)))
     for percent in (25, 10):
-        for seed, matches in zip(distillers, scores[f"distill_{percent}"], strict=True):
-            figures.append(
-                figure(
-                    f"em_distill_{percent}_seed_{seed}",
-                    matches,
-                    "fraction",
-                    f"{conditions}seed {seed} alone",
-                )
-            )
+        for seed, matches in zip(free, scores[f"distill_free_{percent}"], strict=True):
+            name, text = f"em_distill_free_{percent}_seed_{seed}", f"{conditions}seed {seed} alone"
+            figures.append(figure(name, matches, "fraction", text))
     for percent in PERCENTS:
         best = max(METHODS, key=lambda name: values[f"{name}_{percent}"].mean())
-        gain = values[f"distill_{percent}"] - values[f"{best}_{percent}"]
-        text = f"distill minus {best}, the best of the question-agnostic scores, passage by passage; {conditions}"
-        figures.append(figure(f"gain_{percent}", gain, "difference", text))
-        loss = values["full"] - values[f"distill_{percent}"]
-        figures.append(
-            figure(
-                f"lost_{percent}",
-                loss,
-                "difference",
-                f"full minus distill, passage by passage; {conditions}",
-            )
-        )
+        pairs = {
+            "gain": ("distill", best),
+            "where": ("kvzip", "kvzip_uniform"),
+            "gain_free": ("distill_free", "kvzip"),
+            "gain_kvzip": ("distill", "kvzip"),
+            "gain_matching": ("attention_matching", "kvzip"),
+            "gain_reversed": ("distill_free", "key_norm_reversed_free"),
+        }
+        for name, (ours, rival) in pairs.items():
+            gain = values[f"{ours}_{percent}"] - values[f"{rival}_{percent}"]
+            text = f"{ours} minus {rival}, passage by passage; {conditions}"
+            figures.append(figure(f"{name}_{percent}", gain, "difference", text))
+        for name, method in {"lost": "distill", "lost_free": "distill_free"}.items():
+            loss = values["full"] - values[f"{method}_{percent}"]
+            text = f"full minus {method}, passage by passage; {conditions}"
+            figures.append(figure(f"{name}_{percent}", loss, "difference", text))
+    return figures
+
+
+def kind_of(name: str) -> str:
+    """What distinguishes an arm, in words."""
+    if name == "full":
+        return "the whole cache"
+    words = {
+        "_aware": "the question is known when entries are chosen",
+        "_shared": "same entries in all heads",
+        "_free": "one budget over all layers and heads",
+        "kvzip_layer": "one budget for each layer",
+        "kvzip_uniform": "the same number in each head",
+        "kvzip": "one budget over all layers and heads",
+        "attention_matching": "entries of kvzip, with fitted values and biases",
+        "_counts": "random entries, as many in each head as kvzip keeps",
+        "choice": "what distill chose, as the plain model made it",
+        "distill": "the distiller that ships, the same tokens in all layers and heads",
+    }
+    kind = next((text for part, text in words.items() if part in name), "")
+    sinks = ", the first four always stay" if "kvzip_sinks" in name else ""
+    unknown = "the question is not known"
+    return kind + sinks if "_aware" in name else ", ".join(filter(None, (unknown, kind))) + sinks
+
+
+def cost_figures(s: Lab, distiller: KVDistiller, free: FreeDistiller) -> list[dict]:
+    """What compressing a passage to a tenth takes: readings, milliseconds, and bytes over the ideal."""
+    passages = encode_passages(s, held_out(s, 12, 1, 4000))
+    token = bytes_per_token(s.target.config, s.target.dtype)
+    seconds, over, figures = {}, {}, []
+    for passage in passages:
+        whole = passage[0].context.shape[1]
+        started = time.perf_counter()
+        prefill(s.target, passage[0].context)
+        seconds.setdefault("full", []).append(time.perf_counter() - started)
+        for name in COSTS:
+            options = {"distill": {"distiller": distiller}, "distill_free": {"distiller": free}}
+            for percent in (25, 10, 5):
+                compress = by_method(s, name, percent, **options.get(name, {}))
+                started = time.perf_counter()
+                cache = compress(passage)[0].cache
+                if percent == 10:
+                    seconds.setdefault(name, []).append(time.perf_counter() - started)
+                ideal = count_kept(whole, percent / 100) * token
+                over.setdefault((name, percent), []).append(nbytes(cache) / ideal)
+    for name, values in seconds.items():
+        milliseconds = [1000 * value for value in values]
+        text = "compressing a passage of 16 to 24 facts to a tenth, with all readings; 1 process"
+        figures.append(figure(f"ms_{name}", milliseconds, "ms", text))
+        ratios = [a / b for a, b in zip(values, seconds["full"], strict=True)]
+        text = "this time over that of reading the passage once, passage by passage"
+        figures.append(figure(f"readings_ms_{name}", ratios, "ratio", text))
+    for (name, percent), values in over.items():
+        text = f"bytes of the cache over bytes of {percent} % of the entries, passage by passage"
+        figures.append(figure(f"bytes_over_ideal_{name}_{percent}", values, "ratio", text))
+    eta, depth = distiller.settings.layer, s.target.config.num_hidden_layers
+    lengths = [(p[0].context.shape[1], p[0].repeat[0].input_ids.shape[1]) for p in passages]
+    twice = [1 + repeated / count for count, repeated in lengths]
+    readings = dict.fromkeys(COSTS, [1.0] * len(passages)) | {"distill": [1 + eta / depth]}
+    readings |= dict.fromkeys(("kvzip", "kvzip_plus", "attention_matching"), twice)
+    for name, values in readings.items():
+        text = "tokens that pass through all layers, over tokens of the passage"
+        figures.append(figure(f"readings_{name}", values, "readings", text))
     return figures
 
 
@@ -255,7 +401,7 @@ def size_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
         ratios = [part / whole for part, whole in zip(kept, full, strict=True)]
         conditions = f"bytes at {percent} % over bytes of all"
         figures.append(figure(f"bytes_ratio_{percent}", ratios, "ratio", conditions))
-    conditions = "kept keys moved to positions 0, 1, ...; distill, seed 0, as em_distill"
+    conditions = "kept keys moved to positions 0, 1, ...; distill, the one that ships"
     for percent in (25, 10):
         compress = by_method(s, "distill", percent, distiller=distiller)
         moved = lambda passage, compress=compress: [compact(compress(passage)[0])] * len(passage)
@@ -265,20 +411,20 @@ def size_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
     return figures
 
 
-def arms_of(s: Lab, distiller: KVDistiller, percents: Sequence[int]) -> dict[str, Compress]:
+def arms_of(s: Lab, distillers: dict, percents: Sequence[int]) -> dict[str, Compress]:
     """The full cache and the compared methods, by name and size."""
     arms = {"full": by_method(s, "full", 100)}
     for percent in percents:
         for name in COMPARED:
-            options = {"distiller": distiller} if name == "distill" else {}
+            options = {"distiller": distillers[name]} if name in distillers else {}
             arms[f"{name}_{percent}"] = by_method(s, name, percent, **options)
     return arms
 
 
-def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
+def choice_figures(s: Lab, distillers: dict) -> list[dict]:
     """The most probable of four options, from the whole cache and from parts of it."""
     rng = np.random.default_rng(7)
-    arms = arms_of(s, distiller, (25, 10, 5))
+    arms = arms_of(s, distillers, (25, 10, 5))
     correct: dict[str, list[float]] = {name: [] for name in arms}
     for text, [(question, answer)] in held_out(s, 100, 1, 2000):
         relation = next(r for r in worlds.RELATIONS.values() if answer in r.values)
@@ -290,7 +436,7 @@ def choice_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
             scores = log_likelihoods(s.target, s.tokenizer, prompts, endings, prefix=prefix)
             correct[name].append(float(scores.argmax() == 0))
     conditions = "held-out passages of 16 to 24 facts, the likeliest of four answers of a kind, the others from the passage as "
-    conditions += "far as it has some; distill: seed 0"
+    conditions += "far as it has some; distill: the one that ships, distill_free: seed 0"
     return [figure(f"choice_{name}", v, "fraction", conditions) for name, v in correct.items()]
 
 
@@ -303,16 +449,16 @@ def others(
     return sorted(wrong, key=lambda v: v not in words)[:3]
 
 
-def needle_figures(s: Lab, distiller: KVDistiller) -> list[dict]:
+def needle_figures(s: Lab, distillers: dict) -> list[dict]:
     """One fact asked for, by its depth and by the length of the passage."""
     figures = []
-    arms = arms_of(s, distiller, (25, 10))
+    arms = arms_of(s, distillers, (25, 10))
     for facts in (16,) if s.quick else (8, 16, 32):
         passages = [needles(s, facts, seed) for seed in range(1 if s.quick else 40)]
         for arm, compress in arms.items():
             matches = exact(s, passages, compress)
             for depth, values in zip(DEPTHS, matches.T, strict=True):
-                conditions = f"a passage of {facts} facts, the one asked for at {depth} % of its depth; distill: seed 0"
+                conditions = f"a passage of {facts} facts, the one asked for at {depth} % of its depth; distill: the one that ships, distill_free: seed 0"
                 name = f"needle_{arm}_{facts}_{depth}"
                 figures.append(figure(name, values, "fraction", conditions))
     return figures
@@ -400,7 +546,9 @@ def speed_figures(quick: bool) -> list[dict]:
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     memory = {p: kept_slots(model, count_kept(entries, p / 100), entries) for p in (100, *PERCENTS)}
-    seconds: dict[int, list[float]] = {p: [] for p in memory}
+    memory |= {f"free_{p}": ragged_slots(model, p / 100, entries) for p in (25, 10)}
+    memory |= {"masked_10": ragged_slots(model, 0.1, entries, masked=True)}
+    seconds: dict[int | str, list[float]] = {p: [] for p in memory}
     for turn in range(1 if quick else 12):
         for percent, slots in memory.items():
             started = time.perf_counter()
@@ -410,10 +558,10 @@ def speed_figures(quick: bool) -> list[dict]:
     conditions += f"percent of the entries are kept; random weights, {torch.get_num_threads()} threads, in turn"
     figures = []
     for percent, values in seconds.items():
-        warm, size = (
-            values[2:] or values,
-            nbytes(memory[percent].entries(0, stop=count_kept(entries, percent / 100))) / 1e6,
-        )
+        warm, slots = values[2:] or values, memory[percent]
+        # Without the columns for new tokens.
+        parts = [t[0, :, :-ROOM] for layer in slots.layers for t in (layer.keys, layer.values)]
+        size = sum(part.nbytes for part in parts) / 1e6
         figures.append(figure(f"decode_ms_{percent}", [1000 * v for v in warm], "ms", conditions))
         ratios = [a / b for a, b in zip(seconds[100][2:] or seconds[100], warm, strict=True)]
         figures.append(
@@ -430,27 +578,70 @@ def speed_figures(quick: bool) -> list[dict]:
     return figures
 
 
+ROOM = 16  # columns for new tokens
+
+
 def kept_slots(model: PreTrainedModel, kept: int, entries: int) -> Slots:
     """A cache of so many entries of a longer text."""
-    slots, heads = Slots(model, rows=1, room=kept + 16), model.config.num_key_value_heads
+    slots, heads = Slots(model, rows=1, room=kept + ROOM), model.config.num_key_value_heads
     size = (model.config.num_hidden_layers, 2, 1, heads, kept, model.config.head_dim)
     slots.put(0, from_tensor(torch.randn(size)), entries)
     return slots
 
 
-def measure(quick: bool, seed: int) -> list[dict]:
-    """Exact match over retention, ablations, bytes, choices, needles, and decoding time."""
+def ragged_slots(model: PreTrainedModel, fraction: float, entries: int, masked=False) -> Slots:
+    """A cache whose heads keep numbers of entries of their own, in real memory or only masked.
+
+    Numbers are drawn log-normally; their deviation is 0.8 of their mean, as that of KVzip's choices
+    at a tenth on the lab's passages.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    shape = (config.num_hidden_layers, 1, config.num_key_value_heads, 1)
+    weights = (0.7 * torch.randn(shape, generator=generator)).exp()
+    counts = (weights / weights.mean() * fraction * entries).round().clamp(0, entries)
+    layers = []
+    for count in counts:
+        kept = torch.rand(1, shape[2], entries).argsort(-1).argsort(-1) < count
+        tensor = torch.randn(1, shape[2], entries, config.head_dim)
+        layers.append(pack(tensor, tensor, kept | masked))
+        if masked:
+            layers[-1].bias = torch.zeros(kept.shape).masked_fill(~kept, float("-inf"))
+    cache = from_ragged(layers)
+    slots = Slots(model, 1, length(cache) + ROOM, [cache])
+    slots.put(0, cache, entries)
+    return slots
+
+
+PARTS = ("match", "cost", "size", "choice", "needles", "ablations", "speed")
+TRAINED_APART = {"size", "ablations", "speed"}  # without a distiller with a free budget
+
+
+def measure(quick: bool, seed: int, parts: Sequence[str] = PARTS) -> list[dict]:
+    """Exact match over retention, costs, bytes, choices, needles, ablations, and decoding time."""
     torch.set_num_threads(THREADS)
     s = Lab(lab.load("lab-target"), lab.load_tokenizer("lab-target"), quick)
+    figures = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if quick else RUNS
         seeds = range(seed, seed + (1 if quick else 3))
-        distillers = {i: trained(s, "base", i, 1 if quick else STEPS, folder) for i in seeds}
-        figures = match_figures(s, distillers)
-        figures += size_figures(s, distillers[seed]) + choice_figures(s, distillers[seed])
-        figures += needle_figures(s, distillers[seed]) + ablation_figures(s, folder, seeds[:2])
-    return figures + speed_figures(quick)
+        shipped = KVDistiller.from_pretrained(lab.models.MODELS / "lab-distiller", s.target)
+        wanted = seeds if "match" in parts else seeds[:1]
+        free = {i: trained_free(s, i, folder) for i in wanted} if {*parts} - TRAINED_APART else {}
+        both = {"distill": shipped, "distill_free": free.get(seed)}
+        if "match" in parts:
+            figures += match_figures(s, shipped, free, folder)
+        if "cost" in parts:
+            figures += cost_figures(s, shipped, free[seed])
+        if "size" in parts:
+            figures += size_figures(s, shipped)
+        if "choice" in parts:
+            figures += choice_figures(s, both)
+        if "needles" in parts:
+            figures += needle_figures(s, both)
+        if "ablations" in parts:
+            figures += ablation_figures(s, folder, seeds[:2])
+    return figures + (speed_figures(quick) if "speed" in parts else [])
 
 
 if __name__ == "__main__":
-    benchmark(measure)
+    benchmark(measure, parts=PARTS)

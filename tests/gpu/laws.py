@@ -491,7 +491,7 @@ def evict_entries(device: str, dtype: torch.dtype) -> None:
                 evict(model, ids, score, retention=1.0).cache, full.cache, dtype, "evict nothing"
             )
         for score in (key_norm, snapkv):
-            prefix = evict(model, ids, score, budget=11, shared=True)
+            prefix = evict(model, ids, score, budget=11, scope="token")
             mask = torch.full((46, 46), float("-inf"), device=device, dtype=dtype).triu(1)
             hidden = torch.ones(40, device=device).index_fill(0, prefix.positions[0], 0).bool()
             mask[40:, :40] = mask[40:, :40].masked_fill(hidden, float("-inf"))
