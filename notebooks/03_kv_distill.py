@@ -19,7 +19,7 @@
 # - find out what it is good for and what not, with ablations, needles, and a question that was known beforehand;
 # - keep a distilled cache on disk, in the store of chapter 01.
 #
-# **Time and memory**: less than a minute and 1 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
+# **Time and memory**: about two minutes and 1 GB, most of it PyTorch itself, at `tiny`; what the models take at any scale is printed by the second cell.
 #
 # **Code**: `kvlab/compress.py` and `kvlab/distill.py`; what is written out here is checked against them.
 # ```
@@ -695,7 +695,7 @@ print(textwrap.fill(results["em_distill_25"].conditions, 78))
 # And all of them, at the sizes where they differ (the question is not known to any):
 
 # %%
-labels = {
+titles = {
     "distill_free": "KV-Distill, one budget",
     "kvzip": "KVzip, one budget (its default)",
     "kvzip_plus": "KVzip+, one budget",
@@ -722,7 +722,7 @@ labels = {
 results.table(
     {
         label: {f"{p} %": f"em_{name}_{p}" for p in PERCENTS}
-        for name, label in labels.items()
+        for name, label in titles.items()
     }
 )
 
@@ -856,7 +856,7 @@ rows = {}
 for name in ("kvzip", "kvzip_plus", "distill_free", "key_norm_reversed"):
     suffix = "" if name != "key_norm_reversed" else " (per head: a rectangle)"
     row = {f"{p} %": f"bytes_over_ideal_{name}_{p}" for p in (25, 10, 5)}
-    rows[labels[name] + suffix] = row
+    rows[titles[name] + suffix] = row
 results.table(rows)
 
 # %% [markdown]
@@ -871,7 +871,7 @@ rows = {}
 cheap = ["key_norm_reversed", "expected_attention", "compactor", "distill_free"]
 for name in [*cheap, "distill", "kvzip", "kvzip_plus", "attention_matching"]:
     costs = {"tokens": f"readings_{name}", "time": f"readings_ms_{name}"}
-    rows[labels[name]] = costs | {"ms": f"ms_{name}"}
+    rows[titles[name]] = costs | {"ms": f"ms_{name}"}
 results.table(rows)
 
 # %% [markdown]
@@ -937,7 +937,7 @@ for name, scores in {"base": "standardized", "free_scores": "left free"}.items()
 rows = {"everything": {"picked": "choice_full"}}
 for p in (25, 10, 5):
     for name in ("distill_free", "kvzip", "distill", "snapkv", "random"):
-        rows[f"{labels[name]}, {p} %"] = {"picked": f"choice_{name}_{p}"}
+        rows[f"{titles[name]}, {p} %"] = {"picked": f"choice_{name}_{p}"}
 results.table(rows)
 
 # %% [markdown]
