@@ -98,6 +98,18 @@ def test_a_context_longer_than_a_chunk_is_joined(tiny_model):
     assert (prefix.positions >= 32).any()
 
 
+def test_a_context_longer_than_the_model_is_compacted(tiny_model):
+    model = tiny_model("Llama", max_position_embeddings=32)
+    prefix = free(model, chunk_size=16).compress(IDS, budget=2)
+    longest = kv.length(prefix.cache)
+    assert prefix.next_position == longest < 32
+    assert prefix.positions.max() == longest - 1
+    with pytest.raises(ValueError, match="give a smaller chunk_size or budget"):
+        free(model, chunk_size=64).compress(IDS, budget=2)
+    with pytest.raises(ValueError, match=r"expected \(1, T\), one text"):
+        free(model).compress(IDS.expand(2, -1), budget=2)
+
+
 @pytest.fixture
 def on_the_lab():
     model, tokenizer = lab.load("lab-draft"), lab.load_tokenizer("lab-draft")
