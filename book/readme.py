@@ -132,7 +132,7 @@ METHODS = {  # of the leaderboard, with where their entries compete
         "model",
     ),
     "distill": ("KV-Distill, as published", "tokens"),
-    "kvzip": ("KVzip, its default", "model"),
+    "kvzip": ("KVzip", "model"),
     "kvzip_plus": ("KVzip+", "model"),
     "kvzip_layer": ("KVzip", "layer"),
     "kvzip_uniform": ("KVzip", "head"),
