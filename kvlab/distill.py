@@ -406,6 +406,7 @@ class FreeDistiller(KVDistiller):
             bias = torch.zeros_like(layer.keys[..., 0]).masked_fill(~keep, -torch.inf)
             layers.append(RaggedLayer(layer.keys, layer.values, bias))
         fields = {"positions": positions, "rotary": rotary_of(self.model)}
+        fields["attention_mask"] = attention_mask  # if nothing is hidden, the cache is ordinary
         return Prefix(kv.from_ragged(layers), attention_mask.sum(1), **fields)
 
     def _kept(self, input_ids: Tensor, count: int) -> Prefix:

@@ -88,6 +88,8 @@ def test_training_hides_what_compression_removes(tiny_model):
             for i in range(TEXT.shape[1]):
                 alone = kv.prefill(model, TEXT[:, : i + 1], prefix).logits[0]
                 near(logits[row, i], alone, 1e-9)
+    distiller = free(model)  # writes nothing
+    near(*distiller(IDS, torch.ones_like(IDS), TEXT, retention=1.0), 1e-9)
 
 
 def test_a_context_longer_than_a_chunk_is_joined(tiny_model):
