@@ -702,14 +702,14 @@ titles = {
     "distill_free": "KV-Distill, one budget",
     "kvzip": "KVzip, one budget",
     "kvzip_plus": "KVzip+, one budget",
-    "attention_matching": "attention matching, KVzip's entries",
-    "key_norm_reversed_free": "key norm reversed, one budget",
-    "expected_attention_free": "Expected Attention, one budget",
-    "kvzip_sinks": "KVzip, one budget, first four always stay",
-    "kvzip_layer": "KVzip, a budget for each layer",
-    "kvzip_uniform": "KVzip, the same number per head",
+    "attention_matching": "attention matching",
+    "key_norm_reversed_free": "key norm rev., one budget",
+    "expected_attention_free": "Expected Att., one budget",
+    "kvzip_sinks": "KVzip, with four sinks",
+    "kvzip_layer": "KVzip, per layer",
+    "kvzip_uniform": "KVzip, per head",
     "distill": "KV-Distill",
-    "choice": "KV-Distill, the choice only",
+    "choice": "KV-Distill, choice only",
     "key_norm_reversed": "key norm reversed",
     "expected_attention": "Expected Attention",
     "compactor": "Compactor",
@@ -724,7 +724,7 @@ titles = {
 }
 results.table(
     {
-        label: {f"{p} %": f"em_{name}_{p}" for p in PERCENTS}
+        label: {f"{p} %": f"em_{name}_{p}" for p in PERCENTS[1:]}
         for name, label in titles.items()
     }
 )
@@ -735,12 +735,12 @@ results.table(
 
 # %%
 steps = {
-    "where: KVzip, one budget minus the same number per head": "where",
-    "learned: KV-Distill, one budget minus KVzip": "gain_free",
-    "writing: attention matching minus KVzip": "gain_matching",
-    "KV-Distill as published minus KVzip": "gain_kvzip",
-    "KV-Distill, one budget minus key norm reversed": "gain_reversed",
-    "everything minus KV-Distill, one budget": "lost_free",
+    "KVzip: one budget - per head": "where",
+    "KV-Distill, one budget - KVzip": "gain_free",
+    "the same - key norm reversed": "gain_reversed",
+    "attention matching - KVzip": "gain_matching",
+    "KV-Distill as published - KVzip": "gain_kvzip",
+    "everything - KV-Distill, one budget": "lost_free",
 }
 sizes = (10, 5, 2)
 for p in sizes:
