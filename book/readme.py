@@ -42,7 +42,7 @@ ROWS = (
         "03",
         "correct answers from a tenth of the cache (KV-Distill, one budget for all heads)",
         "distill:em_distill_free_10",
-        "full cache {distill:em_full}; KVzip, one budget, two to three readings "
+        "full cache {distill:em_full}; KVzip, one budget, two readings and more "
         "{distill:em_kvzip_10}; key norm reversed, one budget {distill:em_key_norm_reversed_free_10}; "
         "KV-Distill as published {distill:em_distill_10}",
         "question unknown at compression; lab model",
@@ -132,7 +132,7 @@ METHODS = {  # of the leaderboard, with where their entries compete
         "model",
     ),
     "distill": ("KV-Distill, as published", "tokens"),
-    "kvzip": ("KVzip, its default", "model"),
+    "kvzip": ("KVzip", "model"),
     "kvzip_plus": ("KVzip+", "model"),
     "kvzip_layer": ("KVzip", "layer"),
     "kvzip_uniform": ("KVzip", "head"),

@@ -358,16 +358,15 @@ def _rotated(
     cache: DynamicCache, by: int | Tensor, rotary: nn.Module, scale: float
 ) -> DynamicCache:
     require_rotary(rotary, layout(cache).head_dim)
+    steps = _per_entry(by, cache)
     if is_ragged(cache):
-        by = torch.as_tensor(by)  # (), or (L, B, H_kv, T), of which a layer has the last columns
-        steps = by if by.ndim == 4 else by.expand(len(cache.layers), 1, 1, 1)
         layers = []
         for layer, m in zip(cache.layers, steps, strict=True):
-            m = m[..., -max(1, layer.keys.shape[2]) :]
+            m = m[..., -max(1, layer.keys.shape[2]) :]  # of T numbers a layer has the last
             keys = rotate_keys(layer.keys, m, rotary, scale)
             layers.append(RaggedLayer(keys, layer.values, layer.bias))
         return from_ragged(layers)
-    layers = zip(_layers(cache), _per_entry(by, cache), strict=True)
+    layers = zip(_layers(cache), steps, strict=True)
     return from_layers(
         (rotate_keys(keys, m, rotary, scale), values) for (keys, values), m in layers
     )

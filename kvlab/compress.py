@@ -88,7 +88,7 @@ def key_norm(attention: Attention, budget: int) -> Tensor:
     """Minus the norm of the key: small keys tend to receive more attention.
 
     Source: Devoto et al. (2024), arXiv 2406.11430, section 3. The paper does not compress the first
-    two layers; here all layers keep the same number of entries.
+    two layers; here they are no exception.
     """
     return -attention.keys[:, :, : attention.context].float().norm(dim=-1)
 
@@ -415,6 +415,9 @@ def repeat_texts(
         '<|user|> Repeat the previous context exactly.<|assistant|>Anna lives in Rome.'
     """
     require_tokens(input_ids)
+    if len(input_ids) > 1 or chunk_size < 1:
+        seen = f"input_ids is {tuple(input_ids.shape)}, chunk_size {chunk_size}"
+        raise ValueError(f"{seen}, expected one text, (1, T), and a positive number.")
     prompts = []
     for part in ("", "part of the "):
         text = f"Repeat the {part}previous context exactly" + (", starting with" if part else ".")
@@ -479,8 +482,14 @@ def score_entries(
         if question_ids is not None:
             text = torch.cat([input_ids, question_ids.expand(len(input_ids), -1)], 1)
         return _score_text(model, text, prefix, lambda layer: score(layer, budget), context)
+    if len(input_ids) > 1 or repeat[-1].part.stop != context:
+        hint = "give repeat_texts(tokenizer, input_ids), for one text at a time"
+        raise ValueError(f"What is repeated is not the text of input_ids: {hint}.")
     end = prefix.next_position + input_ids.shape[1]
-    _require_room(model, end + max(text.input_ids.shape[1] for text in repeat))
+    needed = end + max(text.input_ids.shape[1] for text in repeat)
+    if needed > (limit := position_limit(model)):
+        sizes = f"The text with its repetition has {needed} tokens, the model reads up to {limit}"
+        raise ValueError(f"{sizes}: cut the text, or give repeat_texts a smaller chunk_size.")
     prefix, parts = prefill(model, input_ids, prefix), []
     for text in repeat:
         inputs = model, text.input_ids, prefix, lambda layer: score(layer, budget), context
@@ -726,15 +735,15 @@ def _match(queries: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> tu
     """Bias (k,) and values (k, D) of the kept columns of a head, from (N, D) and (T, D)."""
     from scipy.optimize import nnls  # slow to import
 
-    logits = queries.double() @ keys.double().T  # (N, T)
-    logits = logits - logits.max()
+    logits = queries.cpu().double() @ keys.cpu().double().T  # (N, T)
+    logits, columns = logits - logits.max(), columns.cpu()
     weights = logits.exp()
-    factors, _ = nnls(weights[:, columns].cpu().numpy(), weights.sum(1).cpu().numpy())
-    bias = torch.from_numpy(factors).to(keys.device).log().clamp(-MAXIMUM_BIAS, MAXIMUM_BIAS)
-    attended = logits.softmax(1) @ values.double()
+    factors, _ = nnls(weights[:, columns].numpy(), weights.sum(1).numpy())
+    bias = torch.from_numpy(factors).log().clamp(-MAXIMUM_BIAS, MAXIMUM_BIAS)
+    attended = logits.softmax(1) @ values.cpu().double()
     kept = (logits[:, columns] + bias).softmax(1)
-    written = torch.linalg.lstsq(kept.cpu(), attended.cpu(), driver="gelsd").solution
-    return bias.to(keys.dtype), written.to(keys)
+    written = torch.linalg.lstsq(kept, attended, driver="gelsd").solution
+    return bias.to(keys), written.to(keys)
 
 
 def compact(prefix: Prefix) -> Prefix:

@@ -46,7 +46,6 @@ from kvlab.compress import (
     keep_entries,
     kvzip,
     repeat_texts,
-    require_tokens,
     score_entries,
 )
 from kvlab.evaluate import exact_match, exponential, f1, figure, log_likelihoods, rouge_l
@@ -258,10 +257,14 @@ class KVDistiller(nn.Module):
         if needed > limit:
             sizes = f"{needed} tokens or entries at once, the model reads up to {limit}"
             raise ValueError(f"{sizes}: give a smaller chunk_size or budget.")
-        prefix = self.keep(input_ids, torch.ones_like(input_ids), [count])
-        ids = input_ids[0].tolist()
-        prefix = replace(prefix, next_position=total, input_ids=ids, attention_mask=None)
+        prefix = self._kept(input_ids, count)
         return compact(prefix) if total > limit else prefix
+
+    def _kept(self, input_ids: Tensor, count: int) -> Prefix:
+        """`keep` for one context, without a mask."""
+        prefix = self.keep(input_ids, torch.ones_like(input_ids), [count])
+        ids, total = input_ids[0].tolist(), input_ids.shape[1]
+        return replace(prefix, next_position=total, input_ids=ids, attention_mask=None)
 
     def forward(
         self, context: Tensor, context_mask: Tensor, text: Tensor, retention: float
@@ -403,19 +406,21 @@ class FreeDistiller(KVDistiller):
             bias = torch.zeros_like(layer.keys[..., 0]).masked_fill(~keep, -torch.inf)
             layers.append(RaggedLayer(layer.keys, layer.values, bias))
         fields = {"positions": positions, "rotary": rotary_of(self.model)}
+        fields["attention_mask"] = attention_mask  # if nothing is hidden, the cache is ordinary
         return Prefix(kv.from_ragged(layers), attention_mask.sum(1), **fields)
 
-    @torch.no_grad()
-    def compress(
-        self, input_ids: Tensor, *, retention: float | None = None, budget: int | None = None
-    ) -> Prefix:
-        """Compress one context, (1, T), to a fraction of its entries or to a number per head."""
-        require_tokens(input_ids)
-        count = count_kept(input_ids.shape[1], retention, budget)
+    def _kept(self, input_ids: Tensor, count: int) -> Prefix:
+        """What is kept of one context, in memory of its own."""
         prefix = self.keep(input_ids, torch.ones_like(input_ids), [count])
         kept = torch.stack([bias_of(layer) == 0 for layer in prefix.cache.layers])
         empty = Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
         return keep_entries(self.model, empty, input_ids, prefix.cache, kept)
+
+    def forward(self, context: Tensor, context_mask: Tensor, text=None, retention=1.0):
+        """As `KVDistiller.forward`; without a text the scores, which `fit_scores` fits."""
+        if text is None:
+            return self.score(context, context_mask)[1]
+        return super().forward(context, context_mask, text, retention)
 
     def read_on(self, prefix: Prefix, text: Tensor) -> Tensor:
         if not is_ragged(prefix.cache):
@@ -474,7 +479,7 @@ def fit_scores(
         return {"context": ids.clamp(min=0), "mask": (ids >= 0).long(), "scores": targets}
 
     def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        scores = model.score(batch["context"], batch["mask"])[1].permute(1, 3, 0, 2)
+        scores = model(batch["context"], batch["mask"]).permute(1, 3, 0, 2)
         errors = (scores - batch["scores"]).square().mean((2, 3))
         return {"squared_error": (errors * batch["mask"]).sum() / batch["mask"].sum()}
 
@@ -697,7 +702,7 @@ def compress_for(
             AWARE or of REPEATED, or a score of a module, "module:name".
         retention: fraction of the entries to keep.
         distiller: for the method "distill".
-        scope: as in `kvlab.compress.evict`; REPEATED have their own.
+        scope: as in `kvlab.compress.evict`; distill, attention_matching and REPEATED have their own.
         sinks: number of first tokens that stay, of `expected_attention`, and of scores by repeating.
     """
     context = questions[0].context.to(model.device)

@@ -6,9 +6,9 @@ ordinary columns on the right. Each entry has a number that is added to its atte
 padding has minus infinity. Padding is memory, so `kvlab.cache.nbytes` counts it.
 
 `log_likelihoods`, the decoding of `kvlab.speculate`, the store of `kvlab.knowledge` and these
-functions of `kvlab.cache` take such a cache: `prefill`, `save`, `load`, `join`, `shift`, `rotate`, `unrotate`, `repeat`, `length`,
-`nbytes`. The others refuse it. A model of transformers must run inside `attend_ragged`, with
-`position_ids`.
+functions of `kvlab.cache` take such a cache: `prefill`, `save`, `load`, `join`, `shift`, `rotate`,
+`unrotate`, `repeat`, `length`, `nbytes`. The others refuse it. A model of transformers must run
+inside `attend_ragged`, with `position_ids`.
 
 >>> keys = values = torch.arange(8.0).view(1, 2, 4, 1)  # two heads
 >>> kept = torch.tensor([[[True, False, True, True], [False, False, True, False]]])

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from command_helpers import PUBLISHED, result
 
 from kvlab import distill, lab, training
 from kvlab.cli import main
+from kvlab.commands import shared as common
 from kvlab.compress import AWARE, METHODS, REPEATED, evict, h2o
 from kvlab.distill import KVDistiller, compression_figures, compression_scores, encode_question
 from kvlab.evaluate import exact_match, log_likelihoods, mean_interval, multiple_choice
@@ -490,3 +492,12 @@ def test_real_contexts_are_grouped_and_held_out_whole(training_of):
     assert max(len(turns) for _, turns in dataset.readings) == 4
     assert len(dataset.readings) < len(turns) / 2
     assert 0 < dataset[0].weights.sum() < len(dataset[0].text)
+
+
+@pytest.mark.parametrize(("method", "expected"), [("key_norm", 2), ("attention_matching", 1)])
+def test_a_context_must_leave_room_for_its_repetition(tiny, capsys, monkeypatch, method, expected):
+    long = Record("Anna lives in Rome. " * 220, "Where does Anna live?", ("Rome",))
+    contexts = [[long], [replace(long, context="Anna lives in Rome.")]]
+    monkeypatch.setattr(common, "lab_passages", lambda *_: contexts)
+    main([*COMPARE, "--base_model", "lab-draft", "--methods", method, "--retention", "0.01"])
+    assert f"Comparing answers on: {expected} contexts" in capsys.readouterr().out

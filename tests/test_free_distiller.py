@@ -88,6 +88,8 @@ def test_training_hides_what_compression_removes(tiny_model):
             for i in range(TEXT.shape[1]):
                 alone = kv.prefill(model, TEXT[:, : i + 1], prefix).logits[0]
                 near(logits[row, i], alone, 1e-9)
+    distiller = free(model)  # writes nothing
+    near(*distiller(IDS, torch.ones_like(IDS), TEXT, retention=1.0), 1e-9)
 
 
 def test_a_context_longer_than_a_chunk_is_joined(tiny_model):
@@ -96,6 +98,18 @@ def test_a_context_longer_than_a_chunk_is_joined(tiny_model):
     assert prefix.next_position == 40
     assert (prefix.positions >= 0).sum() == 20 * LAYERS * GROUPS
     assert (prefix.positions >= 32).any()
+
+
+def test_a_context_longer_than_the_model_is_compacted(tiny_model):
+    model = tiny_model("Llama", max_position_embeddings=32)
+    prefix = free(model, chunk_size=16).compress(IDS, budget=2)
+    longest = kv.length(prefix.cache)
+    assert prefix.next_position == longest < 32
+    assert prefix.positions.max() == longest - 1
+    with pytest.raises(ValueError, match="give a smaller chunk_size or budget"):
+        free(model, chunk_size=64).compress(IDS, budget=2)
+    with pytest.raises(ValueError, match=r"expected \(1, T\), one text"):
+        free(model).compress(IDS.expand(2, -1), budget=2)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvlab import cache as kv
 from kvlab import lab
 from kvlab.compress import (
+    Repeat,
     capture_attention,
     choose_entries,
     compact,
@@ -284,6 +285,10 @@ def test_what_cannot_be_chosen_is_refused(tiny_model):
         evict(model, IDS, random, budget=9, scope="row")
     with pytest.raises(ValueError, match="leave chunk_size out, or choose scope='head'"):
         evict(model, IDS, random, budget=9, scope="model", chunk_size=7)
+    for rows, stop in ((1, 8), (2, IDS.shape[1])):  # of another text, and of several
+        repeat = [Repeat(IDS, slice(0, stop))]
+        with pytest.raises(ValueError, match="not the text of input_ids: give repeat_texts"):
+            evict(model, IDS.expand(rows, -1), kvzip, budget=9, repeat=repeat)
     small = evict(model, IDS, random, budget=9, scope="model")
     for function in (evict, score_entries):
         with pytest.raises(ValueError, match="Heads of the prefix have lengths of their own"):
@@ -515,7 +520,7 @@ def test_entries_move_by_a_number_or_each_by_its_own(tiny_model, kind):
     whole = kv.prefill(model, IDS).cache
     cache = packed(whole, kept, bias)
     steps = torch.randint(-9, 90, kept.shape, generator=torch.Generator().manual_seed(6))
-    for by in (13, -4, torch.tensor(5), steps):
+    for by in (13, -4, torch.tensor(5), torch.full((1, 1), 7), steps):
         expected = packed(kv.shift(whole, by, rotary), kept, bias)
         if isinstance(by, torch.Tensor) and by.ndim == 4:  # as `positions`: on the right
             longest = kv.length(cache)

@@ -105,7 +105,7 @@ def distill(
     test_records = _readable(model, tokenizer, test_records, 64)
     torch.manual_seed(seed)
     if scope == "model":
-        distiller = FreeDistiller(model, scorer_hidden_size=width, chunk_size=row, **dict(options))
+        distiller = FreeDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
     else:
         distiller = KVDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
     training = counts | {"retention": retention, "forward_share": forward_share}
@@ -203,7 +203,7 @@ def eval_compression(
     see a question before they compress serve this question only; they have a table of their own.
     Intervals (95 %) are over contexts, which weigh the same. If the distiller was trained on the
     same records, only contexts that were held out are used. Contexts that are longer than the
-    model reads are left out, with a count. For SQuAD v2, scores of questions with and without an
+    model reads (with their repetition, for kvzip) are left out, with a count. For SQuAD v2, scores of questions with and without an
     answer (HasAns, NoAns) are added; without one, only an empty answer is right.
 
     Args:
@@ -253,7 +253,8 @@ def eval_compression(
         sample = random.Random(seed).sample([*records], min(contexts, len(records)))
         records = [records[context][:questions] for context in sample]
     model, tokenizer = scale.load("target"), scale.load_tokenizer("target")
-    records = _readable(model, tokenizer, records, max_new_tokens)
+    repeated = not {*REPEATED, "attention_matching"}.isdisjoint(methods)
+    records = _readable(model, tokenizer, records, max_new_tokens, repeated)
     print(f"Comparing answers on: {_count(records)}.")
     resolved = {"base_model": scale.target, "methods": methods, "retention": retention}
     settings = common.command_settings(**resolved)
@@ -275,12 +276,18 @@ def eval_compression(
         print(path)
 
 
-def _readable(model, tokenizer, contexts: list, max_new_tokens: int) -> list:
-    """The records of contexts that the model can read with each question and its answer."""
+def _readable(model, tokenizer, contexts: list, max_new_tokens: int, repeated=False) -> list:
+    """The records of contexts that the model can read with each question and its answer.
+
+    Args:
+        repeated: with the repetition of the context, too.
+    """
     lengths = []
     for records in contexts:
         questions = [chapter.encode_question(tokenizer, record) for record in records]
         texts = [len(q.question) + max(max_new_tokens, *map(len, q.answers)) for q in questions]
+        if repeated:
+            texts += [text.input_ids.shape[1] for text in questions[0].repeat]
         lengths.append(questions[0].context.shape[1] + max(texts))
     return common.leave_out_long([model], contexts, lengths)
 
