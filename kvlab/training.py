@@ -61,7 +61,10 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self):
-        require_least(self, steps=1, accumulate=1, learning_rate=0, weight_decay=0, warmup=0)
+        if min(self.steps, self.accumulate) < 1:
+            counts = f"steps is {self.steps} and accumulate {self.accumulate}, expected 1 or more"
+            raise ValueError(f"{counts}: give more examples, or a smaller batch or accumulate.")
+        require_least(self, learning_rate=0, weight_decay=0, warmup=0)
         if not 0 <= self.decay <= 1 or not self.clip > 0:
             expected = "a fraction from 0 to 1, and a number above 0"
             raise ValueError(f"decay is {self.decay} and clip {self.clip}, expected {expected}.")

@@ -298,7 +298,7 @@ PROMISED = {
 
 def check(result, name):
     expected = {"figures", "device", "versions", "commit", "seeds", "seconds"}
-    assert expected <= set(result) <= expected | {"note"}
+    assert expected <= set(result) <= expected | {"note", "earlier"}
     names = [figure["name"] for figure in result["figures"]]
     assert len(names) == len(set(names))
     assert set(names) >= PROMISED[name]

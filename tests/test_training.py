@@ -744,8 +744,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("steps", 0, "steps is 0, expected 1 or more"),
-        ("accumulate", -1, "accumulate is -1, expected 1 or more"),
+        ("steps", 0, "steps is 0 and accumulate 1, expected 1 or more"),
+        ("accumulate", -1, "accumulate -1, expected 1 or more"),
         ("learning_rate", -1e-3, r"learning_rate is -0\.001, expected 0 or more"),
         ("learning_rate", float("nan"), "learning_rate is nan, expected 0 or more"),
         ("weight_decay", -0.1, r"weight_decay is -0\.1, expected 0 or more"),
