@@ -105,7 +105,8 @@ def distill(
     test_records = _readable(model, tokenizer, test_records, 64)
     torch.manual_seed(seed)
     if scope == "model":
-        distiller = FreeDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
+        shape = {"scorer_hidden_size": width, "chunk_size": row} | options
+        distiller = FreeDistiller(model, **shape)
     else:
         distiller = KVDistiller(model, scorer_hidden_size=width, chunk_size=row, **options)
     training = counts | {"retention": retention, "forward_share": forward_share}
