@@ -529,6 +529,7 @@ def save(prefix: Prefix, path: str | Path, model: Owner, metadata: dict | None =
     """
     owner = model if isinstance(model, dict) else fingerprint(model)
     cache, sizes = prefix.cache, layout(prefix.cache)
+    ragged = is_ragged(cache)
     _require_position(prefix.next_position, sizes.rows)
     names = {
         "layers": "num_hidden_layers",
@@ -544,10 +545,10 @@ def save(prefix: Prefix, path: str | Path, model: Owner, metadata: dict | None =
     for i, layer in enumerate(cache.layers):
         tensors[f"layer.{i}.keys"] = layer.keys
         tensors[f"layer.{i}.values"] = layer.values
-        if is_ragged(cache):
+        if ragged:
             tensors[f"layer.{i}.bias"] = layer.bias
     header = {
-        "version": RAGGED_VERSION if is_ragged(cache) else FORMAT_VERSION,
+        "version": RAGGED_VERSION if ragged else FORMAT_VERSION,
         "fingerprint": owner,
         "next_position": torch.as_tensor(prefix.next_position).tolist(),
         "dtype": str(sizes.dtype),

@@ -472,7 +472,7 @@ def score_entries(
         torch.Size([12, 1, 2, 20])
     """
     require_tokens(input_ids)
-    prefix = prefix or Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
+    prefix = prefix or _empty(input_ids)
     if is_ragged(prefix.cache):
         hint = "evict its text again, or with scope='head'"
         raise ValueError(f"Heads of the prefix have lengths of their own: {hint}.")
@@ -602,7 +602,7 @@ def evict(
         options = {"question_ids": question_ids, "repeat": repeat}
         scores, cache = score_entries(model, chunk, score, count_now, prefix=prefix, **options)
         kept = choose_entries(scores, count_now, scope)
-        prefix = keep_entries(model, prefix, chunk, cache, kept)
+        prefix = keep_entries(model, chunk, cache, kept, prefix)
         prefix = compact(prefix) if too_long else prefix
     return prefix
 
@@ -640,7 +640,7 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 def _start(model: PreTrainedModel, prefix: Prefix | None, input_ids: Tensor) -> Prefix:
     """The prefix, or an empty one, with the positions of its entries."""
     if prefix is None:
-        return Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
+        return _empty(input_ids)
     if prefix.positions is None and length(prefix.cache) == prefix.next_position:
         positions = torch.arange(prefix.next_position, device=input_ids.device)
         prefix = replace(prefix, positions=positions[None], rotary=rotary_of(model))
@@ -650,10 +650,15 @@ def _start(model: PreTrainedModel, prefix: Prefix | None, input_ids: Tensor) -> 
     return prefix
 
 
+def _empty(input_ids: Tensor) -> Prefix:
+    return Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
+
+
 def keep_entries(
-    model, prefix: Prefix, input_ids: Tensor, cache: DynamicCache, kept: Tensor
+    model, input_ids: Tensor, cache: DynamicCache, kept: Tensor, prefix: Prefix | None = None
 ) -> Prefix:
-    """The kept entries, (L, B, H_kv, T) or (B, T), of a prefix and tokens that were read after it."""
+    """The kept entries, (L, B, H_kv, T) or (B, T), of tokens, and of a prefix they were read after."""
+    prefix = prefix or _empty(input_ids)
     rows, count = input_ids.shape
     end = prefix.next_position + count
     new = torch.arange(prefix.next_position, end, device=input_ids.device)
@@ -727,8 +732,7 @@ def attention_matching(
                 b, v = _match(*tensors, columns)
                 bias[0, head, columns], values[0, head, columns] = b, v
         layers.append(pack(layer.keys, values, keep, bias))
-    plain = Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
-    return replace(keep_entries(model, plain, input_ids, cache, chosen), cache=from_ragged(layers))
+    return replace(keep_entries(model, input_ids, cache, chosen), cache=from_ragged(layers))
 
 
 def _match(queries: Tensor, keys: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

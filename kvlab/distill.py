@@ -413,8 +413,7 @@ class FreeDistiller(KVDistiller):
         """What is kept of one context, in memory of its own."""
         prefix = self.keep(input_ids, torch.ones_like(input_ids), [count])
         kept = torch.stack([bias_of(layer) == 0 for layer in prefix.cache.layers])
-        empty = Prefix(DynamicCache(), 0, positions=input_ids[:, :0])
-        return keep_entries(self.model, empty, input_ids, prefix.cache, kept)
+        return keep_entries(self.model, input_ids, prefix.cache, kept)
 
     def forward(self, context: Tensor, context_mask: Tensor, text=None, retention=1.0):
         """As `KVDistiller.forward`; without a text the scores, which `fit_scores` fits."""

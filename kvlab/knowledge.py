@@ -815,11 +815,13 @@ def _compressed(input_ids: Tensor, compress: Callable[[Tensor], Prefix]) -> tupl
     positions = positions.to("cpu", copy=True)
     if positions.ndim == 2:
         return kv.to_tensor(cache), positions[0]
-    if any(bias_of(layer)[bias_of(layer).isfinite()].any() for layer in cache.layers):
-        raise CacheError("Entries have a bias, which a store does not keep: compress otherwise.")
     entries = []
     for layer in cache.layers:
-        kept = bias_of(layer).isfinite()
+        bias = bias_of(layer)
+        kept = bias.isfinite()
+        if bias[kept].any():
+            hint = "compress otherwise"
+            raise CacheError(f"Entries have a bias, which a store does not keep: {hint}.")
         entries.append(torch.stack((layer.keys[kept], layer.values[kept])))
     return torch.cat(entries, 1), positions[:, 0]
 

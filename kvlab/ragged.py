@@ -45,16 +45,15 @@ class RaggedLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.bias = keys, values, bias
 
-    @property
-    def kept(self) -> Tensor:
-        """Which columns are entries, (B, H_kv, T)."""
-        return bias_of(self) > float("-inf")
 
-
-def bias_of(layer: DynamicLayer) -> Tensor:
-    """Return the bias of all columns of a layer, (B, H_kv, T): zeros for an ordinary layer."""
-    rows, heads, columns, _ = layer.keys.shape
-    bias = getattr(layer, "bias", layer.keys.new_zeros(rows, heads, 0))[..., :columns]
+def bias_of(layer: DynamicLayer, columns: int | None = None) -> Tensor:
+    """Return the bias of the first columns of a layer, or of all: zeros for an ordinary layer."""
+    rows, heads, total, _ = layer.keys.shape
+    columns = total if columns is None else columns
+    bias = getattr(layer, "bias", None)
+    if bias is None:
+        return layer.keys.new_zeros(rows, heads, columns)
+    bias = bias[..., :columns]
     return F.pad(bias, (0, columns - bias.shape[-1]))
 
 
@@ -95,8 +94,7 @@ def attend_ragged(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
     inner = ALL_ATTENTION_FUNCTIONS[name if name.startswith("kvlab_") else "sdpa"]  # captures, too
 
     def attend(module, query, key, value, attention_mask, **options):
-        bias = cache.layers[module.layer_idx].bias[..., : key.shape[2]]
-        bias = F.pad(bias, (0, key.shape[2] - bias.shape[-1]))
+        bias = bias_of(cache.layers[module.layer_idx], key.shape[2])
         mask = attention_mask[..., -key.shape[2] :] + bias[:, :, None]  # (B, H_kv, Q, T)
         mask = mask.repeat_interleave(query.shape[1] // key.shape[1], 1)
         return inner(module, query, key, value, mask, **options)

@@ -41,7 +41,6 @@ from kvlab.compress import (
     choose_entries,
     compact,
     count_kept,
-    evict,
     keep_entries,
     kvzip,
     score_entries,
@@ -221,12 +220,13 @@ def trained_free(s: Lab, seed: int, folder: Path) -> FreeDistiller:
 def by_method(s: Lab, method: str, percent: float, **options) -> Compress:
     """Compress by a method of `compress_for`, or by one of the controls."""
     fraction = percent / 100
-    controls = {"choice": choose, "kvzip_sinks": with_sinks, "random_counts": with_counts}
+    controls = {"choice": choose, "random_counts": with_counts}
     if method in controls:
         return partial(controls[method], s, fraction=fraction, **options)
-    if method == "distill_free":
-        method = "distill"
-    options |= {"method": method, "retention": fraction, "sinks": SINKS}
+    # As published, the first four entries of each head always stay.
+    options |= {"retention": fraction, "sinks": 4 if method == "kvzip_sinks" else SINKS}
+    names = {"distill_free": "distill", "kvzip_sinks": "kvzip"}
+    options["method"] = names.get(method, method)
     return partial(compress_for, s.target, **options)
 
 
@@ -239,12 +239,6 @@ def choose(s: Lab, passage: Passage, fraction: float, distiller: KVDistiller) ->
     return [replace(plain, cache=cache, positions=positions)] * len(passage)
 
 
-def with_sinks(s: Lab, passage: Passage, fraction: float) -> list[Prefix]:
-    """KVzip as published, where the first four entries of each head always stay."""
-    options = {"retention": fraction, "scope": "model", "repeat": passage[0].repeat}
-    return [evict(s.target, passage[0].context, kvzip, **options)] * len(passage)
-
-
 def with_counts(s: Lab, passage: Passage, fraction: float) -> list[Prefix]:
     """Random entries, as many in each head as KVzip keeps there."""
     context, q = passage[0].context, passage[0]
@@ -253,8 +247,7 @@ def with_counts(s: Lab, passage: Passage, fraction: float) -> list[Prefix]:
     scores, cache = score_entries(s.target, context, score, count, repeat=q.repeat)
     counts = choose_entries(scores, count, "model").sum(-1, keepdim=True)
     kept = torch.rand_like(scores).argsort(-1).argsort(-1) < counts
-    empty = Prefix(from_tensor(torch.zeros(0, 2, 1, 1, 0, 1)), 0, positions=context[:, :0])
-    return [keep_entries(s.target, empty, context, cache, kept)] * len(passage)
+    return [keep_entries(s.target, context, cache, kept)] * len(passage)
 
 
 def arms_of_all(s: Lab, distiller: KVDistiller, free: FreeDistiller) -> dict[str, Compress]:
