@@ -187,7 +187,7 @@ def train_aligned(
         counts = len(problems.student), len(problems.questions)
         print("To learn from: {} problems. To be asked: {}.".format(*counts))
         measure("before")
-    arm = Arm(use_cka_layer_mapping, use_segment_resampling)
+    arm = Arm(2 * use_cka_layer_mapping, use_segment_resampling)
     history, aligned = _train(arm, student, problems, settings, seed, output_dir, maps)
     if main:
         student.save_pretrained(output_dir)

@@ -40,7 +40,7 @@ from kvlab.records import extract_answer
 from kvlab.scale import config_of
 
 RUNS, HARD, CHECKS = Path("lab-runs/align"), (1, 3), 4
-SEEDS = dict.fromkeys(ARMS, 3) | {"ce_only": 4, "segment": 5, "shuffled_segment": 4}
+SEEDS, LONGEST = 5, 128  # tokens of a solution: a teacher's take up to 100
 SETTINGS = {
     "problems": 600,
     "epochs": 56,
@@ -58,7 +58,11 @@ SETTINGS = {
 }
 SOURCE = {"kv_weight": 1.0, "codi_weight": 0.5, "kv_warmup": 1000, "kv_end": 0.0}
 SOURCE |= {"start": "xavier", "freeze_projectors": False}
-TRIED = {  # what changes, in the arm that this is about
+CODI = {"codi_weight": 0.5}
+# KaVa's two ablations; without the KV loss, CODI is all that remains of the teacher.
+CHANGES = {"no_kv_loss": CODI, "segment_codi": CODI}
+ALL_ARMS = ARMS | {"segment_codi": ARMS["segment"]}
+TRIED = {  # what changes, in the arm that this is about, with one seed
     "source": ("full", SOURCE),
     "weight_1": ("segment", {"kv_weight": 1.0}),
     "learned_projectors": ("segment", {"start": "xavier", "freeze_projectors": False}),
@@ -75,7 +79,7 @@ def problems(seed: int, settings: dict, quick: bool) -> Problems:
 
 def file_of(arm: str, seed: int, changes: dict, folder: Path) -> Path:
     """Where a result is kept: another setting is another file."""
-    told = json.dumps([SETTINGS | changes, HARD, CHECKS], sort_keys=True)
+    told = json.dumps([SETTINGS | changes, HARD, CHECKS, LONGEST], sort_keys=True)
     return folder / f"{arm}-{seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
 
 
@@ -99,13 +103,14 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
     correct: list[np.ndarray] = []
 
     def evaluate(aligned) -> dict[str, float]:
-        correct.append(solved(aligned.student, tokenizer, tasks, 8 if quick else 64))
+        correct.append(solved(aligned.student, tokenizer, tasks, 8 if quick else LONGEST))
         return {"accuracy": float(correct[-1].mean())}
 
     work = done.with_suffix("")
-    similar = folder / f"layer-map-{seed}.json"
+    chosen = ALL_ARMS[arm]
+    similar = layer_map_file(folder, seed, chosen.layers if chosen else 0)
     history, _ = train_arm(
-        ARMS[arm],
+        chosen,
         student,
         tokenizer,
         tasks,
@@ -118,7 +123,7 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
         every=max(1, steps // CHECKS),
     )
     if arm == "ce_only" and not changes:
-        map_of_learned(student, tokenizer, tasks, teachers[0], similar)
+        write_layer_maps(student, tokenizer, tasks, teachers[0], folder, seed)
     hard = np.array([text[0]["content"].count(".") - 2 for text in tasks.questions])
     result = {
         "accuracy": [entry["accuracy"] for entry in history if "accuracy" in entry],
@@ -132,30 +137,33 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
     return result
 
 
-def map_of_learned(student, tokenizer, tasks: Problems, load, path: Path) -> None:
-    """Write the layer map of a student that has learned: random weights are similar to nothing."""
+def layer_map_file(folder: Path, seed: int, layers: int) -> Path:
+    """Where the map to so many teacher layers for each student layer is kept."""
+    return folder / f"layer-map-{layers}-{seed}.json"
+
+
+def write_layer_maps(student, tokenizer, tasks: Problems, load, folder: Path, seed: int) -> None:
+    """Write layer maps of a student that has learned: random weights are similar to nothing."""
     teacher, teacher_tokenizer = load()
     texts = [segment(tokenizer, conversation) for conversation in tasks.student[:100]]
     others = [segment(teacher_tokenizer, conversation) for conversation in tasks.teacher[:100]]
-    chosen = layer_map(similar_layers(student, texts, teacher, others), 2)
-    save_layer_map(path, chosen, student="ce_only", teacher="lab-teacher", samples=len(texts))
+    matrix = similar_layers(student, texts, teacher, others)
+    names = {"student": "ce_only", "teacher": "lab-teacher"}
+    for layers in (1, 2):
+        path = layer_map_file(folder, seed, layers)
+        save_layer_map(path, layer_map(matrix, layers), **names, samples=len(texts))
 
 
 def train_all(quick: bool, seed: int, folder: Path) -> dict[tuple[str, int], dict]:
     """Each arm with each seed, and what else was tried with one; two students at a time, each on a core."""
-    jobs = {
-        (arm, i): (arm, i, {})
-        for arm, n in SEEDS.items()
-        for i in range(seed, seed + (1 if quick else n))
-    }
+    seeds = range(seed, seed + (1 if quick else SEEDS))
+    jobs = {(arm, i): (arm, i, CHANGES.get(arm, {})) for i in seeds for arm in ALL_ARMS}
     jobs |= {(name, seed): (arm, seed, changes) for name, (arm, changes) in TRIED.items()}
-    first = {
-        key: job for key, job in jobs.items() if key[0] == "ce_only"
-    }  # layer maps are made of these
+    # layer maps are made of these
+    first = {key: job for key, job in jobs.items() if key[0] == "ce_only"}
     done = train_some(first, quick, folder)
-    return done | train_some(
-        {key: job for key, job in jobs.items() if key not in first}, quick, folder
-    )
+    rest = {key: job for key, job in jobs.items() if key not in first}
+    return done | train_some(rest, quick, folder)
 
 
 def train_some(
@@ -177,9 +185,10 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
     )
     told += "; n is seeds; the interval is that of chance in training"
     final = {
-        arm: {i: r["accuracy"][-1] for (name, i), r in runs.items() if name == arm} for arm in ARMS
+        arm: {i: r["accuracy"][-1] for (name, i), r in runs.items() if name == arm}
+        for arm in ALL_ARMS
     }
-    for arm in ARMS:
+    for arm in ALL_ARMS:
         rows = [r for (name, _), r in runs.items() if name == arm]
         figures.append(figure(f"accuracy_{arm}", [*final[arm].values()], "fraction", told))
         for i, value in final[arm].items():
@@ -223,7 +232,7 @@ def _minus(final: dict[str, dict[int, float]], one: str, other: str, name: str, 
 
 def map_figures(folder: Path, seeds: range) -> list[dict]:
     """Where in the teacher the map by CKA sends each student layer."""
-    maps = [json.loads((folder / f"layer-map-{seed}.json").read_text()) for seed in seeds]
+    maps = [json.loads(layer_map_file(folder, seed, 2).read_text()) for seed in seeds]
     told = "weighted mean of the teacher layers (0 to 5) that are most like it; n is seeds"
     return [
         figure(
@@ -377,7 +386,7 @@ def measure(quick: bool, seed: int) -> list[dict]:
         folder = Path(temporary) if quick else RUNS
         folder.mkdir(parents=True, exist_ok=True)
         runs = train_all(quick, seed, folder)
-        figures = map_figures(folder, range(seed, seed + (1 if quick else SEEDS["cka"])))
+        figures = map_figures(folder, range(seed, seed + (1 if quick else SEEDS)))
     torch.set_num_threads(1)
     figures += arm_figures(runs) + tried_figures(runs)
     return figures + resampling_figures(quick) + overhead_figures(quick) + projector_figures()
