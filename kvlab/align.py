@@ -48,7 +48,7 @@ from kvlab.files import read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import answers, rendered
 from kvlab.layers import CKA, LayerMap, layer_map, load_layer_map, proportional, save_layer_map
 from kvlab.losses import columns_to_keep, cross_entropy
-from kvlab.models import rotary_of
+from kvlab.models import position_limit, rotary_of
 from kvlab.training import fit, require_least
 from kvlab.vocabularies import agreed_tokens, shared_tokens
 
@@ -905,7 +905,8 @@ def train_arm(
     stored, aligned = [], AlignedStudent(student)
     torch.manual_seed(seed)
     if arm and arm.learn != "cache":
-        texts, stored = _distilled(arm, tokenizer, problems, teachers[0], folder)
+        limit = position_limit(student)
+        texts, stored = _distilled(arm, limit, tokenizer, problems, teachers[0], folder)
     elif arm and (settings.kv_weight or settings.codi_weight):
         for i, load in enumerate(teachers):
             path = Path(layer_maps[i]) if layer_maps else folder / f"teacher_{i}/layer_map.json"
@@ -933,11 +934,11 @@ def _aligned_student(arm: Arm, student: PreTrainedModel, stored, settings) -> Al
 
 
 def _distilled(
-    arm: Arm, tokenizer, problems: Problems, load: Loader, folder: Path
+    arm: Arm, limit: int, tokenizer, problems: Problems, load: Loader, folder: Path
 ) -> tuple[Texts, list[list[TeacherTokens]]]:
     """The solutions that a teacher writes, in the student's tokens, and what it predicts in them.
 
-    A solution without an answer is replaced by the given one.
+    One without an answer, or with more tokens than the limit, is replaced by the given one.
     """
     path, (teacher, words) = folder / "solutions.json", load()
     with PartialState().main_process_first():
@@ -949,11 +950,12 @@ def _distilled(
     for solution, (*question, given) in zip(read_json(path), problems.student, strict=True):
         written = [*question, {"role": "assistant", "content": solution}]
         try:
-            text, other = segment(tokenizer, written), segment(words, written)
-        except ValueError:  # it gives no answer
-            text, other = (segment(x, [*question, given]) for x in (tokenizer, words))
-        texts.append(text)
-        others.append(other)
+            usable = len(segment(tokenizer, written).input_ids) <= limit
+        except ValueError:
+            usable = False
+        written = written if usable else [*question, given]
+        texts.append(segment(tokenizer, written))
+        others.append(segment(words, written))
     if arm.learn == "text":
         return texts, []
     return texts, [predict_with_teacher(teacher, others, texts, shared_tokens(tokenizer, words))]

@@ -980,7 +980,7 @@ def test_what_a_teacher_makes_is_align_kv_text_by_text(batch, monkeypatch):
     others, chosen = teacher_texts(), LayerMap(*layer_map(torch.rand(3, 4), 2))
     seen = encode_with_teacher(teacher, others, texts, chosen)
     same = Projector(160, 160, "identity")
-    for text, (ids, borders), part in zip(texts, others, seen, strict=True):
+    for text, (ids, borders, _), part in zip(texts, others, seen, strict=True):
         out = teacher(ids[None], output_hidden_states=True)
         prefix, plan = kv.prefill(teacher, ids[None]), plan_time(text.borders[None], borders[None])
         want = carried(Teacher(prefix, plan, chosen, same))

@@ -6,6 +6,7 @@ import resource
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -154,11 +155,16 @@ def write_layer_maps(student, tokenizer, tasks: Problems, load, folder: Path, se
         save_layer_map(path, layer_map(matrix, layers), **names, samples=len(texts))
 
 
-def train_all(quick: bool, seed: int, folder: Path) -> dict[tuple[str, int], dict]:
+def train_all(
+    quick: bool, seed: int, parts: Sequence[str], folder: Path
+) -> dict[tuple[str, int], dict]:
     """Each arm with each seed, and what else was tried with one; two students at a time, each on a core."""
     seeds = range(seed, seed + (1 if quick else SEEDS))
-    jobs = {(arm, i): (arm, i, CHANGES.get(arm, {})) for i in seeds for arm in ALL_ARMS}
-    jobs |= {(name, seed): (arm, seed, changes) for name, (arm, changes) in TRIED.items()}
+    needed = {*parts, "ce_only", *({"segment"} if "tried" in parts else ())}
+    arms = [arm for arm in ALL_ARMS if arm in needed]
+    jobs = {(arm, i): (arm, i, CHANGES.get(arm, {})) for arm in arms for i in seeds}
+    if "tried" in parts:
+        jobs |= {(name, seed): (arm, seed, changes) for name, (arm, changes) in TRIED.items()}
     # layer maps are made of these
     first = {key: job for key, job in jobs.items() if key[0] == "ce_only"}
     done = train_some(first, quick, folder)
@@ -184,11 +190,11 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
         "a student of 3 layers from random weights, 600 problems; test problems of 1 to 3 steps, greedy",
     )
     told += "; n is seeds; the interval is that of chance in training"
-    final = {
-        arm: {i: r["accuracy"][-1] for (name, i), r in runs.items() if name == arm}
-        for arm in ALL_ARMS
-    }
-    for arm in ALL_ARMS:
+    final = {}
+    for (arm, i), r in runs.items():
+        if arm in ALL_ARMS:
+            final.setdefault(arm, {})[i] = r["accuracy"][-1]
+    for arm in final:
         rows = [r for (name, _), r in runs.items() if name == arm]
         figures.append(figure(f"accuracy_{arm}", [*final[arm].values()], "fraction", told))
         for i, value in final[arm].items():
@@ -219,7 +225,10 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
         figures.append(figure(f"seconds_{arm}", [r["seconds"] for r in rows], "seconds", cost))
         cost = "peak resident memory of its process, teacher and evaluation included; n is seeds"
         figures.append(figure(f"mb_{arm}", [r["MB"] for r in rows], "MB", cost))
-    return [*figures, _minus(final, "segment", "shuffled_segment", "segment_over_shuffled", told)]
+    if {"segment", "shuffled_segment"} <= final.keys():
+        over = "segment", "shuffled_segment", "segment_over_shuffled"
+        figures.append(_minus(final, *over, told))
+    return figures
 
 
 def _minus(final: dict[str, dict[int, float]], one: str, other: str, name: str, told: str) -> dict:
@@ -380,17 +389,21 @@ def projector_figures() -> list[dict]:
     return [*figures, figure("projector_parameters", [total], "parameters", told)]
 
 
-def measure(quick: bool, seed: int) -> list[dict]:
+def measure(quick: bool, seed: int, parts: Sequence[str]) -> list[dict]:
     """Accuracy of students that learn by each arm and by controls, cost of each, and the parts of it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if quick else RUNS
         folder.mkdir(parents=True, exist_ok=True)
-        runs = train_all(quick, seed, folder)
+        runs = train_all(quick, seed, parts, folder)
         figures = map_figures(folder, range(seed, seed + (1 if quick else SEEDS)))
     torch.set_num_threads(1)
-    figures += arm_figures(runs) + tried_figures(runs)
-    return figures + resampling_figures(quick) + overhead_figures(quick) + projector_figures()
+    figures += arm_figures(runs)
+    if "tried" in parts:
+        figures += tried_figures(runs)
+    if "costs" in parts:
+        figures += resampling_figures(quick) + overhead_figures(quick) + projector_figures()
+    return figures
 
 
 if __name__ == "__main__":
-    benchmark(measure)
+    benchmark(measure, parts=[*ALL_ARMS, "tried", "costs"])
