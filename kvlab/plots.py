@@ -265,6 +265,18 @@ def speed_ratios(ratios: Rows) -> Axes:
     return ax
 
 
+def seed_strips(runs: Mapping[str, Sequence[float]], xlabel: str) -> Axes:
+    """One dot for each run, one row per label from the top, and a line at the mean of the row."""
+    ax = axes(height=0.7 + 0.3 * len(runs))[0]
+    means = {label: (np.mean(values),) * 3 for label, values in runs.items()}
+    draw_dots(ax, means, ".2f", (INK, "|"))
+    for y, values in enumerate(runs.values()):
+        ax.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.45, ms=6, clip_on=False)
+    top = max(map(max, runs.values()))
+    ax.set(xlabel=xlabel, xlim=(-0.02 * top, 1.1 * top))
+    return ax
+
+
 def splice_panels(panels: Mapping[str, Rows]) -> np.ndarray:
     """One panel per quantity and one row per arm, each (value, low, high)."""
     height = max(2.6, 0.34 * max(map(len, panels.values())))

@@ -581,6 +581,52 @@ class FusedProposer(ModelProposer):
             slots.replace(row, stop - count, self.fuser(receiver, sharer))
 
 
+class ParallelProposer:
+    """Heads on the target's last hidden states, which guess all tokens in one call.
+
+    In its first round it guesses nothing, as the target's states are known from then on. It serves
+    one stream of rounds at a time.
+
+    Args:
+        target: The model that verifies.
+        draft: Trained for it, `kvlab.parallel.ParallelDraft`: called with hidden states and
+            embeddings (B, d), it returns states (B, guesses, d) for the target's output head.
+    """
+
+    def __init__(self, target: PreTrainedModel, draft: Callable[[Tensor, Tensor], Tensor]):
+        self.embed = target.get_input_embeddings()
+        self.head = target.get_output_embeddings()
+        self.draft = draft
+
+    def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        """Have the target's states kept."""
+        self.texts = texts
+        self.sampling = sampling
+        self.states: Tensor | None = None
+        target_cache.keep_hidden = True
+
+    def propose(self, gamma: int) -> Proposal:
+        """Choose each token by its own distribution; processors see the tokens before it."""
+        last = torch.tensor([text[-1] for text in self.texts], device=self.head.weight.device)
+        if self.states is None:
+            return Proposal(last.new_empty(len(last), 0))
+        logits = self.head(self.draft(self.states, self.embed(last))[:, :gamma])
+        drafted, distributions = [], []
+        for i in range(logits.shape[1]):
+            contexts = self.sampling.contexts(self.texts, drafted)
+            token, q = self.sampling.choose(logits[:, i : i + 1], contexts)
+            drafted.append(token)
+            distributions.append(q)
+        q = None if self.sampling.greedy else torch.stack(distributions, 1)
+        return Proposal(torch.stack(drafted, 1), q)
+
+    def accept(self, accepted: list[int], target_cache: Slots) -> None:
+        """Take the states from which the target chose the last token of each text."""
+        device = target_cache.hidden.device
+        columns = torch.tensor(accepted, device=device).clamp(min=0)
+        self.states = target_cache.hidden[torch.arange(len(accepted), device=device), columns]
+
+
 class LookupProposer:
     """Prompt lookup (Saxena 2023): guess what followed the last tokens where they occurred before.
 

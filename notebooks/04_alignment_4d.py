@@ -879,7 +879,7 @@ try:
     segment(tokenizer, odd)
 except ValueError as error:
     print(textwrap.fill(str(error), 78))
-ids, borders = segment(tokenizer, odd, marker=r"\bSo we get\b")
+ids, borders, _ = segment(tokenizer, odd, marker=r"\bSo we get\b")
 for name, start, end in zip(align.SEGMENTS, borders, borders[1:]):
     print(f"{name:9} {tokenizer.decode(ids[start:end])}")
 

@@ -363,6 +363,18 @@ def test_splice_strips_have_a_strip_per_arm_and_end_with_the_question():
     assert on_card(ax)
 
 
+def test_seed_strips_show_every_run_and_the_mean():
+    ax = plots.seed_strips({"a teacher": [0.2, 0.6, 0.7], "none": [0.1, 0.3]}, "solved")
+    points = [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"]
+    assert points == [[0.2, 0.6, 0.7], [0.1, 0.3]]
+    means = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "|"]
+    assert means == pytest.approx([0.5, 0.2])
+    assert texts(ax) == ["0.50", "0.20"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a teacher", "none"]
+    assert ax.get_xlabel() == "solved"
+    assert on_card(ax)
+
+
 def test_splice_panels_show_every_value_with_its_interval():
     panels = {
         "KL": {"full": (0.0, 0.0, 0.0), "shift": (0.02, 0.01, 0.04)},

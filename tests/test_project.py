@@ -198,11 +198,12 @@ def test_a_figure_without_alt_text_is_a_warning(alt, warnings, monkeypatch):
 # Each module imports only from its own floor or from lower ones; chapters do not import each other.
 CHAPTERS = "knowledge draft distill align fuse speculate"
 FLOORS = (
-    "files models losses answers results lab.models lab.worlds",
+    "files models losses answers results vocabularies lab.models lab.worlds",
     "ragged",
     "cache",
     "slots",
     "compress layers generation training evaluate records scale plots lab lab.corpora lab.tokenizers",
+    "parallel",
     CHAPTERS,
     "lab.report lab.recipe lab.__main__ commands cli",
     "__main__",

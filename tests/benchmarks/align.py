@@ -162,7 +162,7 @@ def train_all(
     seeds = range(seed, seed + (1 if quick else SEEDS))
     needed = {*parts, "ce_only", *({"segment"} if "tried" in parts else ())}
     arms = [arm for arm in ALL_ARMS if arm in needed]
-    jobs = {(arm, i): (arm, i, CHANGES.get(arm, {})) for arm in arms for i in seeds}
+    jobs = {(arm, i): (arm, i, CHANGES.get(arm, {})) for i in seeds for arm in arms}
     if "tried" in parts:
         jobs |= {(name, seed): (arm, seed, changes) for name, (arm, changes) in TRIED.items()}
     # layer maps are made of these
