@@ -6,8 +6,8 @@ rounds. Without a proposer it is plain autoregressive decoding. Rows of a batch 
 independently, because every row has its own columns in memory (`kvlab.slots.Slots`).
 
 Sources: Leviathan, Kalman and Matias (2023), arXiv 2211.17192, Algorithm 1 and section 3; Chen et
-al. (2023), arXiv 2302.01318, Algorithm 2. Names: gamma drafted tokens, draft distribution q, target
-distribution p.
+al. (2023), arXiv 2302.01318, Algorithm 2; Sun et al. (2024), arXiv 2403.10444, Algorithm 2. Names:
+gamma drafted tokens, draft distribution q, target distribution p.
 """
 
 import itertools
@@ -61,6 +61,9 @@ class Proposal(NamedTuple):
 
     tokens: Tensor
     probabilities: Tensor | None = None
+
+
+Verify = Callable[[Tensor, Proposal, Tensor], tuple[Tensor, Tensor]]  # as `verify`
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,50 @@ def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tens
         >>> verify(p, proposal, torch.tensor([[0.1, 0.7]]))
         (tensor([1]), tensor([1]))
     """
+    p, q, p_x, q_x = _aligned(p, proposal)
+    gamma = p_x.shape[1]
+    passed = uniform[:, :gamma] * q_x < p_x
+    accepted = passed.long().cumprod(1).sum(1)
+    rows = torch.arange(len(p), device=p.device)
+    p_next, q_next = p[rows, accepted], q[rows, accepted]
+    return accepted, _sample_rest(p_next, q_next, uniform[:, -1])
+
+
+def verify_block(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Accept or resample a block as a whole (Sun et al. 2024, arXiv 2403.10444, Algorithm 2).
+
+    Arguments, result and its distribution are those of `verify`, and the expected number of
+    accepted tokens is never smaller: a guess that is more probable than q says lends its surplus
+    to those after it. With c_0 = 1 and c_i = min(1, c_(i-1) p_i(x_i) / q_i(x_i)), and the sum A_i
+    of max(0, c_i p_(i+1) - q_(i+1)), the accepted tokens are x_1 to x_i for the largest i with
+    u_i < A_i / (A_i + 1 - c_i); after all g, A_g = c_g. The next token is sampled from
+    norm(max(0, c_i p_(i+1) - q_(i+1))).
+
+    Example:
+        >>> p = torch.tensor([[[0.2, 0.8], [0.5, 0.5]]])
+        >>> proposal = Proposal(torch.tensor([[0]]), torch.tensor([[[0.9, 0.1]]]))
+        >>> verify_block(p, proposal, torch.tensor([[0.1, 0.7]]))
+        (tensor([1]), tensor([1]))
+    """
+    p, q, p_x, q_x = _aligned(p, proposal)
+    gamma = p_x.shape[1]
+    ratios = (p_x / q_x).nan_to_num(0.0)  # 0 / 0: a guess that neither allows
+    carries = [torch.ones_like(p[:, 0, 0])]
+    for i in range(gamma):
+        carries.append((carries[-1] * ratios[:, i]).clamp(max=1))
+    carry = torch.stack(carries, 1)  # (B, g + 1)
+    rest = (carry[..., None] * p - q).clamp(min=0).sum(-1)
+    thresholds = (rest / (rest + 1 - carry)).nan_to_num(1.0)  # 0 / 0: p = q from here on
+    passed = uniform[:, :gamma] < thresholds[:, 1:]
+    counts = passed * torch.arange(1, gamma + 1, device=p.device)
+    accepted = pad(counts, (1, 0)).amax(1)
+    rows = torch.arange(len(p), device=p.device)
+    p_next, q_next = carry[rows, accepted, None] * p[rows, accepted], q[rows, accepted]
+    return accepted, _sample_rest(p_next, q_next, uniform[:, -1])
+
+
+def _aligned(p: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p and q (B, g + 1, V), and those of the guesses (B, g): without a guess 0 and 1."""
     tokens, q = proposal
     gamma = tokens.shape[1]
     x = tokens.clamp(min=0)[..., None]  # (B, g, 1)
@@ -303,18 +350,16 @@ def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tens
     p = pad(p, (0, size - p.shape[-1]))
     guessed = tokens != NO_GUESS
     q = pad(q * guessed[..., None], (0, size - q.shape[-1], 0, 1))  # 0 after all g
+    p_x = p[:, :gamma].gather(-1, x)[..., 0] * guessed
+    q_x = q[:, :gamma].gather(-1, x)[..., 0].where(guessed, 1.0)
+    return p, q, p_x, q_x
 
-    p_x = p[:, :gamma].gather(-1, x)[..., 0]
-    q_x = q[:, :gamma].gather(-1, x)[..., 0]
-    passed = (uniform[:, :gamma] * q_x < p_x) & guessed
-    accepted = passed.long().cumprod(1).sum(1)
 
-    rows = torch.arange(len(p), device=p.device)
-    p_next = p[rows, accepted]
-    residual = (p_next - q[rows, accepted]).clamp(min=0)
-    rejected_by_rounding = residual.sum(-1, keepdim=True) == 0  # p = q
-    weights = torch.where(rejected_by_rounding, p_next, residual)
-    return accepted, sample_categorical(weights, uniform[:, -1])
+def _sample_rest(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
+    """Sample from norm(max(0, p - q)), (B, V)."""
+    rest = (p - q).clamp(min=0)
+    rejected_by_rounding = rest.sum(-1, keepdim=True) == 0  # p = q
+    return sample_categorical(torch.where(rejected_by_rounding, p, rest), uniform)
 
 
 class Runner:
@@ -682,9 +727,10 @@ class _Stream:
             self.left.append(tokens_left(runner.model, position + len(ids), max_new_tokens))
         self.new = [[] for _ in prompts]
 
-    def set_end(self, ending: Ending, sampling: Sampling) -> None:
-        """Decide where texts end, and how their tokens are chosen."""
+    def set_end(self, ending: Ending, sampling: Sampling, rule: Verify) -> None:
+        """Decide where texts end, and how their tokens are chosen and verified."""
         self.ending = ending
+        self.rule = rule
         model = self.runner.model
         self.sampling = RowSampling.of(sampling, model, self.texts, ending, self.left)
         # Compiled calls have one shape, and a row with its own generator draws as if it were alone.
@@ -708,7 +754,7 @@ class _Stream:
         if sampling.greedy:
             return verify_greedy(scores.argmax(-1), proposal)
         uniform = sampling.uniform(len(logits), gamma + 1, logits.device)
-        return verify(scores.softmax(-1), proposal, uniform)
+        return self.rule(scores.softmax(-1), proposal, uniform)
 
     def commit(self, proposal: Proposal, accepted: Tensor, token: Tensor) -> Lists:
         """Extend the texts by the accepted tokens and the next; return the lists of a `Round`."""
@@ -753,6 +799,7 @@ def decode(
     eos_token_id: int | Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stop: Stop = (),
+    verify: Verify = verify,
 ) -> Iterator[Round]:
     """Decode, and yield a `Round` after each target call.
 
@@ -777,6 +824,7 @@ def decode(
         tokenizer: Of the target, for its end token and for stop strings.
         stop: A row ends with the token that completes one of these strings (and of
             `stop_strings` in the generation config).
+        verify: The rule for sampled tokens, `verify` or `verify_block`.
 
     Example:
         >>> from kvlab import lab
@@ -791,7 +839,8 @@ def decode(
         raise ValueError(f"{numbers}: expected positive integers.")
     runner = target if isinstance(target, Runner) else Runner(target)
     stream = _Stream(runner, input_ids, prefix, max_new_tokens)
-    stream.set_end(Ending.of(runner.model, tokenizer, stop, eos_token_id), sampling or Sampling())
+    ending = Ending.of(runner.model, tokenizer, stop, eos_token_id)
+    stream.set_end(ending, sampling or Sampling(), verify)
     maximum = min(maximum, max(1, max(stream.left) - 1))  # a round gains one token more
     room = max(stream.left) + maximum + 1
     empty, zeros = [[]] * len(stream.texts), [0] * len(stream.texts)
