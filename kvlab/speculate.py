@@ -503,13 +503,16 @@ class ModelProposer:
                 logits = self._read_text()
             else:
                 logits = self.runner(drafted[-1][:, None], [n + i - 1 for n in lengths])
-            contexts = self.sampling.contexts(self.texts, drafted)
-            token, q = self.sampling.choose(logits, contexts)
+            token, q = self._choose(logits, drafted)
             drafted.append(token)
             distributions.append(q)
         self.drafted = gamma
         q = None if self.sampling.greedy else torch.stack(distributions, 1)
         return Proposal(torch.stack(drafted, 1), q)
+
+    def _choose(self, logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Choose the token (B,) after those drafted; with its distribution, if sampled."""
+        return self.sampling.choose(logits, self.sampling.contexts(self.texts, drafted))
 
     def _read_text(self) -> Tensor:
         """Read the unread tokens of each row, and return the logits after the last (B, 1, V)."""
@@ -624,6 +627,122 @@ class FusedProposer(ModelProposer):
             receiver = slots.prefix(row, stop - count, stop)
             sharer = target_cache.prefix(row, target_stop - count, target_stop)
             slots.replace(row, stop - count, self.fuser(receiver, sharer))
+
+
+class TranslatingProposer(ModelProposer):
+    """A draft model with another tokenizer than the target's (Timor et al. 2025, arXiv 2502.05202).
+
+    The draft reads the target's text in its own tokens. After each round only what follows a border
+    on which both tokenizers agree is encoded again, and the draft's memory is cropped to what it
+    has read of that. If the target decodes greedily, the draft writes text, which is encoded for
+    the target: certain guesses, up to gamma. If it samples, the draft samples among the tokens that
+    are in both vocabularies, so q is renormalized over these.
+
+    Args:
+        model: The draft model, or its Runner (not compiled: rounds have no fixed shape).
+        tokenizer: Of the draft.
+        target_tokenizer: Of the target.
+
+    Example:
+        >>> from kvlab import lab
+        >>> names = ("lab-teacher", "lab-target")
+        >>> own, tokenizer = map(lab.load_tokenizer, names)
+        >>> draft = TranslatingProposer(lab.load("lab-teacher"), own, tokenizer)
+        >>> ids = tokenizer("Anna lives", return_tensors="pt").input_ids
+        >>> len(generate(lab.load("lab-target"), ids, draft, max_new_tokens=8).tokens[0]) <= 8
+        True
+    """
+
+    lookback = 8  # tokens of the target that a border leaves open
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        target_tokenizer: PreTrainedTokenizerBase,
+    ):
+        super().__init__(model)
+        if self.runner.compiled_room:
+            reason = "A draft with another tokenizer reads texts of other lengths in each round"
+            raise ValueError(f"{reason}: leave compiled_room out.")
+        self.tokenizer, self.target_tokenizer = tokenizer, target_tokenizer
+        own, vocabulary = tokenizer.get_vocab(), target_tokenizer.get_vocab()
+        size = self.runner.model.get_input_embeddings().num_embeddings
+        shared = [(vocabulary[t], own[t]) for t in own.keys() & vocabulary if own[t] < size]
+        if not shared:
+            counts = f"The draft's tokenizer has {len(own)} tokens, the target's {len(vocabulary)}"
+            raise ValueError(f"{counts}, and none is in both: choose a draft of a related family.")
+        self.target_ids, self.own_ids = torch.tensor(shared, device=self.runner.model.device).T
+        self.to_own = self.own_ids.new_zeros(max(vocabulary.values()) + 1)
+        self.to_own[self.target_ids] = self.own_ids
+        self.to_target = self.own_ids.new_zeros(size)
+        self.to_target[self.own_ids] = self.target_ids
+
+    def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        """Read the texts, encoded for the draft, with room for about two tokens per new one."""
+        self.target_texts = texts
+        self.room = room
+        self.texts = [[] for _ in texts]
+        self.borders = [(0, 0)] * len(texts)  # numbers of tokens: the target's, the draft's
+        own = [self._encode_text(row) for row in range(len(texts))]
+        super().start(own, target_cache, sampling, 2 * room)
+        self.guesses = [[]] * len(texts)  # of this round, in the draft's tokens
+
+    def _encode_text(self, row: int) -> list[int]:
+        """The draft's tokens of a text; moves its border."""
+        text, (before, own_before) = self.target_texts[row], self.borders[row]
+        border = len(text) - self.lookback
+        tail = self._encode(text[before:])
+        own = self.texts[row][:own_before] + tail
+        if border > before:
+            head = self._encode(text[before:border])
+            if head + self._encode(text[border:]) == tail:
+                self.borders[row] = (border, own_before + len(head))
+        return [0] * (2 - len(own)) + own  # a draft reads one token and guesses after another
+
+    def _encode(self, tokens: list[int]) -> list[int]:
+        text = self.target_tokenizer.decode(tokens)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def propose(self, gamma: int) -> Proposal:
+        """Draft `gamma` tokens of the draft's, and return what they are in the target's."""
+        if max(map(len, self.texts)) + max(self.unread) + gamma > self.runner.slots.room:
+            self.start(self.target_texts, None, self.sampling, self.room)  # with new room
+        own, q = super().propose(gamma)
+        self.guesses = own.tolist()
+        if q is not None:
+            return Proposal(self.to_target[own], q)
+        rows = []
+        for row, guess in enumerate(self.guesses):
+            known = self.texts[row][self.borders[row][1] :]
+            text = self.tokenizer.decode(known + guess)[len(self.tokenizer.decode(known)) :]
+            new = self.target_tokenizer(text, add_special_tokens=False).input_ids[:gamma]
+            rows.append(new + [NO_GUESS] * (gamma - len(new)))
+        return Proposal(torch.tensor(rows, device=own.device))
+
+    def _choose(self, logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Choose a token of the draft's; when sampling, by the target's processors."""
+        if self.sampling.greedy:
+            return logits[:, 0].argmax(-1), None
+        # Low enough that no token outside of both vocabularies is sampled, also in half precision.
+        scores = logits.new_full((len(logits), 1, len(self.to_own)), -1e4)
+        scores[..., self.target_ids] = logits[..., self.own_ids]
+        contexts = self.sampling.contexts(self.target_texts, [self.to_target[x] for x in drafted])
+        token, q = self.sampling.choose(scores, contexts)
+        return self.to_own[token], q
+
+    def accept(self, accepted: list[int], target_cache: Slots) -> None:
+        """Encode the texts again, and keep of what was read how they begin."""
+        for row, n in enumerate(accepted):
+            if n != FINISHED:
+                known = len(self.texts[row]) - self.unread[row]
+                read = self.texts[row][:known] + self.guesses[row][:-1]
+                own = self.texts[row] = self._encode_text(row)
+                pairs = enumerate(zip(read, own[:-1], strict=False))
+                same = next((i for i, (a, b) in pairs if a != b), min(len(read), len(own) - 1))
+                self.runner.slots.lengths[row] += same - known
+                self.unread[row] = len(own) - same
+        self.guesses = [[]] * len(self.texts)
 
 
 class LookupProposer:

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import FAMILIES
@@ -30,6 +31,7 @@ from kvlab import cache as kv
 from kvlab import lab, speculate
 from kvlab.evaluate import chi_square
 from kvlab.fuse import Fuser, Settings, Size
+from kvlab.generation import encode
 from kvlab.lab.report import heldout
 from kvlab.models import CacheError, rotary_of
 from kvlab.slots import Slots
@@ -43,8 +45,10 @@ from kvlab.speculate import (
     Prefix,
     Proposal,
     Round,
+    RowSampling,
     Runner,
     Sampling,
+    TranslatingProposer,
     best_gamma,
     cost_model,
     costs,
@@ -58,6 +62,7 @@ from kvlab.speculate import (
 )
 
 DOUBLE = torch.float64
+both_rules = pytest.mark.parametrize("rule", [verify, verify_block])
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -584,6 +589,13 @@ SETTINGS = {
     "model, gamma 0 to 3": ("model", (2, 0, 0, 3), {}, None),
     "fused, gamma 2": ("fused", 2, {}, None),
     "fused, gamma 3, cool, top-k, prefix": ("fused", 3, {"temperature": 0.7, "top_k": 4}, "whole"),
+    "other tokenizer, gamma 2": ("other tokenizer", 2, {}, None),
+    "other tokenizer, gamma 3, all": (
+        "other tokenizer",
+        3,
+        {"temperature": 1.3, "top_k": 4, "top_p": 0.9, "repetition_penalty": 1.2},
+        None,
+    ),
     "plain": ("none", 1, {"top_p": 0.9}, None),
     "noisy copy, gamma 3, min-p": ("noisy", 3, {"min_p": 0.3}, None),
     "model, gamma 3, processors": ("model", 3, {"logits_processor": [NotTwice()]}, None),
@@ -603,11 +615,12 @@ def drafter(tiny_model, kind, target):
         "lookup": lambda: LookupProposer(),
         "early": lambda: EarlyExitProposer(target, 1),
         "fused": lambda: FusedProposer(tiny_model(seed=1, **TINY), cross),
+        "other tokenizer": lambda: translating(tiny_model),
         "none": lambda: None,
     }[kind]()
 
 
-@pytest.mark.parametrize("rule", [verify, verify_block])
+@both_rules
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_sampling_is_exact(tiny_model, setting, rule):
     target, (kind, gamma, options, known) = tiny_model(**TINY), SETTINGS[setting]
@@ -1519,6 +1532,251 @@ def test_a_shared_vocabulary_of_another_size_changes_nothing(tiny_model):
         ]
 
 
+# The q of a proposer is the distribution it sampled from.
+
+
+class Drafts:
+    """A proposer that notes, for each guess, the text before it, the guess and its q.
+
+    Texts count as equal if they were drafted in the same rounds: a draft's memory may depend on it.
+    """
+
+    def __init__(self, proposer):
+        self.proposer, self.notes = proposer, []
+
+    def start(self, texts, *args):
+        self.texts, self.finished = texts, [False] * len(texts)
+        self.rounds = [()] * len(texts)
+        self.proposer.start(texts, *args)
+
+    def propose(self, gamma):
+        tokens, q = proposal = self.proposer.propose(gamma)
+        for row, guess in enumerate(tokens.tolist()):
+            self.rounds[row] += (len(self.texts[row]),)
+            for i, token in enumerate(() if self.finished[row] else guess):
+                text = (*self.texts[row], *guess[:i])
+                self.notes.append(((self.rounds[row], text), token, q[row, i]))
+        return proposal
+
+    def accept(self, accepted, target_cache):
+        self.finished = [n == FINISHED for n in accepted]
+        self.proposer.accept(accepted, target_cache)
+
+    def p_value(self):
+        """The smallest of all texts with at least 100 guesses, times the number of these texts."""
+        by_text = {}
+        for text, token, law in self.notes:
+            by_text.setdefault(text, []).append((token, law))
+        found = []
+        for guesses in by_text.values():
+            tokens, laws = zip(*guesses, strict=True)
+            torch.testing.assert_close(torch.stack(laws), laws[0].expand(len(laws), -1))  # all rows
+            if len(tokens) >= 100 and laws[0].max() < 1:
+                counts = torch.tensor(tokens).bincount(minlength=len(laws[0]))
+                found.append(chi_square(counts, laws[0].double()))
+        return min(found) * len(found)
+
+
+class RawSampling(RowSampling):
+    """Samples as told, but reports the probabilities of the raw logits."""
+
+    def choose(self, logits, texts):
+        return super().choose(logits, texts)[0], logits[:, 0].softmax(-1)
+
+
+class RawProposer(ModelProposer):
+    def start(self, texts, target_cache, sampling, room):
+        super().start(texts, target_cache, RawSampling(**vars(sampling)), room)
+
+
+def p_value_of_drafts(tiny_model, kind, options, rows=1500):
+    target = tiny_model(**TINY)
+    proposer = RawProposer(tiny_model(seed=1, **TINY)) if kind == "raw" else None
+    drafts = Drafts(proposer or drafter(tiny_model, kind, target))
+    sampling = Sampling(**{"temperature": 1.0, "generator": seeded(0)[0]} | options)
+    ends = [3] if sampling.min_new_tokens else []
+    generate(target, PROMPT.expand(rows, -1), drafts, gamma=2, max_new_tokens=4,
+             sampling=sampling, eos_token_id=ends)  # fmt: skip
+    return drafts.p_value()
+
+
+LAWS = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top-k": {"top_k": 3},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.4},
+    "penalty": {"repetition_penalty": 1.5},
+    "no end": {"min_new_tokens": 4},
+    "processor": {"logits_processor": [NotTwice()]},
+    "all": {"temperature": 1.4, "top_k": 4, "top_p": 0.9, "repetition_penalty": 1.3, "min_p": 0.05},
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("kind", ["model", "early", "fused", "other tokenizer"])
+def test_a_proposer_reports_the_law_it_drew_from(tiny_model, kind, law):
+    rows = 600 if kind == "fused" else 1500
+    assert p_value_of_drafts(tiny_model, kind, LAWS[law], rows) > 0.001
+
+
+@pytest.mark.parametrize("law", ["temperature", "top-k", "penalty", "processor", "all"])
+def test_probabilities_of_raw_logits_are_found(tiny_model, law):
+    assert p_value_of_drafts(tiny_model, "raw", LAWS[law]) < 1e-6
+    assert p_value_of_drafts(tiny_model, "raw", {}) > 0.001  # nothing is processed
+
+
+@pytest.mark.parametrize("law", LAWS)
+@both_rules
+def test_a_draft_equal_to_the_target_is_accepted_under_each_law(tiny_model, law, rule):
+    target, prompts = tiny_model(**TINY, dtype=DOUBLE), PROMPT.expand(50, -1)
+    sampling = Sampling(**{"temperature": 1.0, "generator": seeded(0)[0]} | LAWS[law])
+    ends = [3] if sampling.min_new_tokens else []
+    got = generate(target, prompts, ModelProposer(target), gamma=3, max_new_tokens=9,
+                   sampling=sampling, eos_token_id=ends, verify=rule)  # fmt: skip
+    assert summarize(got.rounds).acceptance == 1
+
+
+def test_a_certain_proposer_reports_no_law(tiny_model):
+    proposer = LookupProposer()
+    generate(tiny_model(), PROMPT[None], proposer, max_new_tokens=2)
+    assert proposer.propose(2).probabilities is None
+
+
+# A draft with another tokenizer.
+
+
+def small_tokenizer(tokens, merges=()):
+    """Byte-pair encoding of letters."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    model = tokenizers.models.BPE(vocabulary, [tuple(pair.split()) for pair in merges])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+OWN_TOKENIZER = small_tokenizer(["bc", "b", "d", "a", "c", "cd"], ["b c", "c d"])
+TARGET_TOKENIZER = small_tokenizer(["a", "b", "c", "d", "ab"], ["a b"])
+
+
+def translating(tiny_model, seed=1, **changes):
+    model = tiny_model(seed=seed, **TINY | {"vocab_size": 6} | changes)
+    return TranslatingProposer(model, OWN_TOKENIZER, TARGET_TOKENIZER)
+
+
+def lab_prompts(count):
+    tokenizer = lab.load_tokenizer("lab-target")
+    questions = [d[:-1] for d in heldout("arithmetic", count, seed=4)[:count]]
+    return tokenizer, [torch.tensor(encode(tokenizer, question)) for question in questions]
+
+
+def test_a_teacher_with_another_tokenizer_drafts_for_the_lab_target():
+    tokenizer, prompts = lab_prompts(3)
+    target, own = lab.load("lab-target"), lab.load_tokenizer("lab-teacher")
+    proposer = TranslatingProposer(lab.load("lab-teacher"), own, tokenizer)
+    options = {"max_new_tokens": 40, "tokenizer": tokenizer}
+    want = new_tokens(target, prompts, **options)
+    for gamma in (1, 5, cycle(2, 0, 0, 6)):
+        got = generate(target, prompts, proposer, gamma=gamma, **options)
+        assert [row.tolist() for row in got.tokens] == want
+        assert summarize(got.rounds).acceptance > 0.9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_with_equal_tokenizers_nothing_is_translated(temperature):
+    tokenizer, prompts = lab_prompts(3)
+    target, draft = lab.load("lab-target"), lab.load("lab-draft")
+    options = {"max_new_tokens": 40, "tokenizer": tokenizer, "gamma": 5}
+    one, other = (
+        generate(
+            target, prompts, p, sampling=Sampling(temperature, generator=seeded(1)[0]), **options
+        )
+        for p in (ModelProposer(draft), TranslatingProposer(draft, tokenizer, tokenizer))
+    )
+    assert [r.drafted for r in one.rounds] == [r.drafted for r in other.rounds]
+    assert [r.accepted for r in one.rounds] == [r.accepted for r in other.rounds]
+    assert all(map(torch.equal, one.tokens, other.tokens))
+
+
+class CheckedTranslation(TranslatingProposer):
+    """Compares each reading with that of the whole text, encoded anew, and counts what is read."""
+
+    read = restarts = 0
+
+    def start(self, *args):
+        super().start(*args)
+        self.restarts += 1
+        self.unfinished = range(len(self.texts))
+
+    def accept(self, accepted, target_cache):
+        super().accept(accepted, target_cache)
+        self.unfinished = [row for row, n in enumerate(accepted) if n != FINISHED]
+
+    def _read_text(self):
+        self.read += sum(self.unread)
+        logits = super()._read_text()
+        for row in self.unfinished:
+            text = self.target_texts[row]
+            string = self.target_tokenizer.decode(text)
+            own = self.tokenizer(string, add_special_tokens=False).input_ids
+            assert own == self.texts[row][-len(own) :]
+            anew = self.runner.model(torch.tensor([self.texts[row]])).logits[0, -1]
+            torch.testing.assert_close(logits[row, 0], anew, rtol=0, atol=1e-8)
+        return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("lookback", [2, 8, 100])
+def test_the_draft_has_read_the_text_in_its_own_tokens(tiny_model, temperature, lookback):
+    target = tiny_model(**TINY, dtype=DOUBLE)
+    model = tiny_model(seed=1, **TINY | {"vocab_size": 6}, dtype=DOUBLE)
+    proposer = CheckedTranslation(model, OWN_TOKENIZER, TARGET_TOKENIZER)
+    proposer.lookback = lookback
+    prompts = [PROMPT, PROMPT[:1], PROMPT[3:]]
+    sampling = Sampling(temperature, generator=seeded(2)[0])
+    got = generate(target, prompts, proposer, gamma=3, max_new_tokens=30, sampling=sampling,
+                   eos_token_id=[])  # fmt: skip
+    assert {len(row) for row in got.tokens} == {30}
+    if temperature == 0:
+        assert [row.tolist() for row in got.tokens] == [plain(target, ids, 30) for ids in prompts]
+    assert proposer.restarts == 1
+    assert 0 < sum(map(len, proposer.texts)) / 3 < proposer.read < 3 * 90  # never the whole again
+
+
+def test_a_draft_with_far_more_tokens_gets_new_room(tiny_model):
+    """The target writes words of eight letters, the draft knows letters alone."""
+    word = "abcdefgh"
+    merges = [f"{word[:i]} {word[i]}" for i in range(1, 8)]
+    pieces = [*word, *(word[: i + 1] for i in range(1, 8))]
+    letters, words = small_tokenizer([*word]), small_tokenizer(pieces, merges)
+    target = tiny_model(vocab_size=len(pieces), dtype=DOUBLE)
+    proposer = CheckedTranslation(tiny_model(seed=1, vocab_size=8, dtype=DOUBLE), letters, words)
+    ids, only_words = torch.tensor([len(pieces) - 1] * 3), NotBelow(len(pieces) - 1)
+    sampling = Sampling(1.0, logits_processor=[only_words], generator=seeded(0)[0])
+    got = generate(target, ids[None], proposer, gamma=2, max_new_tokens=25, sampling=sampling,
+                   eos_token_id=[])  # fmt: skip
+    assert got.tokens[0].tolist() == [len(pieces) - 1] * 25
+    assert proposer.restarts > 1
+
+
+class NotBelow(LogitsProcessor):
+    """Forbids all tokens below one."""
+
+    def __init__(self, first):
+        self.first = first
+
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill(torch.arange(scores.shape[-1]) < self.first, -float("inf"))
+
+
+def test_tokenizers_without_a_common_token_are_refused(tiny_model):
+    model = tiny_model(vocab_size=6)
+    with pytest.raises(ValueError, match="has 2 tokens, the target's 5, and none is in both"):
+        TranslatingProposer(model, small_tokenizer(["x", "y"]), TARGET_TOKENIZER)
+    with pytest.raises(ValueError, match="leave compiled_room out"):
+        TranslatingProposer(Runner(model, 64), OWN_TOKENIZER, TARGET_TOKENIZER)
+
+
 # Verification alone.
 
 
@@ -1661,8 +1919,9 @@ def test_block_verification_is_exact_and_never_accepts_fewer(seed):
 
 
 @pytest.mark.parametrize("flaw", [None, "none", *FLAWS])
-def test_wrong_block_verification_is_found(flaw, rows=40_000, size=3, gamma=3):
+def test_wrong_block_verification_is_found(flaw):
     """Chi-square of the first gamma + 1 tokens: what was accepted, the next, then more of p."""
+    rows, size, gamma = 40_000, 3, 3
     laws = [torch.zeros(gamma + 1, size**gamma, size, dtype=DOUBLE) for _ in range(2)]
     for table, seed in zip(laws, (6, 106), strict=True):
         for text, law in tree(seed, size, gamma).items():
@@ -1699,9 +1958,13 @@ def test_wrong_block_verification_is_found(flaw, rows=40_000, size=3, gamma=3):
 
 def test_block_verification_of_one_guess_is_that_of_a_token():
     generator = torch.Generator().manual_seed(0)
-    p, q, uniform = (torch.rand(500, n, m, generator=generator) for n, m in ((2, 5), (1, 5), (2, 1)))
+    p, q, uniform = (
+        torch.rand(500, n, m, generator=generator) for n, m in ((2, 5), (1, 5), (2, 1))
+    )
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    proposal = Proposal(sample_categorical(q[:, 0], torch.rand(500, generator=generator))[:, None], q)
+    proposal = Proposal(
+        sample_categorical(q[:, 0], torch.rand(500, generator=generator))[:, None], q
+    )
     for one, other in zip(*(f(p, proposal, uniform[..., 0]) for f in (verify, verify_block))):
         assert torch.equal(one, other)
 
@@ -1712,9 +1975,6 @@ def test_greedy_text_does_not_depend_on_the_rule(tiny_model):
                for rule in (verify, verify_block)]  # fmt: skip
     assert [r.accepted for r in by_rule[0].rounds] == [r.accepted for r in by_rule[1].rounds]
     assert by_rule[1].tokens[0].tolist() == plain(target, prompts[0], 12)
-
-
-both_rules = pytest.mark.parametrize("rule", [verify, verify_block])
 
 
 @both_rules
