@@ -34,8 +34,17 @@ def defaults_file() -> Path:
 def load_shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
     target, draft = scale.load_tokenizer("target"), scale.load_tokenizer("draft")
     if target.get_vocab() != draft.get_vocab():
-        sizes = f"{scale.target} has {len(target)} tokens, {scale.draft} {len(draft)}"
-        raise ValueError(f"The two models' tokenizers differ ({sizes}): choose one family.")
+        names = {scale.target: target, scale.draft: draft}
+        odd = target.get_vocab().keys() ^ draft.get_vocab().keys()
+        token = max((token for token in sorted(odd) if token.isalpha()), key=len, default="")
+        text = (target if token in target.get_vocab() else draft).convert_tokens_to_string([token])
+        parts = []
+        for name, tokenizer in names.items():
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            pieces = "|".join(tokenizer.decode(i) for i in ids)
+            parts.append(f"{name} has {len(tokenizer)} tokens and reads {text!r} as {pieces!r}")
+        difference = ", ".join(parts)
+        raise ValueError(f"The two models' tokenizers differ ({difference}): choose one family.")
     return target
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -42,6 +43,7 @@ def speculate(
     threshold: float = 0.5,
     stop: list[str] | None = None,
     enable_thinking: bool = False,
+    verification: Literal["token", "block"] = "token",
     **options,
 ) -> None:
     """Decode prompts plainly and speculatively, prompt by prompt in one run, and compare.
@@ -52,7 +54,8 @@ def speculate(
         max_new_tokens: Tokens per prompt.
         gamma: Tokens drafted per round.
         base_model: The small model, which drafts: a lab model, a hub name or a folder, such as
-            `kvlab train-draft` makes. Default: the scale's draft.
+            `kvlab train-draft` makes. Its tokenizer may differ from the target's, unless it is
+            compiled, fused or reads knowledge. Default: the scale's draft.
         teacher_model: The large model, whose text is generated. Default: the scale's target.
         fuser_checkpoint: Folder that `kvlab train-fuser` made for these two models: the draft's
             cache is fused from the target's. Default: the draft is alone.
@@ -71,6 +74,8 @@ def speculate(
         threshold: Minimum cosine similarity of a retrieved item.
         stop: Strings that end a text, such as --stop "Question:"; they are cut off.
         enable_thinking: Let the model think before it answers, if its template has this option.
+        verification: Of sampled tokens: "token" accepts or rejects one after the other, "block" as
+            many as possible of them together.
         **options: Of `kvlab.speculate.Sampling`.
     """
     fused = (not no_prefill_fusion, not no_decode_fusion)
@@ -82,7 +87,10 @@ def speculate(
     sampling = decoding.Sampling(generator=torch.Generator(), logits_processor=(), **options)
     texts = _all_prompts(prompts, prompt_file)
     scale = shared.scale_with_target(teacher_model, base_model, enable_thinking)
-    tokenizer = shared.load_shared_tokenizer(scale)
+    tokenizer, own = (scale.load_tokenizer(role) for role in ("target", "draft"))
+    translates = own.get_vocab() != tokenizer.get_vocab()
+    if translates and (fuser_checkpoint or store or compiled):
+        shared.load_shared_tokenizer(scale)  # explains the difference
     rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None
     target = decoding.Runner(scale.load("target"), room)
@@ -96,11 +104,19 @@ def speculate(
     if fuser:
         fuser = _fit(fuser, draft.model, target.model)
     make_proposer = partial(_make_proposer, draft, fuser, fused, knowledge, threshold)
+    if translates:
+        print(
+            f"{scale.draft} has another tokenizer than {scale.target}: texts are encoded for both."
+        )
+        translating = decoding.TranslatingProposer(draft, own, tokenizer)
+        make_proposer = lambda text, ids: (translating, {})
 
     def run(ids: list[int], proposer: decoding.ModelProposer | None, n=max_new_tokens):
         sampling.generator.manual_seed(seed)
+        rule = decoding.verify_block if verification == "block" else decoding.verify
         ends = {"max_new_tokens": n, "tokenizer": tokenizer, "stop": stop or ()}
-        return generate(target, [ids], proposer, gamma=gamma, sampling=sampling, **ends)
+        how = {"gamma": gamma, "sampling": sampling, "verify": rule}
+        return generate(target, [ids], proposer, **how, **ends)
 
     for proposer in (None, make_proposer(*pairs[0])[0]):
         run(pairs[0][1], proposer, min(4, max_new_tokens))  # warms up, and compiles

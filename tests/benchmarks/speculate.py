@@ -19,6 +19,8 @@ from transformers import CompileConfig, PreTrainedModel
 from kvlab import lab, speculate
 from kvlab.cache import clone, prefill
 from kvlab.evaluate import chi_square, figure
+from kvlab.generation import encode
+from kvlab.lab.corpora import Requests
 from kvlab.lab.models import make
 from kvlab.lab.report import heldout, problems
 from kvlab.speculate import (
@@ -28,8 +30,10 @@ from kvlab.speculate import (
     Proposal,
     Proposer,
     Round,
+    RowSampling,
     Runner,
     Sampling,
+    TranslatingProposer,
     best_gamma,
     cost_model,
     costs,
@@ -37,9 +41,11 @@ from kvlab.speculate import (
     sample_categorical,
     summarize,
     verify,
+    verify_block,
 )
 
 NEW, ROOM, GAMMAS, THREADS = 160, 512, (4, 8), 2
+SWEEP, TEMPERATURES, ROWS, DRAWS = (1, 2, 4, 8, 12), (0.5, 1.0, 1.5), 8, 4
 Ids = list[int]
 
 
@@ -110,6 +116,9 @@ def peer(
         tokens = call(target, ids, NEW, assistant_model=draft, **options)
         whole = time.perf_counter() - started
         call(target, ids, 1, assistant_model=draft, **options)
+        if draft and "assistant_tokenizer" in options:
+            text = options["tokenizer"].decode(ids)
+            ids = options["assistant_tokenizer"](text, add_special_tokens=False).input_ids
         if draft:
             call(draft, ids, 1, do_sample=False)
         return Run(tokens, whole, 2 * whole - (time.perf_counter() - started))
@@ -271,6 +280,8 @@ class Setup(NamedTuple):
 
     def prompts(self, task: str) -> list[Ids]:
         count, tokenizer = 2 if self.quick else 24, lab.load_tokenizer("lab-target")
+        if task == "requests":
+            return [encode(tokenizer, request) for request in Requests(count, test=True)]
         if task == "faq":
             asked = heldout("faq", count, self.seed)
         else:
@@ -438,6 +449,91 @@ def early_exit_figures(s: Setup) -> list[dict]:
     ]
 
 
+REQUESTS = "held-out passages of 8 to 16 facts, tell about somebody"
+
+
+def gamma_figures(s: Setup) -> list[dict]:
+    """Speed over plain decoding by draft length: texts that are easy to guess, and harder ones."""
+    target, draft, figures = Runner(s.target), ModelProposer(s.draft), []
+    arms = {"generate": ours(target, None, 1)}
+    arms |= {str(gamma): ours(target, draft, gamma) for gamma in SWEEP}
+    for task, texts in (("long", PROBLEMS.format("long")), ("requests", REQUESTS)):
+        done = race(arms, s.prompts(task)[:: 1 if s.quick else 2], 1, s.bar)
+        for gamma in SWEEP:
+            values = ratios(done[str(gamma)], done["generate"])
+            told = s.told(f"greedy, {texts}, gamma {gamma}")
+            figures.append(figure(f"over_plain_{task}_at_{gamma}", values, "ratio", told))
+        accepted = [summarize(run.rounds).acceptance for run in done["8"]]
+        told = s.told(f"greedy, {texts}, gamma 8")
+        figures.append(figure(f"acceptance_{task}_at_8", accepted, "fraction", told))
+    return figures
+
+
+class BothRules:
+    """Token verification, beside which both rules verify each draft several times with the same numbers."""
+
+    def __init__(self, seed: int):
+        self.generator, self.accepted = torch.Generator().manual_seed(seed), []
+
+    def __call__(self, p, proposal: Proposal, uniform):
+        tokens, q = (x if x is None else x.repeat_interleave(DRAWS, 0) for x in proposal)
+        numbers = torch.rand(len(tokens), uniform.shape[1], generator=self.generator)
+        for_all = p.repeat_interleave(DRAWS, 0), Proposal(tokens, q), numbers
+        counts = [rule(*for_all)[0].double() for rule in (verify, verify_block)]
+        self.accepted.append(torch.stack(counts).view(2, -1, DRAWS).mean(-1))
+        return verify(p, proposal, uniform)
+
+
+def block_figures(s: Setup) -> list[dict]:
+    """Accepted tokens per round by token and by block verification, of the same drafts."""
+    target, draft, figures = Runner(s.target), ModelProposer(s.draft), []
+    told = f"lab-target with lab-draft, {REQUESTS}, gamma 8, mean per prompt over the rounds of {ROWS} texts, "
+    told += f"each draft verified with {DRAWS} draws, the same for both rules"
+    for temperature in TEMPERATURES:
+        means = []
+        for i, ids in enumerate(s.prompts("requests")):
+            rule, generator = BothRules(i), torch.Generator().manual_seed(i)
+            sampling = Sampling(temperature, generator=generator)
+            options = {"gamma": 8, "max_new_tokens": NEW, "sampling": sampling, "verify": rule}
+            made = generate(target, [torch.tensor(ids)] * ROWS, draft, **options)
+            rounds = [r for r in made.rounds if not r.is_prefill]
+            drafted = [[len(row) == 8 for row in r.drafted] for r in rounds]
+            means.append(torch.stack(rule.accepted, 1)[:, torch.tensor(drafted)].mean(1).tolist())
+        by_token, by_block = np.transpose(means)
+        values = {"token": by_token, "block": by_block, "gain": by_block - by_token}
+        for name, value in values.items():
+            name = f"acceptance_block_{name}_at_{temperature:g}"
+            conditions = f"temperature {temperature:g}, {told}"
+            figures.append(figure(name, value.tolist(), "tokens", conditions))
+        s.bar.update()
+    return figures
+
+
+def other_tokenizer_figures(s: Setup) -> list[dict]:
+    """A draft with another tokenizer, against transformers' assisted generation for such drafts."""
+    own, tokenizer = (lab.load_tokenizer(name) for name in ("lab-teacher", "lab-target"))
+    teacher, target = lab.load("lab-teacher"), Runner(s.target)
+    proposer, texts = TranslatingProposer(teacher, own, tokenizer), PROBLEMS.format("long")
+    with drafts_of_fixed_length(teacher):
+        tokenizers = {"tokenizer": tokenizer, "assistant_tokenizer": own}
+        arms = {
+            "generate": peer(s.target),
+            "assisted": peer(s.target, teacher, 4, **tokenizers),
+            "speculative": ours(target, proposer, 4),
+        }
+        done = race(arms, s.prompts("long")[:: 1 if s.quick else 2], 1, s.bar)
+    told = s.told(f"greedy, {texts}, gamma 4").replace("lab-draft", "lab-teacher (640 tokens)")
+    accepted = [summarize(run.rounds).acceptance for run in done["speculative"]]
+    figures = [figure("acceptance_other_tokenizer", accepted, "fraction", told)]
+    for name in ("generate", "assisted"):
+        values = ratios(done["speculative"], done[name])
+        figures.append(figure(f"other_tokenizer_over_{name}", values, "ratio", told))
+    sampled = [ours(target, proposer, 4, 1.0)(ids) for ids in s.prompts("long")]
+    accepted = [summarize(run.rounds).acceptance for run in sampled]
+    told = told.replace("greedy", "temperature 1, tokens of both vocabularies")
+    return [*figures, figure("acceptance_other_tokenizer_sampled", accepted, "fraction", told)]
+
+
 # -- exactness
 
 
@@ -487,7 +583,7 @@ def joint(model: PreTrainedModel, ids: Ids, sampling: Sampling) -> torch.Tensor:
     return (p[rows, 0, first] * p[rows, 1, second])[:, None] * p[:, 2]  # (V * V, V)
 
 
-def p_value(kind: str, gamma: int, rows: int, seed: int, **warping) -> float:
+def p_value(kind: str, gamma: int, rows: int, seed: int, rule=verify, **warping) -> float:
     """Sample three tokens from each of many equal rows in one batch, and test them against the exact joint."""
     target, draft = tiny(seed, 5), tiny(seed + 100, 5)
     proposers = {"model": lambda: ModelProposer(draft), "lookup": LookupProposer}
@@ -504,6 +600,7 @@ def p_value(kind: str, gamma: int, rows: int, seed: int, **warping) -> float:
         max_new_tokens=gamma + 4,  # so that the first three are drafted in full
         sampling=sampling,
         eos_token_id=[],
+        verify=rule,
     )
     places = torch.stack(made.tokens)[:, :3] @ torch.tensor([25, 5, 1])
     return chi_square(places.bincount(minlength=125), joint(target, ids, sampling).flatten())
@@ -544,15 +641,18 @@ CONTROLS = {"no_residual": without_residual, "another_q": with_another_q, "off_b
 def sampling_figures(s: Setup) -> list[dict]:
     """Sampled tokens follow the target's exact joint distribution; with a broken rule they do not."""
     rows, found = 500 if s.quick else 4000, []
+    by_block = []
     for i, (kind, gamma, warping) in enumerate(SETTINGS):
         found.append(p_value(kind, gamma, rows, s.seed + i, **warping))
+        by_block.append(p_value(kind, gamma, rows, s.seed + i, verify_block, **warping))
         s.bar.update()
     told = f"three tokens of {rows} equal rows against the exact joint of 5 x 5 x 5, chi-square"
     bound = f"{told}, the smallest of {len(found)} settings; at level 0.05 the Bonferroni bound is {0.05 / len(found)}"
     figures = [figure("min_p_value", [min(found)], "p-value", bound) | {"n": len(found)}]
+    figures.append(figure("min_p_value_block", [min(by_block)], "p-value", bound))
+    figures[-1]["n"] = len(by_block)
     for name, broken in CONTROLS.items():
-        with mock.patch("kvlab.speculate.verify", broken):
-            value = p_value("model", 2, rows, s.seed, temperature=1.0)
+        value = p_value("model", 2, rows, s.seed, broken, temperature=1.0)
         figures.append(
             figure(
                 f"control_{name}_p_value", [value], "p-value", f"{told}, broken: {broken.__doc__}"
@@ -562,19 +662,80 @@ def sampling_figures(s: Setup) -> list[dict]:
     return figures
 
 
-def measure(quick: bool, seed: int) -> list[dict]:
+class RawSampling(RowSampling):
+    """Samples by processed logits, but reports the probabilities of the raw ones."""
+
+    def choose(self, logits, texts):
+        return super().choose(logits, texts)[0], logits[:, 0].softmax(-1)
+
+
+class RawProposer(ModelProposer):
+    def start(self, texts, target_cache, sampling, room):
+        super().start(texts, target_cache, RawSampling(**vars(sampling)), room)
+
+
+def q_p_value(proposer: Proposer, target: PreTrainedModel, rows: int, **warping) -> float:
+    """Test the first guesses of many equal rows against the distribution that is reported for them."""
+    sampling = Sampling(generator=torch.Generator().manual_seed(0), **warping)
+    options = {"gamma": 1, "max_new_tokens": 3, "sampling": sampling, "eos_token_id": []}
+    propose, proposals = proposer.propose, []
+    proposer.propose = lambda gamma: proposals.append(propose(gamma)) or proposals[-1]
+    made = generate(target, torch.tensor([[0, 3, 1, 4, 2]]).expand(rows, -1), proposer, **options)
+    first, p_values = torch.stack(made.tokens)[:, 0], []
+    for token in first.unique():
+        guesses, q = (x[first == token, 0] for x in proposals[0])
+        if len(guesses) > 100 and q[0].max() < 1:
+            p_values.append(chi_square(guesses.bincount(minlength=5), q[0]))
+    return min(p_values) * len(p_values)
+
+
+def q_figures(s: Setup) -> list[dict]:
+    """The q that a proposer reports is the distribution that its guesses have."""
+    rows, target, draft = 500 if s.quick else 4000, tiny(s.seed, 5), tiny(s.seed + 100, 5)
+    warpings = {"temperature": 0.6}, {"temperature": 1.0, "top_k": 3}
+    warpings += ({"temperature": 1.3, "top_p": 0.8, "repetition_penalty": 1.2},)
+    makers = [lambda: ModelProposer(draft), lambda: EarlyExitProposer(target, 1)]
+    found = [q_p_value(make(), target, rows, **w) for make in makers for w in warpings]
+    raw = [q_p_value(RawProposer(draft), target, rows, **w) for w in warpings]
+    told = f"first guesses of {rows} equal rows against the reported q, chi-square, Bonferroni over texts"
+    worst = f"{told}, the smallest of {len(found)} settings"
+    broken = f"{told}, the largest of {len(raw)} settings: a proposer that reports raw logits"
+    figures = [figure("q_p_value", [min(found)], "p-value", worst) | {"n": len(found)}]
+    return [*figures, figure("control_raw_q_p_value", [max(raw)], "p-value", broken)]
+
+
+def race_figures(s: Setup) -> list[dict]:
+    """Speed against transformers, eager and compiled; all else there is measured at the same gamma."""
+    gamma, long, figures = main_figures(s)
+    figures += task_figures(s, gamma, long) + batch_figures(s, gamma) + early_exit_figures(s)
+    return figures + compiled_figures(s, gamma)
+
+
+def exact_figures(s: Setup) -> list[dict]:
+    return prefix_figures(s) + sampling_figures(s) + q_figures(s)
+
+
+PARTS = {
+    "race": race_figures,
+    "gammas": gamma_figures,
+    "block": block_figures,
+    "tokenizers": other_tokenizer_figures,
+    "exact": exact_figures,
+}
+
+
+def measure(quick: bool, seed: int, parts: Sequence[str] = tuple(PARTS)) -> list[dict]:
     """Measure speculative decoding against transformers: speed, acceptance, exactness."""
     torch.set_num_threads(1 if quick else THREADS)
-    prompts, pairs = (2, 4) if quick else (24, 20)
-    total = 5 * prompts + -(-prompts // 8) + pairs + len(SETTINGS) + len(CONTROLS)
+    prompts, half, pairs = (2, 2, 4) if quick else (24, 12, 20)
+    steps = {"race": 5 * prompts + -(-prompts // 8), "gammas": 2 * half, "tokenizers": half}
+    steps |= {"block": len(TEMPERATURES), "exact": pairs + len(SETTINGS) + len(CONTROLS)}
+    total = sum(steps[part] for part in parts)
     target, draft = lab.load("lab-target"), lab.load("lab-draft")
     with tqdm(total=total, desc="speculate") as bar, drafts_of_fixed_length(draft):
         s = Setup(target, draft, quick, seed, bar)
-        gamma, long, figures = main_figures(s)
-        figures += task_figures(s, gamma, long) + batch_figures(s, gamma) + early_exit_figures(s)
-        figures += prefix_figures(s) + sampling_figures(s)
-        return figures + compiled_figures(s, gamma)
+        return [one for part in parts for one in PARTS[part](s)]
 
 
 if __name__ == "__main__":
-    benchmark(measure)
+    benchmark(measure, parts=tuple(PARTS))
