@@ -190,11 +190,11 @@ def acceptance_by_position(summaries: Mapping[str, Summary]) -> np.ndarray:
     return panels
 
 
-def speedup_over_gamma(gammas: Sequence[int], measured: Sequence, predicted: Curves) -> Axes:
+def speedup_over_gamma(gammas: Sequence[int], measured: Curves, predicted: Curves) -> Axes:
     """Speed over plain decoding by gamma: measured (value, low, high) and predicted."""
-    curves = {**predicted, "measured": measured, "plain decoding": np.ones(len(gammas))}
+    curves = {**predicted, **measured, "plain decoding": np.ones(len(gammas))}
     styles = [(color, "", dash) for color, _, dash in LINES[: len(predicted)]]
-    styles += [(INK, "o", ""), (FAINT, "", "-")]
+    styles += [(INK, marker, "") for _, marker, _ in LINES[: len(measured)]] + [(FAINT, "", "-")]
     words = ("gamma, drafted tokens per round", "times faster than plain")
     return lines(gammas, curves, *words, styles=styles, xticks=gammas, ylim=(0, None))
 

@@ -6,9 +6,8 @@ import re
 import pytest
 from command_helpers import FEW, result
 
-from kvlab import speculate as speculate_module
 from kvlab.cli import main
-from kvlab.commands.speculate import speculate
+from kvlab.commands.speculate import RULES, speculate
 from kvlab.scale import Scale
 from kvlab.speculate import Sampling
 
@@ -139,20 +138,17 @@ def test_other_tokenizers_are_refused_where_both_models_read_the_same_tokens(opt
 
 
 def test_block_verification_is_used_where_it_is_asked_for(tmp_path, capsys, monkeypatch):
-    counts = {}
-    for name in ("verify", "verify_block"):
-        rule, counts[name] = getattr(speculate_module, name), 0
-
-        def counted(*args, rule=rule, name=name):
-            counts[name] += 1
-            return rule(*args)
-
-        monkeypatch.setattr(speculate_module, name, counted)
-    run = [*FEW, "--temperature", "1", "--skip_standard", "--verification", "block"]
-    main([*run, "--output_dir", str(tmp_path)])
-    found, _ = result(tmp_path, capsys)
-    assert found["settings"]["verification"] == "block"
-    assert counts["verify"] == 0 < counts["verify_block"]
+    calls = []
+    for name, rule in RULES.items():
+        spy = lambda *args, name=name, rule=rule: calls.append(name) or rule(*args)
+        monkeypatch.setitem(RULES, name, spy)
+    for name in RULES:
+        run = [*FEW, "--temperature", "1", "--skip_standard", "--verification", name]
+        main([*run, "--output_dir", str(tmp_path / name)])
+        found, _ = result(tmp_path / name, capsys)
+        assert found["settings"]["verification"] == name
+        assert {*calls} == {name}
+        calls.clear()
 
 
 def test_an_empty_prompt_file_is_a_sentence(tmp_path):

@@ -150,7 +150,7 @@ def test_speedup_over_gamma_shows_points_intervals_and_curves():
         [(1.2, 1.1, 1.4), (1.5, 1.3, 1.6), (1.01, 0.9, 1.2)],
         {"by position": [1.2, 1.4, 1.0]},
     )
-    ax = plots.speedup_over_gamma([1, 2, 8], measured, curves)
+    ax = plots.speedup_over_gamma([1, 2, 8], {"measured": measured}, curves)
     curve, points, plain = ax.lines
     assert list(plain.get_ydata()) == [1, 1, 1]
     assert list(curve.get_ydata()) == curves["by position"]

@@ -1,7 +1,7 @@
 """`kvlab speculate`: plain and speculative decoding, prompt by prompt."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 import kvlab.draft  # noqa: F401  so that transformers can load a KnowledgeDraft
 from kvlab import speculate as decoding
@@ -21,7 +22,10 @@ from kvlab.fuse import Fuser, Size
 from kvlab.generation import answer_text, encode
 from kvlab.lab.report import problems
 from kvlab.records import read_prompts
+from kvlab.scale import Scale
 from kvlab.speculate import generate
+
+RULES = {"token": decoding.verify, "block": decoding.verify_block}
 
 
 def speculate(
@@ -87,10 +91,8 @@ def speculate(
     sampling = decoding.Sampling(generator=torch.Generator(), logits_processor=(), **options)
     texts = _all_prompts(prompts, prompt_file)
     scale = shared.scale_with_target(teacher_model, base_model, enable_thinking)
-    tokenizer, own = (scale.load_tokenizer(role) for role in ("target", "draft"))
-    translates = own.get_vocab() != tokenizer.get_vocab()
-    if translates and (fuser_checkpoint or store or compiled):
-        shared.load_shared_tokenizer(scale)  # explains the difference
+    must_share = bool(fuser_checkpoint or store or compiled)
+    tokenizer, *translation = _load_tokenizers(scale, must_share)
     rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None
     target = decoding.Runner(scale.load("target"), room)
@@ -103,19 +105,12 @@ def speculate(
     pairs = shared.leave_out_long((target.model, draft.model), pairs, lengths)
     if fuser:
         fuser = _fit(fuser, draft.model, target.model)
-    make_proposer = partial(_make_proposer, draft, fuser, fused, knowledge, threshold)
-    if translates:
-        print(
-            f"{scale.draft} has another tokenizer than {scale.target}: texts are encoded for both."
-        )
-        translating = decoding.TranslatingProposer(draft, own, tokenizer)
-        make_proposer = lambda text, ids: (translating, {})
+    make_proposer = partial(_make_proposer, draft, translation, fuser, fused, knowledge, threshold)
 
     def run(ids: list[int], proposer: decoding.ModelProposer | None, n=max_new_tokens):
         sampling.generator.manual_seed(seed)
-        rule = decoding.verify_block if verification == "block" else decoding.verify
         ends = {"max_new_tokens": n, "tokenizer": tokenizer, "stop": stop or ()}
-        how = {"gamma": gamma, "sampling": sampling, "verify": rule}
+        how = {"gamma": gamma, "sampling": sampling, "verify": RULES[verification]}
         return generate(target, [ids], proposer, **how, **ends)
 
     for proposer in (None, make_proposer(*pairs[0])[0]):
@@ -164,8 +159,24 @@ def _fit(fuser: Fuser, draft, target) -> Fuser:
     return fuser.to(draft.device, draft.dtype)
 
 
+def _load_tokenizers(scale: Scale, must_share: bool) -> list[PreTrainedTokenizerBase]:
+    """The target's tokenizer; if they differ, also those between which a draft is translated."""
+    target, draft = scale.load_tokenizer("target"), scale.load_tokenizer("draft")
+    if must_share or target.get_vocab() == draft.get_vocab():
+        return [shared.load_shared_tokenizer(scale)]
+    print(f"{scale.draft} has another tokenizer than {scale.target}: its guesses are translated.")
+    return [target, draft, target]
+
+
 def _make_proposer(
-    draft: decoding.Runner, fuser, fused: tuple, knowledge, threshold: float, text: str, ids: list
+    draft: decoding.Runner,
+    tokenizers: Sequence,
+    fuser,
+    fused: tuple,
+    knowledge,
+    threshold: float,
+    text: str,
+    ids: list,
 ) -> tuple[decoding.ModelProposer, dict]:
     """The draft for a prompt, with the item retrieved for it and the seconds it took."""
     started = time.perf_counter()
@@ -175,6 +186,8 @@ def _make_proposer(
         draft, prefix = draft.model.with_knowledge(knowledge, [item], [len(ids)])
     if fuser:
         proposer = decoding.FusedProposer(draft, fuser, prefix, *fused)
+    elif tokenizers:
+        proposer = decoding.TranslatingProposer(draft, *tokenizers)
     else:
         proposer = decoding.ModelProposer(draft, prefix)
     if knowledge is None:
