@@ -1,6 +1,7 @@
 """The command line: train-parallel."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(train, tiny, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(parallel_module, "fit", stopped)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             main([*FEW, "--output_dir", "again"])
     resumed = train("again")
     assert [entry["ce"] for entry in resumed["history"]] == pytest.approx(
@@ -97,7 +98,24 @@ def test_a_stopped_run_goes_on_and_ends_the_same(train, tiny, monkeypatch):
         (["--prompts", "2"], "There are 2 answers of more than 2 tokens, a batch has 4"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(options, message, tiny, capsys):
-    with pytest.raises(SystemExit):
+def test_what_cannot_be_trained_is_refused(options, message, tiny):
+    with pytest.raises(SystemExit, match=message):
         main([*FEW, "--output_dir", "none", *options])
-    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_speculate_drafts_with_the_heads(train, tiny, capsys):
+    train("heads")
+    capsys.readouterr()
+    options = "speculate --max_new_tokens 16 --gamma 4 --save_results --parallel_draft heads"
+    main(options.split())
+    assert "equal_texts" in capsys.readouterr().out
+    (path,) = (tiny / "results").glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["summary"]["equal_texts"] is True
+    assert all(len(p["speculative"]["conditional"]) <= 2 for p in result["prompts"])
+
+
+@pytest.mark.parametrize("option", ["fuser_checkpoint", "store"])
+def test_heads_are_neither_fused_nor_do_they_read(option, tiny):
+    with pytest.raises(SystemExit, match="A parallel draft has no cache to fuse"):
+        main(["speculate", "--parallel_draft", "heads", f"--{option}", "folder"])

@@ -84,14 +84,14 @@ def train_parallel_command(
         ends = {"max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
         rounds = generate(target, [torch.tensor(ids)], proposer, gamma=guesses, **ends).rounds
         accepted.append(summarize(rounds))
-    figures = _figures(accepted, guesses)
+    figures = _position_figures(accepted, guesses)
     print(shared.figures_table(figures))
     result = {"settings": shared.command_settings(teacher_model=scale.target), "figures": figures}
     result |= {"parameters": sum(p.numel() for p in draft.parameters()), **run_info()}
     print(shared.write_json(output_dir / "training.json", result | {"history": history}))
 
 
-def _figures(summaries: list, guesses: int) -> list[dict]:
+def _position_figures(summaries: list, guesses: int) -> list[dict]:
     """Acceptance of all guesses that were reached, and by position."""
     told = f"held-out prompts, greedy, gamma {guesses}; n is prompts"
     rows = {"acceptance": [s.acceptance for s in summaries]}

@@ -1,7 +1,7 @@
 """`kvlab speculate`: plain and speculative decoding, prompt by prompt."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvlab.draft  # noqa: F401  so that transformers can load a KnowledgeDraft
 from kvlab import speculate as decoding
@@ -21,6 +21,7 @@ from kvlab.files import require_writable
 from kvlab.fuse import Fuser, Size
 from kvlab.generation import answer_text, encode
 from kvlab.lab.report import problems
+from kvlab.parallel import ParallelDraft
 from kvlab.records import read_prompts
 from kvlab.scale import Scale
 from kvlab.speculate import generate
@@ -47,6 +48,7 @@ def speculate(
     threshold: float = 0.5,
     stop: list[str] | None = None,
     enable_thinking: bool = False,
+    parallel_draft: Path | None = None,
     verification: Literal["token", "block"] = "token",
     **options,
 ) -> None:
@@ -78,12 +80,15 @@ def speculate(
         threshold: Minimum cosine similarity of a retrieved item.
         stop: Strings that end a text, such as --stop "Question:"; they are cut off.
         enable_thinking: Let the model think before it answers, if its template has this option.
+        parallel_draft: Folder that `kvlab train-parallel` made for the large model, whose own
+            hidden states then draft, up to as many tokens as were trained. Default: the small model
+            drafts.
         verification: Of sampled tokens: "token" accepts or rejects one after the other, "block" as
             many as possible of them together.
         **options: Of `kvlab.speculate.Sampling`.
     """
     fused = (not no_prefill_fusion, not no_decode_fusion)
-    _require_options_that_fit(fused, fuser_checkpoint, store, compiled)
+    _require_options_that_fit(fused, fuser_checkpoint, store, compiled, parallel_draft)
     path = shared.timed_name(output_dir, "speculate") if save_results else None
     if path:
         require_writable(path)
@@ -97,21 +102,20 @@ def speculate(
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None
     target = decoding.Runner(scale.load("target"), room)
     draft = decoding.Runner(scale.load("draft"), room)
-    reads = getattr(draft.model.config, "knowledge", None)
-    _require_reader(scale.draft, reads, store)
-    knowledge = shared.open_store(store, target.model, scale, reads) if store else None
+    knowledge = _open_knowledge(store, target.model, draft.model, scale) if store else None
     lengths = [len(ids) + max_new_tokens for ids in rows]
     pairs = [*zip(texts, rows, strict=True)]
     pairs = shared.leave_out_long((target.model, draft.model), pairs, lengths)
-    if fuser:
-        fuser = _fit(fuser, draft.model, target.model)
+    fuser = fuser and _fit(fuser, draft.model, target.model)
     make_proposer = partial(_make_proposer, draft, translation, fuser, fused, knowledge, threshold)
+    if parallel_draft:
+        make_proposer = _parallel_proposer(parallel_draft, target.model)
 
     def run(ids: list[int], proposer: decoding.ModelProposer | None, n=max_new_tokens):
         sampling.generator.manual_seed(seed)
-        ends = {"max_new_tokens": n, "tokenizer": tokenizer, "stop": stop or ()}
         how = {"gamma": gamma, "sampling": sampling, "verify": RULES[verification]}
-        return generate(target, [ids], proposer, **how, **ends)
+        how |= {"max_new_tokens": n, "tokenizer": tokenizer, "stop": stop or ()}
+        return generate(target, [ids], proposer, **how)
 
     for proposer in (None, make_proposer(*pairs[0])[0]):
         run(pairs[0][1], proposer, min(4, max_new_tokens))  # warms up, and compiles
@@ -126,8 +130,15 @@ def speculate(
 
 
 def _require_options_that_fit(
-    fused: tuple[bool, bool], fuser_checkpoint: Path | None, store: Path | None, compiled: bool
+    fused: tuple[bool, bool],
+    fuser_checkpoint: Path | None,
+    store: Path | None,
+    compiled: bool,
+    parallel_draft: Path | None,
 ) -> None:
+    if parallel_draft and (fuser_checkpoint or store):
+        hint = "leave --fuser_checkpoint and --store out"
+        raise ValueError(f"A parallel draft has no cache to fuse, and reads no knowledge: {hint}.")
     if not all(fused) and not fuser_checkpoint:
         hint = "give --fuser_checkpoint, or leave --no_..._fusion out"
         raise ValueError(f"Without a fuser nothing is fused: {hint}.")
@@ -143,10 +154,13 @@ def _all_prompts(prompts: list[str] | None, prompt_file: Path | None) -> list[st
     return texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
 
 
-def _require_reader(name: str, reads: str | None, store: Path | None) -> None:
-    if store and not reads:
+def _open_knowledge(store: Path, target: PreTrainedModel, draft: PreTrainedModel, scale: Scale):
+    """The store, if the draft reads one."""
+    reads = getattr(draft.config, "knowledge", None)
+    if not reads:
         hint = "leave --store out, or give a draft of `kvlab train-draft --knowledge kv`"
-        raise ValueError(f"{name} does not read knowledge: {hint}.")
+        raise ValueError(f"{scale.draft} does not read knowledge: {hint}.")
+    return shared.open_store(store, target, scale, reads)
 
 
 def _fit(fuser: Fuser, draft, target) -> Fuser:
@@ -194,6 +208,12 @@ def _make_proposer(
         return proposer, {}
     seconds = time.perf_counter() - started
     return proposer, {"found": item and item.question, "finding_seconds": seconds}
+
+
+def _parallel_proposer(folder: Path, target: PreTrainedModel) -> Callable:
+    heads = ParallelDraft.from_pretrained(folder).to(target.device, target.dtype)
+    proposer = decoding.ParallelProposer(target, heads)
+    return lambda text, ids: (proposer, {})
 
 
 def _decode_and_write(result: dict, path: Path | None, *options) -> None:

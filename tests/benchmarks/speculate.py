@@ -7,6 +7,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -18,15 +19,18 @@ from transformers import CompileConfig, PreTrainedModel
 
 from kvlab import lab, speculate
 from kvlab.cache import clone, prefill
+from kvlab.draft import generate_targets
 from kvlab.evaluate import chi_square, figure
 from kvlab.generation import encode
-from kvlab.lab.corpora import Requests
+from kvlab.lab.corpora import Requests, Solutions
 from kvlab.lab.models import make
 from kvlab.lab.report import heldout, problems
+from kvlab.parallel import ParallelDraft, train_parallel
 from kvlab.speculate import (
     EarlyExitProposer,
     LookupProposer,
     ModelProposer,
+    ParallelProposer,
     Proposal,
     Proposer,
     Round,
@@ -44,6 +48,7 @@ from kvlab.speculate import (
     verify_block,
 )
 
+RUNS = Path("lab-runs/speculate")
 NEW, ROOM, GAMMAS, THREADS = 160, 512, (4, 8), 2
 SWEEP, TEMPERATURES, ROWS, DRAWS = (1, 2, 4, 8, 12), (0.5, 1.0, 1.5), 8, 4
 Ids = list[int]
@@ -715,11 +720,81 @@ def exact_figures(s: Setup) -> list[dict]:
     return prefix_figures(s) + sampling_figures(s) + q_figures(s)
 
 
+def learned_heads(s: Setup, seed: int) -> ParallelDraft:
+    """A parallel draft, trained on the target's answers to requests and word problems."""
+    count, tokenizer = 8 if s.quick else 200, lab.load_tokenizer("lab-target")
+    texts = [*Requests(count), *(long[:1] for _, long in Solutions(count, (1, 5)))]
+    prompts = [encode(tokenizer, text) for text in texts]
+    answers = generate_targets(s.target, tokenizer, prompts, RUNS, 16 if s.quick else 128)
+    torch.manual_seed(seed)
+    heads = ParallelDraft(s.target.config.hidden_size, 8)
+    options = {"epochs": 1 if s.quick else 8, "batch_size": 4 if s.quick else 16}
+    train_parallel(heads, s.target, answers, learning_rate=5e-3, seed=seed, **options)
+    return heads
+
+
+def parallel_figures(s: Setup) -> list[dict]:
+    """Heads that guess in one call beside the chain draft: acceptance by position, and speed."""
+    tokenizer, target = lab.load_tokenizer("lab-target"), Runner(s.target)
+    requests = [encode(tokenizer, text) for text in Requests(2 if s.quick else 24, test=True)]
+    tasks = {"": s.prompts("long"), "_requests": requests}
+    told = {"": PROBLEMS.format("long"), "_requests": "requests to tell about somebody"}
+    chain, figures = ours(target, ModelProposer(s.draft), 8), []
+    seeds = range(s.seed, s.seed + (1 if s.quick else 5))
+    arms = {}
+    for seed in seeds:
+        arms[seed] = ours(target, ParallelProposer(s.target, learned_heads(s, seed)), 8)
+        s.bar.update()
+    for task, prompts in tasks.items():
+        conditions = f"greedy, {told[task]}, gamma 8"
+        done = race({"generate": peer(s.target), "chain": chain} | arms, prompts, 1, s.bar)
+        by_seed = {seed: summarize([r for run in done[seed] for r in run.rounds]) for seed in seeds}
+        of_chain = summarize([r for run in done["chain"] for r in run.rounds])
+        heads = f"{len(seeds)} trainings of 8 heads, {conditions}; n is trainings"
+        figures += summary_figures("parallel" + task, [*by_seed.values()], s.told(heads))
+        per_prompt = [summarize(run.rounds) for run in done["chain"]]
+        figures += summary_figures(
+            "chain" + task, per_prompt, s.told(f"{conditions}; n is prompts")
+        )
+        figures += position_figures("parallel" + task, [*by_seed.values()], s.told(heads))
+        figures += position_figures(
+            "chain" + task, [of_chain], s.told(f"{conditions}, all prompts")
+        )
+        speeds = [np.mean(ratios(done[seed], done["chain"])) for seed in seeds]
+        figures.append(figure(f"parallel_over_chain{task}", speeds, "ratio", s.told(heads)))
+        cost = [x.draft_seconds / x.target_calls for x in by_seed.values()]
+        cost = [x / (of_chain.draft_seconds / of_chain.target_calls) for x in cost]
+        what = f"seconds of drafting per round over the chain's, {heads}"
+        figures.append(figure(f"parallel_cost_over_chain{task}", cost, "ratio", s.told(what)))
+    return figures
+
+
+def summary_figures(name: str, summaries: list, told: str) -> list[dict]:
+    accepted = [x.acceptance for x in summaries if np.isfinite(x.acceptance)]
+    calls = [x.tokens_per_call for x in summaries if np.isfinite(x.tokens_per_call)]
+    return [
+        figure(f"acceptance_{name}", accepted, "fraction", told),
+        figure(f"tokens_per_call_{name}", calls, "tokens", told),
+    ]
+
+
+def position_figures(name: str, summaries: list, told: str) -> list[dict]:
+    """Of all guesses at a position, the fraction that is accepted with all before it."""
+    told = f"all guesses before it accepted, too; {told}"
+    figures = []
+    for i in range(max(len(x.unconditional) for x in summaries)):
+        values = [x.unconditional[i] for x in summaries if len(x.unconditional) > i]
+        position = f"acceptance_{name}_position_{i + 1}"
+        figures.append(figure(position, values, "fraction", told))
+    return figures
+
+
 PARTS = {
     "race": race_figures,
     "gammas": gamma_figures,
     "block": block_figures,
     "tokenizers": other_tokenizer_figures,
+    "parallel": parallel_figures,
     "exact": exact_figures,
 }
 
@@ -729,6 +804,7 @@ def measure(quick: bool, seed: int, parts: Sequence[str] = tuple(PARTS)) -> list
     torch.set_num_threads(1 if quick else THREADS)
     prompts, half, pairs = (2, 2, 4) if quick else (24, 12, 20)
     steps = {"race": 5 * prompts + -(-prompts // 8), "gammas": 2 * half, "tokenizers": half}
+    steps["parallel"] = 2 * prompts + (1 if quick else 5)
     steps |= {"block": len(TEMPERATURES), "exact": pairs + len(SETTINGS) + len(CONTROLS)}
     total = sum(steps[part] for part in parts)
     target, draft = lab.load("lab-target"), lab.load("lab-draft")
