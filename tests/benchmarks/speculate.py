@@ -758,7 +758,7 @@ def parallel_figures(s: Setup) -> list[dict]:
         )
         figures += position_figures("parallel" + task, [*by_seed.values()], s.told(heads))
         figures += position_figures(
-            "chain" + task, [of_chain], s.told(f"{conditions}, all prompts")
+            "chain" + task, per_prompt, s.told(f"{conditions}; n is prompts")
         )
         speeds = [np.mean(ratios(done[seed], done["chain"])) for seed in seeds]
         figures.append(figure(f"parallel_over_chain{task}", speeds, "ratio", s.told(heads)))
