@@ -491,7 +491,7 @@ def block_figures(s: Setup) -> list[dict]:
     told += f"each draft verified with {DRAWS} draws, the same for both rules"
     for temperature in TEMPERATURES:
         means = []
-        for i, ids in enumerate(s.prompts("requests")[:: 1 if s.quick else 2]):
+        for i, ids in enumerate(s.prompts("requests")):
             rule, generator = BothRules(i), torch.Generator().manual_seed(i)
             sampling = Sampling(temperature, generator=generator)
             options = {"gamma": 8, "max_new_tokens": NEW, "sampling": sampling, "verify": rule}
