@@ -292,6 +292,20 @@ PROMISED = {
         "prefix_equal",
         "prefix_equal_assisted",
         "min_p_value",
+        "min_p_value_block",
+        "q_p_value",
+        "control_raw_q_p_value",
+        *(f"over_plain_{task}_at_{g}" for task in ("long", "requests") for g in (1, 2, 4, 8, 12)),
+        *(f"acceptance_{task}_at_8" for task in ("long", "requests")),
+        *(
+            f"acceptance_block_{name}_at_{t}"
+            for name in ("token", "block", "gain")
+            for t in (0.5, 1, 1.5)
+        ),
+        "acceptance_other_tokenizer",
+        "acceptance_other_tokenizer_sampled",
+        "other_tokenizer_over_generate",
+        "other_tokenizer_over_assisted",
     },
 }
 

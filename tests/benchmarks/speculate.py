@@ -463,7 +463,7 @@ def gamma_figures(s: Setup) -> list[dict]:
     arms = {"generate": ours(target, None, 1)}
     arms |= {str(gamma): ours(target, draft, gamma) for gamma in SWEEP}
     for task, texts in (("long", PROBLEMS.format("long")), ("requests", REQUESTS)):
-        done = race(arms, s.prompts(task)[:: 1 if s.quick else 2], 1, s.bar)
+        done = race(arms, s.prompts(task)[:: 1 if s.quick else 3], s.repeats, s.bar)
         for gamma in SWEEP:
             values = ratios(done[str(gamma)], done["generate"])
             told = s.told(f"greedy, {texts}, gamma {gamma}")
@@ -526,7 +526,7 @@ def other_tokenizer_figures(s: Setup) -> list[dict]:
             "assisted": peer(s.target, teacher, 4, **tokenizers),
             "speculative": ours(target, proposer, 4),
         }
-        done = race(arms, s.prompts("long")[:: 1 if s.quick else 2], 1, s.bar)
+        done = race(arms, s.prompts("long")[:: 1 if s.quick else 3], s.repeats, s.bar)
     told = s.told(f"greedy, {texts}, gamma 4").replace("lab-draft", "lab-teacher (640 tokens)")
     accepted = [summarize(run.rounds).acceptance for run in done["speculative"]]
     figures = [figure("acceptance_other_tokenizer", accepted, "fraction", told)]
@@ -802,8 +802,8 @@ PARTS = {
 def measure(quick: bool, seed: int, parts: Sequence[str] = tuple(PARTS)) -> list[dict]:
     """Measure speculative decoding against transformers: speed, acceptance, exactness."""
     torch.set_num_threads(1 if quick else THREADS)
-    prompts, half, pairs = (2, 2, 4) if quick else (24, 12, 20)
-    steps = {"race": 5 * prompts + -(-prompts // 8), "gammas": 2 * half, "tokenizers": half}
+    prompts, third, pairs = (2, 2, 4) if quick else (24, 8, 20)
+    steps = {"race": 5 * prompts + -(-prompts // 8), "gammas": 2 * third, "tokenizers": third}
     steps["parallel"] = 2 * prompts + (1 if quick else 5)
     steps |= {"block": len(TEMPERATURES), "exact": pairs + len(SETTINGS) + len(CONTROLS)}
     total = sum(steps[part] for part in parts)
