@@ -338,22 +338,9 @@ def speculation_lab(device: str, dtype: torch.dtype) -> None:
 
 def without_residual(p: Tensor, proposal, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Verification that samples from p itself after a rejection: wrong, as the test must show."""
-    accepted, _ = exact_rule(p, proposal, uniform)
+    accepted, _ = speculate.verify(p, proposal, uniform)
     p_next = p[torch.arange(len(p), device=p.device), accepted]
     return accepted, speculate.sample_categorical(p_next, uniform[:, -1])
-
-
-exact_rule = speculate.verify
-
-
-@contextmanager
-def verified_by(rule) -> Iterator[None]:
-    """Let `generate` verify by another rule."""
-    speculate.verify = rule
-    try:
-        yield
-    finally:
-        speculate.verify = exact_rule
 
 
 def speculation_sampled(device: str, dtype: torch.dtype) -> None:
@@ -374,19 +361,19 @@ def speculation_sampled(device: str, dtype: torch.dtype) -> None:
     first, second = state.logits[0].double().softmax(-1), torch.stack(after).double().softmax(-1)
     expected = (first[:, None] * second).flatten().cpu().numpy()
     p_values = {}
-    for rule in (exact_rule, without_residual):
+    for rule in (speculate.verify, speculate.verify_block, without_residual):
         sampling = Sampling(1.0, generator=torch.Generator().manual_seed(0))
-        options = {"gamma": 3, "max_new_tokens": 5, "sampling": sampling}
-        with verified_by(rule):
-            rows = begun.expand(PAIRS[device], -1)
-            pairs = generate(target, rows, speculate.ModelProposer(draft), **options).tokens
+        options = {"gamma": 3, "max_new_tokens": 5, "sampling": sampling, "verify": rule}
+        rows = begun.expand(PAIRS[device], -1)
+        pairs = generate(target, rows, speculate.ModelProposer(draft), **options).tokens
         pairs = torch.stack(pairs)[:, :2]
         counts = np.bincount(6 * pairs[:, 0] + pairs[:, 1], minlength=36)
         p_values[rule] = chi_square(counts, expected)
-    assert p_values[exact_rule] > 1e-3, f"p is {p_values[exact_rule]:.2g}"
-    assert p_values[without_residual] < 1e-6, (
-        f"without residual p is {p_values[without_residual]:.2g}"
-    )
+    for rule, p_value in p_values.items():
+        assert (p_value < 1e-6) == (rule is without_residual), (
+            f"{rule.__name__}: p is {p_value:.2g}"
+        )
+        assert p_value < 1e-6 or p_value > 1e-3, f"{rule.__name__}: p is {p_value:.2g}"
 
 
 def draws_of_a_cpu_generator(device: str, dtype: torch.dtype) -> None:
