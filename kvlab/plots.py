@@ -194,7 +194,8 @@ def speedup_over_gamma(gammas: Sequence[int], measured: Curves, predicted: Curve
     """Speed over plain decoding by gamma: measured (value, low, high) and predicted."""
     curves = {**predicted, **measured, "plain decoding": np.ones(len(gammas))}
     styles = [(color, "", dash) for color, _, dash in LINES[: len(predicted)]]
-    styles += [(INK, marker, "") for _, marker, _ in LINES[: len(measured)]] + [(FAINT, "", "-")]
+    colors = [INK, *COLORS[len(predicted) :]]
+    styles += [(colors[i], LINES[i][1], "") for i in range(len(measured))] + [(FAINT, "", "-")]
     words = ("gamma, drafted tokens per round", "times faster than plain")
     return lines(gammas, curves, *words, styles=styles, xticks=gammas, ylim=(0, None))
 
