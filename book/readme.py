@@ -73,6 +73,13 @@ ROWS = (
         "word problems, greedy, without prefill",
     ),
     (
+        "05",
+        "guesses accepted per round of eight, verified as a block",
+        "speculate:acceptance_block_block_at_1",
+        "one by one, the same guesses {speculate:acceptance_block_token_at_1}",
+        "requests to describe a person, temperature 1",
+    ),
+    (
         "06",
         "acceptance, the target's cache fused into the draft's",
         "fuse:acceptance_both",
