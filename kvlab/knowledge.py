@@ -143,7 +143,7 @@ def splice(
             among the tokens of the layer before (section 4.3); their number falls linearly from
             twice `fraction` to none, or from all if `fraction` is over a half. "legolink" computes
             the first tokens of each later prefix again in all layers (LegoLink-k of EPIC, Hu et al.
-            2024, arXiv 2410.15332).
+            2025, arXiv 2410.15332).
         fraction: of the tokens after the first prefix, for "recompute" and "gradual": their mean
             over the layers after the first two. 1.0 is exact.
         first_tokens: of each later prefix, k of "legolink". The longest prefix's length is exact.
