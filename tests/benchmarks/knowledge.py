@@ -775,11 +775,19 @@ def large_faq_figures(s: Setup) -> list[dict]:
     ]
 
 
-def measure(quick: bool, seed: int) -> list[dict]:
+PARTS = {
+    "finding": (retrieval_figures, search_figures),
+    "splicing": (splice_figures, length_figures),
+    "costs": (cost_figures,),
+    "kills": (kill_figures,),
+    "faq": (large_faq_figures,),
+}
+
+
+def measure(quick: bool, seed: int, parts: Sequence[str]) -> list[dict]:
     """Measure the knowledge cache: finding, splicing, time to first token, memory, kills."""
     torch.set_num_threads(1 if quick else THREADS)
-    finding, splicing = (retrieval_figures, search_figures), (splice_figures, length_figures)
-    groups = (*finding, *splicing, cost_figures, kill_figures, large_faq_figures)
+    groups = [*chain(*(PARTS[part] for part in parts))]
     with tempfile.TemporaryDirectory() as folder:
         embedder, names = lab.load_embedder(), ("lab-target",)
         s = Setup(lab.load(*names), lab.load_tokenizer(*names), embedder, quick, seed, Path(folder))
@@ -787,4 +795,4 @@ def measure(quick: bool, seed: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    benchmark(measure)
+    benchmark(measure, parts=tuple(PARTS))
