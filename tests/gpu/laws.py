@@ -464,8 +464,9 @@ def splice_arms(device: str, dtype: torch.dtype) -> None:
     for model in both(device, dtype):
         prefixes = [kv.prefill(model, ids[:, a:b]) for a, b in pairwise((0, 9, 20, 40))]
         full, rotary = kv.prefill(model, ids).cache, rotary_of(model)
-        for arm, options in (("full", {}), ("prefix", {}), ("recompute", {"fraction": 1.0})):
-            near_caches(splice(model, prefixes, arm, **options).cache, full, dtype, f"splice {arm}")
+        for arm in ("full", "prefix", "recompute", "gradual", "legolink"):
+            spliced = splice(model, prefixes, arm, fraction=1.0, first_tokens=20)
+            near_caches(spliced.cache, full, dtype, f"splice {arm}")
         moved = splice(model, prefixes, "shift").cache
         by_hand = prefixes[0].cache
         for start, prefix in zip((9, 20), prefixes[1:], strict=True):
