@@ -38,7 +38,7 @@ ROWS = (
         "01",
         "error (KL) of CacheBlend over that of LegoLink at the same work",
         "knowledge:kl_recompute_over_legolink",
-        "if the sentence is cut {knowledge:kl_recompute_over_legolink_reference}; LegoLink over "
+        "if the sentence is cut {knowledge:kl_recompute_over_legolink_reference}; LegoLink alone over "
         "LegoLink on pieces read behind a dummy prefix {knowledge:kl_legolink_over_dummy_legolink}",
         "the same, whole sentences; geometric mean",
     ),
