@@ -35,6 +35,7 @@ import tempfile
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -45,7 +46,9 @@ from kvlab.commands.fuse import fusion_proposers, measure_fusion
 from kvlab.evaluate import close, mean_interval
 from kvlab.generation import encode
 from kvlab.fuse import Aligned, Fuser, FuserArm, FuserExample, Settings, Size
+from kvlab.lab import worlds
 from kvlab.lab.corpora import Requests, blanked
+from kvlab.layers import first_aligned
 from kvlab.speculate import ModelProposer, generate, summarize
 
 scale = Scale.current()
@@ -154,6 +157,22 @@ print(f"{published.num_parameters():,} parameters from Qwen2.5-0.5B to Qwen3-0.6
 print(f"{fuser.num_parameters():,} in this one, 64 wide")
 
 # %% [markdown]
+# The fusers of the paper are on the Hugging Face hub, one folder per pair of models, and `Fuser.from_pretrained` reads them as they are:
+#
+# ```python
+# Fuser.from_pretrained("nics-efc/C2C_Fuser:qwen3_0.6b+qwen2.5_0.5b_Fuser")
+# ```
+#
+# A local folder of the same files is read too, and the command line takes the name alone:
+#
+# ```bash
+# kvlab speculate --base_model Qwen/Qwen3-0.6B --teacher_model Qwen/Qwen3-14B \
+#     --fuser_checkpoint qwen3_0.6b+qwen3_14b_Fuser --no_decode_fusion
+# ```
+#
+# The equations are those above; what differs in them are the details that follow.
+# Published fusers were trained to fuse prompts only, therefore the last option.
+#
 # ## Three details
 #
 # ### Positions of keys
@@ -246,7 +265,7 @@ for longest in (False, True):
 
 # %%
 facts = (4, 8)  # of a passage; the benchmark has 8 to 16
-rows = blanked(tokenizer, 1200, facts, seed=1)
+rows_of_facts = blanked(tokenizer, 1200, facts, seed=1)
 tests = blanked(tokenizer, 40, facts, seed=2, test=True)
 blanks, shown, answer = tests[0]
 print("receiver:", textwrap.fill(tokenizer.decode(blanks), 76))
@@ -275,7 +294,7 @@ def example(blanks, shown, answer):
     return FuserExample(Aligned(blanks, shown, torch.eye(len(shown))), answer)
 
 
-examples = [example(*row) for row in rows]
+examples = [example(*row) for row in rows_of_facts]
 rehearsal = FuserArm(
     hidden=128,
     dropout=0.0,
@@ -353,12 +372,14 @@ readers = {
     "answers_rehearsed_matched": "rehearsed, no sharer",
     "answers_rehearsed": "rehearsed, the sharer's last layers",
     "answers_rehearsed_first": "rehearsed, its first layers",
+    "answers_rehearsed_low_rank": "the same, low rank",
+    "answers_ridge": "linear maps, closed form",
 }
 mark = results["answers_sighted"].value, "reads everything, alone"
 rows = results.intervals(with_counts(readers))
 plots.intervals(rows, "answered word for word (fraction)", mark)
 print_conditions("answers_rehearsed_first")
-blind, trained_matched, trained, matched, last_layers, first_layers = (
+blind, trained_matched, trained, matched, last_layers, first_layers, low_rank, ridge = (
     results[name] for name in readers
 )
 assert trained.value < trained_matched.high
@@ -370,6 +391,25 @@ assert first_layers.low < results["answers_sighted"].value < first_layers.high
 # Trained on answers, the fuser does no better than its control: nothing crosses.
 # Rehearsed without a sharer, nothing crosses either.
 # Rehearsed with one, a good part crosses from the sharer's last layers, and from its first layers as much as the receiver would have understood of the text itself.
+#
+# The last two rows are cheaper rivals.
+# Both replace the networks of a layer by linear maps:
+#
+# - **low rank**: one map of keys and values together, $\hat r = r + U V [s_k, r_k, s_v, r_v] + b$, of rank 24, trained in the same way. *Latent Cache Flow* {cite}`rossi2026latent` maps keys and values together, too, with a few percent of C2C's parameters. (`Settings(rank=24)`, or `kvlab train-fuser --rank 24`.)
+# - **closed form**: one map for keys and one for values, from the sharer's entries alone, $\hat r = M s + b$. It is solved by least squares with a ridge, on texts that both models have read, and trains nothing.
+
+# %%
+texts = [shown for _, shown, _ in rows_of_facts[:60]]
+layers = [size.layers for size in sizes]
+ridge = fuse.ridge_fuser(receiver, sharer, texts, first_aligned(*layers))
+linear = [answers(row, ridge) for row in tests[:20]]
+print("closed form, live: {:.2f} [{:.2f}, {:.2f}]".format(*mean_interval(linear)))
+for name in ("lab", "low_rank", "ridge"):
+    count = results[f"fuser_parameters_{name}"]
+    print(f"{name:9} {count.value:9,.0f} parameters: {count.conditions}")
+
+# %% [markdown]
+# LINEAR_SENTENCE
 #
 # ## In speculative decoding
 #
@@ -438,6 +478,9 @@ arms = {
     "acceptance_rotated": "both, keys rotated",
     "acceptance_gates_from_0": "both, gates from 0",
     "acceptance_published": "prompt, as published",
+    "acceptance_low_rank": "both, low rank",
+    "acceptance_ridge": "prompt, linear maps in closed form",
+    "acceptance_ridge_half": "the same, half of each entry",
     "acceptance_tuned": "trained draft, nothing fused",
     "acceptance_tuned_fused": "trained draft, both fused",
 }
@@ -549,6 +592,58 @@ assert all(figure.high < blind.low for figure in on_answers)
 # Without a sharer, rehearsal gains nothing.
 # So the target's cache does help if it holds information that the draft's lacks.
 # (The fusers trained on answers of a word or two do harm here, because these responses are of another kind.)
+#
+# ### Handing over the text instead
+#
+# The usual way needs no fuser: the sharer writes, and the receiver reads.
+# Asked to tell about the subject of a question, the sharer writes a sentence or two, and the receiver reads them in place of the passage:
+
+# %%
+def handed_over(seed):
+    """A passage, a prompt with what the sharer writes instead of it, and the answer."""
+    passage = worlds.make_passage(Random(seed), 6, test=True)
+    kinds = ("about", "free")  # of one fact: the choice is drawn first, with one seed
+    (request, _), (question, answer) = (
+        worlds.QUESTIONS[kind](Random(seed), passage) for kind in kinds
+    )
+    told = [{"role": "system", "content": passage.text}]
+    told.append({"role": "user", "content": request})
+    written = decode(encode(tokenizer, told)).tokens[0]
+    text = tokenizer.decode(written, skip_special_tokens=True).strip()
+    turns = [{"role": "system", "content": text}, {"role": "user", "content": question}]
+    return passage.text, turns, answer
+
+
+def answer_to(turns):
+    options = {"max_new_tokens": 8, "tokenizer": tokenizer}
+    tokens = generate(receiver, [encode(tokenizer, turns)], **options).tokens[0]
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+passage, turns, answer = handed_over(seed=2)
+print("sharer reads:   ", textwrap.fill(passage, 76))
+print("receiver reads: ", textwrap.fill(" ".join(t["content"] for t in turns), 76))
+print("it answers:     ", answer_to(turns), "; right is", answer)
+by_text = [answer_to(turns) == right for _, turns, right in map(handed_over, range(20))]
+print("of 20 answered:  {:.2f} [{:.2f}, {:.2f}]".format(*mean_interval(by_text)))
+
+# %% [markdown]
+# The benchmark asks a hundred questions about longer passages, and measures both ways in turn, from the unread passage to the answer:
+
+# %%
+ways = {
+    "handover_answers_text": "reads what the sharer writes",
+    "handover_answers_fuser": "reads blanks, fused (rehearsed)",
+    "handover_answers_sighted": "reads everything",
+}
+for name, label in ways.items():
+    print(f"{label:32} {results[name]:.2f}")
+print(f"fuser minus text, paired: {results['gain_handover_fuser_over_text']:+.2f}")
+print(f"tokens handed over: {results['handover_tokens']:.1f}")
+print(f"seconds, over the fuser's: {results['handover_seconds_over_fuser']:.1f}")
+
+# %% [markdown]
+# HANDOVER_SENTENCE
 #
 # ### The gates
 #

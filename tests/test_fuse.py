@@ -14,6 +14,7 @@ import torch
 from conftest import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_fusers import PublishedProjector, write_published
 from safetensors.torch import load_file
 from torch import nn
 
@@ -709,79 +710,17 @@ def test_a_folder_without_a_fuser_is_refused(tmp_path):
 # -- published folders
 
 
-class Block(nn.Module):
-    """x + w2 GELU(w1 RMSNorm(x)), under the published names."""
-
-    def __init__(self, width, inner):
-        super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.w1, self.w2 = (nn.Linear(*s, bias=False) for s in ((width, inner), (inner, width)))
-
-    def forward(self, x):
-        return x + self.w2(nn.functional.gelu(self.w1(self.norm(x))))
-
-
-class Projector(nn.Module):
-    """A published projector, written from its description: keys and values of one layer."""
-
-    def __init__(self, receiver, sharer, hidden=12, inner=20, layers=4):
-        super().__init__()
-        size, inputs = receiver.heads * receiver.head_dim, sharer.heads * sharer.head_dim
-        self.heads = receiver.heads
-        self.register_buffer("gate_temperature", torch.tensor(1.0))
-        for kind in ("key", "value"):
-            stack = lambda inner, count=1: nn.ModuleDict(
-                {"blocks": nn.Sequential(*(Block(hidden, inner) for _ in range(count)))}
-            )
-            parts = {
-                "in": nn.Linear(inputs + size, hidden),
-                "mlp1": stack(inner),
-                "scalar_mlp2": stack(hidden),
-                "scalar_head": nn.Linear(hidden, receiver.heads),
-                "proj_mlp2": stack(inner, layers - 2),
-                "proj_out": nn.Linear(hidden, size),
-            }
-            for name, module in parts.items():
-                self.add_module(f"{kind}_{name}", module)
-            self.register_parameter(f"{kind}_gate_logit", nn.Parameter(torch.tensor(0.5)))
-        for parameter in self.parameters():
-            if parameter.ndim:
-                nn.init.normal_(parameter, std=0.4)
-        names = "target_num_heads target_dim source_num_heads source_dim".split()
-        self.arguments = dict(zip(names, [*receiver[1:], *sharer[1:]], strict=True))
-        self.arguments |= {"hidden_dim": hidden, "intermediate_dim": inner, "num_layers": layers}
-
-    def forward(self, kind, source, target):  # (B, H, T, d)
-        part = lambda name: getattr(self, f"{kind}_{name}")
-        x = torch.cat([y.transpose(1, 2).flatten(2) for y in (source, target)], -1)
-        x = part("mlp1")["blocks"](part("in")(x))
-        scalar = part("scalar_head")(part("scalar_mlp2")["blocks"](x)).sigmoid()
-        change = part("proj_out")(part("proj_mlp2")["blocks"](x)).unflatten(-1, (self.heads, -1))
-        change = (scalar[..., None] * change).transpose(1, 2)
-        return target + (part("gate_logit") > 0) * change
-
-
 LAYERS_OF_PUBLISHED = {0: [[1, 2], [3, 0]], 2: [[4, 0]]}  # layer 1 has none, layer 0 two
 
 
-def write_published(folder):
-    """Three projectors, two of which are for one layer, in the published format."""
-    torch.manual_seed(0)
-    folder.mkdir(parents=True)
-    projectors = [Projector(RECEIVER, SHARER) for _ in range(3)]
-    projectors[2].key_gate_logit.data.fill_(-0.1)
-    for i, projector in enumerate(projectors):
-        torch.save(projector.state_dict(), folder / f"projector_{i}.pt")
-        config = {"class": "C2CProjector", "init_args": projector.arguments}
-        (folder / f"projector_{i}.json").write_text(json.dumps(config))
-    config = {"0": {"1": {str(layer): pairs for layer, pairs in LAYERS_OF_PUBLISHED.items()}}}
-    (folder / "projector_config.json").write_text(json.dumps(config))
-    return projectors
+def published_folder(folder):
+    """Write three projectors, of which the last has a closed gate."""
+    return write_published(folder, RECEIVER, SHARER, LAYERS_OF_PUBLISHED)
 
 
 @pytest.mark.parametrize("inside", [".", "final"])
 def test_a_published_folder_gives_the_caches_of_its_description(tmp_path, texts, inside):
-    projectors = write_published(tmp_path / "published" / inside)
+    projectors = published_folder(tmp_path / "published" / inside)
     fuser = Fuser.from_pretrained(tmp_path / "published")
     assert (fuser.receiver, fuser.sharer) == (RECEIVER, SHARER)
     assert fuser.gate_logits().gt(0).tolist() == [[False, True], [False, False], [True, True]]
@@ -803,12 +742,12 @@ def test_a_published_folder_gives_the_caches_of_its_description(tmp_path, texts,
 
 
 def test_a_published_fuser_of_the_papers_size_has_the_papers_number_of_parameters():
-    published = Projector(Size(28, 8, 128), Size(24, 2, 64), 1024, 1024, 3)
+    published = PublishedProjector(Size(28, 8, 128), Size(24, 2, 64), 1024, 1024, 3)
     assert 28 * sum(p.numel() for p in published.parameters()) == 477_848_056
 
 
 def test_a_name_on_the_hub_is_the_folder_behind_the_colon(tmp_path, monkeypatch):
-    write_published(tmp_path / "qwen_Fuser" / "final")
+    published_folder(tmp_path / "qwen_Fuser" / "final")
     calls = []
 
     def download(repository, allow_patterns):
@@ -828,7 +767,7 @@ def test_a_name_on_the_hub_is_the_folder_behind_the_colon(tmp_path, monkeypatch)
 
 def test_a_damaged_published_folder_is_a_sentence(tmp_path, texts):
     folder = tmp_path / "published"
-    projectors = write_published(folder)
+    projectors = published_folder(folder)
     fuser = Fuser.from_pretrained(folder)
     with pytest.raises(CacheError, match="receiver first"):
         fuser(texts[1], texts[0])
@@ -846,7 +785,7 @@ def test_a_damaged_published_folder_is_a_sentence(tmp_path, texts):
     state = projectors[0].state_dict()
     for change, reason in (
         ({"key_in.weight": torch.ones(12, 9)}, r"projector_0.pt .*key_in.weight is \[9, 12\], exp"),
-        ({"class": Projector}, "projector_0.pt does not fit: it is no file of tensors"),
+        ({"class": PublishedProjector}, "projector_0.pt does not fit: it is no file of tensors"),
     ):
         torch.save(state | change, folder / "projector_0.pt")
         with pytest.raises(ValueError, match=reason):
