@@ -299,7 +299,7 @@ class Fuser(nn.Module):
         networks, hidden = 2 * receiver.layers, settings.hidden
         width = receiver.heads * receiver.head_dim
         inputs = sharer.heads * sharer.head_dim + width
-        if settings.rank:
+        if settings.rank is not None:
             self.input_proj = StackedLinear(receiver.layers, 2 * inputs, settings.rank, bias=False)
             self.value_out = StackedLinear(receiver.layers, settings.rank, 2 * width)
             for parameter in self.value_out.parameters():
@@ -365,7 +365,7 @@ class Fuser(nn.Module):
 
     def _changes(self, features: Tensor) -> Tensor:
         """The changes behind open gates, (2 L, N, H d), from features (2 L, N, W_s + H d)."""
-        if self.settings.rank:
+        if self.settings.rank is not None:
             layers = features.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)  # (L, N, 2 W)
             change = self.value_out(self.input_proj(layers)).unflatten(-1, (2, -1))
             return change.transpose(1, 2).flatten(0, 1)
