@@ -402,8 +402,8 @@ assert first_layers.low < results["answers_sighted"].value < first_layers.high
 texts = [shown for _, shown, _ in rows_of_facts[:60]]
 layers = [size.layers for size in sizes]
 ridge = fuse.ridge_fuser(receiver, sharer, texts, first_aligned(*layers))
-linear = [answers(row, ridge) for row in tests[:20]]
-print("closed form, live: {:.2f} [{:.2f}, {:.2f}]".format(*mean_interval(linear)))
+by_maps = [answers(row, ridge) for row in tests[:20]]
+print("closed form, live: {:.2f} [{:.2f}, {:.2f}]".format(*mean_interval(by_maps)))
 for name in ("lab", "low_rank", "ridge"):
     count = results[f"fuser_parameters_{name}"]
     print(f"{name:9} {count.value:9,.0f} parameters: {count.conditions}")

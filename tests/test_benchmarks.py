@@ -111,7 +111,7 @@ PROMISED = {
         ),
         *(
             f"gain_rehearsed_first_over_{name}"
-            for name in ("blind", "rehearsed_matched", "sighted", "rehearsed_low_rank", "ridge")
+            for name in ("blind", "rehearsed_matched", "sighted", "rehearsed_low_rank")
         ),
         *(f"gain_{name}_over_none" for name in ("low_rank", "ridge", "ridge_half")),
         *(f"handover_answers_{way}" for way in ("text", "fuser", "sighted")),

@@ -372,8 +372,8 @@ def test_speculate_fuses_prompts_with_a_published_folder(guesses, tiny, capsys):
     draft, target = lab.load("lab-draft"), lab.load("lab-target")
     sizes = Size.of(draft.config), Size.of(target.config)
     write_published(tiny / "q_Fuser" / "final", *sizes, {0: [[3, 1]], 1: [[11, 0]]})
-    fused = ["--fuser_checkpoint", "q_Fuser", "--no_decode_fusion", "--output_dir", "out"]
-    main([*FEW, *fused, "--prompts", "Anna has 3 apples. How many?"])
+    fused = ["--fuser_checkpoint", "q_Fuser", "--no_decode_fusion", "--output_dir"]
+    main([*FEW, *fused, str(tiny / "out"), "--prompts", "Anna has 3 apples. How many?"])
     assert result(tiny / "out", capsys)[0]["summary"]["equal_texts"] is True
     (ids,) = token_ids([[{"role": "user", "content": "Anna has 3 apples. How many?"}]])
     each, fuser = [], Fuser.from_pretrained("q_Fuser")

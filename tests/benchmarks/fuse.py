@@ -72,12 +72,17 @@ PARTS = {  # number of seeds of the arms and blanks that a part needs
         {arm: n for arm, (_, n) in ARMS.items() if arm != "low_rank"},
         {arm: n for arm, n in BLANKS.items() if arm != "rehearsed_low_rank"},
     ),
-    "rivals": ({"low_rank": 3}, {"rehearsed_first": 1, "rehearsed_low_rank": 3}),
+    "low_rank": ({"low_rank": 3}, {"rehearsed_low_rank": 3, "rehearsed_first": 1}),
+    "ridge": ({}, {}),
+    "text": ({}, {"rehearsed_first": 1}),
 }
-RIVALS = ("rehearsed_low_rank", "ridge")  # on passages with blanks
 RIDGE_TEXTS, HANDOVERS = 400, 100
 BLANK_STEPS = 600
 TOLD = "lab-target with lab-draft; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4"
+READ = "the draft reads the passages with blanks, the target all; "
+ANSWERED = (
+    "lab-draft on held-out passages of 8 to 16 facts in which it reads blanks, word for word; "
+)
 
 
 def models():
@@ -243,84 +248,78 @@ def guessed_from(
     ).acceptance
 
 
-def blank_fusers(arm: str, seed: int, count: int, folder: Path) -> list[Fuser]:
-    """The fusers of an arm that were trained on blanks, or the one that is fitted."""
-    if arm == "ridge":
-        draft, target, tokenizer = models()
-        texts = [ids for _, ids, _ in blanked(tokenizer, RIDGE_TEXTS, seed=seed)]
-        return [ridge_fuser(draft, target, texts, first_aligned(2, 12))]
-    return [Fuser.from_pretrained(blanks_of(arm, seed + i, folder)) for i in range(count)]
+def fusers_of(
+    arms: dict[str, int], quick: bool, seed: int, folder: Path
+) -> dict[str, list[Fuser | None]]:
+    """The fusers of each arm that were trained on passages with blanks."""
+    return {
+        arm: [
+            Fuser.from_pretrained(blanks_of(arm, seed + i, folder))
+            for i in range(1 if quick else n)
+        ]
+        for arm, n in arms.items()
+    }
 
 
-def guess_figures(quick: bool, seed: int, folder: Path, arms: dict[str, int]) -> list[dict]:
-    """Acceptance of a draft that read blanks: alone, and with each fuser trained on blanks."""
+def guesses_of(
+    quick: bool, fusers: dict[str, list[Fuser | None]]
+) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Acceptance of a draft that read blanks, with the fusers of each arm; None fuses nothing."""
     draft, target, tokenizer = models()
     rows = blanked(tokenizer, 4 if quick else 100, test=True, kind="about")
-    told = f"{TOLD}; the draft reads the passages with blanks, the target all; "
-    values, rivals = {}, "ridge" in arms
-    for name, saw in () if rivals else (("blind", 0), ("sighted", 1)):
-        values[name] = np.array([guessed_from(None, draft, target, row, saw) for row in rows])
-    notes = {"blind": "nothing fused", "sighted": "the draft reads all, too, nothing fused"}
-    for arm, n in arms.items():
-        fusers = blank_fusers(arm, seed, 1 if quick else n, folder)
-        values[arm] = np.mean(
-            [[guessed_from(fuser, draft, target, row) for row in rows] for fuser in fusers], 0
-        )
-        notes[arm] = f"prompts fused, mean over {len(fusers)} fusers"
+    figures, values = [], {}
+    for arm, each in fusers.items():
+        saw = int(arm == "sighted")
+        note = f"prompts fused, mean over {len(each)} fusers" if each[0] else "nothing fused"
+        told = f"{TOLD}; {READ}{'the draft reads all, too, ' * saw}{note}; n is prompts"
+        accepted = [[guessed_from(one, draft, target, row, saw) for row in rows] for one in each]
+        values[arm] = np.mean(accepted, 0)
+        kept = values[arm][~np.isnan(values[arm])]
+        figures.append(figure(f"guesses_{arm}", kept, "fraction", told))
+    return figures, values
+
+
+def guess_gains(values: dict[str, np.ndarray], others: Sequence[str]) -> list[dict]:
+    """What the rehearsed fuser accepts more than other arms, prompt by prompt."""
     figures = []
-    for name in RIVALS if rivals else values:
-        kept = values[name][~np.isnan(values[name])]
-        conditions = f"{told}{notes[name]}; n is prompts"
-        figures.append(figure(f"guesses_{name}", kept, "fraction", conditions))
-    for other in RIVALS if rivals else ("blind", "rehearsed_matched", "sighted"):
+    for other in others:
         gains = values["rehearsed_first"] - values[other]
-        text = f"acceptance of rehearsed_first minus that of {other}, prompt by prompt; {told}"
-        text += "n is prompts"
-        figures.append(
-            figure(
-                f"gain_rehearsed_first_over_{other}", gains[~np.isnan(gains)], "difference", text
-            )
-        )
+        text = f"acceptance of rehearsed_first minus that of {other}, prompt by prompt; {TOLD}; "
+        text += f"{READ}n is prompts"
+        kept = gains[~np.isnan(gains)]
+        figures.append(figure(f"gain_rehearsed_first_over_{other}", kept, "difference", text))
+    return figures
+
+
+def answers_alone(quick: bool) -> list[dict]:
+    """Answers of the draft about passages in which it reads blanks, or all."""
+    draft, target, tokenizer = models()
+    rows, figures = blanked(tokenizer, 4 if quick else 200, test=True), []
+    for name, saw in (("blind", 0), ("sighted", 1)):
+        correct = [answered_from(None, draft, target, row, saw) for row in rows]
+        conditions = f"{ANSWERED}{'it reads all, ' * saw}nothing fused; n is prompts"
+        figures.append(figure(f"answers_{name}", correct, "fraction", conditions))
     return figures
 
 
 def blank_figures(quick: bool, seed: int, folder: Path, arms: dict[str, int]) -> list[dict]:
     """Answers of the draft about passages whose facts only the target has read."""
-    draft, target, tokenizer = models()
-    rows = blanked(tokenizer, 4 if quick else 200, test=True)
-    told = (
-        "lab-draft on held-out passages of 8 to 16 facts in which it reads blanks, word for word; "
-    )
-    figures, rivals = [], "ridge" in arms
-    for name, saw in () if rivals else (("blind", 0), ("sighted", 1)):
-        correct = [answered_from(None, draft, target, row, saw) for row in rows]
-        conditions = f"{told}{'it reads all, ' * saw}nothing fused; n is prompts"
-        figures.append(figure(f"answers_{name}", correct, "fraction", conditions))
-    for arm in RIVALS if rivals else arms:
-        if arm == "ridge":
-            (ridge,) = blank_fusers(arm, seed, 1, folder)
-            right = [[answered_from(ridge, draft, target, row) for row in rows]]
-        else:
-            kept = [
-                json.loads((blanks_of(arm, seed + i, folder) / "answers.json").read_text())
-                for i in range(1 if quick else arms[arm])
-            ]
-            right = [found["right"] for found in kept]
-        conditions = f"{told}mean over {len(right)} fusers; n is prompts"
-        figures.append(figure(f"answers_{arm}", np.mean(right, 0), "fraction", conditions))
+    figures = []
+    for arm, n in arms.items():
+        kept = [
+            json.loads((blanks_of(arm, seed + i, folder) / "answers.json").read_text())
+            for i in range(1 if quick else n)
+        ]
+        right = np.array([found["right"] for found in kept])
+        conditions = f"{ANSWERED}mean over {len(kept)} fusers; n is prompts"
+        figures.append(figure(f"answers_{arm}", right.mean(0), "fraction", conditions))
         for i, row in enumerate(right):
-            conditions = f"{told}fuser of seed {i}; n is prompts"
+            conditions = f"{ANSWERED}fuser of seed {i}; n is prompts"
             figures.append(figure(f"answers_{arm}_seed_{i}", row, "fraction", conditions))
         if arm.startswith("rehearsed"):
             ends = [np.mean(found["loss"][-20:]) for found in kept]
-            figures.append(
-                figure(
-                    f"unexplained_{arm}",
-                    ends,
-                    "fraction",
-                    "of the variance of the draft's keys and values; n is seeds",
-                )
-            )
+            told = "of the variance of the draft's keys and values; n is seeds"
+            figures.append(figure(f"unexplained_{arm}", ends, "fraction", told))
     return figures
 
 
@@ -507,36 +506,52 @@ def training_figures(found: dict[str, list], seed: int, folder: Path) -> list[di
     return figures
 
 
-def rival_figures(found: dict[str, list], quick: bool, seed: int, folder: Path) -> list[dict]:
-    """Acceptance with a low-rank fuser, and with linear maps in closed form; and their sizes."""
+def low_rank_figures(found: dict[str, list], quick: bool, seed: int, folder: Path) -> list[dict]:
+    """A low-rank fuser beside the one that kvlab ships, and on passages with blanks."""
     figures, low_rank = arm_figures("low_rank", found["low_rank"], "both")
     none = by_prompt(found["low_rank"], "none", "acceptance")
+    draft, target, _ = models()
+    shipped = Fuser.from_pretrained(lab.models.MODELS / "lab-fuser").float()
+    proposers = {"both": partial(FusedProposer, draft, shipped)}
+    scores = measure_fusion(target, requests(quick), proposers, **DECODING)
+    narrow = by_prompt([scores], "both", "acceptance")
     figures.append(gain_figure("low_rank", low_rank, "none", none))
+    figures.append(gain_figure("narrow", narrow, "low_rank", low_rank))
+    count = Fuser.from_pretrained(folder_of("low_rank", seed, folder)).num_parameters()
+    told = "lab-target to lab-draft, rank 24"
+    figures.append(figure("fuser_parameters_low_rank", [count], "parameters", told))
+    guesses, values = guesses_of(quick, fusers_of(PARTS["low_rank"][1], quick, seed, folder))
+    figures += guesses[:1]  # that of the other has more seeds elsewhere
+    figures += guess_gains(values, ["rehearsed_low_rank"])
+    return figures + blank_figures(quick, seed, folder, {"rehearsed_low_rank": 3})
+
+
+def ridge_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
+    """Linear maps in closed form: both models read the same, and the draft reads blanks."""
     draft, target, tokenizer = models()
     count = 4 if quick else RIDGE_TEXTS
     texts = [torch.tensor(encode(tokenizer, text)) for text in Requests(count, seed=seed)]
-    shipped = Fuser.from_pretrained(lab.models.MODELS / "lab-fuser").float()
-    proposers = {"narrow": partial(FusedProposer, draft, shipped)}
+    proposers = {"none": partial(ModelProposer, draft)}
     for name, mix in (("ridge", 1.0), ("ridge_half", 0.5)):
         fuser = ridge_fuser(draft, target, texts, first_aligned(2, 12), mix=mix)
         proposers[name] = partial(FusedProposer, draft, fuser, decode=False)
-    scores = measure_fusion(target, requests(quick), proposers, **DECODING)
-    values = by_prompt([scores], "narrow", "acceptance")
-    figures.append(gain_figure("narrow", values, "low_rank", low_rank))
+    scores, figures = measure_fusion(target, requests(quick), proposers, **DECODING), []
+    none = by_prompt([scores], "none", "acceptance")
     for name in ("ridge", "ridge_half"):
         rows = scores[scores["arm"] == name].assign(arm="prefill")
         more, values = arm_figures(name, [rows], "prefill", "fitted maps of the first layers")
         figures += [*more, gain_figure(name, values, "none", none)]
     inputs, outputs = (size.heads * size.head_dim for size in (fuser.sharer, fuser.receiver))
-    low = Fuser.from_pretrained(folder_of("low_rank", seed, folder)).num_parameters()
     maps = 2 * fuser.receiver.layers * (inputs + 1) * outputs
-    for name, number, told in (
-        ("low_rank", low, "rank 24"),
-        ("ridge", maps, "a map and a constant for keys and for values of each layer"),
-    ):
-        told = f"lab-target to lab-draft, {told}"
-        figures.append(figure(f"fuser_parameters_{name}", [number], "parameters", told))
-    return figures
+    told = "lab-target to lab-draft, a map and a constant for keys and for values of each layer"
+    figures.append(figure("fuser_parameters_ridge", [maps], "parameters", told))
+    texts = [ids for _, ids, _ in blanked(tokenizer, count, seed=seed)]
+    fuser = ridge_fuser(draft, target, texts, first_aligned(2, 12))
+    rows = blanked(tokenizer, 4 if quick else 200, test=True)
+    right = [answered_from(fuser, draft, target, row) for row in rows]
+    told = f"{ANSWERED}fitted maps of the first layers; n is prompts"
+    figures.append(figure("answers_ridge", right, "fraction", told))
+    return figures + guesses_of(quick, {"ridge": [fuser]})[0]
 
 
 def handover_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
@@ -581,24 +596,39 @@ def handover_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
     return [*figures, figure("handover_seconds_over_fuser", rows["ratio"], "ratio", conditions)]
 
 
+def c2c_figures(found: dict[str, list], quick: bool, seed: int, folder: Path) -> list[dict]:
+    """The fuser, its controls and its cost."""
+    fuser = Fuser.from_pretrained(folder_of("fused", seed, folder))
+    blanks = PARTS["c2c"][1]
+    fusers = {"blind": [None], "sighted": [None]} | fusers_of(blanks, quick, seed, folder)
+    guesses, values = guesses_of(quick, fusers)
+    return [
+        *acceptance_figures(found),
+        *answers_alone(quick),
+        *blank_figures(quick, seed, folder, blanks),
+        *guesses,
+        *guess_gains(values, ["blind", "rehearsed_matched", "sighted"]),
+        *training_figures(found, seed, folder),
+        *size_figures(fuser),
+        *elsewhere_figures(fuser, quick),
+        *speed_figures(fuser, quick),
+    ]
+
+
 def measure(quick: bool, seed: int, parts: Sequence[str] = tuple(PARTS)) -> list[dict]:
     """Train fusers, controls and rivals, and speculate with each."""
     folder, figures = Path(tempfile.mkdtemp()) if quick else RUNS, []
+    torch.set_num_threads(THREADS)
     for part in parts:
-        arms, blanks = PARTS[part]
-        found = train_all(quick, seed, folder, arms, blanks)
-        if part == "rivals":
-            torch.set_num_threads(THREADS)
-            figures += rival_figures(found, quick, seed, folder)
-            figures += handover_figures(quick, seed, folder)
-            blanks = blanks | {"ridge": 1}
+        found = train_all(quick, seed, folder, *PARTS[part])
+        if part == "c2c":
+            figures += c2c_figures(found, quick, seed, folder)
+        elif part == "low_rank":
+            figures += low_rank_figures(found, quick, seed, folder)
+        elif part == "ridge":
+            figures += ridge_figures(quick, seed, folder)
         else:
-            fuser = Fuser.from_pretrained(folder_of("fused", seed, folder))
-            figures += acceptance_figures(found) + training_figures(found, seed, folder)
-            figures += size_figures(fuser) + elsewhere_figures(fuser, quick)
-            figures += speed_figures(fuser, quick)
-        figures += blank_figures(quick, seed, folder, blanks)
-        figures += guess_figures(quick, seed, folder, blanks)
+            figures += handover_figures(quick, seed, folder)
     if quick:
         shutil.rmtree(folder)
     return figures
