@@ -57,7 +57,7 @@ ARMS = {  # what changes, and with how many seeds; "tuned" also trains the draft
     "gates_from_0": ({"gate": 0.0}, 1),
     "proportional": ({"layer_map": "proportional"}, 1),
     "prompts_only": ({"decode": False}, 1),
-    "low_rank": ({"rank": 24, "learning_rate": 1e-2}, 3),
+    "low_rank": ({"rank": 24, "learning_rate": 1e-2}, 1),
 }
 BLANKS = {
     "answered": 3,
@@ -65,14 +65,14 @@ BLANKS = {
     "rehearsed_first": 3,
     "matched": 1,
     "rehearsed_matched": 1,
-    "rehearsed_low_rank": 3,
+    "rehearsed_low_rank": 1,
 }  # number of seeds
 PARTS = {  # number of seeds of the arms and blanks that a part needs
     "c2c": (
         {arm: n for arm, (_, n) in ARMS.items() if arm != "low_rank"},
         {arm: n for arm, n in BLANKS.items() if arm != "rehearsed_low_rank"},
     ),
-    "low_rank": ({"low_rank": 3}, {"rehearsed_low_rank": 3, "rehearsed_first": 1}),
+    "low_rank": ({"low_rank": 1}, {"rehearsed_low_rank": 1, "rehearsed_first": 1}),
     "ridge": ({}, {}),
     "text": ({}, {"rehearsed_first": 1}),
 }
@@ -523,7 +523,7 @@ def low_rank_figures(found: dict[str, list], quick: bool, seed: int, folder: Pat
     guesses, values = guesses_of(quick, fusers_of(PARTS["low_rank"][1], quick, seed, folder))
     figures += guesses[:1]  # that of the other has more seeds elsewhere
     figures += guess_gains(values, ["rehearsed_low_rank"])
-    return figures + blank_figures(quick, seed, folder, {"rehearsed_low_rank": 3})
+    return figures + blank_figures(quick, seed, folder, {"rehearsed_low_rank": 1})
 
 
 def ridge_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
