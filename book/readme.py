@@ -96,6 +96,7 @@ ROWS = (
         "fuse:acceptance_both",
         "draft alone {fuse:acceptance_none}; "
         "same parameters without the target {fuse:acceptance_matched}; "
+        "a low-rank map with 4 % of the parameters {fuse:acceptance_low_rank}; "
         "the draft trained instead {fuse:acceptance_tuned}",
         "descriptions of a person in a passage",
     ),
@@ -103,7 +104,9 @@ ROWS = (
         "06",
         "correct answers about a passage that only the target read, rehearsed fuser",
         "fuse:answers_rehearsed_first",
-        "trained on answers {fuse:answers_answered}; if the draft reads it {fuse:answers_sighted}",
+        "low-rank map {fuse:answers_rehearsed_low_rank}; "
+        "the target writes a text instead {fuse:handover_answers_text}; "
+        "if the draft reads it {fuse:answers_sighted}",
         "the draft reads blanks",
     ),
     (

@@ -46,7 +46,15 @@ from kvlab.cache import Prefix, convert, from_tensor, rotate, to_tensor, unrotat
 from kvlab.evaluate import figure
 from kvlab.files import read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import answers, rendered
-from kvlab.layers import CKA, LayerMap, layer_map, load_layer_map, proportional, save_layer_map
+from kvlab.layers import (
+    CKA,
+    LayerMap,
+    layer_map,
+    load_layer_map,
+    proportional,
+    ridge,
+    save_layer_map,
+)
 from kvlab.losses import columns_to_keep, cross_entropy
 from kvlab.models import position_limit, rotary_of
 from kvlab.training import fit, require_least
@@ -343,9 +351,7 @@ class Projector(nn.Module):
                 xx, xy = sums[linear]
                 sums[linear] = (xx + x.T @ x, xy + x.T @ y.flatten(0, -2).double())
         for linear, (xx, xy) in sums.items():
-            ridge = strength * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
-            factor = torch.linalg.cholesky(xx + ridge)
-            linear.weight.copy_(torch.cholesky_solve(xy, factor).T)
+            linear.weight.copy_(ridge(xx, xy, strength).T)
         return self
 
     def save_pretrained(self, folder: str | Path) -> Path:

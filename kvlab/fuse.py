@@ -32,15 +32,18 @@ True
 """
 
 import json
+import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -49,9 +52,9 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kvlab import cache as kv
-from kvlab.files import read_json, read_tensors, write_tensors, write_text
+from kvlab.files import naming, read_json, read_tensors, write_tensors, write_text
 from kvlab.generation import rendered
-from kvlab.layers import LayerMap, first_aligned, last_aligned, proportional
+from kvlab.layers import LayerMap, first_aligned, last_aligned, proportional, ridge
 from kvlab.losses import cross_entropy
 from kvlab.models import CacheError, differences, fingerprint, head_dim
 from kvlab.training import FitSettings, fit, require_least
@@ -62,6 +65,13 @@ CONTENT_MARK = "\ue000"  # replaces a message's content, to find where a chat te
 VERSION_1_NAMES = {"enter": "input_proj", "shared": "shared_mlp", "project": "value_mlp",
                    "weigh": "weight_mlp", "change": "value_out",
                    "weight": "weight_out"}  # fmt: skip
+PUBLISHED = "nics-efc/C2C_Fuser"  # on the hub, a folder for each pair of models
+PUBLISHED_NAMES = {"input_proj": "in", "shared_mlp": "mlp1.blocks.0", "value_out": "proj_out",
+                   "value_mlp": "proj_mlp2.blocks.0", "weight_mlp": "scalar_mlp2.blocks.0",
+                   "weight_out": "scalar_head", ".norm": ".norm.weight", ".up.": ".w1.",
+                   ".down.": ".w2."}  # fmt: skip
+PUBLISHED_DEFAULTS = {"source_num_heads": 1, "target_num_heads": 1, "intermediate_dim": 1024,
+                      "hidden_dim": 1024, "num_layers": 3, "dropout": 0.1}  # fmt: skip
 Batch = Mapping[str, Tensor]
 Messages = Sequence[Mapping[str, str]]  # {"role", "content"}
 
@@ -190,6 +200,12 @@ class Settings:
             training.
         use_sharer: False replaces the sharer's features by zeros. This is the parameter-matched
             control: the same number of parameters, without the sharer's information.
+        rank: None is C2C. A number replaces the networks of a layer by one linear map of this rank
+            from keys and values of both models to the change of both, which starts at zero:
+            `hidden` and `dropout` are without effect. In the spirit of Latent Cache Flow, arXiv
+            2605.22863, which has a few percent of C2C's parameters.
+        blocks: Number of blocks before the projection. Some published fusers have more than one.
+        inner: Width inside the blocks of projections. Default: `hidden`.
     """
 
     hidden: int = 1024
@@ -198,6 +214,9 @@ class Settings:
     noise: Literal["logistic", "gumbel"] = "logistic"
     gate: float = 0.0
     use_sharer: bool = True
+    rank: int | None = None
+    blocks: int = 1
+    inner: int | None = None
 
     def __post_init__(self):
         choices = self.keys in ("unrotated", "rotated") and self.noise in NOISES
@@ -227,12 +246,12 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """x + Dropout(W2 GELU(W1 RMSNorm(x))) per network, without biases."""
 
-    def __init__(self, networks: int, width: int, dropout: float):
+    def __init__(self, networks: int, width: int, inner: int, dropout: float):
         super().__init__()
         self.norm = nn.Parameter(torch.ones(networks, width))
         self.dropout = nn.Dropout(dropout)
-        self.up = StackedLinear(networks, width, width, bias=False)
-        self.down = StackedLinear(networks, width, width, bias=False)
+        self.up = StackedLinear(networks, width, inner, bias=False)
+        self.down = StackedLinear(networks, inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.norm[:, None]
@@ -279,12 +298,22 @@ class Fuser(nn.Module):
         self.layer_map, self.settings = layer_map, settings
         networks, hidden = 2 * receiver.layers, settings.hidden
         width = receiver.heads * receiver.head_dim
-        self.input_proj = StackedLinear(networks, sharer.heads * sharer.head_dim + width, hidden)
-        self.shared_mlp = StackedMLP(networks, hidden, settings.dropout)
-        self.value_mlp = StackedMLP(networks, hidden, settings.dropout)
-        self.weight_mlp = StackedMLP(networks, hidden, settings.dropout)
-        self.value_out = StackedLinear(networks, hidden, width)
-        self.weight_out = StackedLinear(networks, hidden, receiver.heads)
+        inputs = sharer.heads * sharer.head_dim + width
+        if settings.rank is not None:
+            self.input_proj = StackedLinear(receiver.layers, 2 * inputs, settings.rank, bias=False)
+            self.value_out = StackedLinear(receiver.layers, settings.rank, 2 * width)
+            for parameter in self.value_out.parameters():
+                nn.init.zeros_(parameter)
+        else:
+            block = partial(StackedMLP, networks, hidden, dropout=settings.dropout)
+            inner = settings.inner or hidden
+            self.input_proj = StackedLinear(networks, inputs, hidden)
+            self.shared_mlp = block(inner)
+            self.value_mlp = block(inner)
+            self.weight_mlp = block(hidden)
+            self.value_rest = nn.Sequential(*(block(inner) for _ in range(settings.blocks - 1)))
+            self.value_out = StackedLinear(networks, hidden, width)
+            self.weight_out = StackedLinear(networks, hidden, receiver.heads)
         self.gate_logit = nn.Parameter(torch.full((networks,), settings.gate))
         self.temperature = 1.0
         self.trained_for: dict[str, dict] = {}  # fingerprints of "receiver" and "sharer"
@@ -312,10 +341,7 @@ class Fuser(nn.Module):
             if cache != size:
                 raise CacheError(f"A cache has {cache}, the fuser {size}: receiver first.")
         weight, keys = self.input_proj.weight, self.settings.keys
-        layers = self.layer_map.indices  # (L, k)
-        picked = kv.pick_layers(sharer.cache, layers.flatten().tolist())
-        picked = entries(replace(sharer, cache=picked), keys).to(weight).unflatten(0, layers.shape)
-        mean = torch.einsum("lk,lk...->l...", self.layer_map.weights.to(weight), picked)
+        mean = mapped_entries(sharer, self.layer_map, keys, weight)
         if token_weights is not None:
             mean = token_weights.to(weight) @ mean
         if not self.settings.use_sharer:
@@ -339,8 +365,13 @@ class Fuser(nn.Module):
 
     def _changes(self, features: Tensor) -> Tensor:
         """The changes behind open gates, (2 L, N, H d), from features (2 L, N, W_s + H d)."""
+        if self.settings.rank is not None:
+            layers = features.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)  # (L, N, 2 W)
+            change = self.value_out(self.input_proj(layers)).unflatten(-1, (2, -1))
+            return change.transpose(1, 2).flatten(0, 1)
         x = self.shared_mlp(self.input_proj(features))
-        value = self.value_out(self.value_mlp(x)).unflatten(-1, (self.receiver.heads, -1))
+        value = self.value_out(self.value_rest(self.value_mlp(x)))
+        value = value.unflatten(-1, (self.receiver.heads, -1))
         weight = self.weight_out(self.weight_mlp(x)).sigmoid()  # (2 L, N, H)
         return (weight[..., None] * value).flatten(2)
 
@@ -386,8 +417,20 @@ class Fuser(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Fuser":
-        """Read the files of `save_pretrained`, onto the CPU, in the file's dtype."""
-        folder = Path(folder)
+        """Read the files of `save_pretrained`, onto the CPU, in the file's dtype.
+
+        A folder that was published with the paper is read too: projector_config.json, and
+        projector_0.pt, projector_0.json and so on, in it or in "final" inside. It fuses rotated
+        keys, and was trained to fuse prompts only. The highest layers in the configuration are
+        taken for the last ones of the models.
+
+        Args:
+            folder: a local folder; one on the hub, "nics-efc/C2C_Fuser:NAME"; or NAME alone, such
+                as "qwen3_0.6b+qwen2.5_0.5b_Fuser", for the same one.
+        """
+        folder = _find_folder(folder)
+        if (folder / "projector_config.json").is_file():
+            return _read_published(folder)
         config = read_json(folder / "fuser.json")
         state = read_tensors(folder / "fuser.safetensors")
         version = config.get("version")
@@ -412,12 +455,146 @@ class Fuser(nn.Module):
         return fuser.requires_grad_(True)
 
 
+def _find_folder(name: str | Path) -> Path:
+    """The local folder of a fuser, which is downloaded if it is on the hub."""
+    folder = Path(name)
+    repository, _, inside = str(name).rpartition(":")
+    if not repository and inside.endswith("_Fuser") and "/" not in inside:
+        repository = PUBLISHED
+    if repository and not folder.exists():
+        try:
+            folder = Path(snapshot_download(repository, allow_patterns=f"{inside}/*")) / inside
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            sentence = f"{name} is no folder here, and not to be had from the hub ({reason})"
+            raise ValueError(f"{sentence}: give a folder, or REPOSITORY:FOLDER.") from error
+    final = folder / "final"
+    return final if (final / "projector_config.json").is_file() else folder
+
+
+def _read_published(folder: Path) -> Fuser:
+    """Read a folder of the published code; of several projectors for a layer the first is used."""
+    place = folder / "projector_config.json"
+    config = read_json(place)
+    with naming(place):
+        pairs = [layers for sharers in config.values() for layers in sharers.values()]
+        if len(pairs) != 1 or not any(pairs[0].values()):
+            raise ValueError(f"it is for {len(pairs)} pairs of models, expected one with layers")
+        used = {int(layer): sources[0] for layer, sources in pairs[0].items() if sources}
+        indices = torch.tensor([used.get(i, (0,))[:1] for i in range(max(used) + 1)])
+        projectors = {i: used[i][1] for i in used}
+    read = {index: _read_projector(folder, index) for index in set(projectors.values())}
+    options = [options for options, _ in read.values()]
+    if options.count(options[0]) < len(options):
+        raise ValueError(f"The projectors of {folder} differ in size, expected one size.")
+    *models, blocks, inner, hidden, dropout = options[0]
+    receiver, sharer = Size(len(indices), *models[:2]), Size(int(indices.max()) + 1, *models[2:])
+    settings = Settings(hidden, dropout, "rotated", "gumbel", blocks=blocks, inner=inner)
+    layer_map = LayerMap(indices, torch.ones(indices.shape).double(), sharer.layers)
+    with torch.device("meta"):
+        fuser = Fuser(receiver, sharer, layer_map, settings)
+    state, names = {}, {f"value_rest.{i}": f"proj_mlp2.blocks.{i + 1}" for i in range(blocks - 1)}
+    for name, parameter in fuser.named_parameters():
+        published, rows = name, []
+        for ours, theirs in (PUBLISHED_NAMES | names).items():
+            published = published.replace(ours, theirs)
+        for network in range(len(parameter)):
+            index, kind = projectors.get(network // 2), ("key", "value")[network % 2]
+            if index is None:  # a layer without a projector: its gate stays closed
+                rows.append(torch.zeros(parameter.shape[1:]))
+                continue
+            with naming(folder / f"projector_{index}.pt"):
+                row = read[index][1][f"{kind}_{published}"]
+                row = row.T if row.ndim == 2 else row
+                if row.shape != parameter.shape[1:]:
+                    shapes = f"{[*row.shape]}, expected {[*parameter.shape[1:]]} of its JSON file"
+                    raise ValueError(f"{kind}_{published} is {shapes}")
+                rows.append(row)
+        state[name] = torch.stack(rows)
+    fuser.load_state_dict(state, assign=True)
+    return fuser.requires_grad_(True)
+
+
+def _read_projector(folder: Path, index: int) -> tuple[tuple, dict[str, Tensor]]:
+    """Sizes and weights of a published projector."""
+    place = folder / f"projector_{index}.json"
+    config = read_json(place)
+    with naming(place):
+        if config["class"] != "C2CProjector":
+            raise ValueError(f"its class is {config['class']}, expected C2CProjector")
+        options = PUBLISHED_DEFAULTS | config["init_args"]
+        names = "target_num_heads target_dim source_num_heads source_dim".split()
+        sizes = *(options[name] for name in names), options["num_layers"] - 2
+        sizes += options["intermediate_dim"], options["hidden_dim"], options["dropout"]
+    place = place.with_suffix(".pt")
+    with naming(place):
+        try:
+            return sizes, torch.load(place, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"it is no file of tensors ({error})") from error
+
+
 def entries(prefix: kv.Prefix, keys: str = "unrotated") -> Tensor:
     """Return keys ("unrotated" or "rotated") and values, heads side by side, (L, 2, B, T, H d)."""
     cache = prefix.cache
     if keys == "unrotated":
         cache = kv.unrotate(cache, prefix.positions, prefix.rotary)
     return kv.to_tensor(cache).transpose(3, 4).flatten(4)
+
+
+def mapped_entries(prefix: kv.Prefix, layer_map: LayerMap, keys: str, like: Tensor) -> Tensor:
+    """The `entries` of the layers of a map, the weighted mean for each, (L, 2, B, T, H d)."""
+    layers = layer_map.indices  # (L, k)
+    picked = kv.pick_layers(prefix.cache, layers.flatten().tolist())
+    picked = entries(replace(prefix, cache=picked), keys).to(like).unflatten(0, layers.shape)
+    return torch.einsum("lk,lk...->l...", layer_map.weights.to(like), picked)
+
+
+@torch.no_grad()
+def ridge_fuser(
+    receiver: Model,
+    sharer: Model,
+    texts: Iterable[Tensor],
+    layer_map: LayerMap | None = None,
+    strength: float = 1e-3,
+    mix: float = 1.0,
+) -> Fuser:
+    """Fit linear maps from the sharer's entries to the receiver's in closed form, without training.
+
+    Each layer has a map for keys (un-rotated) and one for values, with a constant. What the
+    receiver has read of the same tokens is the target, so on texts that both have read the mapped
+    entries bring no news. They do where the receiver has read less than the sharer.
+
+    Args:
+        receiver, sharer: models with the same tokenizer.
+        texts: token ids (T,).
+        layer_map: default `last_aligned`.
+        strength: of the ridge, relative to the mean of the diagonal of X'X.
+        mix: fraction of each entry that is mapped; 1 replaces the receiver's entries.
+
+    Returns:
+        A `Fuser` of full rank: the change is mix times (mapped entry minus receiver's entry).
+    """
+    sizes = Size.of(receiver.config), Size.of(sharer.config)
+    width, other = (size.heads * size.head_dim for size in sizes)
+    fuser = Fuser(*sizes, layer_map, Settings(rank=2 * width, gate=1.0))
+    products = 0
+    for ids in texts:
+        pair = [kv.prefill(model, ids[None].to(model.device)) for model in (receiver, sharer)]
+        y = entries(pair[0]).flatten(2, 3).double()
+        x = mapped_entries(pair[1], fuser.layer_map, "unrotated", y).flatten(2, 3)
+        x = F.pad(x, (0, 1), value=1.0)  # the constant
+        products = products + x.mT @ torch.cat((x, y), -1)
+    maps = mix * ridge(*products.split((other + 1, width), -1), strength).cpu()
+    projection = fuser.input_proj.weight.zero_().unflatten(1, (2, -1)).unflatten(-1, (2, -1))
+    fuser.value_out.weight.copy_(torch.eye(2 * width))
+    for part in (0, 1):  # keys, values
+        projection[:, part, :other, part] = maps[:, part, :-1]
+        projection[:, part, other:, part] = -mix * torch.eye(width)
+    fuser.value_out.bias.copy_(maps[:, :, -1].flatten(1))
+    for who, model in (("receiver", receiver), ("sharer", sharer)):
+        fuser.trained_for[who] = fingerprint(model)
+    return fuser.to(receiver.device)
 
 
 @torch.no_grad()

@@ -151,6 +151,26 @@ class CKA:
         return pairs / (xs[:, None] * ys).sqrt()  # sums serve as means: their number cancels
 
 
+# -- a linear map
+
+
+def ridge(xx: Tensor, xy: Tensor, strength: float) -> Tensor:
+    """Solve least squares with a ridge, (..., p, q), from X'X (..., p, p) and X'Y (..., p, q).
+
+    Args:
+        strength: of the ridge, relative to the mean of the diagonal of X'X.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> ridge(x.T @ x, x.T @ torch.tensor([[2.0], [4.0]]), strength=1.0).flatten()
+        tensor([1., 2.])
+    """
+    diagonal = xx.diagonal(dim1=-2, dim2=-1)
+    penalty = strength * diagonal.mean(-1, keepdim=True).expand_as(diagonal)
+    factor = torch.linalg.cholesky(xx + penalty.diag_embed())
+    return torch.cholesky_solve(xy, factor)
+
+
 # -- the layer map
 
 

@@ -35,6 +35,7 @@ import tempfile
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -45,7 +46,9 @@ from kvlab.commands.fuse import fusion_proposers, measure_fusion
 from kvlab.evaluate import close, mean_interval
 from kvlab.generation import encode
 from kvlab.fuse import Aligned, Fuser, FuserArm, FuserExample, Settings, Size
+from kvlab.lab import worlds
 from kvlab.lab.corpora import Requests, blanked
+from kvlab.layers import first_aligned
 from kvlab.speculate import ModelProposer, generate, summarize
 
 scale = Scale.current()
@@ -154,6 +157,22 @@ print(f"{published.num_parameters():,} parameters from Qwen2.5-0.5B to Qwen3-0.6
 print(f"{fuser.num_parameters():,} in this one, 64 wide")
 
 # %% [markdown]
+# The fusers of the paper are on the Hugging Face hub, one folder per pair of models, and `Fuser.from_pretrained` reads them as they are:
+#
+# ```python
+# Fuser.from_pretrained("nics-efc/C2C_Fuser:qwen3_0.6b+qwen2.5_0.5b_Fuser")
+# ```
+#
+# A local folder of the same files is read too, and the command line takes the name alone:
+#
+# ```bash
+# kvlab speculate --base_model Qwen/Qwen3-0.6B --teacher_model Qwen/Qwen3-14B \
+#     --fuser_checkpoint qwen3_0.6b+qwen3_14b_Fuser --no_decode_fusion
+# ```
+#
+# The equations are those above; what differs in them are the details that follow.
+# Published fusers were trained to fuse prompts only, therefore the last option.
+#
 # ## Three details
 #
 # ### Positions of keys
@@ -246,7 +265,7 @@ for longest in (False, True):
 
 # %%
 facts = (4, 8)  # of a passage; the benchmark has 8 to 16
-rows = blanked(tokenizer, 1200, facts, seed=1)
+rows_of_facts = blanked(tokenizer, 1200, facts, seed=1)
 tests = blanked(tokenizer, 40, facts, seed=2, test=True)
 blanks, shown, answer = tests[0]
 print("receiver:", textwrap.fill(tokenizer.decode(blanks), 76))
@@ -275,7 +294,7 @@ def example(blanks, shown, answer):
     return FuserExample(Aligned(blanks, shown, torch.eye(len(shown))), answer)
 
 
-examples = [example(*row) for row in rows]
+examples = [example(*row) for row in rows_of_facts]
 rehearsal = FuserArm(
     hidden=128,
     dropout=0.0,
@@ -345,7 +364,7 @@ def print_conditions(name):
     print(textwrap.fill(f"{'; '.join(shared)}; {results[name].n} prompts", 78))
 
 
-# %% mystnb={"image": {"alt": "Fractions of questions answered, with intervals: from blanks nothing; trained on answers and the controls without a sharer hardly more; rehearsed many more, with the sharer's first layers as many as when the receiver reads everything."}}
+# %% mystnb={"image": {"alt": "Fractions of questions answered, with intervals: from blanks nothing; trained on answers and the controls without a sharer hardly more; rehearsed many more, with the sharer's first layers as many as when the receiver reads everything; linear maps hardly any."}}
 readers = {
     "answers_blind": "reads blanks, alone",
     "answers_matched": "trained on answers, no sharer",
@@ -353,14 +372,15 @@ readers = {
     "answers_rehearsed_matched": "rehearsed, no sharer",
     "answers_rehearsed": "rehearsed, the sharer's last layers",
     "answers_rehearsed_first": "rehearsed, its first layers",
+    "answers_rehearsed_low_rank": "the same, low rank",
+    "answers_ridge": "linear maps, closed form",
 }
 mark = results["answers_sighted"].value, "reads everything, alone"
 rows = results.intervals(with_counts(readers))
 plots.intervals(rows, "answered word for word (fraction)", mark)
 print_conditions("answers_rehearsed_first")
-blind, trained_matched, trained, matched, last_layers, first_layers = (
-    results[name] for name in readers
-)
+blind, trained_matched, trained, matched, *rest = (results[name] for name in readers)
+last_layers, first_layers, low_rank, closed_form = rest
 assert trained.value < trained_matched.high
 assert matched.value < blind.high
 assert blind.high < 0.1 < last_layers.low
@@ -370,6 +390,35 @@ assert first_layers.low < results["answers_sighted"].value < first_layers.high
 # Trained on answers, the fuser does no better than its control: nothing crosses.
 # Rehearsed without a sharer, nothing crosses either.
 # Rehearsed with one, a good part crosses from the sharer's last layers, and from its first layers as much as the receiver would have understood of the text itself.
+#
+# The last two rows are cheaper rivals.
+# Both replace the networks of a layer by linear maps:
+#
+# - **low rank**: one map of keys and values together, $\hat r = r + U V [s_k, r_k, s_v, r_v] + b$, of rank 24, trained in the same way. *Latent Cache Flow* {cite}`rossi2026latent` maps keys and values together, too, with a few percent of C2C's parameters. (`Settings(rank=24)`, or `kvlab train-fuser --rank 24`.)
+# - **closed form**: one map for keys and one for values, from the sharer's entries alone, $\hat r = M s + b$. It is solved by least squares with a ridge, on texts that both models have read, and trains nothing.
+
+# %%
+texts = [shown for _, shown, _ in rows_of_facts[:60]]
+layers = [size.layers for size in sizes]
+ridge = fuse.ridge_fuser(receiver, sharer, texts, first_aligned(*layers))
+by_maps = [answers(row, ridge) for row in tests[:20]]
+print("closed form, live: {:.2f} [{:.2f}, {:.2f}]".format(*mean_interval(by_maps)))
+for name in ("lab", "low_rank", "ridge"):
+    count = results[f"fuser_parameters_{name}"]
+    print(f"{name:9} {count.value:9,.0f} parameters: {count.conditions}")
+assert max(low_rank.high, closed_form.high) < 0.1  # neither carries a fact
+assert results["fuser_parameters_low_rank"].value < 0.04 * results["fuser_parameters_lab"].value
+unexplained = {
+    arm: results[f"unexplained_rehearsed_{arm}"].value
+    for arm in ("first", "low_rank", "matched")
+}
+print({arm: round(value, 3) for arm, value in unexplained.items()})
+assert unexplained["first"] < unexplained["low_rank"] < unexplained["matched"]
+
+# %% [markdown]
+# Neither carries a fact here, although the low-rank map explains more of the variance than a fuser without a sharer does.
+# A linear map of the entries of one token is not enough for these two models; the networks of C2C are.
+# (The paper of Latent Cache Flow reports that a small adapter can be more accurate than C2C. The map here shares its idea, not its architecture, and there is one trained fuser of it.)
 #
 # ## In speculative decoding
 #
@@ -428,7 +477,7 @@ means[["acceptance", "tokens_per_call"]].mean().round(3)
 # On MMLU-Redux, for one pair, the receiver alone scores 35.5 and the fused one 42.9.
 # The receiver as its own sharer reaches most of the gain, 42.2; fine-tuned without a fuser it gains little, 36.8 {cite}`fu2025c2c`.
 
-# %% mystnb={"image": {"alt": "Fractions of guesses accepted, with intervals, for the draft alone, fused in each way, the controls, the published details and the trained draft."}}
+# %% mystnb={"image": {"alt": "Fractions of guesses accepted, with intervals, for the draft alone, fused in each way, the controls, the published details, low-rank and linear maps, and the trained draft."}}
 arms = {
     "acceptance_prefill": "prompt fused",
     "acceptance_decode": "accepted tokens fused",
@@ -438,6 +487,9 @@ arms = {
     "acceptance_rotated": "both, keys rotated",
     "acceptance_gates_from_0": "both, gates from 0",
     "acceptance_published": "prompt, as published",
+    "acceptance_low_rank": "both, low rank",
+    "acceptance_ridge": "prompt, linear maps in closed form",
+    "acceptance_ridge_half": "the same, half of each entry",
     "acceptance_tuned": "trained draft, nothing fused",
     "acceptance_tuned_fused": "trained draft, both fused",
 }
@@ -455,6 +507,9 @@ for one, other in (
     ("both", "matched"),
     ("both", "rotated"),
     ("both", "gates_from_0"),
+    ("low_rank", "none"),
+    ("ridge", "none"),
+    ("ridge_half", "none"),
     ("tuned", "none"),
     ("tuned_fused", "tuned"),
 ):
@@ -472,6 +527,8 @@ assert gains["both", "none"].low > 0  # fusing the prompt helps
 assert abs(gains["both", "prefill"].value) < fused_gain / 10  # the rest does not
 assert gains["both", "matched"].low < 0
 assert all(gains["both", arm].value < fused_gain / 4 for arm in ("self", "matched"))
+assert gains["low_rank", "none"].value > fused_gain / 2
+assert all(gains[arm, "none"].high < 0 for arm in ("ridge", "ridge_half"))
 assert gains["tuned", "none"].value > fused_gain
 assert gains["tuned_fused", "tuned"].low < 0
 assert lost["gates_from_0"] > 0.9
@@ -483,7 +540,9 @@ assert (
 # %% [markdown]
 # Fusing the prompt helps; fusing accepted tokens does not.
 # But most of the gain comes from the parameters: a module that does not read the target gains nearly as much, and the difference could be chance.
-# The trained draft gains more (in the paper fine-tuning brings little), and on top of it the fuser adds nothing distinguishable from chance.
+# The low-rank map, with a twenty-fifth of the parameters, gains more than half of it.
+# Linear maps in closed form do harm: they approximate entries that the draft has exactly.
+# The trained draft gains more than any fuser (in the paper fine-tuning brings little), and on top of it the fuser adds nothing distinguishable from chance.
 # Both models have read the same text here, and beyond that this fuser finds little in the target's cache that improves the guesses.
 #
 # Of the published details, gates that start at 0 cost all of the gain in a training as short as this, and rotated keys a part of it (one fuser each; the noise was not measured alone).
@@ -523,7 +582,7 @@ if scale.name == "tiny":
 # %% [markdown]
 # And in the benchmark:
 
-# %% mystnb={"image": {"alt": "Fractions of guesses accepted, with intervals, of a draft that reads blanks: alone, trained on answers and rehearsed, each with and without a sharer, the rehearsed one with the sharer's last and first layers."}}
+# %% mystnb={"image": {"alt": "Fractions of guesses accepted, with intervals, of a draft that reads blanks: alone, trained on answers and rehearsed, each with and without a sharer, the rehearsed one with the sharer's last and first layers, and linear maps."}}
 arms = {
     name.replace("answers_", "guesses_"): label for name, label in readers.items()
 }
@@ -549,6 +608,72 @@ assert all(figure.high < blind.low for figure in on_answers)
 # Without a sharer, rehearsal gains nothing.
 # So the target's cache does help if it holds information that the draft's lacks.
 # (The fusers trained on answers of a word or two do harm here, because these responses are of another kind.)
+#
+# ### Handing over the text instead
+#
+# The usual way needs no fuser: the sharer writes, and the receiver reads.
+# Asked to tell about the subject of a question, the sharer writes a sentence or two, and the receiver reads them in place of the passage:
+
+# %%
+def handed_over(seed):
+    """A passage, a prompt with what the sharer writes instead of it, and the answer."""
+    passage = worlds.make_passage(Random(seed), 6, test=True)
+    kinds = ("about", "free")  # of one fact: the choice is drawn first, with one seed
+    (request, _), (question, answer) = (
+        worlds.QUESTIONS[kind](Random(seed), passage) for kind in kinds
+    )
+    told = [{"role": "system", "content": passage.text}]
+    told.append({"role": "user", "content": request})
+    written = decode(encode(tokenizer, told)).tokens[0]
+    text = tokenizer.decode(written, skip_special_tokens=True).strip()
+    turns = [{"role": "system", "content": text}, {"role": "user", "content": question}]
+    return passage.text, turns, answer
+
+
+def answer_to(turns):
+    options = {"max_new_tokens": 8, "tokenizer": tokenizer}
+    tokens = generate(receiver, [encode(tokenizer, turns)], **options).tokens[0]
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+passage, turns, answer = handed_over(seed=2)
+print("sharer reads:   ", textwrap.fill(passage, 76))
+print("receiver reads: ", textwrap.fill(" ".join(t["content"] for t in turns), 76))
+print("it answers:     ", answer_to(turns), "; right is", answer)
+by_text = [answer_to(turns) == right for _, turns, right in map(handed_over, range(20))]
+print("of 20 answered:  {:.2f} [{:.2f}, {:.2f}]".format(*mean_interval(by_text)))
+
+# %% [markdown]
+# The benchmark asks a hundred questions about longer passages, and measures both ways in turn, from the unread passage to the answer:
+
+# %%
+ways = {
+    "handover_answers_text": "reads what the sharer writes",
+    "handover_answers_fuser": "reads blanks, fused (rehearsed)",
+    "handover_answers_sighted": "reads everything",
+}
+for name, label in ways.items():
+    print(f"{label:32} {results[name]:.2f}")
+print(f"fuser minus text, paired: {results['gain_handover_fuser_over_text']:+.2f}")
+print(f"tokens handed over: {results['handover_tokens']:.1f}")
+print(f"seconds, over the fuser's: {results['handover_seconds_over_fuser']:.1f}")
+answered_from_text, gain, slower = (
+    results[name]
+    for name in (
+        "handover_answers_text",
+        "gain_handover_fuser_over_text",
+        "handover_seconds_over_fuser",
+    )
+)
+assert answered_from_text.low > 0.5
+assert gain.low < 0 < gain.high
+assert slower.low > 2
+
+# %% [markdown]
+# About as many questions are answered from text as from the fused cache; the difference could be chance.
+# Text needs no training, and a receiver of any kind can read it.
+# But it takes several times as long, because the sharer has to write token by token what the fuser takes from its cache.
+# For speculative decoding it is no option: the text that the target would hand over is the text that the draft should guess.
 #
 # ### The gates
 #
@@ -690,8 +815,8 @@ if scale.name == "tiny":
 #
 # - A fuser adds a change to each entry; with closed gates it returns the receiver's cache bit for bit. Un-rotate keys first, use logistic noise, and start with open gates if training is short.
 # - Cross-entropy on answers constrains a hundred entries very little; the entries of the whole text constrain them completely. If the sharer reads more than the receiver, rehearse.
-# - Never report a fuser without its controls: the receiver as its own sharer, as many parameters without a sharer, and a draft trained on the same answers. Where both models read the same text, the last one won.
-# - If the sharer's cache holds information that the receiver's lacks, a fuser transfers it, and the guesses get better.
+# - Never report a fuser without its controls and rivals: the receiver as its own sharer, as many parameters without a sharer, a small linear map, and a draft trained on the same answers. Where both models read the same text, the last one won.
+# - If the sharer's cache holds information that the receiver's lacks, a fuser transfers it, and the guesses get better. A sentence or two of text transfers it about as well, but takes several times as long.
 # - In speculative decoding the text stays the target's whatever is fused. Mistakes cost acceptance and show nowhere else, so test which entries are fused.
 #
 # The cell below runs alone.

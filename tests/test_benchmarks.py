@@ -111,6 +111,9 @@ PROMISED = {
                 "published",
                 "tuned",
                 "tuned_fused",
+                "low_rank",
+                "ridge",
+                "ridge_half",
             )
         ),
         *(f"gain_both_over_{name}" for name in ("none", "self", "matched", "tuned")),
@@ -131,12 +134,18 @@ PROMISED = {
                 "rehearsed",
                 "rehearsed_first",
                 "rehearsed_matched",
+                "rehearsed_low_rank",
+                "ridge",
             )
         ),
         *(
             f"gain_rehearsed_first_over_{name}"
-            for name in ("blind", "rehearsed_matched", "sighted")
+            for name in ("blind", "rehearsed_matched", "sighted", "rehearsed_low_rank")
         ),
+        *(f"gain_{name}_over_none" for name in ("low_rank", "ridge", "ridge_half")),
+        *(f"handover_answers_{way}" for way in ("text", "fuser", "sighted")),
+        *("gain_narrow_over_low_rank", "gain_handover_fuser_over_text"),
+        *("handover_tokens", "handover_seconds_over_fuser"),
         *(f"acceptance_{ways}_arithmetic" for ways in ("none", "both")),
         *(
             "net_speed",
@@ -148,6 +157,8 @@ PROMISED = {
         *(
             "fuser_parameters",
             "fuser_parameters_lab",
+            "fuser_parameters_low_rank",
+            "fuser_parameters_ridge",
             "gate_keys_0",
             "gate_values_1",
             "seconds_fused",

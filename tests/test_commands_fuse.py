@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command_helpers import FEW, equal, opened, result
+from published_fusers import write_published
 from transformers import AutoModelForCausalLM
 
 from kvlab import draft as drafts
@@ -181,6 +182,7 @@ def test_a_fuser_is_made_as_asked_and_starts_by_the_seed(fusible):
     assert torch.equal(fuser.layer_map.indices, layers.proportional(2, 12).indices)
     assert more | {"accumulate": 2, "precision": "bf16"} == more
     assert not arm.decode
+    assert fusible("--rank", "3")[1].input_proj.weight.shape == (2, 2 * 128, 3)
     starts = []
     for seed, name, indices in (
         ("0", "last", [10, 11]),
@@ -366,6 +368,20 @@ def test_speculate_fuses_what_it_is_not_told_to_leave(flags, ways, guesses, tiny
     assert guesses[1:] not in each.values()
 
 
+def test_speculate_fuses_prompts_with_a_published_folder(guesses, tiny, capsys):
+    draft, target = lab.load("lab-draft"), lab.load("lab-target")
+    sizes = Size.of(draft.config), Size.of(target.config)
+    write_published(tiny / "q_Fuser" / "final", *sizes, {0: [[3, 1]], 1: [[11, 0]]})
+    fused = ["--fuser_checkpoint", "q_Fuser", "--no_decode_fusion", "--output_dir"]
+    main([*FEW, *fused, str(tiny / "out"), "--prompts", "Anna has 3 apples. How many?"])
+    assert result(tiny / "out", capsys)[0]["summary"]["equal_texts"] is True
+    (ids,) = token_ids([[{"role": "user", "content": "Anna has 3 apples. How many?"}]])
+    each, fuser = [], Fuser.from_pretrained("q_Fuser")
+    for proposer in (FusedProposer(draft, fuser, None, True, False), ModelProposer(draft)):
+        each.append(drafted(generate(target, [ids], proposer, max_new_tokens=12)))
+    assert guesses[1:] == each[:1] != each[1:]
+
+
 def test_a_fuser_serves_drawn_text_compiled_models_and_a_single_token(
     guesses, tiny, capsys, monkeypatch
 ):
@@ -429,6 +445,10 @@ def test_a_fuser_for_other_models_is_a_sentence(tiny):
     ("options", "message"),
     [
         ("--fuser_checkpoint none", r"There is no file none/fuser\.json"),
+        (
+            "--fuser_checkpoint x+y_Fuser",
+            r"x\+y_Fuser is no folder here, and not to be had from the",
+        ),
         ("--fuser_checkpoint broken", "broken has a fuser of version None, expected 1 or 2"),
         (
             "--no_prefill_fusion",

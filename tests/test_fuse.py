@@ -8,11 +8,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_fusers import PublishedProjector, write_published
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,6 +35,7 @@ from kvlab.fuse import (
     pad_fuser_batch,
     rehearsal_loss,
     response_loss,
+    ridge_fuser,
 )
 from kvlab.generation import encode, encode_parts
 from kvlab.layers import last_aligned, layer_map
@@ -702,6 +705,163 @@ def test_a_folder_without_a_fuser_is_refused(tmp_path):
         (tmp_path / "fuser.json").write_text(json.dumps(config | change))
         with pytest.raises((ValueError, RuntimeError), match=reason):
             Fuser.from_pretrained(tmp_path)
+
+
+# -- published folders
+
+
+LAYERS_OF_PUBLISHED = {0: [[1, 2], [3, 0]], 2: [[4, 0]]}  # layer 1 has none, layer 0 two
+
+
+def published_folder(folder):
+    """Write three projectors, of which the last has a closed gate."""
+    return write_published(folder, RECEIVER, SHARER, LAYERS_OF_PUBLISHED)
+
+
+@pytest.mark.parametrize("inside", [".", "final"])
+def test_a_published_folder_gives_the_caches_of_its_description(tmp_path, texts, inside):
+    projectors = published_folder(tmp_path / "published" / inside)
+    fuser = Fuser.from_pretrained(tmp_path / "published")
+    assert (fuser.receiver, fuser.sharer) == (RECEIVER, SHARER)
+    assert fuser.gate_logits().gt(0).tolist() == [[False, True], [False, False], [True, True]]
+    fused, before = fuser(*texts), texts[0].cache
+    for layer, (entry, old) in enumerate(zip(fused.layers, before.layers, strict=True)):
+        if layer == 1:
+            assert torch.equal(entry.keys, old.keys)
+            assert torch.equal(entry.values, old.values)
+            continue
+        source, index = LAYERS_OF_PUBLISHED[layer][0]
+        shared = texts[1].cache.layers[source]
+        for kind, x in (("key", "keys"), ("value", "values")):
+            sizes = getattr(shared, x), getattr(old, x)
+            near(getattr(entry, x), projectors[index](kind, *sizes))
+    assert torch.equal(fused.layers[0].keys, before.layers[0].keys)  # its gate is closed
+    assert not torch.equal(fused.layers[0].values, before.layers[0].values)
+    again = Fuser.from_pretrained(fuser.save_pretrained(tmp_path / "ours"))
+    assert torch.equal(to_tensor(again(*texts)), to_tensor(fused))
+
+
+def test_a_published_fuser_of_the_papers_size_has_the_papers_number_of_parameters():
+    published = PublishedProjector(Size(28, 8, 128), Size(24, 2, 64), 1024, 1024, 3)
+    assert 28 * sum(p.numel() for p in published.parameters()) == 477_848_056
+
+
+def test_a_name_on_the_hub_is_the_folder_behind_the_colon(tmp_path, monkeypatch):
+    published_folder(tmp_path / "qwen_Fuser" / "final")
+    calls = []
+
+    def download(repository, allow_patterns):
+        calls.append((repository, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("kvlab.fuse.snapshot_download", download)
+    for name in ("nics-efc/C2C_Fuser:qwen_Fuser", "qwen_Fuser"):
+        assert Fuser.from_pretrained(name).sharer == SHARER
+    assert calls == [("nics-efc/C2C_Fuser", "qwen_Fuser/*")] * 2
+    Fuser.from_pretrained(tmp_path / "qwen_Fuser")
+    assert len(calls) == 2  # a local folder is read as it is
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"^a/b:c is no folder here, and not to be had from the"):
+        Fuser.from_pretrained("a/b:c")
+
+
+def test_a_damaged_published_folder_is_a_sentence(tmp_path, texts):
+    folder = tmp_path / "published"
+    projectors = published_folder(folder)
+    fuser = Fuser.from_pretrained(folder)
+    with pytest.raises(CacheError, match="receiver first"):
+        fuser(texts[1], texts[0])
+    place, config = folder / "projector_0.json", folder / "projector_config.json"
+    whole = json.loads(place.read_text())
+    for change, reason in (
+        ({"init_args": {}}, r"projector_0.json does not fit: there is no 'target_dim'"),
+        ({"class": "OtherProjector"}, "its class is OtherProjector, expected C2CProjector"),
+        ({"init_args": whole["init_args"] | {"hidden_dim": 13}}, "differ in size, expected one"),
+    ):
+        place.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=reason):
+            Fuser.from_pretrained(folder)
+    place.write_text(json.dumps(whole))
+    state = projectors[0].state_dict()
+    for change, reason in (
+        ({"key_in.weight": torch.ones(12, 9)}, r"projector_0.pt .*key_in.weight is \[9, 12\], exp"),
+        ({"class": PublishedProjector}, "projector_0.pt does not fit: it is no file of tensors"),
+    ):
+        torch.save(state | change, folder / "projector_0.pt")
+        with pytest.raises(ValueError, match=reason):
+            Fuser.from_pretrained(folder)
+    torch.save({}, folder / "projector_0.pt")
+    with pytest.raises(ValueError, match=r"projector_0.pt does not fit: there is no 'key_gate"):
+        Fuser.from_pretrained(folder)
+    (folder / "projector_0.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*projector_0\.pt"):
+        Fuser.from_pretrained(folder)
+    for broken in ({}, {"0": {"1": {}}}, {"0": {"1": {"0": [[0, 0]]}, "2": {"0": [[0, 1]]}}}):
+        config.write_text(json.dumps(broken))
+        with pytest.raises(
+            ValueError, match=r"config.json does not fit: it is for \d pairs of mod"
+        ):
+            Fuser.from_pretrained(folder)
+
+
+# -- rivals
+
+
+def test_a_low_rank_fuser_adds_one_map_of_keys_and_values_of_both_models(tmp_path, texts):
+    fuser = make_fuser(options=Settings(rank=5), logit=1)
+    assert torch.equal(to_tensor(fuser(*texts)), to_tensor(texts[0].cache))  # it starts at zero
+    assert fuser.num_parameters() == 3 * (5 * 2 * (8 + 32) + 5 * 2 * 32 + 2 * 32) + 6
+    for parameter in fuser.value_out.parameters():
+        nn.init.normal_(parameter)
+    receiver = entries(texts[0])
+    sharer = entries(texts[1])[2:]  # last layers
+    fused = entries(replace(texts[0], cache=fuser(*texts)))
+    changes = (fused - receiver).transpose(0, 1)
+    for layer in range(3):
+        features = [x[layer, kind] for kind in (0, 1) for x in (sharer, receiver)]
+        low = torch.cat(features, -1) @ fuser.input_proj.weight[layer]
+        change = low @ fuser.value_out.weight[layer] + fuser.value_out.bias[layer]
+        near(changes[:, layer], torch.stack(change.chunk(2, -1)), 1e-4)
+    again = Fuser.from_pretrained(fuser.save_pretrained(tmp_path))
+    assert torch.equal(to_tensor(again(*texts)), to_tensor(fuser(*texts)))
+
+
+def test_a_low_rank_fuser_learns_from_the_sharer():
+    receiver, sharer, *_ = lab_pair()
+    options = {"steps": 40, "batch_size": 4, "learning_rate": 1e-2, "decode": False}
+    start = response_loss(lab_fuser(), receiver, sharer, pad_fuser_batch(lab_examples()))["ce"]
+    fuser, history = FuserArm(rank=4, gate=4.0, **options).train(receiver, sharer, lab_examples())
+    assert history[-1]["ce"] < 0.5 * start
+    assert fuser.input_proj.weight.grad is None or fuser.input_proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("mix", [1.0, 0.25])
+def test_ridge_maps_are_those_of_least_squares_with_a_ridge(pair, mix):
+    ids = [tokens(1, n, seed)[0] for seed, n in enumerate((9, 30, 21))]
+    fuser = ridge_fuser(*pair, ids, layer_map(torch.eye(3, 5), k=1), strength=0.01, mix=mix)
+    prefixes = [[prefill(model, row[None]) for model in pair] for row in ids]
+    x = torch.cat([entries(sharer)[:3] for _, sharer in prefixes], 3)[:, :, 0].double()
+    y = torch.cat([entries(receiver) for receiver, _ in prefixes], 3)[:, :, 0].double()
+    held = [prefill(model, tokens(2, 5, seed=9), position=3) for model in pair]
+    fused = entries(replace(held[0], cache=fuser(*held)))
+    old, inputs = entries(held[0]), entries(held[1])
+    for layer, kind in itertools.product(range(3), range(2)):
+        a = np.pad(x[layer, kind].numpy(), ((0, 0), (0, 1)), constant_values=1)
+        penalty = np.sqrt(0.01 * np.square(a).sum(0).mean()) * np.eye(9)
+        b = np.concatenate((y[layer, kind].numpy(), np.zeros((9, 32))))
+        expected = np.linalg.lstsq(np.concatenate((a, penalty)), b)[0]
+        mapped = inputs[layer, kind].numpy() @ expected[:-1] + expected[-1]
+        near(fused[layer, kind], mix * torch.tensor(mapped).float() + (1 - mix) * old[layer, kind])
+
+
+def test_a_ridge_map_recovers_a_receiver_that_is_a_linear_map_of_its_sharer(pair):
+    """Even where the receiver has read something else: its own entries are replaced."""
+    model = pair[0]
+    fuser = ridge_fuser(model, model, [tokens(1, 60, seed)[0] for seed in range(4)], strength=1e-9)
+    blank, whole = prefill(model, tokens(1, 6)), prefill(model, tokens(1, 6, seed=3))
+    near(to_tensor(fuser(blank, whole)), to_tensor(whole.cache), 1e-3)
+    assert (to_tensor(blank.cache) - to_tensor(whole.cache)).abs().max() > 0.1
+    assert fuser.trained_for["sharer"] == fingerprint(model)
 
 
 # -- errors

@@ -66,7 +66,7 @@ def train_fuser_command(
         enable_thinking: Let the model think before it answers, if its template has this option.
         **options: Of `kvlab.fuse.FuserArm`.
     """
-    arm = FuserArm(use_sharer=True, decode=not no_decode_fusion, **options)
+    arm = FuserArm(use_sharer=True, blocks=1, inner=None, decode=not no_decode_fusion, **options)
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 2 or more.")
     require_writable(output_dir / "training.json")

@@ -35,7 +35,7 @@ def speculate(
     gamma: int = 4,
     base_model: str | None = None,
     teacher_model: str | None = None,
-    fuser_checkpoint: Path | None = None,
+    fuser_checkpoint: str | None = None,
     skip_standard: bool = False,
     no_prefill_fusion: bool = False,
     no_decode_fusion: bool = False,
@@ -63,8 +63,11 @@ def speculate(
             `kvlab train-draft` makes. Its tokenizer may differ from the target's, unless it is
             compiled, fused or reads knowledge. Default: the scale's draft.
         teacher_model: The large model, whose text is generated. Default: the scale's target.
-        fuser_checkpoint: Folder that `kvlab train-fuser` made for these two models: the draft's
-            cache is fused from the target's. Default: the draft is alone.
+        fuser_checkpoint: Folder that `kvlab train-fuser` made for these two models, or one that
+            was published with the C2C paper, here or on the hub, such as
+            qwen3_0.6b+qwen3_14b_Fuser of nics-efc/C2C_Fuser (give --no_decode_fusion, as it was
+            trained on prompts). The draft's cache is fused from the target's. Default: the draft
+            is alone.
         skip_standard: Leave plain decoding out, and with it every comparison.
         no_prefill_fusion: Do not fuse the prompt.
         no_decode_fusion: Do not fuse accepted tokens.
@@ -131,7 +134,7 @@ def speculate(
 
 def _require_options_that_fit(
     fused: tuple[bool, bool],
-    fuser_checkpoint: Path | None,
+    fuser_checkpoint: str | None,
     store: Path | None,
     compiled: bool,
     parallel_draft: Path | None,

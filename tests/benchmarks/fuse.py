@@ -1,4 +1,4 @@
-"""C2C fusion: acceptance of a draft with a fused cache, against controls, and the cost."""
+"""C2C fusion: acceptance of a draft with a fused cache, against controls and rivals, and the cost."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -35,10 +36,12 @@ from kvlab.fuse import (
     fuse_prompt,
     rehearsal_loss,
     response_loss,
+    ridge_fuser,
 )
 from kvlab.generation import encode
 from kvlab.lab.corpora import Requests, Solutions, blanked
-from kvlab.speculate import ModelProposer, generate, summarize
+from kvlab.layers import first_aligned
+from kvlab.speculate import FusedProposer, ModelProposer, generate, summarize
 
 RUNS, GAMMA, NEW, THREADS, PROMPTS = Path("lab-runs/fuse"), 4, 96, 2, 2400
 DECODING = {"gamma": GAMMA, "max_new_tokens": NEW}
@@ -54,6 +57,7 @@ ARMS = {  # what changes, and with how many seeds; "tuned" also trains the draft
     "gates_from_0": ({"gate": 0.0}, 1),
     "proportional": ({"layer_map": "proportional"}, 1),
     "prompts_only": ({"decode": False}, 1),
+    "low_rank": ({"rank": 24, "learning_rate": 1e-2}, 1),
 }
 BLANKS = {
     "answered": 3,
@@ -61,9 +65,24 @@ BLANKS = {
     "rehearsed_first": 3,
     "matched": 1,
     "rehearsed_matched": 1,
+    "rehearsed_low_rank": 1,
 }  # number of seeds
+PARTS = {  # number of seeds of the arms and blanks that a part needs
+    "c2c": (
+        {arm: n for arm, (_, n) in ARMS.items() if arm != "low_rank"},
+        {arm: n for arm, n in BLANKS.items() if arm != "rehearsed_low_rank"},
+    ),
+    "low_rank": ({"low_rank": 1}, {"rehearsed_low_rank": 1, "rehearsed_first": 1}),
+    "ridge": ({}, {}),
+    "text": ({}, {"rehearsed_first": 1}),
+}
+RIDGE_TEXTS, HANDOVERS = 400, 100
 BLANK_STEPS = 600
 TOLD = "lab-target with lab-draft; held-out passages of 8 to 16 facts, tell about somebody; greedy, gamma 4"
+READ = "the draft reads the passages with blanks, the target all; "
+ANSWERED = (
+    "lab-draft on held-out passages of 8 to 16 facts in which it reads blanks, word for word; "
+)
 
 
 def models():
@@ -137,16 +156,15 @@ def tuned(
     return small.plain
 
 
-def train_all(quick: bool, seed: int, folder: Path) -> dict[str, list[pd.DataFrame]]:
+def train_all(
+    quick: bool, seed: int, folder: Path, arms: dict[str, int], blanks: dict[str, int]
+) -> dict[str, list[pd.DataFrame]]:
     """Scores of each arm, a frame a seed; two fusers at a time, each on a core."""
-    jobs = [
-        (arm, i)
-        for i in range(seed, seed + 3)
-        for arm, (_, n) in ARMS.items()
-        if i < seed + (1 if quick else n)
-    ]
+    jobs, blind = (
+        [(arm, seed + i) for i in range(3) for arm, n in counts.items() if i < (1 if quick else n)]
+        for counts in (arms, blanks)
+    )
     left = [job for job in jobs if not (folder_of(*job, folder) / "scores.json").exists()]
-    blind = [(arm, i) for arm, n in BLANKS.items() for i in range(seed, seed + (1 if quick else n))]
     if quick:
         for job in left:
             run(*job, quick, folder)
@@ -160,7 +178,7 @@ def train_all(quick: bool, seed: int, folder: Path) -> dict[str, list[pd.DataFra
             waiting += [pool.submit(run_blanks, *job, quick, folder) for job in blind]
             for future in tqdm(waiting, desc="fusers"):
                 future.result()
-    found: dict[str, list[pd.DataFrame]] = {arm: [] for arm in ARMS}
+    found: dict[str, list[pd.DataFrame]] = {arm: [] for arm in arms}
     for arm, i in jobs:
         found[arm].append(pd.read_json(folder_of(arm, i, folder) / "scores.json"))
     return found
@@ -177,16 +195,18 @@ def run_blanks(name: str, seed: int, quick: bool, folder: Path) -> None:
         return
     torch.set_num_threads(1)
     draft, target, tokenizer = models()
+    low_rank = name.endswith("low_rank")
     arm = FuserArm(
         hidden=128,
         dropout=0.0,
         gate=4.0,
+        rank=24 if low_rank else None,
         control="matched" if name.endswith("matched") else "none",
-        layer_map="first" if name.endswith("first") else "last",
+        layer_map="first" if name.endswith(("first", "low_rank")) else "last",
         decode=False,
         steps=2 if quick else BLANK_STEPS,
         batch_size=4 if quick else 16,
-        learning_rate=3e-3,
+        learning_rate=1e-2 if low_rank else 3e-3,
         seed=seed,
     )
     rows = blanked(tokenizer, 16 if quick else 3200, seed=seed)
@@ -228,90 +248,78 @@ def guessed_from(
     ).acceptance
 
 
-def guess_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
-    """Acceptance of a draft that read blanks: alone, and with each fuser trained on blanks."""
-    draft, target, tokenizer = models()
-    rows = blanked(tokenizer, 4 if quick else 100, test=True, kind="about")
-    told = f"{TOLD}; the draft reads the passages with blanks, the target all; "
-    values = {}
-    for name, saw in (("blind", 0), ("sighted", 1)):
-        values[name] = np.array([guessed_from(None, draft, target, row, saw) for row in rows])
-    notes = {"blind": "nothing fused", "sighted": "the draft reads all, too, nothing fused"}
-    for arm, n in BLANKS.items():
-        fusers = [
+def fusers_of(
+    arms: dict[str, int], quick: bool, seed: int, folder: Path
+) -> dict[str, list[Fuser | None]]:
+    """The fusers of each arm that were trained on passages with blanks."""
+    return {
+        arm: [
             Fuser.from_pretrained(blanks_of(arm, seed + i, folder))
             for i in range(1 if quick else n)
         ]
-        values[arm] = np.mean(
-            [[guessed_from(fuser, draft, target, row) for row in rows] for fuser in fusers], 0
-        )
-        notes[arm] = f"prompts fused, mean over {len(fusers)} fusers"
-    figures = [
-        figure(
-            f"guesses_{name}",
-            values[name][~np.isnan(values[name])],
-            "fraction",
-            f"{told}{notes[name]}; n is prompts",
-        )
-        for name in values
-    ]
-    for other in ("blind", "rehearsed_matched", "sighted"):
+        for arm, n in arms.items()
+    }
+
+
+def guesses_of(
+    quick: bool, fusers: dict[str, list[Fuser | None]]
+) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Acceptance of a draft that read blanks, with the fusers of each arm; None fuses nothing."""
+    draft, target, tokenizer = models()
+    rows = blanked(tokenizer, 4 if quick else 100, test=True, kind="about")
+    figures, values = [], {}
+    for arm, each in fusers.items():
+        saw = int(arm == "sighted")
+        note = f"prompts fused, mean over {len(each)} fusers" if each[0] else "nothing fused"
+        told = f"{TOLD}; {READ}{'the draft reads all, too, ' * saw}{note}; n is prompts"
+        accepted = [[guessed_from(one, draft, target, row, saw) for row in rows] for one in each]
+        values[arm] = np.mean(accepted, 0)
+        kept = values[arm][~np.isnan(values[arm])]
+        figures.append(figure(f"guesses_{arm}", kept, "fraction", told))
+    return figures, values
+
+
+def guess_gains(values: dict[str, np.ndarray], others: Sequence[str]) -> list[dict]:
+    """What the rehearsed fuser accepts more than other arms, prompt by prompt."""
+    figures = []
+    for other in others:
         gains = values["rehearsed_first"] - values[other]
-        text = f"acceptance of rehearsed_first minus that of {other}, prompt by prompt; {told}"
-        text += "n is prompts"
-        figures.append(
-            figure(
-                f"gain_rehearsed_first_over_{other}", gains[~np.isnan(gains)], "difference", text
-            )
-        )
+        text = f"acceptance of rehearsed_first minus that of {other}, prompt by prompt; {TOLD}; "
+        text += f"{READ}n is prompts"
+        kept = gains[~np.isnan(gains)]
+        figures.append(figure(f"gain_rehearsed_first_over_{other}", kept, "difference", text))
     return figures
 
 
-def blank_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
-    """Answers of the draft about passages whose facts only the target has read."""
+def answers_alone(quick: bool) -> list[dict]:
+    """Answers of the draft about passages in which it reads blanks, or all."""
     draft, target, tokenizer = models()
-    rows = blanked(tokenizer, 4 if quick else 200, test=True)
-    told = (
-        "lab-draft on held-out passages of 8 to 16 facts in which it reads blanks, word for word; "
-    )
-    figures = []
+    rows, figures = blanked(tokenizer, 4 if quick else 200, test=True), []
     for name, saw in (("blind", 0), ("sighted", 1)):
         correct = [answered_from(None, draft, target, row, saw) for row in rows]
-        conditions = f"{told}{'it reads all, ' * saw}nothing fused; n is prompts"
+        conditions = f"{ANSWERED}{'it reads all, ' * saw}nothing fused; n is prompts"
         figures.append(figure(f"answers_{name}", correct, "fraction", conditions))
-    for arm, n in BLANKS.items():
+    return figures
+
+
+def blank_figures(quick: bool, seed: int, folder: Path, arms: dict[str, int]) -> list[dict]:
+    """Answers of the draft about passages whose facts only the target has read."""
+    figures = []
+    for arm, n in arms.items():
         kept = [
             json.loads((blanks_of(arm, seed + i, folder) / "answers.json").read_text())
             for i in range(1 if quick else n)
         ]
         right = np.array([found["right"] for found in kept])
-        figures.append(
-            figure(
-                f"answers_{arm}",
-                right.mean(0),
-                "fraction",
-                f"{told}mean over {len(kept)} fusers; n is prompts",
-            )
-        )
+        conditions = f"{ANSWERED}mean over {len(kept)} fusers; n is prompts"
+        figures.append(figure(f"answers_{arm}", right.mean(0), "fraction", conditions))
         for i, row in enumerate(right):
-            figures.append(
-                figure(
-                    f"answers_{arm}_seed_{i}",
-                    row,
-                    "fraction",
-                    f"{told}fuser of seed {i}; n is prompts",
-                )
-            )
+            conditions = f"{ANSWERED}fuser of seed {i}; n is prompts"
+            figures.append(figure(f"answers_{arm}_seed_{i}", row, "fraction", conditions))
         if arm.startswith("rehearsed"):
             ends = [np.mean(found["loss"][-20:]) for found in kept]
-            figures.append(
-                figure(
-                    f"unexplained_{arm}",
-                    ends,
-                    "fraction",
-                    "of the variance of the draft's keys and values; n is seeds",
-                )
-            )
+            told = "of the variance of the draft's keys and values; n is seeds"
+            figures.append(figure(f"unexplained_{arm}", ends, "fraction", told))
     return figures
 
 
@@ -320,6 +328,29 @@ def by_prompt(frames: Sequence[pd.DataFrame], ways: str, what: str) -> np.ndarra
     return np.nanmean(
         [f[f["arm"] == ways].set_index("prompt")[what].astype(float) for f in frames], 0
     )
+
+
+def arm_figures(
+    name: str, frames: Sequence[pd.DataFrame], ways: str, what: str = "trained fusers"
+) -> tuple[list[dict], np.ndarray]:
+    """Acceptance and tokens per target call of an arm, and its acceptance per prompt."""
+    figures = []
+    told = f"{TOLD}; {ways} fused; mean over {len(frames)} {what}; n is prompts"
+    for measured, unit in (("acceptance", "fraction"), ("tokens_per_call", "tokens")):
+        values = by_prompt(frames, ways, measured)
+        figures.append(figure(f"{measured}_{name}", values[~np.isnan(values)], unit, told))
+    for i, frame in enumerate(frames if len(frames) > 1 else []):
+        kept = frame.loc[frame["arm"] == ways, "acceptance"].dropna()
+        conditions = f"fuser of seed {i}; {told}"
+        figures.append(figure(f"acceptance_{name}_seed_{i}", kept, "fraction", conditions))
+    return figures, by_prompt(frames, ways, "acceptance")
+
+
+def gain_figure(one: str, ones: np.ndarray, other: str, others: np.ndarray) -> dict:
+    """The difference of two arms, prompt by prompt."""
+    told = f"acceptance of {one} minus that of {other}, prompt by prompt; {TOLD}; n is prompts"
+    gains = ones - others
+    return figure(f"gain_{one}_over_{other}", gains[~np.isnan(gains)], "difference", told)
 
 
 def acceptance_figures(found: dict[str, list[pd.DataFrame]]) -> list[dict]:
@@ -333,21 +364,8 @@ def acceptance_figures(found: dict[str, list[pd.DataFrame]]) -> list[dict]:
     arms |= {"tuned": ("tuned", "none"), "tuned_fused": ("tuned", "both")}
     values = {}
     for name, (arm, ways) in arms.items():
-        frames = found[arm]
-        told = f"{TOLD}; {ways} fused; mean over {len(frames)} trained fusers; n is prompts"
-        values[name] = {
-            what: by_prompt(frames, ways, what) for what in ("acceptance", "tokens_per_call")
-        }
-        for what, unit in (("acceptance", "fraction"), ("tokens_per_call", "tokens")):
-            kept = values[name][what][~np.isnan(values[name][what])]
-            figures.append(figure(f"{what}_{name}", kept, unit, told))
-        for i, frame in enumerate(frames if len(frames) > 1 else []):
-            kept = frame.loc[frame["arm"] == ways, "acceptance"].dropna()
-            figures.append(
-                figure(
-                    f"acceptance_{name}_seed_{i}", kept, "fraction", f"fuser of seed {i}; {told}"
-                )
-            )
+        more, values[name] = arm_figures(name, found[arm], ways)
+        figures += more
     pairs = [("both", name) for name in arms if not name.startswith(("both", "tuned_"))]
     for one, other in [
         *pairs,
@@ -356,11 +374,7 @@ def acceptance_figures(found: dict[str, list[pd.DataFrame]]) -> list[dict]:
         ("tuned", "none"),
         ("tuned_fused", "tuned"),
     ]:
-        gains = values[one]["acceptance"] - values[other]["acceptance"]
-        told = f"acceptance of {one} minus that of {other}, prompt by prompt; {TOLD}; n is prompts"
-        figures.append(
-            figure(f"gain_{one}_over_{other}", gains[~np.isnan(gains)], "difference", told)
-        )
+        figures.append(gain_figure(one, values[one], other, values[other]))
     texts = pd.concat([f for frames in found.values() for f in frames]).groupby("prompt")["tokens"]
     equal = [float(all(t == rows.iloc[0] for t in rows)) for _, rows in texts]
     return [
@@ -492,23 +506,133 @@ def training_figures(found: dict[str, list], seed: int, folder: Path) -> list[di
     return figures
 
 
-def measure(quick: bool, seed: int) -> list[dict]:
-    """Train fusers and controls, and speculate with each."""
-    folder = Path(tempfile.mkdtemp()) if quick else RUNS
-    found = train_all(quick, seed, folder)
+def low_rank_figures(found: dict[str, list], quick: bool, seed: int, folder: Path) -> list[dict]:
+    """A low-rank fuser beside the one that kvlab ships, and on passages with blanks."""
+    figures, low_rank = arm_figures("low_rank", found["low_rank"], "both")
+    none = by_prompt(found["low_rank"], "none", "acceptance")
+    draft, target, _ = models()
+    shipped = Fuser.from_pretrained(lab.models.MODELS / "lab-fuser").float()
+    proposers = {"both": partial(FusedProposer, draft, shipped)}
+    scores = measure_fusion(target, requests(quick), proposers, **DECODING)
+    narrow = by_prompt([scores], "both", "acceptance")
+    figures.append(gain_figure("low_rank", low_rank, "none", none))
+    figures.append(gain_figure("narrow", narrow, "low_rank", low_rank))
+    count = Fuser.from_pretrained(folder_of("low_rank", seed, folder)).num_parameters()
+    told = "lab-target to lab-draft, rank 24"
+    figures.append(figure("fuser_parameters_low_rank", [count], "parameters", told))
+    guesses, values = guesses_of(quick, fusers_of(PARTS["low_rank"][1], quick, seed, folder))
+    figures += guesses[:1]  # that of the other has more seeds elsewhere
+    figures += guess_gains(values, ["rehearsed_low_rank"])
+    return figures + blank_figures(quick, seed, folder, {"rehearsed_low_rank": 1})
+
+
+def ridge_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
+    """Linear maps in closed form: both models read the same, and the draft reads blanks."""
+    draft, target, tokenizer = models()
+    count = 4 if quick else RIDGE_TEXTS
+    texts = [torch.tensor(encode(tokenizer, text)) for text in Requests(count, seed=seed)]
+    proposers = {"none": partial(ModelProposer, draft)}
+    for name, mix in (("ridge", 1.0), ("ridge_half", 0.5)):
+        fuser = ridge_fuser(draft, target, texts, first_aligned(2, 12), mix=mix)
+        proposers[name] = partial(FusedProposer, draft, fuser, decode=False)
+    scores, figures = measure_fusion(target, requests(quick), proposers, **DECODING), []
+    none = by_prompt([scores], "none", "acceptance")
+    for name in ("ridge", "ridge_half"):
+        rows = scores[scores["arm"] == name].assign(arm="prefill")
+        more, values = arm_figures(name, [rows], "prefill", "fitted maps of the first layers")
+        figures += [*more, gain_figure(name, values, "none", none)]
+    inputs, outputs = (size.heads * size.head_dim for size in (fuser.sharer, fuser.receiver))
+    maps = 2 * fuser.receiver.layers * (inputs + 1) * outputs
+    told = "lab-target to lab-draft, a map and a constant for keys and for values of each layer"
+    figures.append(figure("fuser_parameters_ridge", [maps], "parameters", told))
+    texts = [ids for _, ids, _ in blanked(tokenizer, count, seed=seed)]
+    fuser = ridge_fuser(draft, target, texts, first_aligned(2, 12))
+    rows = blanked(tokenizer, 4 if quick else 200, test=True)
+    right = [answered_from(fuser, draft, target, row) for row in rows]
+    told = f"{ANSWERED}fitted maps of the first layers; n is prompts"
+    figures.append(figure("answers_ridge", right, "fraction", told))
+    return figures + guesses_of(quick, {"ridge": [fuser]})[0]
+
+
+def handover_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
+    """Answers of a draft that reads what the target writes about the question's subject."""
+    draft, target, tokenizer = models()
+    fuser = Fuser.from_pretrained(blanks_of("rehearsed_first", seed, folder))
+    rows: dict[str, list] = {name: [] for name in ("text", "fuser", "sighted", "tokens", "ratio")}
+    for i in range(4 if quick else HANDOVERS):
+        # of one seed both kinds of request are about the same passage and subject
+        row, about = (
+            blanked(tokenizer, 1, seed=i, test=True, kind=kind)[0] for kind in ("free", "about")
+        )
+        started = time.perf_counter()
+        rows["fuser"].append(answered_from(fuser, draft, target, row))
+        fused = time.perf_counter()
+        made = generate(target, [about[1]], max_new_tokens=NEW, tokenizer=tokenizer)
+        text = tokenizer.decode(made.tokens[0], skip_special_tokens=True)
+        question = tokenizer.decode(row[1]).partition("<|user|>")[2].partition("<|assistant|>")[0]
+        turns = {"system": text.strip(), "user": question.strip()}
+        ids = encode(tokenizer, [{"role": r, "content": c} for r, c in turns.items()])
+        right = answered_from(None, draft, target, (torch.tensor(ids), row[1], row[2]))
+        rows["ratio"].append((time.perf_counter() - fused) / (fused - started))
+        rows["text"].append(right)
+        rows["tokens"].append(len(made.tokens[0]))
+        rows["sighted"].append(answered_from(None, draft, target, row, 1))
+    told = "questions about held-out passages of 8 to 16 facts, of which lab-draft reads {}; n is prompts"
+    read = {
+        "text": "what lab-target writes about the subject, instead",
+        "fuser": "blanks, its cache fused by rehearsed_first",
+        "sighted": "all",
+    }
+    figures = [
+        figure(f"handover_answers_{way}", rows[way], "fraction", told.format(reads))
+        for way, reads in read.items()
+    ]
+    gain = np.subtract(rows["fuser"], rows["text"])
+    conditions = "right answers with the fuser minus those with text; " + told.format("less")
+    figures.append(figure("gain_handover_fuser_over_text", gain, "difference", conditions))
+    conditions = "that lab-target writes for a question, and lab-draft reads; n is prompts"
+    figures.append(figure("handover_tokens", rows["tokens"], "tokens", conditions))
+    conditions = f"seconds with text over those with the fuser, in turn, with both models' reading; {THREADS} threads; n is prompts"
+    return [*figures, figure("handover_seconds_over_fuser", rows["ratio"], "ratio", conditions)]
+
+
+def c2c_figures(found: dict[str, list], quick: bool, seed: int, folder: Path) -> list[dict]:
+    """The fuser, its controls and its cost."""
     fuser = Fuser.from_pretrained(folder_of("fused", seed, folder))
-    figures = (
-        acceptance_figures(found)
-        + blank_figures(quick, seed, folder)
-        + guess_figures(quick, seed, folder)
-        + training_figures(found, seed, folder)
-        + size_figures(fuser)
-    )
-    figures += elsewhere_figures(fuser, quick) + speed_figures(fuser, quick)
+    blanks = PARTS["c2c"][1]
+    fusers = {"blind": [None], "sighted": [None]} | fusers_of(blanks, quick, seed, folder)
+    guesses, values = guesses_of(quick, fusers)
+    return [
+        *acceptance_figures(found),
+        *answers_alone(quick),
+        *blank_figures(quick, seed, folder, blanks),
+        *guesses,
+        *guess_gains(values, ["blind", "rehearsed_matched", "sighted"]),
+        *training_figures(found, seed, folder),
+        *size_figures(fuser),
+        *elsewhere_figures(fuser, quick),
+        *speed_figures(fuser, quick),
+    ]
+
+
+def measure(quick: bool, seed: int, parts: Sequence[str] = tuple(PARTS)) -> list[dict]:
+    """Train fusers, controls and rivals, and speculate with each."""
+    folder, figures = Path(tempfile.mkdtemp()) if quick else RUNS, []
+    torch.set_num_threads(THREADS)
+    for part in parts:
+        found = train_all(quick, seed, folder, *PARTS[part])
+        if part == "c2c":
+            figures += c2c_figures(found, quick, seed, folder)
+        elif part == "low_rank":
+            figures += low_rank_figures(found, quick, seed, folder)
+        elif part == "ridge":
+            figures += ridge_figures(quick, seed, folder)
+        else:
+            figures += handover_figures(quick, seed, folder)
     if quick:
         shutil.rmtree(folder)
     return figures
 
 
 if __name__ == "__main__":
-    benchmark(measure)
+    benchmark(measure, parts=tuple(PARTS))
