@@ -634,7 +634,7 @@ if scale.name == "tiny":
 # ## The strongest rivals: the teacher's text and its probabilities
 #
 # A teacher need not give its cache.
-# The plainest way to learn from it is to learn the solutions that it *writes* {cite}`kim2016sequence`, in its own style, right or wrong.
+# The plainest way to learn from it is {term}`text distillation`, to learn the solutions that it *writes* {cite}`kim2016sequence`, in its own style, right or wrong.
 # The next is to learn its probabilities, too: of each token of these solutions, not only which one the teacher chose, but what else it thought of {cite}`hinton2015distilling`.
 # Between two vocabularies, these can be compared where both have the same token in the same place, over the tokens that both have.
 

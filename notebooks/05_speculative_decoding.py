@@ -780,7 +780,7 @@ for name, label in {
 # ## Guessing in one call
 #
 # A draft model is called once for each guess.
-# Small *heads* on the target's own last hidden state can guess several tokens at once {cite}`cai2024medusa`.
+# Small *heads* on the target's own last hidden state can guess several tokens at once: a {term}`parallel draft` {cite}`cai2024medusa`.
 # They need no second model and no second cache: the state from which the target chose its last token is there after each verification.
 # Head $k$ gets that state and the embedding of the chosen token {cite}`ankner2024hydra`, and its output goes through the target's own head to give $q_k$.
 # They learn from the target's own answers, of which the states are kept:
