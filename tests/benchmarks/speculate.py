@@ -721,15 +721,22 @@ def exact_figures(s: Setup) -> list[dict]:
 
 
 def learned_heads(s: Setup, seed: int) -> ParallelDraft:
-    """A parallel draft, trained on the target's answers to requests and word problems."""
+    """A parallel draft, trained on the target's answers to requests and word problems; one that is done is read."""
+    done = RUNS / f"heads-{seed}"
+    if done.is_dir() and not s.quick:
+        return ParallelDraft.from_pretrained(done)
     count, tokenizer = 8 if s.quick else 200, lab.load_tokenizer("lab-target")
     texts = [*Requests(count), *(long[:1] for _, long in Solutions(count, (1, 5)))]
     prompts = [encode(tokenizer, text) for text in texts]
-    answers = generate_targets(s.target, tokenizer, prompts, RUNS, 16 if s.quick else 128)
+    answers = generate_targets(
+        s.target, tokenizer, prompts, None if s.quick else RUNS, 16 if s.quick else 128
+    )
     torch.manual_seed(seed)
     heads = ParallelDraft(s.target.config.hidden_size, 8)
     options = {"epochs": 1 if s.quick else 8, "batch_size": 4 if s.quick else 16}
     train_parallel(heads, s.target, answers, learning_rate=5e-3, seed=seed, **options)
+    if not s.quick:
+        heads.save_pretrained(done)
     return heads
 
 
