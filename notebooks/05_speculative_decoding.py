@@ -830,10 +830,10 @@ for label, kind in {"word problems": "", "requests": "_requests"}.items():
     for name in ("chain", "parallel"):
         curves[f"{'heads' if name == 'parallel' else name}, {label}"] = [
             results[f"acceptance_{name}{kind}_position_{i}"].interval
-            for i in range(1, 9)
+            for i in range(1, 8)
         ]
 words = ("position of the guess", "accepted, with all before it")
-plots.lines(range(1, 9), curves, *words, ylim=(0, 1.02))
+plots.lines(range(1, 8), curves, *words, ylim=(0, 1.02))
 for label, kind in {"word problems": "", "requests": "_requests"}.items():
     calls, chain = (
         results[f"tokens_per_call_{name}{kind}"] for name in ("parallel", "chain")
