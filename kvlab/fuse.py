@@ -32,7 +32,6 @@ True
 """
 
 import json
-import pickle
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -530,7 +529,9 @@ def _read_projector(folder: Path, index: int) -> tuple[tuple, dict[str, Tensor]]
     with naming(place):
         try:
             return sizes, torch.load(place, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, also where a file holds more than tensors
             raise ValueError(f"it is no file of tensors ({error})") from error
 
 
