@@ -26,10 +26,21 @@ ROWS = (
     ),
     (
         "01",
-        "correct answers, four pieces read alone and joined, 15 % of the tokens recomputed",
-        "knowledge:em_recompute",
-        "read together {knowledge:em_full}; only concatenated {knowledge:em_concat}",
-        "lab model, passages of 16 facts",
+        "correct answers about a sentence cut between two pieces read alone, the first tokens of "
+        "pieces computed again (LegoLink)",
+        "knowledge:em_legolink_reference",
+        "read together {knowledge:em_full_reference}; at the same work CacheBlend "
+        "{knowledge:em_recompute_reference}, its gradual filter {knowledge:em_gradual_reference}; "
+        "pieces only moved {knowledge:em_shift_reference}",
+        "lab model, passages of 16 facts in four pieces",
+    ),
+    (
+        "01",
+        "error (KL) of CacheBlend over that of LegoLink at the same work",
+        "knowledge:kl_recompute_over_legolink",
+        "if the sentence is cut {knowledge:kl_recompute_over_legolink_reference}; LegoLink alone over "
+        "LegoLink on pieces read behind a dummy prefix {knowledge:kl_legolink_over_dummy_legolink}",
+        "the same, whole sentences; geometric mean",
     ),
     (
         "02",
@@ -71,6 +82,13 @@ ROWS = (
         "eight prompts at once, over assisted generation of one by one "
         "{speculate:batch_8_over_assisted}",
         "word problems, greedy, without prefill",
+    ),
+    (
+        "05",
+        "guesses accepted per round of eight, verified as a block",
+        "speculate:acceptance_block_block_at_1",
+        "one by one, the same guesses {speculate:acceptance_block_token_at_1}",
+        "requests to describe a person, temperature 1",
     ),
     (
         "06",

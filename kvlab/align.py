@@ -25,7 +25,7 @@ row has no padding. Every step carries gradients, and none reads padding.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -56,8 +56,9 @@ from kvlab.layers import (
     save_layer_map,
 )
 from kvlab.losses import columns_to_keep, cross_entropy
-from kvlab.models import rotary_of
+from kvlab.models import position_limit, rotary_of
 from kvlab.training import fit, require_least
+from kvlab.vocabularies import agreed_tokens, shared_tokens
 
 SEGMENTS = ("prompt", "reasoning", "answer")
 # A bare "answer" or 答案 occurs inside reasoning too, so a colon or a verb must follow.
@@ -70,6 +71,8 @@ FEATURES_FORMAT = "seen 1"  # in the metadata of files of `save_teacher_features
 BATCH = 16  # texts that a model reads at once
 PROBLEMS_PER_FILE = 256
 LAYER_MAP_PROBLEMS = 100
+SOLUTION_TOKENS = 512  # at most, of a solution that a teacher writes
+LIKELIEST = 64  # tokens whose probabilities a student learns
 
 Conversation = Sequence[Mapping[str, str]]
 Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
@@ -79,10 +82,14 @@ Loader = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 class Segmented(NamedTuple):
-    """A conversation's token ids (T,), and the borders (4,): segment i is borders[i] <= t < borders[i + 1]."""
+    """A conversation's token ids (T,), and the borders (4,): segment i is borders[i] <= t < borders[i + 1].
+
+    begins : (T,), the character at which each token begins, counted from the solution's first.
+    """
 
     input_ids: Tensor
     borders: Tensor
+    begins: Tensor | None = None
 
 
 Texts = Sequence[Segmented]
@@ -110,7 +117,7 @@ def segment(
         >>> from kvlab import lab
         >>> tokenizer = lab.load_tokenizer("lab-target")
         >>> messages = [{"role": "user", "content": "Add 1."}, {"role": "assistant", "content": "1+1=2. Answer: 2"}]
-        >>> ids, borders = segment(tokenizer, messages)
+        >>> ids, borders, _ = segment(tokenizer, messages)
         >>> [tokenizer.decode(ids[a:b]) for a, b in zip(borders, borders[1:])]
         ['<|user|> Add 1.<|assistant|>', ' 1+1=2.', ' Answer: 2<|end|>']
     """
@@ -137,7 +144,8 @@ def segment(
     for i, name in enumerate(SEGMENTS):
         if borders[i] == borders[i + 1]:
             raise ValueError(f"The {name} {sentence} found: give {', '.join(SEGMENTS)}.")
-    return Segmented(torch.tensor(encoded["input_ids"]), torch.tensor(borders))
+    ids, begins = torch.tensor(encoded["input_ids"]), torch.tensor(begins)
+    return Segmented(ids, torch.tensor(borders), begins - start)
 
 
 # -- time
@@ -496,6 +504,66 @@ class StoredTeacherFeatures(Dataset):
         return TeacherFeatures(keys, values, self.states[index])
 
 
+# -- a teacher's text and probabilities, instead of its cache
+
+
+class TeacherTokens(NamedTuple):
+    """A teacher's probabilities of each of the student's tokens and of others in its place.
+
+    ids : (T, k), the likeliest tokens that both vocabularies have, in the student's ids.
+    probabilities : (T, k), of these; 0 where the two tokenizations differ. A batch has B in front.
+    """
+
+    ids: Tensor
+    probabilities: Tensor
+
+
+def write_solutions(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+) -> list[str]:
+    """Have a teacher solve problems, greedily, whatever solutions the conversations have."""
+    questions = [conversation[:-1] for conversation in conversations]
+    return answers(teacher, tokenizer, questions, SOLUTION_TOKENS, label="teacher writes")
+
+
+@torch.no_grad()
+def predict_with_teacher(
+    teacher: PreTrainedModel, others: Texts, texts: Texts, shared: Tensor
+) -> list[TeacherTokens]:
+    """Have a teacher predict the solutions of texts, token by token, for a student with another vocabulary.
+
+    A prediction counts where both tokenizations have the same token in the same place.
+
+    Args:
+        others: the same solutions in the teacher's tokens, as `segment` made them.
+        texts: in the student's.
+        shared: (2, n), ids of `shared_tokens` of student and teacher.
+    """
+    common = dict(shared.T.tolist())
+    result = []
+    for start in tqdm(range(0, len(texts), BATCH), desc="teacher predicts"):
+        part = slice(start, start + BATCH)
+        inputs, _ = _pad_texts(others[part], teacher.device)
+        logits = teacher(**inputs, use_cache=False).logits[..., shared[1].to(teacher.device)]
+        for text, other, row in zip(texts[part], others[part], logits, strict=True):
+            index, other_index = agreed_tokens(text.begins, other.begins)
+            same = [common.get(i) for i in text.input_ids[index].tolist()]
+            same = torch.tensor(same) == other.input_ids[other_index]
+            same &= text.begins[index] >= 0
+            index, other_index = index[same], other_index[same]
+            # The logits of a column predict the token after it.
+            columns = (other_index - 1 - len(other.input_ids)).to(row.device)
+            best = row[columns].float().softmax(-1).topk(min(LIKELIEST, shared.shape[1]))
+            ids = torch.zeros(len(text.input_ids), best.indices.shape[-1], dtype=torch.long)
+            probabilities = torch.zeros(ids.shape)
+            ids[index] = shared[0][best.indices.cpu()]
+            probabilities[index] = best.values.cpu()
+            result.append(TeacherTokens(ids, probabilities))
+    return result
+
+
 # -- losses
 
 
@@ -561,11 +629,33 @@ def codi_loss(student: Tensor, target: Tensor) -> Tensor:
     return _distance(student, target, target, "smooth_l1")
 
 
+def token_loss(logits: Tensor, target: TeacherTokens) -> Tensor:
+    """KL of the student's next tokens from the teacher's, in nats, mean over the tokens that it predicts.
+
+    The teacher's probabilities are divided by their sum, the student's are those among all of its
+    tokens. Source: Hinton et al. (2015), arXiv 1503.02531.
+
+    Args:
+        logits: (B, T, V), the student's output at each position.
+        target: (B, T, k); position t is predicted from t - 1.
+
+    Example:
+        >>> target = TeacherTokens(torch.tensor([[[0, 1], [0, 1]]]), torch.tensor([[[0, 0], [0.5, 0.5]]]))
+        >>> token_loss(torch.zeros(1, 2, 2), target).item()
+        0.0
+    """
+    counted = target.probabilities[:, 1:].sum(-1) > 0
+    p = target.probabilities[:, 1:][counted]
+    p = p / p.sum(-1, keepdim=True)
+    log_q = logits[:, :-1][counted].float().log_softmax(-1).gather(-1, target.ids[:, 1:][counted])
+    return (torch.special.xlogy(p, p) - p * log_q).sum() / counted.sum().clamp(min=1)
+
+
 # -- training
 
 
 class AlignedStudent(nn.Module):
-    """Student plus alignment loss; `forward` returns the named losses of a batch: "ce", "kv" and "codi".
+    """Student plus alignment loss; `forward` returns the named losses of a batch: "ce", "kv", "codi" and "kl".
 
     Args:
         projectors: one per teacher; `requires_grad_(False)` keeps them as they are. Without them
@@ -599,6 +689,9 @@ class AlignedStudent(nn.Module):
             states = _before_answer(out.hidden_states[1:], batch["borders"])
             targets = [linear(batch[f"state_{i}"]) for i, linear in enumerate(self.states)]
             losses["codi"] = codi_loss(states, sum(targets) / len(targets))
+        if "probabilities" in batch:
+            target = batch["ids"][:, -last:], batch["probabilities"][:, -last:]
+            losses["kl"] = token_loss(out.logits, TeacherTokens(*target))
         return losses
 
 
@@ -606,7 +699,8 @@ def pad_problems(problems: Sequence[tuple]) -> dict[str, Tensor]:
     """A batch, padded on the left: token ids, weights of cross-entropy (1 in the solution), and teachers' features.
 
     Args:
-        problems: tuples of a `Segmented` text and the `TeacherFeatures` of each teacher.
+        problems: tuples of a `Segmented` text and the `TeacherFeatures` of each teacher, or the
+            `TeacherTokens` of one.
     """
     texts, *teachers = zip(*problems, strict=True)
     batch, borders = _pad_texts(texts)
@@ -614,6 +708,10 @@ def pad_problems(problems: Sequence[tuple]) -> dict[str, Tensor]:
     batch["weights"] = (solution & (batch["attention_mask"] > 0)).float()
     batch["borders"] = borders
     for i, teacher in enumerate(teachers):
+        if isinstance(teacher[0], TeacherTokens):
+            columns = zip(TeacherTokens._fields, zip(*teacher, strict=True), strict=True)
+            batch |= {name: _pad_left(rows) for name, rows in columns}
+            continue
         for name in ("keys", "values"):
             tokens = [getattr(x, name).float().transpose(0, 1) for x in teacher]
             batch[f"{name}_{i}"] = _pad_left(tokens).transpose(1, 2)
@@ -732,22 +830,38 @@ def similar_layers(
 
 
 class Arm(NamedTuple):
-    """How a teacher is aligned: layers by CKA or in proportion, time by segments or by index, and which control."""
+    """What a student learns from its teacher, and how its cache is aligned.
 
-    cka: bool = False
+    layers : teacher layers for each student layer by CKA; 0: the one in proportion.
+    segments : time by segments, or else by index.
+    control : what should teach nothing.
+    without : an ablation of KaVa (Kuzina et al. 2025, arXiv 2510.02312): without the KV loss, or with
+        features that are copied as far as they go, not projected.
+    learn : the teacher's cache, or else the solutions that it writes in place of the given ones
+        (Kim and Rush 2016, arXiv 1606.07947), and with "probabilities" those of their tokens, too.
+    """
+
+    layers: int = 0
     segments: bool = False
     control: Literal["", "another problem", "random weights"] = ""
+    without: Literal["", "KV loss", "projector"] = ""
+    learn: Literal["cache", "text", "probabilities"] = "cache"
 
 
 ARMS = {
     "ce_only": None,
     "baseline": Arm(),
-    "cka": Arm(cka=True),
+    "cka": Arm(layers=2),
     "segment": Arm(segments=True),
-    "full": Arm(cka=True, segments=True),
-    "shuffled": Arm(cka=True, segments=True, control="another problem"),
+    "full": Arm(layers=2, segments=True),
+    "full_one_layer": Arm(layers=1, segments=True),
+    "no_kv_loss": Arm(segments=True, without="KV loss"),
+    "no_projector": Arm(segments=True, without="projector"),
+    "text_distillation": Arm(learn="text"),
+    "logit_distillation": Arm(learn="probabilities"),
+    "shuffled": Arm(layers=2, segments=True, control="another problem"),
     "shuffled_segment": Arm(segments=True, control="another problem"),
-    "random_teacher": Arm(cka=True, segments=True, control="random weights"),
+    "random_teacher": Arm(layers=2, segments=True, control="random weights"),
 }
 
 
@@ -781,7 +895,8 @@ def train_arm(
 
     Args:
         teachers: functions that load each with its tokenizer. They are called one after another,
-            and only if their features are not in the folder yet.
+            and only if their features are not in the folder yet. Distillation of text and
+            probabilities has the first teacher only.
         folder: of this run, for checkpoint and teacher features.
         layer_maps: of each teacher, the file of its layer map. Default: made by CKA where needed.
         seed: of the projectors, and of the order.
@@ -791,29 +906,77 @@ def train_arm(
         The history of `fit`, and the student with its projectors.
     """
     texts = [segment(tokenizer, conversation) for conversation in problems.student]
-    stored = []
-    aligns = arm and (settings.kv_weight or settings.codi_weight)
-    for i, load in enumerate(teachers if aligns else ()):
-        home = folder / f"teacher_{i}"
-        path = Path(layer_maps[i]) if layer_maps else home / "layer_map.json"
-        files = [home / f"{n:06}.safetensors" for n in range(0, len(texts), PROBLEMS_PER_FILE)]
-        with PartialState().main_process_first():
-            if not all(file.is_file() for file in files):
-                torch.manual_seed(seed)
-                home.mkdir(parents=True, exist_ok=True)
-                _encode_to_files(arm, student, texts, problems.teacher, load, path, files)
-        stored.append(ConcatDataset([StoredTeacherFeatures(file) for file in files]))
+    if arm and arm.without == "KV loss":
+        settings = replace(settings, kv_weight=0.0)
+    stored, aligned = [], AlignedStudent(student)
     torch.manual_seed(seed)
-    width = student.base_model.layers[0].self_attn.k_proj.out_features
-    projectors = [Projector(x[0].keys.shape[-1], width, settings.start) for x in stored]
-    width = student.config.hidden_size
-    states = [nn.Linear(x[0].state.shape[-1], width, bias=False) for x in stored]
-    aligned = AlignedStudent(student, projectors, states if settings.codi_weight else ())
-    for module in (aligned.projectors, aligned.states):
-        module.requires_grad_(not settings.freeze_projectors)
+    if arm and arm.learn != "cache":
+        limit = position_limit(student)
+        texts, stored = _distilled(arm, limit, tokenizer, problems, teachers[0], folder)
+    elif arm and (settings.kv_weight or settings.codi_weight):
+        for i, load in enumerate(teachers):
+            path = Path(layer_maps[i]) if layer_maps else folder / f"teacher_{i}/layer_map.json"
+            home = folder / f"teacher_{i}"
+            stored.append(_encoded(arm, student, texts, problems.teacher, load, path, home))
+        torch.manual_seed(seed)
+        aligned = _aligned_student(arm, student, stored, settings)
     options |= {"checkpoint": folder / "checkpoint.safetensors", "seed": seed}
     options["shares_every"] = max(1, settings.steps(len(texts)) // 20)
     return train_student(aligned, StackDataset(texts, *stored), settings, **options), aligned
+
+
+def _aligned_student(arm: Arm, student: PreTrainedModel, stored, settings) -> AlignedStudent:
+    """The student with a projector, and for CODI a linear map, from each teacher."""
+    width = student.base_model.layers[0].self_attn.k_proj.out_features
+    start = "identity" if arm.without == "projector" else settings.start
+    projectors = [Projector(x[0].keys.shape[-1], width, start) for x in stored]
+    width = student.config.hidden_size
+    states = [nn.Linear(x[0].state.shape[-1], width, bias=False) for x in stored]
+    aligned = AlignedStudent(student, projectors, states if settings.codi_weight else ())
+    frozen = settings.freeze_projectors
+    aligned.projectors.requires_grad_(not frozen and arm.without != "projector")
+    aligned.states.requires_grad_(not frozen)
+    return aligned
+
+
+def _distilled(
+    arm: Arm, limit: int, tokenizer, problems: Problems, load: Loader, folder: Path
+) -> tuple[Texts, list[list[TeacherTokens]]]:
+    """The solutions that a teacher writes, in the student's tokens, and what it predicts in them.
+
+    One without an answer, or with more tokens than the limit, is replaced by the given one.
+    """
+    path, (teacher, words) = folder / "solutions.json", load()
+    with PartialState().main_process_first():
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            solutions = write_solutions(teacher, words, problems.teacher)
+            write_text(path, json.dumps(solutions))
+    texts, others = [], []
+    for solution, (*question, given) in zip(read_json(path), problems.student, strict=True):
+        written = [*question, {"role": "assistant", "content": solution}]
+        try:
+            usable = len(segment(tokenizer, written).input_ids) <= limit
+        except ValueError:
+            usable = False
+        written = written if usable else [*question, given]
+        texts.append(segment(tokenizer, written))
+        others.append(segment(words, written))
+    if arm.learn == "text":
+        return texts, []
+    return texts, [predict_with_teacher(teacher, others, texts, shared_tokens(tokenizer, words))]
+
+
+def _encoded(
+    arm: Arm, student: PreTrainedModel, texts: Texts, conversations, load: Loader, path, home: Path
+) -> ConcatDataset:
+    """A teacher's features, which are written to files first if they are not there."""
+    files = [home / f"{n:06}.safetensors" for n in range(0, len(texts), PROBLEMS_PER_FILE)]
+    with PartialState().main_process_first():
+        if not all(file.is_file() for file in files):
+            home.mkdir(parents=True, exist_ok=True)
+            _encode_to_files(arm, student, texts, conversations, load, path, files)
+    return ConcatDataset([StoredTeacherFeatures(file) for file in files])
 
 
 def _encode_to_files(
@@ -825,13 +988,13 @@ def _encode_to_files(
         teacher = type(teacher)(teacher.config).to(teacher.device, teacher.dtype).eval()
     others = [segment(tokenizer, conversation) for conversation in conversations]
     layers = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    if arm.cka and not path.is_file():
+    if arm.layers and not path.is_file():
         part = slice(LAYER_MAP_PROBLEMS)
         matrix = similar_layers(student, texts[part], teacher, others[part])
-        chosen = layer_map(matrix, min(2, layers[1]))
+        chosen = layer_map(matrix, min(arm.layers, layers[1]))
         names = student.config.name_or_path, teacher.config.name_or_path
         save_layer_map(path, chosen, *names, len(texts[part]))
-    chosen = load_layer_map(path, *layers) if arm.cka else proportional(*layers)
+    chosen = load_layer_map(path, *layers) if arm.layers else proportional(*layers)
     if arm.control == "another problem":
         half = len(others) // 2
         others = [*others[half:], *others[:half]]

@@ -20,7 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser, auto_parser, get_loader, set_loader
 from torch import OutOfMemoryError
 
-from kvlab.commands import align, distill, draft, fuse, knowledge, lab, shared, speculate
+from kvlab.commands import align, distill, draft, fuse, knowledge, lab, parallel, shared, speculate
 from kvlab.files import naming
 from kvlab.lab.__main__ import COMMANDS as LAB_COMMANDS
 
@@ -30,6 +30,7 @@ COMMANDS = {
     "build-cache": knowledge.build_cache,
     "ask": knowledge.ask,
     "train-draft": draft.train_draft_command,
+    "train-parallel": parallel.train_parallel_command,
     "distill": distill.distill,
     "eval-compression": distill.eval_compression,
     "layer-map": align.map_layers,

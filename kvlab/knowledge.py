@@ -24,9 +24,10 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -64,11 +65,12 @@ from kvlab.slots import Slots, step
 
 VERSION = 1  # of the file format
 PARTS = ("kv", "hidden")
-ARMS = ("full", "prefix", "concat", "shift", "recompute")
+RECOMPUTING = ("recompute", "gradual", "legolink")
+ARMS = ("full", "prefix", "concat", "shift", *RECOMPUTING)
 CACHES_USED = {"full": 0, "prefix": 1}  # how many prefixes' caches an arm uses; the others use all
 MAX_ERROR = 0.005  # nats per token that rounding may cost a splice
 MIN_AGREEMENT = 0.9  # fraction of next tokens of a splice that is trusted
-EARLY_LAYERS = 2  # that "recompute" computes for all tokens
+EARLY_LAYERS = 2  # that "recompute" and "gradual" compute for all tokens
 SHARD_BYTES, SHARD_ITEMS = 2**28, 256  # a shard is closed when it reaches either
 LEFTOVER = re.compile(r"[0-9a-f]{16}(\.index)?\.safetensors|\.([0-9a-f]{16}|manifest)\..*\.part")
 PROBE = "Is this store of the same embedder?"
@@ -118,7 +120,11 @@ Records = Iterable[Mapping[str, str]]
 
 @torch.no_grad()
 def splice(
-    model: PreTrainedModel, prefixes: list[Prefix], arm: str = "recompute", fraction: float = 0.15
+    model: PreTrainedModel,
+    prefixes: list[Prefix],
+    arm: str = "recompute",
+    fraction: float = 0.15,
+    first_tokens: int = 16,
 ) -> Prefix:
     """Join prefixes of one row that were prefilled alone, each from position 0.
 
@@ -129,15 +135,22 @@ def splice(
         prefixes: with `input_ids`; the cache may be None where the arm does not use it.
         arm: "full" prefills all tokens again (exact); "prefix" keeps the first prefix and prefills
             the rest (exact); "concat" joins the caches as they are, with keys at wrong positions;
-            "shift" moves each to its positions; "recompute" moves them, then recomputes those
-            tokens whose keys and values differ most from the true ones after two layers
-            (CacheBlend, Yao et al. 2025, arXiv 2405.16444, section 4, where the choice narrows layer
-            by layer).
-        fraction: of the tokens after the first prefix, for "recompute". 1.0 is exact.
+            "shift" moves each to its positions. The others move them, then compute some tokens of
+            the later prefixes again, each on everything before it. "recompute" and "gradual" are
+            CacheBlend (Yao et al. 2025, arXiv 2405.16444, section 4): the first two layers for all
+            tokens, the others for those whose keys and values differ most from the stored ones.
+            "recompute" chooses once, after the second layer. "gradual" chooses before each layer
+            among the tokens of the layer before (section 4.3); their number falls linearly from
+            twice `fraction` to none, or from all if `fraction` is over a half. "legolink" computes
+            the first tokens of each later prefix again in all layers (LegoLink-k of EPIC, Hu et al.
+            2025, arXiv 2410.15332).
+        fraction: of the tokens after the first prefix, for "recompute" and "gradual": their mean
+            over the layers after the first two. 1.0 is exact.
+        first_tokens: of each later prefix, k of "legolink". The longest prefix's length is exact.
 
     Raises:
-        CacheError: an unknown arm, too many tokens for the model, or a prefix that
-            does not start at position 0, is not of this model, or is compressed ("recompute").
+        CacheError: an unknown arm, too many tokens for the model, or a prefix that does not start
+            at position 0, is not of this model, or is compressed (if it is to be recomputed).
 
     Example:
         >>> from kvlab import cache, lab
@@ -158,7 +171,7 @@ def splice(
             if not entries <= count == end or len(prefix.cache.layers) != config.num_hidden_layers:
                 message = f"A prefix has {count} ids, {entries} entries and next position {end}"
                 raise CacheError(f"{message}: prefill it alone, from position 0, with this model.")
-            if arm == "recompute" and (entries < count or is_ragged(prefix.cache)):
+            if arm in RECOMPUTING and (entries < count or is_ragged(prefix.cache)):
                 raise CacheError("Evicted entries cannot be recomputed: use 'shift'.")
             moved = input_ids and arm != "concat"
             cache = kv.shift(prefix.cache, len(input_ids), rotary) if moved else prefix.cache
@@ -174,29 +187,114 @@ def splice(
     if arm == "prefix" and len(prefixes) > 1:
         return kv.prefill(model, tokens[:, start:], prefixes[0])
     cache = reduce(kv.join, caches)
-    if arm == "recompute" and len(prefixes) > 1:
-        cache = _recompute(model, cache, tokens, start, fraction)
+    cache = _recompute(model, cache, prefixes, arm, fraction, first_tokens)
     return Prefix(cache, len(input_ids), input_ids)
 
 
-def _recompute(model, cache, tokens: Tensor, start: int, fraction: float):
-    """CacheBlend: early layers for all tokens, later layers for those that differ most there."""
-    stored = kv.to_tensor(cache)  # (L, 2, 1, H_kv, T, D)
-    early = stored[:EARLY_LAYERS]
-    first = Prefix(kv.from_tensor(early[..., :start, :]), start)
-    shallow = models.first_layers(model, EARLY_LAYERS)
-    true = kv.to_tensor(kv.prefill(shallow, tokens[:, start:], first).cache)
-    error = (true - early)[-1].float().pow(2).sum((1, 2, 4))  # (2, T)
-    size = true[-1].float().pow(2).sum((1, 2, 4)).mean(1, keepdim=True)
-    difference = (error / size).sum(0)[start:]
-    stored[:EARLY_LAYERS] = true
-    chosen = difference.topk(round(fraction * len(difference))).indices.sort().values + start
-    if not len(chosen):
-        return kv.from_tensor(stored)
-    slots = Slots(model, rows=1, room=tokens.shape[1])
-    slots.put(0, kv.from_tensor(stored), tokens.shape[1])
-    step(model, slots, tokens[:, chosen], slots.set_write_columns(chosen[None]), logits_to_keep=1)
+def tokens_computed(
+    arm: str, lengths: Sequence[int], layers: int, fraction: float = 0.15, first_tokens: int = 16
+) -> list[int]:
+    """Count the tokens that `splice` computes in each layer: the work of an arm.
+
+    Args:
+        arm: as for `splice`, as are `fraction` and `first_tokens`.
+        lengths: tokens of each prefix.
+        layers: of the model.
+
+    Example:
+        >>> tokens_computed("gradual", [9, 20, 20], 6, fraction=0.25)
+        [40, 40, 20, 13, 7, 0]
+    """
+    later = sum(lengths[1:])
+    if arm not in ("recompute", "gradual"):
+        heads = sum(min(first_tokens, length) for length in lengths[1:])
+        return [{"full": sum(lengths), "prefix": later, "legolink": heads}.get(arm, 0)] * layers
+    first = min(1.0, 2 * fraction) if arm == "gradual" else fraction
+    fractions = torch.linspace(first, 2 * fraction - first, max(0, layers - EARLY_LAYERS))
+    counts = [later] * EARLY_LAYERS + [round(f * later) for f in fractions.tolist()]
+    return counts[:layers]
+
+
+def _recompute(model, cache: DynamicCache, prefixes, arm: str, fraction: float, first_tokens: int):
+    """Compute tokens of later prefixes again, on a cache of all; see `splice`."""
+    lengths = [len(prefix.input_ids) for prefix in prefixes]
+    layers = len(cache.layers)
+    counts = tokens_computed(arm, lengths, layers, fraction, first_tokens)
+    depth = sum(count > 0 for count in counts)
+    if not depth:
+        return cache
+    most = first_tokens if arm == "legolink" else max(lengths)
+    ends = list(accumulate(lengths))
+    chosen = [range(a, min(a + most, b)) for a, b in pairwise(ends)]
+    columns = torch.tensor([*chain(*chosen)], device=model.device)
+    ids = torch.tensor([*chain(*(prefix.input_ids for prefix in prefixes))], device=model.device)
+    slots = Slots(model, rows=1, room=ends[-1])
+    slots.put(0, cache, ends[-1])
+    shallow, part = models.first_layers(model, depth), slots.first(depth)
+    with _narrowing(shallow, part, cache, columns, counts):
+        step(shallow, part, ids[None, columns], part.set_write_columns(columns[None]), 1)
     return slots.entries(0)
+
+
+@contextmanager
+def _narrowing(model, slots: Slots, stored: DynamicCache, columns: Tensor, counts: list[int]):
+    """Before each layer leave `counts` of the tokens: those that differ most in the layer before."""
+    rows = torch.arange(len(columns), device=columns.device)  # of the tokens, those that are left
+
+    def narrow(layer: int, module, args, options):
+        nonlocal rows
+        hidden = args[0]  # (1, tokens left, d)
+        if counts[layer] < len(rows):
+            difference = _difference(slots.layers[layer - 1], stored.layers[layer - 1])
+            left = difference[columns[rows]].topk(counts[layer]).indices.sort().values
+            rows, hidden = rows[left], hidden[:, left]
+            slots.set_write_columns(columns[None, rows])
+        narrowed = {
+            "attention_mask": options["attention_mask"][:, :, rows],
+            "position_ids": options["position_ids"][:, rows],
+            "position_embeddings": tuple(x[:, rows] for x in options["position_embeddings"]),
+        }
+        return (hidden, *args[1:]), options | narrowed
+
+    layers = getattr(model.base_model, models._layer_list(model.base_model, len(slots.layers)))
+    with ExitStack() as hooks:
+        for i, layer in enumerate(layers):
+            hook = layer.register_forward_pre_hook(partial(narrow, i), with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield
+
+
+def _difference(layer, stored) -> Tensor:
+    """Squared distance of each entry's key and value (T,) from the stored, over their mean size."""
+    total = 0
+    for new, old in ((layer.keys, stored.keys), (layer.values, stored.values)):
+        new, old = new.float(), old.float()
+        error, size = ((x * x).sum((0, 1, 3)) for x in (new - old, new))
+        total = total + error / size.mean()
+    return total
+
+
+def prefill_behind(
+    model: PreTrainedModel, input_ids: Sequence[int], dummy_ids: Sequence[int]
+) -> Prefix:
+    """Prefill a piece behind a dummy prefix, whose entries are then dropped; for `splice`.
+
+    The dummy is the attention sink, so the piece's own first tokens are not. They move back to the
+    positions that they have without it.
+
+    Args:
+        input_ids: of the piece.
+        dummy_ids: the same for all pieces but the first.
+
+    Example:
+        >>> from kvlab import lab
+        >>> prefill_behind(lab.load("lab-draft"), [7, 8, 9], dummy_ids=[5, 6]).next_position
+        3
+    """
+    count, ids = len(dummy_ids), [*dummy_ids, *input_ids]
+    prefix = kv.prefill(model, torch.tensor([ids], device=model.device))
+    cache = kv.shift(_after(prefix, count), -count, models.rotary_of(model))
+    return Prefix(cache, len(input_ids), input_ids)
 
 
 class Check(NamedTuple):
@@ -233,8 +331,9 @@ def check(
     model: PreTrainedModel,
     prefixes: list[Prefix],
     arm: str = "recompute",
-    fraction: float = 0.15,
     probe_ids: Sequence[int] | None = None,
+    fraction: float = 0.15,
+    first_tokens: int = 16,
 ) -> Check:
     """Splice prefixes, and compare what the model says after them with full reading.
 
@@ -243,8 +342,7 @@ def check(
 
     Args:
         prefixes: as for `splice`, not compressed.
-        arm: as for `splice`.
-        fraction: as for `splice`.
+        arm: as for `splice`, as are `fraction` and `first_tokens`.
         probe_ids: a text that follows, such as a question with its answer. Default: the last piece
             once more.
 
@@ -259,7 +357,7 @@ def check(
     given = [p for p in prefixes if p.cache is not None]
     if any(is_ragged(p.cache) or kv.length(p.cache) < len(p.input_ids) for p in given):
         raise CacheError("A piece is compressed, so it is not its text: check it uncompressed.")
-    spliced = splice(model, prefixes, arm, fraction)
+    spliced = splice(model, prefixes, arm, fraction, first_tokens)
     full = splice(model, prefixes, "full")
     probe = torch.tensor([probe_ids or prefixes[-1].input_ids], device=model.device)
     total = full.next_position + probe.shape[1]
@@ -268,10 +366,7 @@ def check(
     reference = full
     if arm not in CACHES_USED:  # approximations
         in_place = _read_in_place(model, prefixes)
-        if arm == "recompute" and len(prefixes) > 1:
-            tokens = torch.tensor([full.input_ids], device=model.device)
-            start = len(prefixes[0].input_ids)
-            in_place = _recompute(model, in_place, tokens, start, fraction)
+        in_place = _recompute(model, in_place, prefixes, arm, fraction, first_tokens)
         reference = replace(full, cache=in_place)
     p, q, r = (_log_probabilities(model, x, probe) for x in (full, spliced, reference))
     agreement = (p.argmax(-1) == q.argmax(-1)).float().mean().item()

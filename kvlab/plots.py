@@ -190,11 +190,12 @@ def acceptance_by_position(summaries: Mapping[str, Summary]) -> np.ndarray:
     return panels
 
 
-def speedup_over_gamma(gammas: Sequence[int], measured: Sequence, predicted: Curves) -> Axes:
+def speedup_over_gamma(gammas: Sequence[int], measured: Curves, predicted: Curves) -> Axes:
     """Speed over plain decoding by gamma: measured (value, low, high) and predicted."""
-    curves = {**predicted, "measured": measured, "plain decoding": np.ones(len(gammas))}
+    curves = {**predicted, **measured, "plain decoding": np.ones(len(gammas))}
     styles = [(color, "", dash) for color, _, dash in LINES[: len(predicted)]]
-    styles += [(INK, "o", ""), (FAINT, "", "-")]
+    colors = [INK, *COLORS[len(predicted) :]]
+    styles += [(colors[i], LINES[i][1], "") for i in range(len(measured))] + [(FAINT, "", "-")]
     words = ("gamma, drafted tokens per round", "times faster than plain")
     return lines(gammas, curves, *words, styles=styles, xticks=gammas, ylim=(0, None))
 
@@ -265,6 +266,18 @@ def speed_ratios(ratios: Rows) -> Axes:
     return ax
 
 
+def seed_strips(runs: Mapping[str, Sequence[float]], xlabel: str) -> Axes:
+    """One dot for each run, one row per label from the top, and a line at the mean of the row."""
+    ax = axes(height=0.7 + 0.3 * len(runs))[0]
+    means = {label: (np.mean(values),) * 3 for label, values in runs.items()}
+    draw_dots(ax, means, ".2f", (INK, "|"))
+    for y, values in enumerate(runs.values()):
+        ax.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.45, ms=6, clip_on=False)
+    top = max(map(max, runs.values()))
+    ax.set(xlabel=xlabel, xlim=(-0.02 * top, 1.1 * top))
+    return ax
+
+
 def splice_panels(panels: Mapping[str, Rows]) -> np.ndarray:
     """One panel per quantity and one row per arm, each (value, low, high)."""
     height = max(2.6, 0.34 * max(map(len, panels.values())))
@@ -329,9 +342,13 @@ def cache_sizes(gigabytes: pd.DataFrame) -> Axes:
     return ax
 
 
-def time_spent(parts: Mapping[str, Mapping[str, float]]) -> Axes:
-    """Milliseconds per token, one bar per label, from seconds in "draft", "target" and "rest"."""
-    fills = {"draft": (ORANGE, "///"), "target": (SKY, ""), "rest": (FAINT, "...")}
+def time_spent(
+    parts: Mapping[str, Mapping[str, float]],
+    kinds: Sequence[str] = ("draft", "target", "rest"),
+    xlabel: str = "milliseconds per token",
+) -> Axes:
+    """Milliseconds, one bar per label, from seconds in each of three kinds, of which some may be missing."""
+    fills = dict(zip(kinds, ((ORANGE, "///"), (SKY, ""), (FAINT, "...")), strict=True))
     ax = axes(height=0.6 + 0.62 * len(parts))[0]
     for y, seconds in enumerate(parts.values()):
         left, label = 0.0, ""
@@ -343,7 +360,7 @@ def time_spent(parts: Mapping[str, Mapping[str, float]]) -> Axes:
                 label += f"{' + ' if label else ''}{name} {width:.3g}"
         ax.text(0, y - 0.24, f"{label} = {left:.3g} ms", va="bottom", fontsize=8)
     ax.set_yticks(range(len(parts)), parts)
-    ax.set(xlabel="milliseconds per token", ylim=(len(parts) - 0.6, -0.65))
+    ax.set(xlabel=xlabel, ylim=(len(parts) - 0.6, -0.65))
     return ax
 
 
@@ -427,13 +444,13 @@ def _label_longest(bars, label: str) -> None:
 
 
 def splice_strips(lengths: Sequence[int], question: int) -> Axes:
-    """What each arm of splicing does with the tokens of pieces and question, one strip per arm."""
+    """What splicing does with the tokens of pieces and question, one strip per arm that chooses none."""
     fills = {"read": (ORANGE, "///"), "loaded": (SKY, ""), "moved": (GREEN, "")}
     fills["wrong position"] = (RED, "xx")
-    arms = ("full", "prefix", "concat", "shift", "recompute")
-    of_first = ("read", "loaded", "loaded", "loaded", "loaded")
-    of_later = ("read", "read", "wrong position", "moved", "moved")
-    ax = axes(width=7.2, height=2.9)[0]
+    arms = ("full", "prefix", "concat", "shift")
+    of_first = ("read", "loaded", "loaded", "loaded")
+    of_later = ("read", "read", "wrong position", "moved")
+    ax = axes(width=7.2, height=2.5)[0]
     starts = np.cumsum([0, *lengths])
     middles = starts + np.divide([*lengths, question], 2)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
@@ -442,9 +459,6 @@ def splice_strips(lengths: Sequence[int], question: int) -> Axes:
         for kind, start, x in zip(kinds, starts, middles, strict=True):
             draw_bars(ax, y, 2 * (x - start) - 0.8, fills[kind], 0.62, start)
             _text(ax, x, y, kind, bbox=box)
-    n_recomputed = round(0.15 * (starts[-1] - starts[1]))
-    spots = np.linspace(starts[1], starts[-1], n_recomputed + 2)[1:-1]
-    ax.bar(spots, 0.62, 0.9, len(arms) - 1.31, color=ORANGE, lw=0)
     for i, x in enumerate(middles):
         head = f"piece {i + 1}" if i < len(lengths) else "question"
         _text(ax, x, -0.72, head, color=GRAY)
@@ -468,6 +482,19 @@ def token_differences(difference: Sequence, starts: Sequence[int], chosen: Itera
     ax.set(xlabel="token", ylabel="difference", **limits)
     ax.set_title("computed again", loc="right", fontsize=9, color=RED)
     return ax
+
+
+def computed_tokens(masks: Maps, starts: Sequence[int]) -> np.ndarray:
+    """The tokens that each arm computes again in each layer, (L, T) by arm, and where pieces begin."""
+    panels = axes(width=7.2, height=1.35 * len(masks), rows=len(masks), sharex=True)
+    for ax, (arm, mask) in zip(panels, masks.items(), strict=True):
+        ax.pcolormesh(np.asarray(mask), cmap=ListedColormap(("white", RED)), vmin=0, vmax=1)
+        for start in starts:
+            ax.axvline(start, color=GRAY, lw=0.8, ls=":")
+        _title(ax, arm)
+        ax.set(ylabel="layer")
+    ax.set(xlabel="token")
+    return panels
 
 
 def cut_layers(depth: int, cuts: Mapping[str, Sequence[int]]) -> Axes:

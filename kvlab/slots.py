@@ -67,6 +67,8 @@ class Slots(Cache):
     entries back, lower `lengths[b]`. The caller hides what a query must not see (later columns, columns
     never written) with a mask, as `step` does.
 
+    With `keep_hidden`, each call of `step` leaves the last hidden states of its tokens in `hidden`, (B, k, d).
+
     Args:
         model: the causal LM whose entries are stored.
         rows: the batch size.
@@ -84,6 +86,9 @@ class Slots(Cache):
         >>> torch.allclose(logits, prefill(model, ids[:, :1], prefix).logits, atol=1e-5)
         True
     """
+
+    keep_hidden = False
+    hidden: Tensor | None = None
 
     def __init__(
         self, model: PreTrainedModel, rows: int, room: int, prefixes: Sequence[Cache] = ()
@@ -220,6 +225,10 @@ def step(
         mask = torch.where(later, float("-inf"), 0.0).to(model.dtype)[:, None]
     positions = columns + slots.offsets
     options = {"attention_mask": mask, "logits_to_keep": logits_to_keep, "use_cache": True}
+    if slots.keep_hidden:
+        options["output_hidden_states"] = True
     with attend_ragged(model, slots) if ragged else nullcontext():
         output = model(input_ids=tokens, past_key_values=slots, position_ids=positions, **options)
+    if slots.keep_hidden:
+        slots.hidden = output.hidden_states[-1]
     return output.logits

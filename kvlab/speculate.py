@@ -6,8 +6,8 @@ rounds. Without a proposer it is plain autoregressive decoding. Rows of a batch 
 independently, because every row has its own columns in memory (`kvlab.slots.Slots`).
 
 Sources: Leviathan, Kalman and Matias (2023), arXiv 2211.17192, Algorithm 1 and section 3; Chen et
-al. (2023), arXiv 2302.01318, Algorithm 2. Names: gamma drafted tokens, draft distribution q, target
-distribution p.
+al. (2023), arXiv 2302.01318, Algorithm 2; Sun et al. (2024), arXiv 2403.10444, Algorithm 2. Names:
+gamma drafted tokens, draft distribution q, target distribution p.
 """
 
 import itertools
@@ -43,6 +43,7 @@ from kvlab.generation import (
 from kvlab.models import first_layers, require_supported
 from kvlab.ragged import is_ragged
 from kvlab.slots import Slots, step
+from kvlab.vocabularies import shared_tokens
 
 Acceptance = float | Sequence[float]  # of all positions, or by position
 Fuse = Callable[[Prefix, Prefix], DynamicCache]  # as `kvlab.fuse.Fuser`
@@ -61,6 +62,9 @@ class Proposal(NamedTuple):
 
     tokens: Tensor
     probabilities: Tensor | None = None
+
+
+Verify = Callable[[Tensor, Proposal, Tensor], tuple[Tensor, Tensor]]  # as `verify`
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,50 @@ def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tens
         >>> verify(p, proposal, torch.tensor([[0.1, 0.7]]))
         (tensor([1]), tensor([1]))
     """
+    p, q, p_x, q_x = _aligned(p, proposal)
+    gamma = p_x.shape[1]
+    passed = uniform[:, :gamma] * q_x < p_x
+    accepted = passed.long().cumprod(1).sum(1)
+    rows = torch.arange(len(p), device=p.device)
+    p_next, q_next = p[rows, accepted], q[rows, accepted]
+    return accepted, _sample_rest(p_next, q_next, uniform[:, -1])
+
+
+def verify_block(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Accept or resample a block as a whole (Sun et al. 2024, arXiv 2403.10444, Algorithm 2).
+
+    Arguments, result and its distribution are those of `verify`, and the expected number of
+    accepted tokens is never smaller: a guess that is more probable than q says lends its surplus
+    to those after it. With c_0 = 1 and c_i = min(1, c_(i-1) p_i(x_i) / q_i(x_i)), and the sum A_i
+    of max(0, c_i p_(i+1) - q_(i+1)), the accepted tokens are x_1 to x_i for the largest i with
+    u_i < A_i / (A_i + 1 - c_i); after all g, A_g = c_g. The next token is sampled from
+    norm(max(0, c_i p_(i+1) - q_(i+1))).
+
+    Example:
+        >>> p = torch.tensor([[[0.2, 0.8], [0.5, 0.5]]])
+        >>> proposal = Proposal(torch.tensor([[0]]), torch.tensor([[[0.9, 0.1]]]))
+        >>> verify_block(p, proposal, torch.tensor([[0.1, 0.7]]))
+        (tensor([1]), tensor([1]))
+    """
+    p, q, p_x, q_x = _aligned(p, proposal)
+    gamma = p_x.shape[1]
+    ratios = (p_x / q_x).nan_to_num(0.0)  # 0 / 0: a guess that neither allows
+    carries = [torch.ones_like(p[:, 0, 0])]
+    for i in range(gamma):
+        carries.append((carries[-1] * ratios[:, i]).clamp(max=1))
+    carry = torch.stack(carries, 1)  # (B, g + 1)
+    rest = (carry[..., None] * p - q).clamp(min=0).sum(-1)
+    thresholds = (rest / (rest + 1 - carry)).nan_to_num(1.0)  # 0 / 0: p = q from here on
+    passed = uniform[:, :gamma] < thresholds[:, 1:]
+    counts = passed * torch.arange(1, gamma + 1, device=p.device)
+    accepted = pad(counts, (1, 0)).amax(1)
+    rows = torch.arange(len(p), device=p.device)
+    p_next, q_next = carry[rows, accepted, None] * p[rows, accepted], q[rows, accepted]
+    return accepted, _sample_rest(p_next, q_next, uniform[:, -1])
+
+
+def _aligned(p: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p and q (B, g + 1, V), and those of the guesses (B, g): without a guess 0 and 1."""
     tokens, q = proposal
     gamma = tokens.shape[1]
     x = tokens.clamp(min=0)[..., None]  # (B, g, 1)
@@ -303,18 +351,16 @@ def verify(p: Tensor, proposal: Proposal, uniform: Tensor) -> tuple[Tensor, Tens
     p = pad(p, (0, size - p.shape[-1]))
     guessed = tokens != NO_GUESS
     q = pad(q * guessed[..., None], (0, size - q.shape[-1], 0, 1))  # 0 after all g
+    p_x = p[:, :gamma].gather(-1, x)[..., 0] * guessed
+    q_x = q[:, :gamma].gather(-1, x)[..., 0].where(guessed, 1.0)
+    return p, q, p_x, q_x
 
-    p_x = p[:, :gamma].gather(-1, x)[..., 0]
-    q_x = q[:, :gamma].gather(-1, x)[..., 0]
-    passed = (uniform[:, :gamma] * q_x < p_x) & guessed
-    accepted = passed.long().cumprod(1).sum(1)
 
-    rows = torch.arange(len(p), device=p.device)
-    p_next = p[rows, accepted]
-    residual = (p_next - q[rows, accepted]).clamp(min=0)
-    rejected_by_rounding = residual.sum(-1, keepdim=True) == 0  # p = q
-    weights = torch.where(rejected_by_rounding, p_next, residual)
-    return accepted, sample_categorical(weights, uniform[:, -1])
+def _sample_rest(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
+    """Sample from norm(max(0, p - q)), (B, V)."""
+    rest = (p - q).clamp(min=0)
+    rejected_by_rounding = rest.sum(-1, keepdim=True) == 0  # p = q
+    return sample_categorical(torch.where(rejected_by_rounding, p, rest), uniform)
 
 
 class Runner:
@@ -458,13 +504,16 @@ class ModelProposer:
                 logits = self._read_text()
             else:
                 logits = self.runner(drafted[-1][:, None], [n + i - 1 for n in lengths])
-            contexts = self.sampling.contexts(self.texts, drafted)
-            token, q = self.sampling.choose(logits, contexts)
+            token, q = self._choose(logits, drafted)
             drafted.append(token)
             distributions.append(q)
         self.drafted = gamma
         q = None if self.sampling.greedy else torch.stack(distributions, 1)
         return Proposal(torch.stack(drafted, 1), q)
+
+    def _choose(self, logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Choose the token (B,) after those drafted; with its distribution, if sampled."""
+        return self.sampling.choose(logits, self.sampling.contexts(self.texts, drafted))
 
     def _read_text(self) -> Tensor:
         """Read the unread tokens of each row, and return the logits after the last (B, 1, V)."""
@@ -581,6 +630,168 @@ class FusedProposer(ModelProposer):
             slots.replace(row, stop - count, self.fuser(receiver, sharer))
 
 
+class ParallelProposer:
+    """Heads on the target's last hidden states, which guess all tokens in one call.
+
+    In its first round it guesses nothing, as the target's states are known from then on. It serves
+    one stream of rounds at a time.
+
+    Args:
+        target: The model that verifies.
+        draft: Trained for it, `kvlab.parallel.ParallelDraft`: called with hidden states and
+            embeddings (B, d), it returns states (B, guesses, d) for the target's output head.
+    """
+
+    def __init__(self, target: PreTrainedModel, draft: Callable[[Tensor, Tensor], Tensor]):
+        self.embed = target.get_input_embeddings()
+        self.head = target.get_output_embeddings()
+        self.draft = draft
+
+    def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        """Have the target's states kept."""
+        self.texts = texts
+        self.sampling = sampling
+        self.states: Tensor | None = None
+        target_cache.keep_hidden = True
+
+    def propose(self, gamma: int) -> Proposal:
+        """Choose each token by its own distribution; processors see the tokens before it."""
+        last = torch.tensor([text[-1] for text in self.texts], device=self.head.weight.device)
+        if self.states is None:
+            return Proposal(last.new_empty(len(last), 0))
+        logits = self.head(self.draft(self.states, self.embed(last))[:, :gamma])
+        drafted, distributions = [], []
+        for i in range(logits.shape[1]):
+            contexts = self.sampling.contexts(self.texts, drafted)
+            token, q = self.sampling.choose(logits[:, i : i + 1], contexts)
+            drafted.append(token)
+            distributions.append(q)
+        q = None if self.sampling.greedy else torch.stack(distributions, 1)
+        return Proposal(torch.stack(drafted, 1), q)
+
+    def accept(self, accepted: list[int], target_cache: Slots) -> None:
+        """Take the states from which the target chose the last token of each text."""
+        device = target_cache.hidden.device
+        columns = torch.tensor(accepted, device=device).clamp(min=0)
+        self.states = target_cache.hidden[torch.arange(len(accepted), device=device), columns]
+
+
+class TranslatingProposer(ModelProposer):
+    """A draft model with another tokenizer than the target's (Timor et al. 2025, arXiv 2502.05202).
+
+    The draft reads the target's text in its own tokens. After each round only what follows a border
+    on which both tokenizers agree is encoded again, and the draft's memory is cropped to what it
+    has read of that. If the target decodes greedily, the draft writes text, which is encoded for
+    the target: certain guesses, up to gamma. If it samples, the draft samples among the tokens that
+    are in both vocabularies, so q is renormalized over these.
+
+    Args:
+        model: The draft model, or its Runner (not compiled: rounds have no fixed shape).
+        tokenizer: Of the draft.
+        target_tokenizer: Of the target.
+
+    Example:
+        >>> from kvlab import lab
+        >>> names = ("lab-teacher", "lab-target")
+        >>> own, tokenizer = map(lab.load_tokenizer, names)
+        >>> draft = TranslatingProposer(lab.load("lab-teacher"), own, tokenizer)
+        >>> ids = tokenizer("Anna lives", return_tensors="pt").input_ids
+        >>> len(generate(lab.load("lab-target"), ids, draft, max_new_tokens=8).tokens[0]) <= 8
+        True
+    """
+
+    lookback = 8  # tokens of the target that a border leaves open
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        target_tokenizer: PreTrainedTokenizerBase,
+    ):
+        super().__init__(model)
+        if self.runner.compiled_room:
+            reason = "A draft with another tokenizer reads texts of other lengths in each round"
+            raise ValueError(f"{reason}: leave compiled_room out.")
+        self.tokenizer, self.target_tokenizer = tokenizer, target_tokenizer
+        shared = shared_tokens(target_tokenizer, tokenizer).to(self.runner.model.device)
+        size = self.runner.model.get_input_embeddings().num_embeddings
+        self.target_ids, self.own_ids = shared[:, shared[1] < size]
+        if not len(self.own_ids):
+            counts = f"The draft's tokenizer has {len(tokenizer)} tokens"
+            counts += f", the target's {len(target_tokenizer)}"
+            raise ValueError(f"{counts}, and none is in both: choose a draft of a related family.")
+        self.to_own = self.own_ids.new_zeros(max(target_tokenizer.get_vocab().values()) + 1)
+        self.to_own[self.target_ids] = self.own_ids
+        self.to_target = self.own_ids.new_zeros(size)
+        self.to_target[self.own_ids] = self.target_ids
+
+    def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
+        """Read the texts, encoded for the draft, with room for about two tokens per new one."""
+        self.target_texts = texts
+        self.room = room
+        self.texts = [[] for _ in texts]
+        self.borders = [(0, 0)] * len(texts)  # numbers of tokens: the target's, the draft's
+        own = [self._encode_text(row) for row in range(len(texts))]
+        super().start(own, target_cache, sampling, 2 * room)
+        self.guesses = [[]] * len(texts)  # of this round, in the draft's tokens
+
+    def _encode_text(self, row: int) -> list[int]:
+        """The draft's tokens of a text; moves its border."""
+        text, (before, own_before) = self.target_texts[row], self.borders[row]
+        border = len(text) - self.lookback
+        tail = self._encode(text[before:])
+        own = self.texts[row][:own_before] + tail
+        if border > before:
+            head = self._encode(text[before:border])
+            if head + self._encode(text[border:]) == tail:
+                self.borders[row] = (border, own_before + len(head))
+        return [0] * (2 - len(own)) + own  # a draft reads one token and guesses after another
+
+    def _encode(self, tokens: list[int]) -> list[int]:
+        text = self.target_tokenizer.decode(tokens)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def propose(self, gamma: int) -> Proposal:
+        """Draft `gamma` tokens of the draft's, and return what they are in the target's."""
+        if max(map(len, self.texts)) + max(self.unread) + gamma > self.runner.slots.room:
+            self.start(self.target_texts, None, self.sampling, self.room)  # with new room
+        own, q = super().propose(gamma)
+        self.guesses = own.tolist()
+        if q is not None:
+            return Proposal(self.to_target[own], q)
+        rows = []
+        for row, guess in enumerate(self.guesses):
+            known = self.texts[row][self.borders[row][1] :]
+            text = self.tokenizer.decode(known + guess)[len(self.tokenizer.decode(known)) :]
+            new = self.target_tokenizer(text, add_special_tokens=False).input_ids[:gamma]
+            rows.append(new + [NO_GUESS] * (gamma - len(new)))
+        return Proposal(torch.tensor(rows, device=own.device))
+
+    def _choose(self, logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Choose a token of the draft's; when sampling, by the target's processors."""
+        if self.sampling.greedy:
+            return logits[:, 0].argmax(-1), None
+        # Low enough that no token outside of both vocabularies is sampled, also in half precision.
+        scores = logits.new_full((len(logits), 1, len(self.to_own)), -1e4)
+        scores[..., self.target_ids] = logits[..., self.own_ids]
+        contexts = self.sampling.contexts(self.target_texts, [self.to_target[x] for x in drafted])
+        token, q = self.sampling.choose(scores, contexts)
+        return self.to_own[token], q
+
+    def accept(self, accepted: list[int], target_cache: Slots) -> None:
+        """Encode the texts again, and keep of what was read how they begin."""
+        for row, n in enumerate(accepted):
+            if n != FINISHED:
+                known = len(self.texts[row]) - self.unread[row]
+                read = self.texts[row][:known] + self.guesses[row][:-1]
+                own = self.texts[row] = self._encode_text(row)
+                pairs = enumerate(zip(read, own[:-1], strict=False))
+                same = next((i for i, (a, b) in pairs if a != b), min(len(read), len(own) - 1))
+                self.runner.slots.lengths[row] += same - known
+                self.unread[row] = len(own) - same
+        self.guesses = [[]] * len(self.texts)
+
+
 class LookupProposer:
     """Prompt lookup (Saxena 2023): guess what followed the last tokens where they occurred before.
 
@@ -682,9 +893,10 @@ class _Stream:
             self.left.append(tokens_left(runner.model, position + len(ids), max_new_tokens))
         self.new = [[] for _ in prompts]
 
-    def set_end(self, ending: Ending, sampling: Sampling) -> None:
-        """Decide where texts end, and how their tokens are chosen."""
+    def set_end(self, ending: Ending, sampling: Sampling, rule: Verify) -> None:
+        """Decide where texts end, and how their tokens are chosen and verified."""
         self.ending = ending
+        self.rule = rule
         model = self.runner.model
         self.sampling = RowSampling.of(sampling, model, self.texts, ending, self.left)
         # Compiled calls have one shape, and a row with its own generator draws as if it were alone.
@@ -708,7 +920,7 @@ class _Stream:
         if sampling.greedy:
             return verify_greedy(scores.argmax(-1), proposal)
         uniform = sampling.uniform(len(logits), gamma + 1, logits.device)
-        return verify(scores.softmax(-1), proposal, uniform)
+        return self.rule(scores.softmax(-1), proposal, uniform)
 
     def commit(self, proposal: Proposal, accepted: Tensor, token: Tensor) -> Lists:
         """Extend the texts by the accepted tokens and the next; return the lists of a `Round`."""
@@ -753,6 +965,7 @@ def decode(
     eos_token_id: int | Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stop: Stop = (),
+    verify: Verify = verify,
 ) -> Iterator[Round]:
     """Decode, and yield a `Round` after each target call.
 
@@ -777,6 +990,7 @@ def decode(
         tokenizer: Of the target, for its end token and for stop strings.
         stop: A row ends with the token that completes one of these strings (and of
             `stop_strings` in the generation config).
+        verify: The rule for sampled tokens, `verify` or `verify_block`.
 
     Example:
         >>> from kvlab import lab
@@ -791,7 +1005,8 @@ def decode(
         raise ValueError(f"{numbers}: expected positive integers.")
     runner = target if isinstance(target, Runner) else Runner(target)
     stream = _Stream(runner, input_ids, prefix, max_new_tokens)
-    stream.set_end(Ending.of(runner.model, tokenizer, stop, eos_token_id), sampling or Sampling())
+    ending = Ending.of(runner.model, tokenizer, stop, eos_token_id)
+    stream.set_end(ending, sampling or Sampling(), verify)
     maximum = min(maximum, max(1, max(stream.left) - 1))  # a round gains one token more
     room = max(stream.left) + maximum + 1
     empty, zeros = [[]] * len(stream.texts), [0] * len(stream.texts)

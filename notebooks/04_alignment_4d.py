@@ -631,7 +631,47 @@ if scale.name == "tiny":
     assert fading[-1] < 0.01
 
 # %% [markdown]
-# ## The four arms, and controls that should fail
+# ## The strongest rivals: the teacher's text and its probabilities
+#
+# A teacher need not give its cache.
+# The plainest way to learn from it is {term}`text distillation`, to learn the solutions that it *writes* {cite}`kim2016sequence`, in its own style, right or wrong.
+# The next is to learn its probabilities, too: of each token of these solutions, not only which one the teacher chose, but what else it thought of {cite}`hinton2015distilling`.
+# Between two vocabularies, these can be compared where both have the same token in the same place, over the tokens that both have.
+
+# %%
+from kvlab.vocabularies import agreed_tokens, shared_tokens
+
+shared = shared_tokens(tokenizer, words)
+sizes = len(tokenizer), len(words), shared.shape[1]
+print("student {} tokens, teacher {}, in both {}".format(*sizes))
+(written,) = align.write_solutions(teacher, words, [long])
+turns = [short[0], {"role": "assistant", "content": written}]
+pair = segment(tokenizer, turns), segment(words, turns)
+agreed, _ = agreed_tokens(*(text.begins for text in pair))
+solution = int((pair[0].begins >= 0).sum())
+reached = int((pair[0].begins[agreed] >= 0).sum())
+print(f"{reached} of the {solution} tokens of the solution are the same in both")
+(predicted,) = align.predict_with_teacher(teacher, [pair[1]], [pair[0]], shared)
+certain = predicted.probabilities.max(-1).values
+unsure = certain.masked_fill(certain == 0, 1).argsort()[:4]
+pd.DataFrame(
+    {
+        "token": [tokenizer.decode(pair[0].input_ids[t]) for t in unsure],
+        "the teacher's guesses": [
+            ", ".join(
+                f"{tokenizer.decode(i)!r} {p:.2f}"
+                for i, p in zip(predicted.ids[t, :3], predicted.probabilities[t, :3])
+            )
+            for t in unsure
+        ],
+    }
+)
+
+# %% [markdown]
+# These are the four tokens of its solution that the teacher was least sure of.
+# Of most others it is all but certain, so that its probabilities say little more than its text.
+#
+# ## The arms, and controls that should fail
 #
 # The source's plan has four arms: time by index or by segments, layers in proportion or by CKA.
 # It expects 1 to 2 % from time, 2 to 3 % from layers, 3 to 5 % from both.
@@ -646,7 +686,6 @@ if scale.name == "tiny":
 # All arms have the same problems in the same order, and as many steps; each seed has problems of its own.
 # So the question is which of them *generalizes*; and the teacher, which has seen far more arithmetic, has something to give.
 # (A layer map by CKA needs a student that has learned something; it is made with the one that learned without a teacher.)
-# Not compared: learning from the teacher's text or probabilities, which would bring in what it knows, too.
 
 # %%
 results = kvlab.results("align")
@@ -879,7 +918,7 @@ try:
     segment(tokenizer, odd)
 except ValueError as error:
     print(textwrap.fill(str(error), 78))
-ids, borders = segment(tokenizer, odd, marker=r"\bSo we get\b")
+ids, borders, _ = segment(tokenizer, odd, marker=r"\bSo we get\b")
 for name, start, end in zip(align.SEGMENTS, borders, borders[1:]):
     print(f"{name:9} {tokenizer.decode(ids[start:end])}")
 

@@ -111,7 +111,7 @@ def solved(solution, question="How many?"):
 def texts_of(name, conversation, **options):
     """The three segments, decoded."""
     tokenizer = tokenizer_of(name)
-    ids, borders = segment(tokenizer, conversation, **options)
+    ids, borders, _ = segment(tokenizer, conversation, **options)
     assert ids.tolist() == encode(tokenizer, conversation)
     assert borders.tolist()[::3] == [0, len(ids)]
     parts = zip(borders.tolist(), borders.tolist()[1:], strict=False)
@@ -187,7 +187,7 @@ def test_every_token_of_a_split_character_is_on_its_side(name):
     tokenizer = tokenizer_of(name)
     for border in ("龘😀|龘龘", "😀 |龘", "中|😀", " 龘|é中"):
         left, right = border.split("|")
-        ids, borders = segment(tokenizer, solved(left + right), marker=right.replace(" ", ""))
+        ids, borders, _ = segment(tokenizer, solved(left + right), marker=right.replace(" ", ""))
         assert tokenizer.decode(ids[borders[1] : borders[2]]).strip() == left.strip()
         assert tokenizer.decode(ids[borders[2] :]).strip().startswith(right)
 
@@ -204,7 +204,7 @@ def test_special_tokens_around_a_text_are_in_its_first_and_last_segment():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=framed, special_tokens=[end]
     )
-    ids, borders = segment(tokenizer, solved("1+1=2. Answer: 2"))
+    ids, borders, _ = segment(tokenizer, solved("1+1=2. Answer: 2"))
     assert (ids[0], ids[-1]) == (end[1], end[1])
     assert tokenizer.decode(ids[borders[2] :]) == " Answer: 2<|endoftext|>"
     assert tokenizer.decode(ids[: borders[1]]) == "<|endoftext|>How many?\n"
@@ -980,7 +980,7 @@ def test_what_a_teacher_makes_is_align_kv_text_by_text(batch, monkeypatch):
     others, chosen = teacher_texts(), LayerMap(*layer_map(torch.rand(3, 4), 2))
     seen = encode_with_teacher(teacher, others, texts, chosen)
     same = Projector(160, 160, "identity")
-    for text, (ids, borders), part in zip(texts, others, seen, strict=True):
+    for text, (ids, borders, _), part in zip(texts, others, seen, strict=True):
         out = teacher(ids[None], output_hidden_states=True)
         prefix, plan = kv.prefill(teacher, ids[None]), plan_time(text.borders[None], borders[None])
         want = carried(Teacher(prefix, plan, chosen, same))

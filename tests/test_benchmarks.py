@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kvlab import knowledge
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "tests/benchmarks").glob("[a-z]*.py"))
 PROMISED = {
@@ -24,13 +26,18 @@ PROMISED = {
         *(name + suffix for name in ("hits", "false_hits") for suffix in ("", "_at_chosen")),
         "threshold_chosen",
         *(
-            f"{score}_{arm}"
+            f"{score}_{arm}{kind}"
             for score in ("kl", "em")
-            for arm in ("full", "prefix", "concat", "shift", "recompute")
+            for arm in (
+                *knowledge.ARMS,
+                *(f"legolink_{k}" for k in (4, 8, 16)),
+                *("dummy", "dummy_legolink"),
+            )
+            for kind in ("", "_reference")
         ),
-        *(f"kl_{arm}_answer" for arm in ("concat", "shift", "recompute")),
+        *(f"kl_{arm}_answer" for arm in ("concat", "shift", "recompute", "legolink", "dummy")),
         *(f"kl_recompute_{share}" for share in (0, 5, 15, 30, 100, "random")),
-        *(f"kl_{arm}_pieces_{count}" for arm in ("shift", "recompute") for count in (2, 8)),
+        *(f"kl_{arm}_pieces_{count}" for arm in knowledge.ARMS[3:] for count in (2, 8)),
         *(
             f"kl_{one}_{how}_{other}"
             for one, other in (
@@ -41,9 +48,31 @@ PROMISED = {
             )
             for how in ("minus", "over")
         ),
+        *(
+            f"kl_{one}_{how}_{other}{kind}"
+            for one, other in (
+                ("recompute", "gradual"),
+                ("recompute", "legolink"),
+                ("gradual", "legolink"),
+                ("shift", "dummy"),
+                ("legolink", "dummy_legolink"),
+            )
+            for how in ("minus", "over")
+            for kind in ("", "_reference")
+        ),
         "kl_shift_without_sink",
         "prefix_error",
-        *(f"ttft_ratio{suffix}" for suffix in ("", "_one_token", "_shift", "_recompute")),
+        *(
+            f"work_{arm}"
+            for arm in (*knowledge.RECOMPUTING, *(f"legolink_{k}" for k in (4, 8, 16)))
+        ),
+        *(f"ttft_ratio{suffix}" for suffix in ("", "_one_token")),
+        *(f"ttft_ratio_{arm}" for arm in ("prefix", *knowledge.ARMS[3:])),
+        *(
+            f"{part}_seconds_{arm}"
+            for part in ("load", "splice", "question")
+            for arm in ("full", "prefix", *knowledge.ARMS[3:])
+        ),
         "load_ratio",
         *(f"{what}_seconds" for what in ("question", "prefill", "load", "lab_faq_build")),
         *(f"{what}_mb" for what in ("resident", "store", "one_item", "lab_faq")),
@@ -303,6 +332,20 @@ PROMISED = {
         "prefix_equal",
         "prefix_equal_assisted",
         "min_p_value",
+        "min_p_value_block",
+        "q_p_value",
+        "control_raw_q_p_value",
+        *(f"over_plain_{task}_at_{g}" for task in ("long", "requests") for g in (1, 2, 4, 8, 12)),
+        *(f"acceptance_{task}_at_8" for task in ("long", "requests")),
+        *(
+            f"acceptance_block_{name}_at_{t}"
+            for name in ("token", "block", "gain")
+            for t in (0.5, 1, 1.5)
+        ),
+        "acceptance_other_tokenizer",
+        "acceptance_other_tokenizer_sampled",
+        "other_tokenizer_over_generate",
+        "other_tokenizer_over_assisted",
     },
 }
 

@@ -32,6 +32,7 @@ OUTPUTS = {
     "train-aligned": "--output_dir",
     "compare-alignments": "--output_dir",
     "train-fuser": "--output_dir",
+    "train-parallel": "--output_dir",
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 from command_helpers import FEW, result
 
 from kvlab.cli import main
-from kvlab.commands.speculate import speculate
+from kvlab.commands.speculate import RULES, speculate
 from kvlab.scale import Scale
 from kvlab.speculate import Sampling
 
@@ -119,12 +119,36 @@ def test_compiled_memory_has_room_for_the_longest_prompt(tmp_path, capsys, monke
     assert found["summary"]["equal_texts"] is True
 
 
-def test_models_with_other_tokenizers_are_refused(monkeypatch):
+def test_a_draft_with_another_tokenizer_is_translated(tmp_path, capsys):
+    main([*FEW, "--base_model", "lab-teacher", "--output_dir", str(tmp_path)])
+    found, printed = result(tmp_path, capsys)
+    assert found["summary"]["equal_texts"] is True
+    assert found["summary"]["speculative"]["acceptance"] > 0.9
+    assert "lab-teacher has another tokenizer than lab-target" in printed
+
+
+@pytest.mark.parametrize("options", [["--compiled"], ["--store", "x"], ["--fuser_checkpoint", "x"]])
+def test_other_tokenizers_are_refused_where_both_models_read_the_same_tokens(options, monkeypatch):
     monkeypatch.setattr(Scale, "load", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(
-        SystemExit, match=r"tokenizers differ .lab-target has \d+ tokens, lab-teacher \d+"
-    ):
-        main(["speculate", "--base_model", "lab-teacher"])
+    monkeypatch.setattr("kvlab.commands.shared.require_store", lambda *_: None)
+    monkeypatch.setattr("kvlab.fuse.Fuser.from_pretrained", lambda *_: None)
+    reads = r"lab-target has \d+ tokens and reads '( \w+)' as '\1', lab-teacher .* as '.*\|.*'"
+    with pytest.raises(SystemExit, match=rf"tokenizers differ \({reads}\): choose one family"):
+        main(["speculate", "--base_model", "lab-teacher", *options])
+
+
+def test_block_verification_is_used_where_it_is_asked_for(tmp_path, capsys, monkeypatch):
+    calls = []
+    for name, rule in RULES.items():
+        spy = lambda *args, name=name, rule=rule: calls.append(name) or rule(*args)
+        monkeypatch.setitem(RULES, name, spy)
+    for name in RULES:
+        run = [*FEW, "--temperature", "1", "--skip_standard", "--verification", name]
+        main([*run, "--output_dir", str(tmp_path / name)])
+        found, _ = result(tmp_path / name, capsys)
+        assert found["settings"]["verification"] == name
+        assert {*calls} == {name}
+        calls.clear()
 
 
 def test_an_empty_prompt_file_is_a_sentence(tmp_path):

@@ -26,9 +26,17 @@ from kvlab import files, knowledge, lab
 from kvlab.compress import evict, key_norm
 from kvlab.draft import KnowledgeDraft
 from kvlab.generation import close_turn, continuations, encode, rendered
-from kvlab.knowledge import ARMS, CACHES_USED, Hit, KnowledgeCache, splice
+from kvlab.knowledge import (
+    ARMS,
+    CACHES_USED,
+    Hit,
+    KnowledgeCache,
+    prefill_behind,
+    splice,
+    tokens_computed,
+)
 from kvlab.lab.tokenizers import CHAT_TEMPLATE
-from kvlab.models import CacheError, rotary_of
+from kvlab.models import CacheError, first_layers, rotary_of
 from kvlab.ragged import bias_of
 
 ROOT = Path(__file__).parents[1]
@@ -118,15 +126,16 @@ def test_two_arms_are_the_prefill_of_everything(tiny_model, family, rope, arm):
 
 @every_family
 @pytest.mark.parametrize("early", [1, 2, 3])
+@pytest.mark.parametrize("arm", ["recompute", "gradual"])
 def test_computing_all_again_is_exact_and_computing_none_is_shift_above(
-    tiny_model, family, early, monkeypatch
+    tiny_model, family, arm, early, monkeypatch
 ):
     monkeypatch.setattr(knowledge, "EARLY_LAYERS", early)
     model = tiny_model(family, "yarn", torch.float64)
     prefixes, true = prefill_each(model), prefill(model, FLAT).cache
-    again = splice(model, prefixes, "recompute", fraction=1.0)
+    again = splice(model, prefixes, arm, fraction=1.0)
     near(again.cache, true, 1e-9)
-    none = splice(model, prefixes, "recompute", fraction=0).cache
+    none = splice(model, prefixes, arm, fraction=0).cache
     moved = splice(model, prefixes, "shift").cache
     torch.testing.assert_close(
         tensors(none)[: 2 * early], tensors(true)[: 2 * early], rtol=0, atol=1e-9
@@ -136,37 +145,135 @@ def test_computing_all_again_is_exact_and_computing_none_is_shift_above(
     assert error > 1e-3  # else the arms would be the same
 
 
-def most_different(model, prefixes, early, count):
-    """The tokens after the first prefix whose keys and values at one layer differ most, in a plain loop."""
-    true = prefill(model, FLAT).cache.layers[early - 1]
-    moved = splice(model, prefixes, "shift").cache.layers[early - 1]
-    scores = {}
-    for token in range(FIRST, len(FLAT)):
-        scores[token] = 0.0
-        for a, b in ((true.keys, moved.keys), (true.values, moved.values)):
-            mean = sum(a[0, :, t].square().sum().item() for t in range(len(FLAT))) / len(FLAT)
+def computed_again(model, cache, layer, tokens):
+    """A cache whose entries of some tokens in one layer are computed one after the other, in a plain loop."""
+    shallow, ids = first_layers(model, layer + 1), torch.tensor([FLAT])
+    entries = kv.to_tensor(cache).clone()  # (L, 2, 1, H_kv, T, D)
+    for token in tokens:
+        before = kv.Prefix(kv.from_tensor(entries[: layer + 1, ..., :token, :]), token)
+        new = kv.prefill(shallow, ids[:, token : token + 1], before).cache
+        entries[layer, ..., token, :] = kv.to_tensor(new)[layer, ..., token, :]
+    return kv.from_tensor(entries)
+
+
+def most_different(one, two, tokens, count):
+    """Those of the tokens whose keys and values in one layer differ most, in a plain loop."""
+    scores = dict.fromkeys(tokens, 0.0)
+    for a, b in ((one.keys, two.keys), (one.values, two.values)):
+        mean = sum(a[0, :, t].square().sum().item() for t in range(len(FLAT))) / len(FLAT)
+        for token in tokens:
             scores[token] += (a[0, :, token] - b[0, :, token]).square().sum().item() / mean
     return sorted(sorted(scores, key=scores.get)[len(scores) - count :])
 
 
 @every_family
-@pytest.mark.parametrize("fraction", [0.15, 0.5])
-def test_recompute_computes_that_fraction_of_tokens_again_those_that_differ_most(
-    tiny_model, family, fraction
+@pytest.mark.parametrize(
+    ("arm", "fraction", "counts"),
+    [
+        ("recompute", 0.15, [14, 14, 2, 2, 2]),
+        ("recompute", 0.5, [14, 14, 7, 7, 7]),
+        ("gradual", 0.25, [14, 14, 7, 4, 0]),
+        ("gradual", 0.6, [14, 14, 14, 8, 3]),
+    ],
+)
+def test_each_layer_computes_those_tokens_of_the_layer_before_that_differ_most(
+    tiny_model, family, arm, fraction, counts
+):
+    model = tiny_model(family, "yarn", torch.float64, num_hidden_layers=5)
+    prefixes, chosen = prefill_each(model), list(range(FIRST, len(FLAT)))
+    assert tokens_computed(arm, [*map(len, TEXTS)], 5, fraction) == counts
+    moved = want = splice(model, prefixes, "shift").cache
+    for layer, count in enumerate(counts):
+        if count < len(chosen):
+            before = want.layers[layer - 1], moved.layers[layer - 1]
+            chosen = most_different(*before, chosen, count)
+        want = computed_again(model, want, layer, chosen)
+    got = splice(model, prefixes, arm, fraction=fraction).cache
+    near(got, want, 1e-9)
+    changed = (got.layers[4].values != moved.layers[4].values).any(-1).any(1)[0]
+    assert changed.nonzero().flatten().tolist() == chosen
+    assert not any(layer._forward_pre_hooks for layer in model.base_model.layers)
+
+
+@every_family
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_legolink_computes_the_first_tokens_of_later_pieces_again_on_everything_before(
+    tiny_model, family, k
 ):
     model = tiny_model(family, "yarn", torch.float64)
-    prefixes, ids = prefill_each(model), torch.tensor([FLAT])
-    none = splice(model, prefixes, "recompute", fraction=0).cache
-    want, chosen = none, most_different(model, prefixes, 2, round(fraction * LATER))
-    for token in chosen:  # one after the other, each on the entries before it
-        before = kv.Prefix(kv.truncate(want, token), token)
-        new = kv.prefill(model, ids[:, token : token + 1], before).cache
-        after = torch.arange(token + 1, len(FLAT))
-        want = kv.join(new, kv.select(want, after)) if len(after) else new
-    got = splice(model, prefixes, "recompute", fraction=fraction).cache
+    prefixes, chosen = prefill_each(model), []
+    for start, ids in ((7, TEXTS[1]), (12, TEXTS[2])):
+        chosen += range(start, start + min(k, len(ids)))
+    moved = want = splice(model, prefixes, "shift").cache
+    for layer in range(3):
+        want = computed_again(model, want, layer, chosen)
+    got = splice(model, prefixes, "legolink", first_tokens=k).cache
     near(got, want, 1e-9)
-    changed = (got.layers[2].values != none.layers[2].values).any(-1).any(1)[0]
+    changed = (got.layers[2].values != moved.layers[2].values).any(-1).any(1)[0]
     assert changed.nonzero().flatten().tolist() == chosen
+    assert tokens_computed("legolink", [*map(len, TEXTS)], 3, first_tokens=k) == [len(chosen)] * 3
+
+
+@every_family
+def test_legolink_of_no_tokens_is_shift_and_of_all_is_exact(tiny_model, family):
+    model = tiny_model(family, "llama3", torch.float64)
+    prefixes, arm = prefill_each(model), "legolink"
+    none = splice(model, prefixes, arm, first_tokens=0).cache
+    moved = splice(model, prefixes, "shift").cache
+    assert all(map(torch.equal, tensors(none), tensors(moved)))
+    longest = max(map(len, TEXTS[1:]))
+    again = splice(model, prefixes, arm, first_tokens=longest).cache
+    near(again, prefill(model, FLAT).cache, 1e-9)
+    fewer = splice(model, prefixes, arm, first_tokens=longest - 1).cache
+    assert (tensors(fewer)[-1] - tensors(again)[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_work_of_an_arm_is_the_tokens_that_pass_each_layer(tiny_model, arm):
+    model, passed = copy.deepcopy(tiny_model(num_hidden_layers=6)), [0] * 6
+    prefixes = prefill_each(model)
+    for i, layer in enumerate(model.base_model.layers):
+
+        def count(module, inputs, options, output, i=i):
+            passed[i] += output.shape[1]
+
+        layer.register_forward_hook(count, with_kwargs=True)
+    splice(model, prefixes, arm, fraction=0.4, first_tokens=3)
+    assert passed == tokens_computed(arm, [*map(len, TEXTS)], 6, fraction=0.4, first_tokens=3)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.15, 0.4, 0.5, 0.8, 1.0])
+def test_gradual_is_as_much_work_as_recompute(fraction):
+    one, two = (
+        tokens_computed(arm, [9, 3000, 1000], 12, fraction) for arm in ("recompute", "gradual")
+    )
+    assert sum(one) == pytest.approx(sum(two), abs=6)  # rounding in each layer
+    assert two == sorted(two, reverse=True)
+    assert max(two) <= 4000
+    assert (one == two) == (fraction in (0, 1))
+
+
+@every_family
+@every_rope
+def test_a_piece_behind_a_dummy_prefix_is_its_entries_there_moved_back(tiny_model, family, rope):
+    model, dummy = tiny_model(family, rope, torch.float64), IDS[:4]
+    piece = prefill_behind(model, TEXTS[1], dummy)
+    assert (piece.next_position, piece.input_ids, kv.length(piece.cache)) == (5, TEXTS[1], 5)
+    before = kv.select(prefill(model, dummy + TEXTS[1]).cache, torch.arange(4, 9))
+    near(kv.shift(piece.cache, 4, rotary_of(model)), before, 1e-9)
+    # Only where a piece follows the dummy in earnest is nothing lost.
+    first = prefill(model, dummy)
+    near(splice(model, [first, piece], "shift").cache, prefill(model, dummy + TEXTS[1]).cache, 1e-9)
+    alone = prefill(model, TEXTS[1]).cache
+    assert (piece.cache.layers[2].values - alone.layers[2].values).abs().max() > 1e-3
+
+
+@every_family
+def test_an_empty_dummy_prefix_is_shift(tiny_model, family):
+    model = tiny_model(family, "yarn", torch.float64)
+    pieces = [prefill_behind(model, ids, []) for ids in TEXTS]
+    moved = [splice(model, p, "shift").cache for p in (pieces, prefill_each(model))]
+    near(*moved, 1e-12)
 
 
 @every_family
@@ -214,7 +321,9 @@ def test_a_splice_has_its_text_and_leaves_its_prefixes_alone(tiny_model, arm, te
 
 
 def test_an_unknown_arm_is_refused(tiny_model):
-    with pytest.raises(CacheError, match=r"'blend'.*full, prefix, concat, shift, recompute"):
+    with pytest.raises(
+        CacheError, match=r"'blend'.*full, prefix, concat, shift, recompute, gradual, legolink"
+    ):
         splice(tiny_model(), prefill_each(tiny_model()), "blend")
 
 
@@ -246,7 +355,8 @@ def test_a_store_reads_from_disk_only_what_an_arm_needs(make, monkeypatch):
     monkeypatch.setattr(
         KnowledgeCache, "read", lambda self, item: done.append(item.id) or original(self, item)
     )
-    for arm, count in {"full": 0, "prefix": 1, "concat": 3, "shift": 3, "recompute": 3}.items():
+    for arm in ARMS:
+        count = {"full": 0, "prefix": 1}.get(arm, 3)
         done.clear()
         prefix = store.splice(store.items[:3], arm)
         assert done == [item.id for item in store.items[:count]]
@@ -1566,8 +1676,9 @@ def test_items_whose_heads_keep_entries_of_their_own(make, model, scope):
     joined = kv.Prefix(cache, start + len(two.input_ids))
     logits = [kv.prefill(model, text, p).logits for p in (prefix, joined)]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
-    with pytest.raises(CacheError, match="Evicted entries cannot be recomputed"):
-        store.splice([one, two], "recompute")
+    for arm in ("recompute", "gradual", "legolink"):
+        with pytest.raises(CacheError, match="Evicted entries cannot be recomputed"):
+            store.splice([one, two], arm)
 
 
 def test_the_opening_is_left_out_of_items_whose_heads_keep_entries_of_their_own(
@@ -1639,7 +1750,7 @@ def test_a_check_tells_right_splices_from_wrong_positions_and_wrong_caches(piece
     read = [prefill(model, piece.input_ids) for piece in read]
     run = functools.partial(knowledge.check, model, probe_ids=question if probe else None)
     assert [run(read, arm).verdict for arm in ("full", "prefix")] == ["trust", "trust"]
-    right = {arm: run(read, arm) for arm in ("shift", "recompute")}
+    right = {arm: run(read, arm) for arm in ("shift", "recompute", "gradual", "legolink")}
     assert max(result.error for result in right.values()) < 0.004
     assert right["shift"].verdict == "recompute"  # right, but short texts depend on each other
     assert right["recompute"].kl < right["shift"].kl
@@ -1659,7 +1770,7 @@ def test_a_check_tells_right_splices_from_wrong_positions_and_wrong_caches(piece
 
 @every_family
 @every_rope
-@pytest.mark.parametrize("arm", ["full", "prefix", "shift", "recompute"])
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "concat"])
 def test_the_error_of_a_right_splice_is_zero_and_its_price_is_a_plain_loops(
     tiny_model, family, rope, arm
 ):

@@ -320,6 +320,26 @@ def test_a_seed_is_a_document(make):
 
 
 @pytest.mark.usefixtures("quick_hash")
+def test_split_questions_are_about_a_sentence_whose_subject_ends_the_piece_before():
+    made = report.split_questions(40, facts=16, pieces=4, seed=0)
+    asked = set()
+    for (passage, question, answer), texts in made:
+        assert "".join(texts) == passage["content"]
+        assert [text.count(".") for text in texts] == [4, 4, 4, 4]
+        subjects = [re.search(r"\w+$", text)[0] for text in texts[:-1]]
+        assert set(subjects) <= {*worlds.NAMES, *worlds.THINGS}
+        beginnings = [text.split(".")[0] for text in texts[1:]]
+        assert all(text.startswith(" ") for text in beginnings)
+        split = list(zip(subjects, beginnings, strict=True))
+        found = [i for i, (s, b) in enumerate(split)
+                 if s in question["content"] and answer["content"] in b]  # fmt: skip
+        assert found
+        asked.update(found)
+    assert asked == {0, 1, 2}
+    assert made == report.split_questions(40, facts=16, pieces=4, seed=0)
+    assert made != report.split_questions(40, facts=16, pieces=4, seed=1)
+
+
 def test_reports_ask_what_training_never_shows():
     for document in report.questions("free", 50, (8, 16), seed=0):
         assert all(worlds.is_held_out(*fact) for fact in stated(passage_of(document)))

@@ -150,7 +150,7 @@ def test_speedup_over_gamma_shows_points_intervals_and_curves():
         [(1.2, 1.1, 1.4), (1.5, 1.3, 1.6), (1.01, 0.9, 1.2)],
         {"by position": [1.2, 1.4, 1.0]},
     )
-    ax = plots.speedup_over_gamma([1, 2, 8], measured, curves)
+    ax = plots.speedup_over_gamma([1, 2, 8], {"measured": measured}, curves)
     curve, points, plain = ax.lines
     assert list(plain.get_ydata()) == [1, 1, 1]
     assert list(curve.get_ydata()) == curves["by position"]
@@ -349,17 +349,25 @@ def test_splice_strips_have_a_strip_per_arm_and_end_with_the_question():
         "prefix",
         "concat",
         "shift",
-        "recompute",
     ]
-    wide = [bar for container in ax.containers for bar in container if bar.get_width() > 1]
-    assert len(wide) == 5 * 3
-    assert max(bar.get_x() + bar.get_width() for bar in wide) <= 70
-    again = [bar for container in ax.containers for bar in container if bar.get_width() < 1]
-    assert len(again) == 3  # 15 % of the 20 tokens after the first piece
-    assert all(bar.get_x() >= 40 and bar.get_x() + bar.get_width() <= 60 for bar in again)
+    bars = [bar for container in ax.containers for bar in container]
+    assert len(bars) == 4 * 3
+    assert max(bar.get_x() + bar.get_width() for bar in bars) <= 70
     words = texts(ax)
     assert words[:3] == ["read"] * 3
     assert words[-3:] == ["piece 1", "piece 2", "question"]
+    assert on_card(ax)
+
+
+def test_seed_strips_show_every_run_and_the_mean():
+    ax = plots.seed_strips({"a teacher": [0.2, 0.6, 0.7], "none": [0.1, 0.3]}, "solved")
+    points = [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"]
+    assert points == [[0.2, 0.6, 0.7], [0.1, 0.3]]
+    means = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "|"]
+    assert means == pytest.approx([0.5, 0.2])
+    assert texts(ax) == ["0.50", "0.20"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a teacher", "none"]
+    assert ax.get_xlabel() == "solved"
     assert on_card(ax)
 
 
@@ -385,6 +393,16 @@ def test_hits_over_threshold_draws_each_kind_and_the_choice():
     assert list(ax.lines[2].get_xdata()) == [0.5, 0.5]
     assert {"right", "outside", "chosen"} == set(texts(ax))
     assert not overlaps(ax)
+
+
+def test_computed_tokens_have_a_panel_per_arm_with_its_own_tokens():
+    masks = {"recompute": np.eye(3, 8), "legolink": np.ones((3, 8))}
+    panels = plots.computed_tokens(masks, starts=[0, 5])
+    assert [ax.get_title(loc="left") for ax in panels] == ["recompute", "legolink"]
+    for ax, mask in zip(panels, masks.values(), strict=True):
+        assert np.array_equal(ax.collections[0].get_array().reshape(3, 8), mask)
+        assert [line.get_xdata()[0] for line in ax.lines] == [0, 5]
+        assert on_card(ax)
 
 
 def test_token_differences_mark_the_chosen_and_where_pieces_begin():

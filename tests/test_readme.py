@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvlab
-from kvlab import compress
+from kvlab import compress, knowledge
 
 ROOT = Path(__file__).parents[1]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
@@ -31,6 +31,15 @@ def test_the_best_other_score_is_the_best():
     for percent in (10, 2):
         scores = {name: results[f"em_{name}_{percent}"].value for name in names}
         assert max(scores, key=scores.get) == "key_norm_reversed_free"
+
+
+@pytest.mark.parametrize("kind", ["", "_reference"])
+def test_the_best_way_to_recompute_at_the_same_work_is_legolink(kind):
+    results = kvlab.results("knowledge")
+    work = [results[f"work_{arm}"].value for arm in knowledge.RECOMPUTING]
+    assert max(work) < 1.05 * min(work)
+    errors = {arm: results[f"kl_{arm}{kind}"].value for arm in knowledge.RECOMPUTING}
+    assert min(errors, key=errors.get) == "legolink"
 
 
 def test_the_figure_shows_what_its_description_says():

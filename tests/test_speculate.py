@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import FAMILIES
@@ -30,6 +31,7 @@ from kvlab import cache as kv
 from kvlab import lab, speculate
 from kvlab.evaluate import chi_square
 from kvlab.fuse import Fuser, Settings, Size
+from kvlab.generation import encode
 from kvlab.lab.report import heldout
 from kvlab.models import CacheError, rotary_of
 from kvlab.slots import Slots
@@ -43,8 +45,10 @@ from kvlab.speculate import (
     Prefix,
     Proposal,
     Round,
+    RowSampling,
     Runner,
     Sampling,
+    TranslatingProposer,
     best_gamma,
     cost_model,
     costs,
@@ -53,10 +57,12 @@ from kvlab.speculate import (
     sample_categorical,
     summarize,
     verify,
+    verify_block,
     verify_greedy,
 )
 
 DOUBLE = torch.float64
+both_rules = pytest.mark.parametrize("rule", [verify, verify_block])
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -533,7 +539,9 @@ def joint(model, prompt, count, sampling, prefix=None):
     return total.reshape((size,) * count).numpy()
 
 
-def p_values(target, prompt, sampling, proposer, gamma, rows=2000, count=5, prefix=None):
+def p_values(
+    target, prompt, sampling, proposer, gamma, rows=2000, count=5, prefix=None, rule=verify
+):
     """Chi-square p-values of the first three and of the last two of five new tokens of many rows."""
     model = target.model if isinstance(target, Runner) else target
     sampling = dataclasses.replace(sampling, generator=torch.Generator().manual_seed(5))
@@ -545,6 +553,7 @@ def p_values(target, prompt, sampling, proposer, gamma, rows=2000, count=5, pref
         max_new_tokens=count,
         sampling=sampling,
         prefix=prefix,
+        verify=rule,
     )
     counts = np.zeros((model.config.vocab_size,) * count)
     np.add.at(counts, tuple(torch.stack(got.tokens).T.numpy()), 1)
@@ -580,6 +589,13 @@ SETTINGS = {
     "model, gamma 0 to 3": ("model", (2, 0, 0, 3), {}, None),
     "fused, gamma 2": ("fused", 2, {}, None),
     "fused, gamma 3, cool, top-k, prefix": ("fused", 3, {"temperature": 0.7, "top_k": 4}, "whole"),
+    "other tokenizer, gamma 2": ("other tokenizer", 2, {}, None),
+    "other tokenizer, gamma 3, all": (
+        "other tokenizer",
+        3,
+        {"temperature": 1.3, "top_k": 4, "top_p": 0.9, "repetition_penalty": 1.2},
+        None,
+    ),
     "plain": ("none", 1, {"top_p": 0.9}, None),
     "noisy copy, gamma 3, min-p": ("noisy", 3, {"min_p": 0.3}, None),
     "model, gamma 3, processors": ("model", 3, {"logits_processor": [NotTwice()]}, None),
@@ -599,12 +615,14 @@ def drafter(tiny_model, kind, target):
         "lookup": lambda: LookupProposer(),
         "early": lambda: EarlyExitProposer(target, 1),
         "fused": lambda: FusedProposer(tiny_model(seed=1, **TINY), cross),
+        "other tokenizer": lambda: translating(tiny_model),
         "none": lambda: None,
     }[kind]()
 
 
+@both_rules
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_sampling_is_exact(tiny_model, setting):
+def test_sampling_is_exact(tiny_model, setting, rule):
     target, (kind, gamma, options, known) = tiny_model(**TINY), SETTINGS[setting]
     make = {"whole": read, "compressed": lambda *a: compressed(*a, [0, 3, 5])}.get(known)
     rows = 800 if {"repetition_penalty", "logits_processor"} & options.keys() else 2000
@@ -616,8 +634,9 @@ def test_sampling_is_exact(tiny_model, setting):
         gamma if isinstance(gamma, int) else cycle(*gamma),
         rows,
         prefix=make(target, KNOWN) if make else None,
+        rule=rule,
     )
-    assert min(found) > 0.01 / (2 * len(SETTINGS))
+    assert min(found) > 0.01 / (4 * len(SETTINGS))
 
 
 def draw_again_from_p(p, proposal, uniform):
@@ -628,6 +647,42 @@ def draw_again_from_p(p, proposal, uniform):
 def accept_all(p, proposal, uniform):
     width = proposal.tokens.shape[1]
     return torch.full((len(p),), width), sample_categorical(p[:, width], uniform[:, -1])
+
+
+def broken_block(p, proposal, uniform, flaw):
+    """Block verification, written once more in the paper's terms, with one flaw."""
+    tokens, q = proposal
+    gamma = tokens.shape[1]
+    if gamma == 0:
+        return verify_block(p, proposal, uniform)
+    ratios = (p[:, :-1] / q).gather(-1, tokens[..., None])[..., 0]
+    if flaw == "clamped only at the end":
+        carry = ratios.cumprod(1).clamp(max=1)
+    elif flaw == "each ratio clamped":
+        carry = ratios.clamp(max=1).cumprod(1)
+    else:
+        carry = [torch.ones(len(p), dtype=p.dtype)]
+        for ratio in ratios.T:
+            carry.append((carry[-1] * ratio).clamp(max=1))
+        carry = torch.stack(carry[1:], 1)
+    carry = torch.cat((torch.ones_like(carry[:, :1]), carry), 1)
+    q = torch.cat((q, torch.zeros_like(q[:, :1])), 1)
+    surplus = (carry[..., None] * p - q).clamp(min=0).sum(-1)
+    passed = uniform[:, :gamma] < (surplus / (surplus + 1 - carry))[:, 1:]
+    if flaw == "accepted by the carry alone":
+        passed = uniform[:, :gamma] < carry[:, 1:]
+    accepted = (passed * torch.arange(1, gamma + 1)).amax(1)
+    if flaw == "stops at the first rejection":
+        accepted = passed.long().cumprod(1).sum(1)
+    rows = torch.arange(len(p))
+    weight = torch.ones_like(carry[:, 0]) if flaw == "rest of p" else carry[rows, accepted]
+    rest = (weight[:, None] * p[rows, accepted] - q[rows, accepted]).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[rows, accepted])
+    return accepted, sample_categorical(rest, uniform[:, -1])
+
+
+FLAWS = ("clamped only at the end", "each ratio clamped", "accepted by the carry alone")
+FLAWS += ("stops at the first rejection", "rest of p")
 
 
 class WrongQ(ModelProposer):
@@ -657,23 +712,18 @@ class PositionOff(Runner):
 @pytest.mark.parametrize(
     "control", ["no residual", "accept all", "wrong q", "column off", "position off"]
 )
-def test_wrong_sampling_is_found(tiny_model, monkeypatch, control):
+def test_wrong_sampling_is_found(tiny_model, control):
     target, proposer = tiny_model(**TINY), ModelProposer(tiny_model(seed=1, **TINY))
-    if control in ("no residual", "accept all"):
-        monkeypatch.setattr(
-            speculate, "verify", draw_again_from_p if control == "no residual" else accept_all
-        )
+    rule = {"no residual": draw_again_from_p, "accept all": accept_all}.get(control, verify)
     if control == "wrong q":
         proposer = WrongQ(tiny_model(seed=1, **TINY))
     target = {"column off": ColumnOff, "position off": PositionOff}.get(control, Runner)(target)
-    assert min(p_values(target, PROMPT, Sampling(1.0), proposer, gamma=2)) < 1e-6
+    assert min(p_values(target, PROMPT, Sampling(1.0), proposer, gamma=2, rule=rule)) < 1e-6
 
 
-def test_lookup_without_residual_is_found(tiny_model, monkeypatch):
-    monkeypatch.setattr(speculate, "verify", draw_again_from_p)
-    assert (
-        min(p_values(tiny_model(**TINY), PROMPT, Sampling(1.0), LookupProposer(), gamma=2)) < 1e-6
-    )
+def test_lookup_without_residual_is_found(tiny_model):
+    target, rule = tiny_model(**TINY), draw_again_from_p
+    assert min(p_values(target, PROMPT, Sampling(1.0), LookupProposer(), 2, rule=rule)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -1482,6 +1532,251 @@ def test_a_shared_vocabulary_of_another_size_changes_nothing(tiny_model):
         ]
 
 
+# The q of a proposer is the distribution it sampled from.
+
+
+class Drafts:
+    """A proposer that notes, for each guess, the text before it, the guess and its q.
+
+    Texts count as equal if they were drafted in the same rounds: a draft's memory may depend on it.
+    """
+
+    def __init__(self, proposer):
+        self.proposer, self.notes = proposer, []
+
+    def start(self, texts, *args):
+        self.texts, self.finished = texts, [False] * len(texts)
+        self.rounds = [()] * len(texts)
+        self.proposer.start(texts, *args)
+
+    def propose(self, gamma):
+        tokens, q = proposal = self.proposer.propose(gamma)
+        for row, guess in enumerate(tokens.tolist()):
+            self.rounds[row] += (len(self.texts[row]),)
+            for i, token in enumerate(() if self.finished[row] else guess):
+                text = (*self.texts[row], *guess[:i])
+                self.notes.append(((self.rounds[row], text), token, q[row, i]))
+        return proposal
+
+    def accept(self, accepted, target_cache):
+        self.finished = [n == FINISHED for n in accepted]
+        self.proposer.accept(accepted, target_cache)
+
+    def p_value(self):
+        """The smallest of all texts with at least 100 guesses, times the number of these texts."""
+        by_text = {}
+        for text, token, law in self.notes:
+            by_text.setdefault(text, []).append((token, law))
+        found = []
+        for guesses in by_text.values():
+            tokens, laws = zip(*guesses, strict=True)
+            torch.testing.assert_close(torch.stack(laws), laws[0].expand(len(laws), -1))  # all rows
+            if len(tokens) >= 100 and laws[0].max() < 1:
+                counts = torch.tensor(tokens).bincount(minlength=len(laws[0]))
+                found.append(chi_square(counts, laws[0].double()))
+        return min(found) * len(found)
+
+
+class RawSampling(RowSampling):
+    """Samples as told, but reports the probabilities of the raw logits."""
+
+    def choose(self, logits, texts):
+        return super().choose(logits, texts)[0], logits[:, 0].softmax(-1)
+
+
+class RawProposer(ModelProposer):
+    def start(self, texts, target_cache, sampling, room):
+        super().start(texts, target_cache, RawSampling(**vars(sampling)), room)
+
+
+def p_value_of_drafts(tiny_model, kind, options, rows=1500):
+    target = tiny_model(**TINY)
+    proposer = RawProposer(tiny_model(seed=1, **TINY)) if kind == "raw" else None
+    drafts = Drafts(proposer or drafter(tiny_model, kind, target))
+    sampling = Sampling(**{"temperature": 1.0, "generator": seeded(0)[0]} | options)
+    ends = [3] if sampling.min_new_tokens else []
+    generate(target, PROMPT.expand(rows, -1), drafts, gamma=2, max_new_tokens=4,
+             sampling=sampling, eos_token_id=ends)  # fmt: skip
+    return drafts.p_value()
+
+
+LAWS = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top-k": {"top_k": 3},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.4},
+    "penalty": {"repetition_penalty": 1.5},
+    "no end": {"min_new_tokens": 4},
+    "processor": {"logits_processor": [NotTwice()]},
+    "all": {"temperature": 1.4, "top_k": 4, "top_p": 0.9, "repetition_penalty": 1.3, "min_p": 0.05},
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("kind", ["model", "early", "fused", "other tokenizer"])
+def test_a_proposer_reports_the_law_it_drew_from(tiny_model, kind, law):
+    rows = 600 if kind == "fused" else 1500
+    assert p_value_of_drafts(tiny_model, kind, LAWS[law], rows) > 0.001
+
+
+@pytest.mark.parametrize("law", ["temperature", "top-k", "penalty", "processor", "all"])
+def test_probabilities_of_raw_logits_are_found(tiny_model, law):
+    assert p_value_of_drafts(tiny_model, "raw", LAWS[law]) < 1e-6
+    assert p_value_of_drafts(tiny_model, "raw", {}) > 0.001  # nothing is processed
+
+
+@pytest.mark.parametrize("law", LAWS)
+@both_rules
+def test_a_draft_equal_to_the_target_is_accepted_under_each_law(tiny_model, law, rule):
+    target, prompts = tiny_model(**TINY, dtype=DOUBLE), PROMPT.expand(50, -1)
+    sampling = Sampling(**{"temperature": 1.0, "generator": seeded(0)[0]} | LAWS[law])
+    ends = [3] if sampling.min_new_tokens else []
+    got = generate(target, prompts, ModelProposer(target), gamma=3, max_new_tokens=9,
+                   sampling=sampling, eos_token_id=ends, verify=rule)  # fmt: skip
+    assert summarize(got.rounds).acceptance == 1
+
+
+def test_a_certain_proposer_reports_no_law(tiny_model):
+    proposer = LookupProposer()
+    generate(tiny_model(), PROMPT[None], proposer, max_new_tokens=2)
+    assert proposer.propose(2).probabilities is None
+
+
+# A draft with another tokenizer.
+
+
+def small_tokenizer(tokens, merges=()):
+    """Byte-pair encoding of letters."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    model = tokenizers.models.BPE(vocabulary, [tuple(pair.split()) for pair in merges])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+OWN_TOKENIZER = small_tokenizer(["bc", "b", "d", "a", "c", "cd"], ["b c", "c d"])
+TARGET_TOKENIZER = small_tokenizer(["a", "b", "c", "d", "ab"], ["a b"])
+
+
+def translating(tiny_model, seed=1, **changes):
+    model = tiny_model(seed=seed, **TINY | {"vocab_size": 6} | changes)
+    return TranslatingProposer(model, OWN_TOKENIZER, TARGET_TOKENIZER)
+
+
+def lab_prompts(count):
+    tokenizer = lab.load_tokenizer("lab-target")
+    questions = [d[:-1] for d in heldout("arithmetic", count, seed=4)[:count]]
+    return tokenizer, [torch.tensor(encode(tokenizer, question)) for question in questions]
+
+
+def test_a_teacher_with_another_tokenizer_drafts_for_the_lab_target():
+    tokenizer, prompts = lab_prompts(3)
+    target, own = lab.load("lab-target"), lab.load_tokenizer("lab-teacher")
+    proposer = TranslatingProposer(lab.load("lab-teacher"), own, tokenizer)
+    options = {"max_new_tokens": 40, "tokenizer": tokenizer}
+    want = new_tokens(target, prompts, **options)
+    for gamma in (1, 5, cycle(2, 0, 0, 6)):
+        got = generate(target, prompts, proposer, gamma=gamma, **options)
+        assert [row.tolist() for row in got.tokens] == want
+        assert summarize(got.rounds).acceptance > 0.9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_with_equal_tokenizers_nothing_is_translated(temperature):
+    tokenizer, prompts = lab_prompts(3)
+    target, draft = lab.load("lab-target"), lab.load("lab-draft")
+    options = {"max_new_tokens": 40, "tokenizer": tokenizer, "gamma": 5}
+    one, other = (
+        generate(
+            target, prompts, p, sampling=Sampling(temperature, generator=seeded(1)[0]), **options
+        )
+        for p in (ModelProposer(draft), TranslatingProposer(draft, tokenizer, tokenizer))
+    )
+    assert [r.drafted for r in one.rounds] == [r.drafted for r in other.rounds]
+    assert [r.accepted for r in one.rounds] == [r.accepted for r in other.rounds]
+    assert all(map(torch.equal, one.tokens, other.tokens))
+
+
+class CheckedTranslation(TranslatingProposer):
+    """Compares each reading with that of the whole text, encoded anew, and counts what is read."""
+
+    read = restarts = 0
+
+    def start(self, *args):
+        super().start(*args)
+        self.restarts += 1
+        self.unfinished = range(len(self.texts))
+
+    def accept(self, accepted, target_cache):
+        super().accept(accepted, target_cache)
+        self.unfinished = [row for row, n in enumerate(accepted) if n != FINISHED]
+
+    def _read_text(self):
+        self.read += sum(self.unread)
+        logits = super()._read_text()
+        for row in self.unfinished:
+            text = self.target_texts[row]
+            string = self.target_tokenizer.decode(text)
+            own = self.tokenizer(string, add_special_tokens=False).input_ids
+            assert own == self.texts[row][-len(own) :]
+            anew = self.runner.model(torch.tensor([self.texts[row]])).logits[0, -1]
+            torch.testing.assert_close(logits[row, 0], anew, rtol=0, atol=1e-8)
+        return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("lookback", [2, 8, 100])
+def test_the_draft_has_read_the_text_in_its_own_tokens(tiny_model, temperature, lookback):
+    target = tiny_model(**TINY, dtype=DOUBLE)
+    model = tiny_model(seed=1, **TINY | {"vocab_size": 6}, dtype=DOUBLE)
+    proposer = CheckedTranslation(model, OWN_TOKENIZER, TARGET_TOKENIZER)
+    proposer.lookback = lookback
+    prompts = [PROMPT, PROMPT[:1], PROMPT[3:]]
+    sampling = Sampling(temperature, generator=seeded(2)[0])
+    got = generate(target, prompts, proposer, gamma=3, max_new_tokens=30, sampling=sampling,
+                   eos_token_id=[])  # fmt: skip
+    assert {len(row) for row in got.tokens} == {30}
+    if temperature == 0:
+        assert [row.tolist() for row in got.tokens] == [plain(target, ids, 30) for ids in prompts]
+    assert proposer.restarts == 1
+    assert 0 < sum(map(len, proposer.texts)) / 3 < proposer.read < 3 * 90  # never the whole again
+
+
+def test_a_draft_with_far_more_tokens_gets_new_room(tiny_model):
+    """The target writes words of eight letters, the draft knows letters alone."""
+    word = "abcdefgh"
+    merges = [f"{word[:i]} {word[i]}" for i in range(1, 8)]
+    pieces = [*word, *(word[: i + 1] for i in range(1, 8))]
+    letters, words = small_tokenizer([*word]), small_tokenizer(pieces, merges)
+    target = tiny_model(vocab_size=len(pieces), dtype=DOUBLE)
+    proposer = CheckedTranslation(tiny_model(seed=1, vocab_size=8, dtype=DOUBLE), letters, words)
+    ids, only_words = torch.tensor([len(pieces) - 1] * 3), NotBelow(len(pieces) - 1)
+    sampling = Sampling(1.0, logits_processor=[only_words], generator=seeded(0)[0])
+    got = generate(target, ids[None], proposer, gamma=2, max_new_tokens=25, sampling=sampling,
+                   eos_token_id=[])  # fmt: skip
+    assert got.tokens[0].tolist() == [len(pieces) - 1] * 25
+    assert proposer.restarts > 1
+
+
+class NotBelow(LogitsProcessor):
+    """Forbids all tokens below one."""
+
+    def __init__(self, first):
+        self.first = first
+
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill(torch.arange(scores.shape[-1]) < self.first, -float("inf"))
+
+
+def test_tokenizers_without_a_common_token_are_refused(tiny_model):
+    model = tiny_model(vocab_size=6)
+    with pytest.raises(ValueError, match="has 2 tokens, the target's 5, and none is in both"):
+        TranslatingProposer(model, small_tokenizer(["x", "y"]), TARGET_TOKENIZER)
+    with pytest.raises(ValueError, match="leave compiled_room out"):
+        TranslatingProposer(Runner(model, 64), OWN_TOKENIZER, TARGET_TOKENIZER)
+
+
 # Verification alone.
 
 
@@ -1512,12 +1807,51 @@ def algorithm_1(p, guesses, q, u):
     return len(guesses), running(p[len(guesses)], u[-1])
 
 
+def carries(p, guesses, q):
+    """The carry c_i before any guess and after each of them."""
+    carry = [Fraction(1)]
+    for i, x in enumerate(guesses):
+        carry.append(min(Fraction(1), carry[-1] * p[i][x] / q[i][x]) if x >= 0 else Fraction(0))
+    return carry
+
+
+def block_rest(p, q, carry, i):
+    q_next = q[i] if i < len(q) else [0] * len(p[i])
+    return [max(0, carry * a - b) for a, b in zip(p[i], q_next, strict=True)]
+
+
+def block_thresholds(p, guesses, q):
+    """h_1 to h_gamma of Sun et al. (2024), equation 4, with fractions; at no guess q is 0."""
+    thresholds = []
+    q = [row if x >= 0 else [0] * len(row) for x, row in zip(guesses, q, strict=True)]
+    for i, carry in enumerate(carries(p, guesses, q)):
+        surplus = sum(block_rest(p, q, carry, i))
+        thresholds.append(surplus / (surplus + 1 - carry) if surplus + 1 - carry else Fraction(1))
+    return thresholds[1:]
+
+
+def algorithm_2(p, guesses, q, u):
+    """Sun et al. (2024), Algorithm 2, in a loop over fractions; -1 stands for no guess."""
+    accepted = 0
+    for i, threshold in enumerate(block_thresholds(p, guesses, q)):
+        if u[i] < threshold:
+            accepted = i + 1
+    q = [row if x >= 0 else [0] * len(row) for x, row in zip(guesses, q, strict=True)]
+    rest = block_rest(p, q, carries(p, guesses, q)[accepted], accepted)
+    return accepted, running(rest if sum(rest) else p[accepted], u[-1])
+
+
 uniforms = st.integers(0, 1023).map(lambda n: Fraction(n, 1024))
+odd_uniforms = uniforms.map(lambda u: u + Fraction(1, 3072))  # never where a rule decides
 
 
+@pytest.mark.parametrize(
+    ("rule", "by_hand", "numbers"),
+    [(verify, algorithm_1, uniforms), (verify_block, algorithm_2, odd_uniforms)],
+)
 @settings(deadline=None, max_examples=150)
 @given(st.data(), st.integers(2, 5), st.integers(0, 4), st.integers(1, 3), st.integers(0, 2))
-def test_verify_is_algorithm_1(data, size, gamma, rows, spare):
+def test_verify_is_the_algorithm(rule, by_hand, numbers, data, size, gamma, rows, spare):
     p = [[data.draw(dyadic(size)) for _ in range(gamma + 1)] for _ in range(rows)]
     q = [
         [data.draw(st.sampled_from([data.draw(dyadic(size)), p[b][i]])) for i in range(gamma)]
@@ -1527,35 +1861,142 @@ def test_verify_is_algorithm_1(data, size, gamma, rows, spare):
         [data.draw(st.sampled_from([-1, *(x for x in range(size) if q_i[x])])) for q_i in row]
         for row in q
     ]
-    u = [[data.draw(uniforms) for _ in range(gamma + spare + 1)] for _ in range(rows)]
-    want = [algorithm_1(*row) for row in zip(p, guesses, q, u, strict=True)]
+    u = [[data.draw(numbers) for _ in range(gamma + spare + 1)] for _ in range(rows)]
+    want = [by_hand(*row) for row in zip(p, guesses, q, u, strict=True)]
 
     def tensor(x):
         return torch.tensor(np.array(x, dtype=float).reshape(rows, -1, size))
 
     proposal = Proposal(torch.tensor(guesses, dtype=torch.long).reshape(rows, gamma), tensor(q))
-    accepted, tokens = verify(tensor(p), proposal, torch.tensor(np.array(u, dtype=float)))
+    accepted, tokens = rule(tensor(p), proposal, torch.tensor(np.array(u, dtype=float)))
     assert list(zip(accepted.tolist(), tokens.tolist(), strict=True)) == want
 
 
+def tree(seed, size, depth):
+    """Random distributions after each text of up to `depth` tokens, as fractions."""
+    rng, laws = np.random.default_rng(seed), {}
+    for n in range(depth + 1):
+        for text in itertools.product(range(size), repeat=n):
+            weights = rng.integers(0, 9, size) + (np.arange(size) == rng.integers(size))
+            laws[text] = [Fraction(int(w), int(weights.sum())) for w in weights]
+    return laws
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_block_verification_is_exact_and_never_accepts_fewer(seed):
+    """By enumeration of all drafts: the law of the first gamma + 1 tokens, and their number."""
+    size = gamma = 3
+    target, draft = tree(seed, size, gamma), tree(seed + 100, size, gamma)
+    law, lengths = dict.fromkeys(itertools.product(range(size), repeat=gamma + 1), Fraction(0)), []
+
+    def spread(text, weight):
+        if len(text) > gamma:
+            law[text] += weight
+        for x, chance in enumerate(target[text] if len(text) <= gamma else ()):
+            spread((*text, x), weight * chance)
+
+    for guess in itertools.product(range(size), repeat=gamma):
+        p = [target[guess[:i]] for i in range(gamma + 1)]
+        q = [draft[guess[:i]] for i in range(gamma)]
+        chance = np.prod([q[i][x] for i, x in enumerate(guess)])
+        if not chance:
+            continue
+        ratios = [min(Fraction(1), p[i][x] / q[i][x]) for i, x in enumerate(guess)]
+        by_token = sum(np.cumprod(ratios))
+        left, by_block = chance, 0
+        for i, h in reversed([*enumerate([Fraction(1), *block_thresholds(p, guess, q)])]):
+            rest = block_rest(p, q, carries(p, guess, q)[i], i)
+            rest = rest if sum(rest) else p[i]
+            for x, w in enumerate(rest):
+                spread((*guess[:i], x), left * h * w / sum(rest))
+            by_block += i * left * h / chance
+            left *= 1 - h
+        lengths.append((chance * by_token, chance * by_block))
+    for text, weight in law.items():
+        assert weight == np.prod([target[text[:i]][x] for i, x in enumerate(text)])
+    by_token, by_block = map(sum, zip(*lengths, strict=True))
+    assert by_block > by_token  # with gamma 1 or one text alone they can be equal
+
+
+@pytest.mark.parametrize("flaw", [None, "none", *FLAWS])
+def test_wrong_block_verification_is_found(flaw):
+    """Chi-square of the first gamma + 1 tokens: what was accepted, the next, then more of p."""
+    rows, size, gamma = 40_000, 3, 3
+    laws = [torch.zeros(gamma + 1, size**gamma, size, dtype=DOUBLE) for _ in range(2)]
+    for table, seed in zip(laws, (6, 106), strict=True):
+        for text, law in tree(seed, size, gamma).items():
+            code = sum(x * size**i for i, x in enumerate(reversed(text)))
+            table[len(text), code] = torch.tensor([float(x) for x in law], dtype=DOUBLE)
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(rows, 3 * gamma + 2, dtype=DOUBLE, generator=generator)
+
+    def extend(table, text, n, start):
+        """Texts of n tokens, those from `start` (B,) on sampled anew, and the laws of each."""
+        code, used = torch.zeros(rows, dtype=torch.long), []
+        for i in range(n):
+            used.append(table[i, code])
+            new = sample_categorical(used[-1], uniform[:, gamma + 1 + i + (n - gamma) * gamma])
+            text[:, i] = torch.where(i < start, text[:, i], new)
+            code = code * size + text[:, i]
+        return torch.stack(used, 1)
+
+    target, draft = laws
+    text = torch.zeros(rows, gamma + 1, dtype=torch.long)
+    q = extend(draft, text, gamma, torch.zeros(rows))
+    p = extend(target, text.clone(), gamma + 1, torch.full((rows,), gamma))
+    rule = functools.partial(broken_block, flaw=flaw) if flaw else verify_block
+    accepted, following = rule(p, Proposal(text[:, :gamma].clone(), q), uniform[:, : gamma + 1])
+    text.scatter_(1, accepted[:, None], following[:, None])
+    extend(target, text, gamma + 1, accepted + 1)
+    codes = text @ size ** torch.arange(gamma, -1, -1)
+    exact = torch.ones(1, dtype=DOUBLE)
+    for table in target:
+        exact = (exact[:, None] * table[: len(exact)]).flatten()
+    found = chi_square(codes.bincount(minlength=len(exact)), exact)
+    assert found < 1e-6 if flaw in FLAWS else found > 0.01
+
+
+def test_block_verification_of_one_guess_is_that_of_a_token():
+    generator = torch.Generator().manual_seed(0)
+    p, q, uniform = (
+        torch.rand(500, n, m, generator=generator) for n, m in ((2, 5), (1, 5), (2, 1))
+    )
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    proposal = Proposal(
+        sample_categorical(q[:, 0], torch.rand(500, generator=generator))[:, None], q
+    )
+    for one, other in zip(*(f(p, proposal, uniform[..., 0]) for f in (verify, verify_block))):
+        assert torch.equal(one, other)
+
+
+def test_greedy_text_does_not_depend_on_the_rule(tiny_model):
+    target, prompts = tiny_model(dtype=DOUBLE), random_prompts(4, 9)
+    by_rule = [generate(target, prompts, ModelProposer(noisy(target)), max_new_tokens=12, verify=rule)
+               for rule in (verify, verify_block)]  # fmt: skip
+    assert [r.accepted for r in by_rule[0].rounds] == [r.accepted for r in by_rule[1].rounds]
+    assert by_rule[1].tokens[0].tolist() == plain(target, prompts[0], 12)
+
+
+@both_rules
 @settings(deadline=None, max_examples=200)
 @given(st.data(), st.integers(2, 5), st.integers(1, 4))
-def test_a_certain_guess_is_a_distribution_of_one(data, size, gamma):
+def test_a_certain_guess_is_a_distribution_of_one(rule, data, size, gamma):
     p = torch.tensor(
         [[[float(w) for w in data.draw(dyadic(size))] for _ in range(gamma + 1)]], dtype=DOUBLE
     )
     tokens = torch.tensor([[data.draw(st.integers(-1, size - 1)) for _ in range(gamma)]])
     u = torch.tensor([[float(data.draw(uniforms)) for _ in range(gamma + 1)]], dtype=DOUBLE)
     certain = torch.nn.functional.one_hot(tokens.clamp(min=0), size).to(DOUBLE)
-    assert verify(p, Proposal(tokens), u) == verify(p, Proposal(tokens, certain), u)
-    _, chosen = verify(p, Proposal(tokens), u)
-    assert p[0, verify(p, Proposal(tokens), u)[0].item(), chosen.item()] > 0
+    assert rule(p, Proposal(tokens), u) == rule(p, Proposal(tokens, certain), u)
+    _, chosen = rule(p, Proposal(tokens), u)
+    assert p[0, rule(p, Proposal(tokens), u)[0].item(), chosen.item()] > 0
 
 
-def test_equal_distributions_accept_all_and_a_zero_residual_is_p():
+@both_rules
+def test_equal_distributions_accept_all_and_a_zero_residual_is_p(rule):
     p = torch.tensor([[[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]])
     for u in torch.rand(200, 3, generator=torch.Generator().manual_seed(0)):
-        accepted, token = verify(p, Proposal(torch.tensor([[2, 1]]), p[:, :2]), u[None])
+        accepted, token = rule(p, Proposal(torch.tensor([[2, 1]]), p[:, :2]), u[None])
         assert (accepted.item(), token.item()) == (2, 2)
     scaled = p[:, :1] * (1 + 1e-6)  # rejected by rounding alone, and nothing is left over
     accepted, token = verify(
@@ -1564,10 +2005,11 @@ def test_equal_distributions_accept_all_and_a_zero_residual_is_p():
     assert (accepted.item(), token.item()) == (0, 0)
 
 
-def test_an_impossible_guess_is_refused():
+@both_rules
+def test_an_impossible_guess_is_refused(rule):
     p = torch.tensor([[[0.0, 0.4, 0.6], [1.0, 0.0, 0.0]]])
     for q in (None, torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([[[0.0, 1.0, 0.0]]])):
-        accepted, token = verify(p, Proposal(torch.tensor([[0]]), q), torch.zeros(1, 2))
+        accepted, token = rule(p, Proposal(torch.tensor([[0]]), q), torch.zeros(1, 2))
         assert accepted.item() == 0
         assert token.item() in (1, 2)
 

@@ -187,7 +187,7 @@ def train_aligned(
         counts = len(problems.student), len(problems.questions)
         print("To learn from: {} problems. To be asked: {}.".format(*counts))
         measure("before")
-    arm = Arm(use_cka_layer_mapping, use_segment_resampling)
+    arm = Arm(2 * use_cka_layer_mapping, use_segment_resampling)
     history, aligned = _train(arm, student, problems, settings, seed, output_dir, maps)
     if main:
         student.save_pretrained(output_dir)
@@ -205,8 +205,11 @@ def compare_alignments(
     """Train one student after another, by each arm of 4D alignment and by controls, and compare what they solve.
 
     Arms are ce_only (no teacher), baseline (by index, proportional layers), cka (layers by
-    similarity), segment (time by segments), full (both), and controls that should be no better than
-    ce_only: shuffled and shuffled_segment (as full and segment, but the teacher read another
+    similarity), segment (time by segments), full (both), and full_one_layer (both, with the one
+    most similar layer); no_kv_loss and no_projector (as segment, without one of these);
+    text_distillation and logit_distillation (the solutions that the first teacher writes, and the
+    probabilities of their tokens, too, instead of its cache); and controls that should be no better
+    than ce_only: shuffled and shuffled_segment (as full and segment, but the teacher read another
     problem), and random_teacher (as full, with random weights). All have the same problems, order
     and steps. OUTPUT_DIR holds the results so far (comparison.json), and the files from which a run
     that was stopped continues.

@@ -1,6 +1,5 @@
 """`kvlab train-fuser`: a C2C fuser from a sharer to a receiver."""
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,9 +18,7 @@ from kvlab.evaluate import figure, run_info
 from kvlab.files import require_writable
 from kvlab.fuse import Fuser, FuserArm, FuserExample
 from kvlab.generation import encode
-from kvlab.lab import corpora
 from kvlab.models import fingerprint
-from kvlab.records import messages
 from kvlab.speculate import FusedProposer, ModelProposer, generate, summarize
 
 
@@ -75,7 +72,7 @@ def train_fuser_command(
     require_writable(output_dir / "training.json")
     scale = shared.scale_with_target(teacher_model, base_model, enable_thinking)
     tokenizer = shared.load_shared_tokenizer(scale)
-    texts, heldout_texts = _requests(data, source, split, prompts, heldout, arm.seed)
+    texts, heldout_texts = shared.load_requests(data, source, split, prompts, heldout, arm.seed)
     if len(texts) < arm.batch_size:
         batch = f"a batch of {arm.batch_size}: give more, or a smaller batch_size"
         raise ValueError(f"{len(texts)} prompts are less than {batch}.")
@@ -115,27 +112,6 @@ def train_fuser_command(
         "history": history,
     }
     print(shared.write_json(output_dir / "training.json", result | run_info()))
-
-
-def _requests(
-    data: str, source: str | None, split: str, prompts: int | None, heldout: int, seed: int
-) -> tuple[list[shared.Conversation], list[shared.Conversation]]:
-    """Training prompts, which the seed chooses, and held-out prompts, the same for every seed."""
-    if data == "lab":
-        shared.require_no_source(source)
-        training = corpora.Requests(prompts or 4000, seed=seed)
-        return [*training], [*corpora.Requests(heldout, test=True)]
-    records = shared.load_records(data, source, split)
-    contexts = random.Random(0).sample([*records], len(records))
-    if len(contexts) <= heldout:
-        hint = "give a source that has more, or a smaller heldout"
-        raise ValueError(f"There are {len(records)} contexts, {heldout} to hold out: {hint}.")
-    heldout_texts = [messages(records[context][0])[:1] for context in contexts[:heldout]]
-    texts = []
-    for context in contexts[heldout:]:
-        texts += [messages(record)[:1] for record in records[context]]
-    count = min(prompts or len(texts), len(texts))
-    return random.Random(seed).sample(texts, count), heldout_texts
 
 
 def fusion_proposers(

@@ -16,7 +16,7 @@ from kvlab.cache import Prefix, truncate
 from kvlab.commands.shared import open_store, require_store, scale_with_target
 from kvlab.files import require_writable
 from kvlab.generation import answer_text, encode
-from kvlab.knowledge import ARMS, CACHES_USED, Item, KnowledgeCache
+from kvlab.knowledge import ARMS, CACHES_USED, Item, KnowledgeCache, tokens_computed
 from kvlab.records import read_faq
 from kvlab.speculate import decode, generate
 
@@ -107,8 +107,8 @@ def ask(
         k: Number of items before the question.
         threshold: Minimum cosine similarity of a retrieved item.
         domain: Search the items of this domain only.
-        arm: How items from the store are joined: full, prefix, concat, shift or recompute (see
-            chapter 01).
+        arm: How items from the store are joined: full, prefix, concat, shift, recompute, gradual
+            or legolink (see chapter 01).
         exact: Find the same question only, ignoring case, punctuation and space.
         max_new_tokens: Of each answer.
         base_model: The model of the store. Default: the scale's target.
@@ -145,7 +145,7 @@ def _compare_ways(store: KnowledgeCache, question: str, items, arm: str, ends: d
         later = store.prompt(question)
         sizes = [len(item.input_ids) for item in items]
         used = CACHES_USED.get(arm, len(items))
-        prefilled = sum(sizes[1:]) if arm == "recompute" else sum(sizes[used:])
+        prefilled = tokens_computed(arm, sizes, layers=1)[0]
         ways["knowledge as text"] = (partial(store.splice, items, "full"), later, sum(sizes), 0)
         splice = partial(store.splice, items, arm)
         ways["knowledge from the store"] = (splice, later, prefilled, sum(sizes[:used]))

@@ -15,7 +15,7 @@ from kvlab.files import write_text
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
 from kvlab.models import fingerprint, position_limit
-from kvlab.records import CONTEXTS, Record, read_records
+from kvlab.records import CONTEXTS, Record, messages, read_records
 from kvlab.scale import Scale
 
 parsed_options: dict = {}  # of the command that `kvlab.cli.main` runs; empty if Python calls it
@@ -34,8 +34,17 @@ def defaults_file() -> Path:
 def load_shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
     target, draft = scale.load_tokenizer("target"), scale.load_tokenizer("draft")
     if target.get_vocab() != draft.get_vocab():
-        sizes = f"{scale.target} has {len(target)} tokens, {scale.draft} {len(draft)}"
-        raise ValueError(f"The two models' tokenizers differ ({sizes}): choose one family.")
+        names = {scale.target: target, scale.draft: draft}
+        odd = target.get_vocab().keys() ^ draft.get_vocab().keys()
+        token = max((token for token in sorted(odd) if token.isalpha()), key=len, default="")
+        text = (target if token in target.get_vocab() else draft).convert_tokens_to_string([token])
+        parts = []
+        for name, tokenizer in names.items():
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            pieces = "|".join(tokenizer.decode(i) for i in ids)
+            parts.append(f"{name} has {len(tokenizer)} tokens and reads {text!r} as {pieces!r}")
+        difference = ", ".join(parts)
+        raise ValueError(f"The two models' tokenizers differ ({difference}): choose one family.")
     return target
 
 
@@ -199,3 +208,24 @@ def write_json(path: Path, result: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(result), parse_constant=lambda _: None)  # JSON has no NaN
     return write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_requests(
+    data: str, source: str | None, split: str, prompts: int | None, heldout: int, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Training prompts, which the seed chooses, and held-out prompts, the same for every seed."""
+    if data == "lab":
+        require_no_source(source)
+        training = corpora.Requests(prompts or 4000, seed=seed)
+        return [*training], [*corpora.Requests(heldout, test=True)]
+    records = load_records(data, source, split)
+    contexts = random.Random(0).sample([*records], len(records))
+    if len(contexts) <= heldout:
+        hint = "give a source that has more, or a smaller heldout"
+        raise ValueError(f"There are {len(records)} contexts, {heldout} to hold out: {hint}.")
+    heldout_texts = [messages(records[context][0])[:1] for context in contexts[:heldout]]
+    texts = []
+    for context in contexts[heldout:]:
+        texts += [messages(record)[:1] for record in records[context]]
+    count = min(prompts or len(texts), len(texts))
+    return random.Random(seed).sample(texts, count), heldout_texts

@@ -1,15 +1,17 @@
 """`kvlab speculate`: plain and speculative decoding, prompt by prompt."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvlab.draft  # noqa: F401  so that transformers can load a KnowledgeDraft
 from kvlab import speculate as decoding
@@ -19,8 +21,12 @@ from kvlab.files import require_writable
 from kvlab.fuse import Fuser, Size
 from kvlab.generation import answer_text, encode
 from kvlab.lab.report import problems
+from kvlab.parallel import ParallelDraft
 from kvlab.records import read_prompts
+from kvlab.scale import Scale
 from kvlab.speculate import generate
+
+RULES = {"token": decoding.verify, "block": decoding.verify_block}
 
 
 def speculate(
@@ -42,6 +48,8 @@ def speculate(
     threshold: float = 0.5,
     stop: list[str] | None = None,
     enable_thinking: bool = False,
+    parallel_draft: Path | None = None,
+    verification: Literal["token", "block"] = "token",
     **options,
 ) -> None:
     """Decode prompts plainly and speculatively, prompt by prompt in one run, and compare.
@@ -52,7 +60,8 @@ def speculate(
         max_new_tokens: Tokens per prompt.
         gamma: Tokens drafted per round.
         base_model: The small model, which drafts: a lab model, a hub name or a folder, such as
-            `kvlab train-draft` makes. Default: the scale's draft.
+            `kvlab train-draft` makes. Its tokenizer may differ from the target's, unless it is
+            compiled, fused or reads knowledge. Default: the scale's draft.
         teacher_model: The large model, whose text is generated. Default: the scale's target.
         fuser_checkpoint: Folder that `kvlab train-fuser` made for these two models, or one that
             was published with the C2C paper, here or on the hub, such as
@@ -74,10 +83,15 @@ def speculate(
         threshold: Minimum cosine similarity of a retrieved item.
         stop: Strings that end a text, such as --stop "Question:"; they are cut off.
         enable_thinking: Let the model think before it answers, if its template has this option.
+        parallel_draft: Folder that `kvlab train-parallel` made for the large model, whose own
+            hidden states then draft, up to as many tokens as were trained. Default: the small model
+            drafts.
+        verification: Of sampled tokens: "token" accepts or rejects one after the other, "block" as
+            many as possible of them together.
         **options: Of `kvlab.speculate.Sampling`.
     """
     fused = (not no_prefill_fusion, not no_decode_fusion)
-    _require_options_that_fit(fused, fuser_checkpoint, store, compiled)
+    _require_options_that_fit(fused, fuser_checkpoint, store, compiled, parallel_draft)
     path = shared.timed_name(output_dir, "speculate") if save_results else None
     if path:
         require_writable(path)
@@ -85,25 +99,26 @@ def speculate(
     sampling = decoding.Sampling(generator=torch.Generator(), logits_processor=(), **options)
     texts = _all_prompts(prompts, prompt_file)
     scale = shared.scale_with_target(teacher_model, base_model, enable_thinking)
-    tokenizer = shared.load_shared_tokenizer(scale)
+    must_share = bool(fuser_checkpoint or store or compiled)
+    tokenizer, *translation = _load_tokenizers(scale, must_share)
     rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None
     target = decoding.Runner(scale.load("target"), room)
     draft = decoding.Runner(scale.load("draft"), room)
-    reads = getattr(draft.model.config, "knowledge", None)
-    _require_reader(scale.draft, reads, store)
-    knowledge = shared.open_store(store, target.model, scale, reads) if store else None
+    knowledge = _open_knowledge(store, target.model, draft.model, scale) if store else None
     lengths = [len(ids) + max_new_tokens for ids in rows]
     pairs = [*zip(texts, rows, strict=True)]
     pairs = shared.leave_out_long((target.model, draft.model), pairs, lengths)
-    if fuser:
-        fuser = _fit(fuser, draft.model, target.model)
-    make_proposer = partial(_make_proposer, draft, fuser, fused, knowledge, threshold)
+    fuser = fuser and _fit(fuser, draft.model, target.model)
+    make_proposer = partial(_make_proposer, draft, translation, fuser, fused, knowledge, threshold)
+    if parallel_draft:
+        make_proposer = _parallel_proposer(parallel_draft, target.model)
 
     def run(ids: list[int], proposer: decoding.ModelProposer | None, n=max_new_tokens):
         sampling.generator.manual_seed(seed)
-        ends = {"max_new_tokens": n, "tokenizer": tokenizer, "stop": stop or ()}
-        return generate(target, [ids], proposer, gamma=gamma, sampling=sampling, **ends)
+        how = {"gamma": gamma, "sampling": sampling, "verify": RULES[verification]}
+        how |= {"max_new_tokens": n, "tokenizer": tokenizer, "stop": stop or ()}
+        return generate(target, [ids], proposer, **how)
 
     for proposer in (None, make_proposer(*pairs[0])[0]):
         run(pairs[0][1], proposer, min(4, max_new_tokens))  # warms up, and compiles
@@ -118,8 +133,15 @@ def speculate(
 
 
 def _require_options_that_fit(
-    fused: tuple[bool, bool], fuser_checkpoint: str | None, store: Path | None, compiled: bool
+    fused: tuple[bool, bool],
+    fuser_checkpoint: str | None,
+    store: Path | None,
+    compiled: bool,
+    parallel_draft: Path | None,
 ) -> None:
+    if parallel_draft and (fuser_checkpoint or store):
+        hint = "leave --fuser_checkpoint and --store out"
+        raise ValueError(f"A parallel draft has no cache to fuse, and reads no knowledge: {hint}.")
     if not all(fused) and not fuser_checkpoint:
         hint = "give --fuser_checkpoint, or leave --no_..._fusion out"
         raise ValueError(f"Without a fuser nothing is fused: {hint}.")
@@ -135,10 +157,13 @@ def _all_prompts(prompts: list[str] | None, prompt_file: Path | None) -> list[st
     return texts or [problem[0]["content"] for problem in problems(4, "long", 3, seed=0)]
 
 
-def _require_reader(name: str, reads: str | None, store: Path | None) -> None:
-    if store and not reads:
+def _open_knowledge(store: Path, target: PreTrainedModel, draft: PreTrainedModel, scale: Scale):
+    """The store, if the draft reads one."""
+    reads = getattr(draft.config, "knowledge", None)
+    if not reads:
         hint = "leave --store out, or give a draft of `kvlab train-draft --knowledge kv`"
-        raise ValueError(f"{name} does not read knowledge: {hint}.")
+        raise ValueError(f"{scale.draft} does not read knowledge: {hint}.")
+    return shared.open_store(store, target, scale, reads)
 
 
 def _fit(fuser: Fuser, draft, target) -> Fuser:
@@ -151,8 +176,24 @@ def _fit(fuser: Fuser, draft, target) -> Fuser:
     return fuser.to(draft.device, draft.dtype)
 
 
+def _load_tokenizers(scale: Scale, must_share: bool) -> list[PreTrainedTokenizerBase]:
+    """The target's tokenizer; if they differ, also those between which a draft is translated."""
+    target, draft = scale.load_tokenizer("target"), scale.load_tokenizer("draft")
+    if must_share or target.get_vocab() == draft.get_vocab():
+        return [shared.load_shared_tokenizer(scale)]
+    print(f"{scale.draft} has another tokenizer than {scale.target}: its guesses are translated.")
+    return [target, draft, target]
+
+
 def _make_proposer(
-    draft: decoding.Runner, fuser, fused: tuple, knowledge, threshold: float, text: str, ids: list
+    draft: decoding.Runner,
+    tokenizers: Sequence,
+    fuser,
+    fused: tuple,
+    knowledge,
+    threshold: float,
+    text: str,
+    ids: list,
 ) -> tuple[decoding.ModelProposer, dict]:
     """The draft for a prompt, with the item retrieved for it and the seconds it took."""
     started = time.perf_counter()
@@ -162,12 +203,20 @@ def _make_proposer(
         draft, prefix = draft.model.with_knowledge(knowledge, [item], [len(ids)])
     if fuser:
         proposer = decoding.FusedProposer(draft, fuser, prefix, *fused)
+    elif tokenizers:
+        proposer = decoding.TranslatingProposer(draft, *tokenizers)
     else:
         proposer = decoding.ModelProposer(draft, prefix)
     if knowledge is None:
         return proposer, {}
     seconds = time.perf_counter() - started
     return proposer, {"found": item and item.question, "finding_seconds": seconds}
+
+
+def _parallel_proposer(folder: Path, target: PreTrainedModel) -> Callable:
+    heads = ParallelDraft.from_pretrained(folder).to(target.device, target.dtype)
+    proposer = decoding.ParallelProposer(target, heads)
+    return lambda text, ids: (proposer, {})
 
 
 def _decode_and_write(result: dict, path: Path | None, *options) -> None:

@@ -43,6 +43,34 @@ def questions(kind: str, n: int, facts: tuple[int, int], seed: int) -> list[list
     return [worlds.reading_document(rng, rng.randint(*facts), [kind], test=True) for _ in range(n)]
 
 
+def split_questions(
+    n: int, facts: int, pieces: int, seed: int
+) -> list[tuple[worlds.Conversation, list[str]]]:
+    """`n` held-out conversations, each with its passage in pieces that refer to the piece before.
+
+    A later piece begins after the subject of a sentence ("Anna" ends a piece, " lives in Rome."
+    begins the next), as pieces of a fixed number of tokens may. The question is about one of these
+    sentences.
+
+    Example:
+        >>> (conversation, texts), = split_questions(1, facts=4, pieces=2, seed=0)
+        >>> len(texts), "".join(texts) == conversation[0]["content"]
+        (2, True)
+    """
+    rng, made = random.Random(f"split:{facts}:{pieces}:{seed}"), []
+    splits = [facts * i // pieces for i in range(1, pieces)]
+    for _ in range(n):
+        passage = worlds.make_passage(rng, facts, test=True)
+        sentences, fact = passage.text.split(". "), passage.facts[rng.choice(splits)]
+        for i in splits:
+            subject = passage.facts[i].subject
+            sentences[i] = sentences[i].replace(subject, f"{subject}|", 1)
+        contents = {"system": passage.text, "user": fact.question(rng), "assistant": fact.value}
+        conversation = [{"role": role, "content": text} for role, text in contents.items()]
+        made.append((conversation, ". ".join(sentences).split("|")))
+    return made
+
+
 def problems(n_steps: int, style: str, n: int, seed: int) -> list[list[dict[str, str]]]:
     """`n` held-out word problems of `n_steps` steps in one style; the last message is the solution.
 

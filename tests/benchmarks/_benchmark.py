@@ -1,6 +1,7 @@
 """The command line that all benchmarks share."""
 
 import json
+import re
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -9,6 +10,16 @@ from pathlib import Path
 from kvlab.evaluate import run_info
 from kvlab.files import write_text
 from kvlab.results import Figure
+
+
+def as_text(result: dict) -> str:
+    """A result as JSON, with the values of a figure in one line, in six digits."""
+    figures = []
+    for f in result["figures"]:
+        values = [float(f"{value:.6g}") for value in f.get("values", ())]
+        figures.append(f | {"values": values} if values else f)
+    text = json.dumps(result | {"figures": figures}, indent=1)
+    return re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
 
 
 def benchmark(measure: Callable[..., list[dict]], seed: int = 0, parts: Sequence[str] = ()) -> None:
@@ -43,7 +54,7 @@ def benchmark(measure: Callable[..., list[dict]], seed: int = 0, parts: Sequence
         "seconds": round(time.perf_counter() - started, 1),
         **({"earlier": earlier} if earlier else {}),
     }
-    text = json.dumps(result, indent=1)
+    text = as_text(result)
     if options.out:
         write_text(options.out, text + "\n")
     if options.json:

@@ -6,6 +6,7 @@ import resource
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +41,7 @@ from kvlab.records import extract_answer
 from kvlab.scale import config_of
 
 RUNS, HARD, CHECKS = Path("lab-runs/align"), (1, 3), 4
-SEEDS = dict.fromkeys(ARMS, 3) | {"ce_only": 4, "segment": 5, "shuffled_segment": 4}
+SEEDS, LONGEST = 5, 128  # tokens of a solution: a teacher's take up to 100
 SETTINGS = {
     "problems": 600,
     "epochs": 56,
@@ -58,7 +59,11 @@ SETTINGS = {
 }
 SOURCE = {"kv_weight": 1.0, "codi_weight": 0.5, "kv_warmup": 1000, "kv_end": 0.0}
 SOURCE |= {"start": "xavier", "freeze_projectors": False}
-TRIED = {  # what changes, in the arm that this is about
+CODI = {"codi_weight": 0.5}
+# KaVa's two ablations; without the KV loss, CODI is all that remains of the teacher.
+CHANGES = {"no_kv_loss": CODI, "segment_codi": CODI}
+ALL_ARMS = ARMS | {"segment_codi": ARMS["segment"]}
+TRIED = {  # what changes, in the arm that this is about, with one seed
     "source": ("full", SOURCE),
     "weight_1": ("segment", {"kv_weight": 1.0}),
     "learned_projectors": ("segment", {"start": "xavier", "freeze_projectors": False}),
@@ -75,7 +80,7 @@ def problems(seed: int, settings: dict, quick: bool) -> Problems:
 
 def file_of(arm: str, seed: int, changes: dict, folder: Path) -> Path:
     """Where a result is kept: another setting is another file."""
-    told = json.dumps([SETTINGS | changes, HARD, CHECKS], sort_keys=True)
+    told = json.dumps([SETTINGS | changes, HARD, CHECKS, LONGEST], sort_keys=True)
     return folder / f"{arm}-{seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}.json"
 
 
@@ -99,13 +104,14 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
     correct: list[np.ndarray] = []
 
     def evaluate(aligned) -> dict[str, float]:
-        correct.append(solved(aligned.student, tokenizer, tasks, 8 if quick else 64))
+        correct.append(solved(aligned.student, tokenizer, tasks, 8 if quick else LONGEST))
         return {"accuracy": float(correct[-1].mean())}
 
     work = done.with_suffix("")
-    similar = folder / f"layer-map-{seed}.json"
+    chosen = ALL_ARMS[arm]
+    similar = layer_map_file(folder, seed, chosen.layers if chosen else 0)
     history, _ = train_arm(
-        ARMS[arm],
+        chosen,
         student,
         tokenizer,
         tasks,
@@ -118,7 +124,7 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
         every=max(1, steps // CHECKS),
     )
     if arm == "ce_only" and not changes:
-        map_of_learned(student, tokenizer, tasks, teachers[0], similar)
+        write_layer_maps(student, tokenizer, tasks, teachers[0], folder, seed)
     hard = np.array([text[0]["content"].count(".") - 2 for text in tasks.questions])
     result = {
         "accuracy": [entry["accuracy"] for entry in history if "accuracy" in entry],
@@ -132,30 +138,38 @@ def run(arm: str, seed: int, changes: dict, quick: bool, folder: Path) -> dict:
     return result
 
 
-def map_of_learned(student, tokenizer, tasks: Problems, load, path: Path) -> None:
-    """Write the layer map of a student that has learned: random weights are similar to nothing."""
+def layer_map_file(folder: Path, seed: int, layers: int) -> Path:
+    """Where the map to so many teacher layers for each student layer is kept."""
+    return folder / f"layer-map-{layers}-{seed}.json"
+
+
+def write_layer_maps(student, tokenizer, tasks: Problems, load, folder: Path, seed: int) -> None:
+    """Write layer maps of a student that has learned: random weights are similar to nothing."""
     teacher, teacher_tokenizer = load()
     texts = [segment(tokenizer, conversation) for conversation in tasks.student[:100]]
     others = [segment(teacher_tokenizer, conversation) for conversation in tasks.teacher[:100]]
-    chosen = layer_map(similar_layers(student, texts, teacher, others), 2)
-    save_layer_map(path, chosen, student="ce_only", teacher="lab-teacher", samples=len(texts))
+    matrix = similar_layers(student, texts, teacher, others)
+    names = {"student": "ce_only", "teacher": "lab-teacher"}
+    for layers in (1, 2):
+        path = layer_map_file(folder, seed, layers)
+        save_layer_map(path, layer_map(matrix, layers), **names, samples=len(texts))
 
 
-def train_all(quick: bool, seed: int, folder: Path) -> dict[tuple[str, int], dict]:
+def train_all(
+    quick: bool, seed: int, parts: Sequence[str], folder: Path
+) -> dict[tuple[str, int], dict]:
     """Each arm with each seed, and what else was tried with one; two students at a time, each on a core."""
-    jobs = {
-        (arm, i): (arm, i, {})
-        for arm, n in SEEDS.items()
-        for i in range(seed, seed + (1 if quick else n))
-    }
-    jobs |= {(name, seed): (arm, seed, changes) for name, (arm, changes) in TRIED.items()}
-    first = {
-        key: job for key, job in jobs.items() if key[0] == "ce_only"
-    }  # layer maps are made of these
+    seeds = range(seed, seed + (1 if quick else SEEDS))
+    needed = {*parts, "ce_only", *({"segment"} if "tried" in parts else ())}
+    arms = [arm for arm in ALL_ARMS if arm in needed]
+    jobs = {(arm, i): (arm, i, CHANGES.get(arm, {})) for i in seeds for arm in arms}
+    if "tried" in parts:
+        jobs |= {(name, seed): (arm, seed, changes) for name, (arm, changes) in TRIED.items()}
+    # layer maps are made of these
+    first = {key: job for key, job in jobs.items() if key[0] == "ce_only"}
     done = train_some(first, quick, folder)
-    return done | train_some(
-        {key: job for key, job in jobs.items() if key not in first}, quick, folder
-    )
+    rest = {key: job for key, job in jobs.items() if key not in first}
+    return done | train_some(rest, quick, folder)
 
 
 def train_some(
@@ -176,10 +190,11 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
         "a student of 3 layers from random weights, 600 problems; test problems of 1 to 3 steps, greedy",
     )
     told += "; n is seeds; the interval is that of chance in training"
-    final = {
-        arm: {i: r["accuracy"][-1] for (name, i), r in runs.items() if name == arm} for arm in ARMS
-    }
-    for arm in ARMS:
+    final = {}
+    for (arm, i), r in runs.items():
+        if arm in ALL_ARMS:
+            final.setdefault(arm, {})[i] = r["accuracy"][-1]
+    for arm in final:
         rows = [r for (name, _), r in runs.items() if name == arm]
         figures.append(figure(f"accuracy_{arm}", [*final[arm].values()], "fraction", told))
         for i, value in final[arm].items():
@@ -210,7 +225,10 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
         figures.append(figure(f"seconds_{arm}", [r["seconds"] for r in rows], "seconds", cost))
         cost = "peak resident memory of its process, teacher and evaluation included; n is seeds"
         figures.append(figure(f"mb_{arm}", [r["MB"] for r in rows], "MB", cost))
-    return [*figures, _minus(final, "segment", "shuffled_segment", "segment_over_shuffled", told)]
+    if {"segment", "shuffled_segment"} <= final.keys():
+        over = "segment", "shuffled_segment", "segment_over_shuffled"
+        figures.append(_minus(final, *over, told))
+    return figures
 
 
 def _minus(final: dict[str, dict[int, float]], one: str, other: str, name: str, told: str) -> dict:
@@ -223,7 +241,7 @@ def _minus(final: dict[str, dict[int, float]], one: str, other: str, name: str, 
 
 def map_figures(folder: Path, seeds: range) -> list[dict]:
     """Where in the teacher the map by CKA sends each student layer."""
-    maps = [json.loads((folder / f"layer-map-{seed}.json").read_text()) for seed in seeds]
+    maps = [json.loads(layer_map_file(folder, seed, 2).read_text()) for seed in seeds]
     told = "weighted mean of the teacher layers (0 to 5) that are most like it; n is seeds"
     return [
         figure(
@@ -371,17 +389,21 @@ def projector_figures() -> list[dict]:
     return [*figures, figure("projector_parameters", [total], "parameters", told)]
 
 
-def measure(quick: bool, seed: int) -> list[dict]:
+def measure(quick: bool, seed: int, parts: Sequence[str]) -> list[dict]:
     """Accuracy of students that learn by each arm and by controls, cost of each, and the parts of it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if quick else RUNS
         folder.mkdir(parents=True, exist_ok=True)
-        runs = train_all(quick, seed, folder)
-        figures = map_figures(folder, range(seed, seed + (1 if quick else SEEDS["cka"])))
+        runs = train_all(quick, seed, parts, folder)
+        figures = map_figures(folder, range(seed, seed + (1 if quick else SEEDS)))
     torch.set_num_threads(1)
-    figures += arm_figures(runs) + tried_figures(runs)
-    return figures + resampling_figures(quick) + overhead_figures(quick) + projector_figures()
+    figures += arm_figures(runs)
+    if "tried" in parts:
+        figures += tried_figures(runs)
+    if "costs" in parts:
+        figures += resampling_figures(quick) + overhead_figures(quick) + projector_figures()
+    return figures
 
 
 if __name__ == "__main__":
-    benchmark(measure)
+    benchmark(measure, parts=[*ALL_ARMS, "tried", "costs"])

@@ -4,6 +4,7 @@ import gc
 import io
 import multiprocessing
 import random
+import re
 import shutil
 import tempfile
 import threading
@@ -31,15 +32,26 @@ from kvlab import lab
 from kvlab.cache import Prefix, join, nbytes, prefill, select, shift
 from kvlab.evaluate import exponential, figure
 from kvlab.generation import encode
-from kvlab.knowledge import ARMS, Embedder, Item, KnowledgeCache, splice
+from kvlab.knowledge import (
+    CACHES_USED,
+    Embedder,
+    Item,
+    KnowledgeCache,
+    prefill_behind,
+    splice,
+    tokens_computed,
+)
 from kvlab.lab import corpora, worlds
 from kvlab.lab.models import make
-from kvlab.lab.report import questions
+from kvlab.lab.report import questions, split_questions
 from kvlab.models import CacheError, rotary_of
 from kvlab.records import read_faq
 from kvlab.scale import config_of
 
 THREADS, SHARES, TOKENS, BIG = 2, (0, 5, 15, 30, 100), 512, "Qwen/Qwen3-0.6B"
+LINKS = (4, 8, 16)  # first tokens of pieces that LegoLink computes again
+CONTROLS = ("recompute_0", "recompute_5", "recompute_100", "recompute_random", "shift_without_sink")
+TIMED = {"legolink": "legolink_16"}  # the default
 LARGE_FAQ = (
     Path(__file__).parents[3] / "shared/data/faq_chatterbot/english"
 )  # beside the repository, if at all
@@ -48,6 +60,11 @@ PAIRS = (
     ("shift", "recompute"),
     ("shift", "shift_without_sink"),
     ("recompute_random", "recompute"),
+    ("recompute", "gradual"),
+    ("recompute", "legolink"),
+    ("gradual", "legolink"),
+    ("shift", "dummy"),
+    ("legolink", "dummy_legolink"),
 )
 Ids = list[int]
 
@@ -223,27 +240,34 @@ class Outcome(NamedTuple):
     error: float
 
 
-Arm = Callable[[PreTrainedModel, Sequence[Prefix]], Prefix]
+class Pieces(NamedTuple):
+    """Pieces that were read alone, and the later ones behind a dummy prefix."""
+
+    alone: list[Prefix]
+    behind: list[Prefix]
+
+
+Arm = Callable[[PreTrainedModel, Pieces], Prefix]
 
 
 def cases(s: Setup, n: int, facts: tuple[int, int], pieces: int) -> list[Case]:
     """Passages cut behind full stops into pieces of about as many sentences."""
-    user, made = s.tokenizer.convert_tokens_to_ids("<|user|>"), []
+    made = []
     for document in questions("free", n, facts, s.seed):
-        prompt = encode(s.tokenizer, document[:-1])
-        answer = encode(s.tokenizer, document)[len(prompt) :]
-        passage, question = prompt[: prompt.index(user)], prompt[prompt.index(user) :]
-        ends = [
-            i + 1 for i, token in enumerate(passage) if s.tokenizer.decode([token]).endswith(".")
-        ]
-        bounds = [0, *(part[-1] for part in np.array_split(ends, pieces))]
-        cut = [passage[a:b] for a, b in pairwise(bounds)]
-        if list(chain(*cut)) != passage:
-            raise RuntimeError(
-                f"A passage does not end with a full stop: {document[0]['content'][-40:]!r}."
-            )
-        made.append(Case(cut, question, answer))
+        sentences = re.findall(r"[^.]+\.", document[0]["content"])
+        texts = ["".join(part) for part in np.array_split(sentences, pieces)]
+        made.append(case_of(s, document, texts))
     return made
+
+
+def case_of(s: Setup, document: Sequence[dict[str, str]], texts: Sequence[str]) -> Case:
+    """A passage's tokens, cut where its texts end."""
+    prompt = encode(s.tokenizer, document[:-1])
+    answer, cut = encode(s.tokenizer, document)[len(prompt) :], [0]
+    for text in texts:
+        ends = range(cut[-1] + 1, len(prompt))
+        cut.append(next(i for i in ends if s.tokenizer.decode(prompt[cut[-1] : i]).endswith(text)))
+    return Case([prompt[a:b] for a, b in pairwise(cut)], prompt[cut[-1] :], answer)
 
 
 @torch.no_grad()
@@ -255,25 +279,41 @@ def after(model: PreTrainedModel, prefix: Prefix | None, ids: Ids, count: int) -
     return logits[0, -count:].double().log_softmax(-1)
 
 
-def arm_of(name: str, **options) -> Arm:
-    return lambda model, prefixes: splice(model, prefixes, name, **options)
+def arm_of(name: str, behind: bool = False, **options) -> Arm:
+    return lambda model, pieces: splice(model, pieces[behind], name, **options)
 
 
-def recompute_at_random(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> Prefix:
+def same_work(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> int:
+    """The first tokens of each later piece that LegoLink computes for the work of "recompute"."""
+    lengths, layers = [len(p.input_ids) for p in prefixes], model.config.num_hidden_layers
+    work = sum(tokens_computed("recompute", lengths, layers))
+    return min(
+        range(max(lengths) + 1),
+        key=lambda k: abs(sum(tokens_computed("legolink", lengths, layers, first_tokens=k)) - work),
+    )
+
+
+def legolink(model: PreTrainedModel, pieces: Pieces, behind: bool = False) -> Prefix:
+    """LegoLink at the work of "recompute"."""
+    first_tokens = same_work(model, pieces.alone)
+    return splice(model, pieces[behind], "legolink", first_tokens=first_tokens)
+
+
+def recompute_at_random(model: PreTrainedModel, pieces: Pieces) -> Prefix:
     """Recompute the same number of tokens, chosen at random instead of by their differences."""
-    generator = torch.Generator().manual_seed(sum(prefixes[0].input_ids))
+    generator = torch.Generator().manual_seed(sum(pieces.alone[0].input_ids))
 
     def by_chance(values: torch.Tensor, k: int) -> SimpleNamespace:
         return SimpleNamespace(indices=torch.randperm(len(values), generator=generator)[:k])
 
     with mock.patch.object(torch.Tensor, "topk", by_chance):
-        return splice(model, prefixes, "recompute")
+        return splice(model, pieces.alone, "recompute")
 
 
-def shift_without_sink(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> Prefix:
+def shift_without_sink(model: PreTrainedModel, pieces: Pieces) -> Prefix:
     """Move prefixes to their positions, without the first entry of each later one."""
-    cache, input_ids = prefixes[0].cache, list(prefixes[0].input_ids)
-    for prefix in prefixes[1:]:
+    cache, input_ids = pieces.alone[0].cache, list(pieces.alone[0].input_ids)
+    for prefix in pieces.alone[1:]:
         moved = shift(prefix.cache, len(input_ids), rotary_of(model))
         cache = join(cache, select(moved, torch.arange(1, len(prefix.input_ids))))
         input_ids += prefix.input_ids
@@ -281,16 +321,17 @@ def shift_without_sink(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> Pr
 
 
 def compare(
-    model: PreTrainedModel, asked: Sequence[Case], arms: dict[str, Arm], label: str
+    model: PreTrainedModel, asked: Sequence[Case], arms: dict[str, Arm], dummy: Ids, label: str
 ) -> dict[str, list]:
     """What each arm gives on each passage, against reading the whole prompt in one call."""
     done = {name: [] for name in arms}
     for pieces, question, answer in tqdm(asked, desc=label, delay=2, leave=False):
         rest, count = [*question, *answer[:-1]], len(question) + len(answer) - 1
         true = after(model, None, [*chain(*pieces), *rest], count)
-        prefixes = [prefill(model, torch.tensor([ids])) for ids in pieces]
+        alone = [prefill(model, torch.tensor([ids])) for ids in pieces]
+        behind = [alone[0], *(prefill_behind(model, ids, dummy) for ids in pieces[1:])]
         for name, arm in arms.items():
-            mine = after(model, arm(model, prefixes), rest, count)
+            mine = after(model, arm(model, Pieces(alone, behind)), rest, count)
             divergence, last = (true.exp() * (true - mine)).sum(-1), slice(-len(answer), None)
             right, error = (
                 mine[last].argmax(-1).tolist() == answer,
@@ -304,14 +345,29 @@ def compare(
 
 def splice_figures(s: Setup) -> list[dict]:
     """Every way to put four pieces together, against reading them in one go."""
-    arms = {name: arm_of(name) for name in ARMS if name != "recompute"}
+    arms = {name: arm_of(name) for name in ("full", "prefix", "concat", "shift", "gradual")}
     arms |= {f"recompute_{share}": arm_of("recompute", fraction=share / 100) for share in SHARES}
+    arms |= {f"legolink_{k}": arm_of("legolink", first_tokens=k) for k in LINKS}
+    arms |= {"legolink": legolink, "dummy_legolink": partial(legolink, behind=True)}
+    arms |= {"dummy": arm_of("shift", behind=True)}
     arms |= {"recompute_random": recompute_at_random, "shift_without_sink": shift_without_sink}
-    done = compare(
-        s.target, cases(s, 4 if s.quick else 200, (16, 16), 4), arms, "splicing 4 pieces"
-    )
-    done["recompute"] = done["recompute_15"]
+    dummy, n = s.tokenizer("<|system|>.").input_ids, 4 if s.quick else 200
     told = "lab-target in float32, held-out passages of 16 facts in 4 pieces that were read alone, one question each"
+    stated = cases(s, n, (16, 16), 4)
+    figures = arm_comparison(s, stated, arms, dummy, told)
+    split = [case_of(s, *made) for made in split_questions(n, 16, 4, s.seed)]
+    told += ", about a sentence whose subject ends the piece before"
+    some = {name: arm for name, arm in arms.items() if name not in CONTROLS}
+    figures += arm_comparison(s, split, some, dummy, told, "_reference")
+    return figures + work_figures(s, stated)
+
+
+def arm_comparison(
+    s: Setup, asked: list[Case], arms: dict[str, Arm], dummy: Ids, told: str, suffix: str = ""
+) -> list[dict]:
+    """Divergence and right answers of each arm, and pairs of arms."""
+    done = compare(s.target, asked, arms, dummy, f"splicing{suffix}")
+    done["recompute"] = done["recompute_15"]
     apart = (
         f"KL(reading all at once || arm) of the next token, mean over question and answer; {told}"
     )
@@ -319,31 +375,22 @@ def splice_figures(s: Setup) -> list[dict]:
     exact = f"all tokens of the answer are the likeliest; {told}"
     figures = []
     for name, outcomes in done.items():
-        figures.append(
-            figure(
-                f"kl_{name}", [o.divergence for o in outcomes], "nats", f"{apart}; {meaning(name)}"
-            )
-        )
-        figures.append(
-            figure(
-                f"kl_{name}_answer",
-                [o.at_answer for o in outcomes],
-                "nats",
-                f"{there}; {meaning(name)}",
-            )
-        )
-        figures.append(
-            figure(
-                f"em_{name}", [o.right for o in outcomes], "fraction", f"{exact}; {meaning(name)}"
-            )
-        )
+        measured = {
+            f"kl_{name}{suffix}": ([o.divergence for o in outcomes], "nats", apart),
+            f"kl_{name}_answer{suffix}": ([o.at_answer for o in outcomes], "nats", there),
+            f"em_{name}{suffix}": ([o.right for o in outcomes], "fraction", exact),
+        }
+        for figure_name, (values, unit, conditions) in measured.items():
+            figures.append(figure(figure_name, values, unit, f"{conditions}; {meaning(name)}"))
     for name, other in PAIRS:
+        if not {name, other} <= done.keys():
+            continue
         pairs = np.array(
             [(a.divergence, b.divergence) for a, b in zip(done[name], done[other], strict=True)]
         )
         conditions, end = (
             f"{apart}; {meaning(name)}, against {meaning(other)}, paired",
-            other.removeprefix("shift_"),
+            other.removeprefix("shift_") + suffix,
         )
         figures.append(
             figure(f"kl_{name}_minus_{end}", pairs @ [1, -1], "nats", f"{conditions}, difference")
@@ -355,10 +402,29 @@ def splice_figures(s: Setup) -> list[dict]:
         [o.error for o in done["prefix"]],
         "the largest of all differences between probabilities",
     )
-    figures.append(
-        figure("prefix_error", [max(errors)], "fraction", f"{largest}; {told}") | {"n": len(errors)}
-    )
-    return figures
+    name = f"prefix_error{suffix}"
+    return [
+        *figures,
+        figure(name, [max(errors)], "fraction", f"{largest}; {told}") | {"n": len(errors)},
+    ]
+
+
+def work_figures(s: Setup, asked: Sequence[Case]) -> list[dict]:
+    """What the arms that recompute compute of the later pieces, all layers counted."""
+    layers, work = s.target.config.num_hidden_layers, {}
+    for pieces, _, _ in asked:
+        lengths, prefixes = [*map(len, pieces)], [Prefix(None, len(ids), ids) for ids in pieces]
+        arms = {"recompute": {}, "gradual": {}}
+        arms |= {f"legolink_{k}": {"first_tokens": k} for k in LINKS}
+        arms["legolink"] = {"first_tokens": same_work(s.target, prefixes)}
+        for name, options in arms.items():
+            counts = tokens_computed(name.split("_")[0], lengths, layers, **options)
+            work.setdefault(name, []).append(sum(counts) / layers / sum(lengths[1:]))
+    told = "tokens of the later three of four pieces that are computed again, mean over the layers"
+    return [
+        figure(f"work_{name}", values, "fraction", f"{told}; {meaning(name)}")
+        for name, values in work.items()
+    ]
 
 
 def ratio_figure(name: str, pairs: np.ndarray, conditions: str) -> dict:
@@ -368,14 +434,21 @@ def ratio_figure(name: str, pairs: np.ndarray, conditions: str) -> dict:
 
 def meaning(arm: str) -> str:
     """What is done in an arm, for those who read only the figure."""
-    share = arm.removeprefix("recompute").removeprefix("_") or "15"
-    if share.isdecimal():
-        return f"pieces moved, {share} % of the later tokens computed again where they differ most"
+    name, _, number = ("recompute_15" if arm == "recompute" else arm).rpartition("_")
+    if number.isdecimal():
+        if name == "legolink":
+            return f"pieces moved, the first {number} tokens of each later one computed again"
+        return f"pieces moved, {number} % of the later tokens computed again where they differ most"
+    link = "the first tokens of each later one computed again, as many as are the work of recompute"
     return {
         "full": "all pieces read again",
         "prefix": "the first piece kept, the others read again",
         "concat": "pieces joined with keys at wrong positions",
         "shift": "pieces moved to their places",
+        "gradual": "pieces moved, 15 % of the later tokens computed again, fewer from layer to layer",
+        "legolink": f"pieces moved, {link}",
+        "dummy": "pieces read behind a dummy prefix that was cut off, and moved to their places",
+        "dummy_legolink": f"pieces read behind a dummy prefix that was cut off, and moved, {link}",
         "recompute_random": "pieces moved, 15 % of the later tokens computed again, chosen at random",
         "shift_without_sink": "pieces moved, the first entry of each later one dropped",
     }[arm]
@@ -383,10 +456,11 @@ def meaning(arm: str) -> str:
 
 def length_figures(s: Setup) -> list[dict]:
     """Long passages in few and in many pieces."""
-    arms, figures = {name: arm_of(name) for name in ("shift", "recompute")}, []
+    arms, figures = {name: arm_of(name) for name in ("shift", "recompute", "gradual")}, []
+    arms["legolink"] = legolink
     for count in (2, 8):
         asked = cases(s, 2 if s.quick else 30, (24, 40), count)
-        done = compare(s.target, asked, arms, f"splicing {count} pieces")
+        done = compare(s.target, asked, arms, [], f"splicing {count} pieces")
         told = f"lab-target in float32, held-out passages of 24-40 facts in {count} pieces that were read alone"
         apart = f"KL(reading all at once || arm) of the next token, mean over question and answer; {told}"
         for name, outcomes in done.items():
@@ -511,30 +585,37 @@ def turn(store: KnowledgeCache, item: Item, asked: Ids) -> dict[str, float]:
 
 
 def arm_figures(s: Setup, store: KnowledgeCache, size: str) -> list[dict]:
-    """Three items behind one another: how much sooner than reading them all the first token comes."""
-    runs, figures, taken = 1 if s.quick else 4, [], {"full": [], "shift": [], "recompute": []}
+    """Three items behind one another: how much sooner than reading them all the first token comes, and why."""
+    arms, rows = ("full", "prefix", "shift", "recompute", "gradual", "legolink"), []
     question = torch.tensor([store.items[0].input_ids[:12]])
-    for run in range(runs):
+    for run in range(1 if s.quick else 4):
         items = [store.items[(3 * run + i) % len(store)] for i in range(3)]
-        for arm, seconds in taken.items():
-            started = time.perf_counter()
-            prefix = store.splice(items, arm)
-            with torch.no_grad():
-                prefill(store.model, question, prefix)
-            seconds.append(time.perf_counter() - started)
-    told = (
-        f"time to the first token after three {size}, and a question of 12 tokens; one value a run"
-    )
-    for arm in ("shift", "recompute"):
-        ratios = np.divide(taken["full"], taken[arm])
-        figures.append(
-            figure(
-                f"ttft_ratio_{arm}",
-                ratios,
-                "ratio",
-                f"all read again, over: {meaning(arm)}; {told}",
-            )
-        )
+        for arm in arms:
+            used, parts = CACHES_USED.get(arm, 3), {"arm": arm}
+            read, parts["load"] = clocked(lambda some=items[:used]: [*map(store.read, some)])
+            bare = [Prefix(None, len(x.input_ids), x.input_ids) for x in items[used:]]
+            prefix, parts["splice"] = clocked(splice, store.model, [*read, *bare], arm)
+            _, parts["question"] = clocked(prefill, store.model, question, prefix)
+            rows.append(parts)
+    table = pd.DataFrame(rows).set_index("arm")
+    whole = table.sum(axis=1)
+    told = f"three {size}, and a question of 12 tokens; one value a run"
+    parts = {
+        "load": "reading items from disk",
+        "splice": "joining the items, and computing what the arm computes",
+        "question": "prefill of the question",
+    }
+    figures = []
+    for arm in arms:
+        taken = table.loc[[arm]]
+        for part, what in parts.items():
+            conditions = f"{what}; {meaning(TIMED.get(arm, arm))}; {told}"
+            figures.append(figure(f"{part}_seconds_{arm}", taken[part], "s", conditions))
+        if arm != "full":
+            ratios = whole.loc[["full"]].to_numpy() / whole.loc[[arm]].to_numpy()
+            what = f"time to the first token after {told}: all read again, over"
+            conditions = f"{what}: {meaning(TIMED.get(arm, arm))}"
+            figures.append(figure(f"ttft_ratio_{arm}", ratios, "ratio", conditions))
     return figures
 
 
@@ -694,11 +775,19 @@ def large_faq_figures(s: Setup) -> list[dict]:
     ]
 
 
-def measure(quick: bool, seed: int) -> list[dict]:
+PARTS = {
+    "finding": (retrieval_figures, search_figures),
+    "splicing": (splice_figures, length_figures),
+    "costs": (cost_figures,),
+    "kills": (kill_figures,),
+    "faq": (large_faq_figures,),
+}
+
+
+def measure(quick: bool, seed: int, parts: Sequence[str]) -> list[dict]:
     """Measure the knowledge cache: finding, splicing, time to first token, memory, kills."""
     torch.set_num_threads(1 if quick else THREADS)
-    finding, splicing = (retrieval_figures, search_figures), (splice_figures, length_figures)
-    groups = (*finding, *splicing, cost_figures, kill_figures, large_faq_figures)
+    groups = [*chain(*(PARTS[part] for part in parts))]
     with tempfile.TemporaryDirectory() as folder:
         embedder, names = lab.load_embedder(), ("lab-target",)
         s = Setup(lab.load(*names), lab.load_tokenizer(*names), embedder, quick, seed, Path(folder))
@@ -706,4 +795,4 @@ def measure(quick: bool, seed: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    benchmark(measure)
+    benchmark(measure, parts=tuple(PARTS))

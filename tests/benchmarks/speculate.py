@@ -7,6 +7,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -18,18 +19,25 @@ from transformers import CompileConfig, PreTrainedModel
 
 from kvlab import lab, speculate
 from kvlab.cache import clone, prefill
+from kvlab.draft import generate_targets
 from kvlab.evaluate import chi_square, figure
+from kvlab.generation import encode
+from kvlab.lab.corpora import Requests, Solutions
 from kvlab.lab.models import make
 from kvlab.lab.report import heldout, problems
+from kvlab.parallel import ParallelDraft, train_parallel
 from kvlab.speculate import (
     EarlyExitProposer,
     LookupProposer,
     ModelProposer,
+    ParallelProposer,
     Proposal,
     Proposer,
     Round,
+    RowSampling,
     Runner,
     Sampling,
+    TranslatingProposer,
     best_gamma,
     cost_model,
     costs,
@@ -37,9 +45,12 @@ from kvlab.speculate import (
     sample_categorical,
     summarize,
     verify,
+    verify_block,
 )
 
+RUNS = Path("lab-runs/speculate")
 NEW, ROOM, GAMMAS, THREADS = 160, 512, (4, 8), 2
+SWEEP, TEMPERATURES, ROWS, DRAWS = (1, 2, 4, 8, 12), (0.5, 1.0, 1.5), 8, 4
 Ids = list[int]
 
 
@@ -110,6 +121,9 @@ def peer(
         tokens = call(target, ids, NEW, assistant_model=draft, **options)
         whole = time.perf_counter() - started
         call(target, ids, 1, assistant_model=draft, **options)
+        if draft and "assistant_tokenizer" in options:
+            text = options["tokenizer"].decode(ids)
+            ids = options["assistant_tokenizer"](text, add_special_tokens=False).input_ids
         if draft:
             call(draft, ids, 1, do_sample=False)
         return Run(tokens, whole, 2 * whole - (time.perf_counter() - started))
@@ -271,6 +285,8 @@ class Setup(NamedTuple):
 
     def prompts(self, task: str) -> list[Ids]:
         count, tokenizer = 2 if self.quick else 24, lab.load_tokenizer("lab-target")
+        if task == "requests":
+            return [encode(tokenizer, request) for request in Requests(count, test=True)]
         if task == "faq":
             asked = heldout("faq", count, self.seed)
         else:
@@ -438,6 +454,91 @@ def early_exit_figures(s: Setup) -> list[dict]:
     ]
 
 
+REQUESTS = "held-out passages of 8 to 16 facts, tell about somebody"
+
+
+def gamma_figures(s: Setup) -> list[dict]:
+    """Speed over plain decoding by draft length: texts that are easy to guess, and harder ones."""
+    target, draft, figures = Runner(s.target), ModelProposer(s.draft), []
+    arms = {"generate": ours(target, None, 1)}
+    arms |= {str(gamma): ours(target, draft, gamma) for gamma in SWEEP}
+    for task, texts in (("long", PROBLEMS.format("long")), ("requests", REQUESTS)):
+        done = race(arms, s.prompts(task)[:: 1 if s.quick else 3], s.repeats, s.bar)
+        for gamma in SWEEP:
+            values = ratios(done[str(gamma)], done["generate"])
+            told = s.told(f"greedy, {texts}, gamma {gamma}")
+            figures.append(figure(f"over_plain_{task}_at_{gamma}", values, "ratio", told))
+        accepted = [summarize(run.rounds).acceptance for run in done["8"]]
+        told = s.told(f"greedy, {texts}, gamma 8")
+        figures.append(figure(f"acceptance_{task}_at_8", accepted, "fraction", told))
+    return figures
+
+
+class BothRules:
+    """Token verification, beside which both rules verify each draft several times with the same numbers."""
+
+    def __init__(self, seed: int):
+        self.generator, self.accepted = torch.Generator().manual_seed(seed), []
+
+    def __call__(self, p, proposal: Proposal, uniform):
+        tokens, q = (x if x is None else x.repeat_interleave(DRAWS, 0) for x in proposal)
+        numbers = torch.rand(len(tokens), uniform.shape[1], generator=self.generator)
+        for_all = p.repeat_interleave(DRAWS, 0), Proposal(tokens, q), numbers
+        counts = [rule(*for_all)[0].double() for rule in (verify, verify_block)]
+        self.accepted.append(torch.stack(counts).view(2, -1, DRAWS).mean(-1))
+        return verify(p, proposal, uniform)
+
+
+def block_figures(s: Setup) -> list[dict]:
+    """Accepted tokens per round by token and by block verification, of the same drafts."""
+    target, draft, figures = Runner(s.target), ModelProposer(s.draft), []
+    told = f"lab-target with lab-draft, {REQUESTS}, gamma 8, mean per prompt over the rounds of {ROWS} texts, "
+    told += f"each draft verified with {DRAWS} draws, the same for both rules"
+    for temperature in TEMPERATURES:
+        means = []
+        for i, ids in enumerate(s.prompts("requests")):
+            rule, generator = BothRules(i), torch.Generator().manual_seed(i)
+            sampling = Sampling(temperature, generator=generator)
+            options = {"gamma": 8, "max_new_tokens": NEW, "sampling": sampling, "verify": rule}
+            made = generate(target, [torch.tensor(ids)] * ROWS, draft, **options)
+            rounds = [r for r in made.rounds if not r.is_prefill]
+            drafted = [[len(row) == 8 for row in r.drafted] for r in rounds]
+            means.append(torch.stack(rule.accepted, 1)[:, torch.tensor(drafted)].mean(1).tolist())
+        by_token, by_block = np.transpose(means)
+        values = {"token": by_token, "block": by_block, "gain": by_block - by_token}
+        for name, value in values.items():
+            name = f"acceptance_block_{name}_at_{temperature:g}"
+            conditions = f"temperature {temperature:g}, {told}"
+            figures.append(figure(name, value.tolist(), "tokens", conditions))
+        s.bar.update()
+    return figures
+
+
+def other_tokenizer_figures(s: Setup) -> list[dict]:
+    """A draft with another tokenizer, against transformers' assisted generation for such drafts."""
+    own, tokenizer = (lab.load_tokenizer(name) for name in ("lab-teacher", "lab-target"))
+    teacher, target = lab.load("lab-teacher"), Runner(s.target)
+    proposer, texts = TranslatingProposer(teacher, own, tokenizer), PROBLEMS.format("long")
+    with drafts_of_fixed_length(teacher):
+        tokenizers = {"tokenizer": tokenizer, "assistant_tokenizer": own}
+        arms = {
+            "generate": peer(s.target),
+            "assisted": peer(s.target, teacher, 4, **tokenizers),
+            "speculative": ours(target, proposer, 4),
+        }
+        done = race(arms, s.prompts("long")[:: 1 if s.quick else 3], s.repeats, s.bar)
+    told = s.told(f"greedy, {texts}, gamma 4").replace("lab-draft", "lab-teacher (640 tokens)")
+    accepted = [summarize(run.rounds).acceptance for run in done["speculative"]]
+    figures = [figure("acceptance_other_tokenizer", accepted, "fraction", told)]
+    for name in ("generate", "assisted"):
+        values = ratios(done["speculative"], done[name])
+        figures.append(figure(f"other_tokenizer_over_{name}", values, "ratio", told))
+    sampled = [ours(target, proposer, 4, 1.0)(ids) for ids in s.prompts("long")]
+    accepted = [summarize(run.rounds).acceptance for run in sampled]
+    told = told.replace("greedy", "temperature 1, tokens of both vocabularies")
+    return [*figures, figure("acceptance_other_tokenizer_sampled", accepted, "fraction", told)]
+
+
 # -- exactness
 
 
@@ -487,7 +588,7 @@ def joint(model: PreTrainedModel, ids: Ids, sampling: Sampling) -> torch.Tensor:
     return (p[rows, 0, first] * p[rows, 1, second])[:, None] * p[:, 2]  # (V * V, V)
 
 
-def p_value(kind: str, gamma: int, rows: int, seed: int, **warping) -> float:
+def p_value(kind: str, gamma: int, rows: int, seed: int, rule=verify, **warping) -> float:
     """Sample three tokens from each of many equal rows in one batch, and test them against the exact joint."""
     target, draft = tiny(seed, 5), tiny(seed + 100, 5)
     proposers = {"model": lambda: ModelProposer(draft), "lookup": LookupProposer}
@@ -504,6 +605,7 @@ def p_value(kind: str, gamma: int, rows: int, seed: int, **warping) -> float:
         max_new_tokens=gamma + 4,  # so that the first three are drafted in full
         sampling=sampling,
         eos_token_id=[],
+        verify=rule,
     )
     places = torch.stack(made.tokens)[:, :3] @ torch.tensor([25, 5, 1])
     return chi_square(places.bincount(minlength=125), joint(target, ids, sampling).flatten())
@@ -544,15 +646,18 @@ CONTROLS = {"no_residual": without_residual, "another_q": with_another_q, "off_b
 def sampling_figures(s: Setup) -> list[dict]:
     """Sampled tokens follow the target's exact joint distribution; with a broken rule they do not."""
     rows, found = 500 if s.quick else 4000, []
+    by_block = []
     for i, (kind, gamma, warping) in enumerate(SETTINGS):
         found.append(p_value(kind, gamma, rows, s.seed + i, **warping))
+        by_block.append(p_value(kind, gamma, rows, s.seed + i, verify_block, **warping))
         s.bar.update()
     told = f"three tokens of {rows} equal rows against the exact joint of 5 x 5 x 5, chi-square"
     bound = f"{told}, the smallest of {len(found)} settings; at level 0.05 the Bonferroni bound is {0.05 / len(found)}"
     figures = [figure("min_p_value", [min(found)], "p-value", bound) | {"n": len(found)}]
+    figures.append(figure("min_p_value_block", [min(by_block)], "p-value", bound))
+    figures[-1]["n"] = len(by_block)
     for name, broken in CONTROLS.items():
-        with mock.patch("kvlab.speculate.verify", broken):
-            value = p_value("model", 2, rows, s.seed, temperature=1.0)
+        value = p_value("model", 2, rows, s.seed, broken, temperature=1.0)
         figures.append(
             figure(
                 f"control_{name}_p_value", [value], "p-value", f"{told}, broken: {broken.__doc__}"
@@ -562,19 +667,158 @@ def sampling_figures(s: Setup) -> list[dict]:
     return figures
 
 
-def measure(quick: bool, seed: int) -> list[dict]:
+class RawSampling(RowSampling):
+    """Samples by processed logits, but reports the probabilities of the raw ones."""
+
+    def choose(self, logits, texts):
+        return super().choose(logits, texts)[0], logits[:, 0].softmax(-1)
+
+
+class RawProposer(ModelProposer):
+    def start(self, texts, target_cache, sampling, room):
+        super().start(texts, target_cache, RawSampling(**vars(sampling)), room)
+
+
+def q_p_value(proposer: Proposer, target: PreTrainedModel, rows: int, **warping) -> float:
+    """Test the first guesses of many equal rows against the distribution that is reported for them."""
+    sampling = Sampling(generator=torch.Generator().manual_seed(0), **warping)
+    options = {"gamma": 1, "max_new_tokens": 3, "sampling": sampling, "eos_token_id": []}
+    propose, proposals = proposer.propose, []
+    proposer.propose = lambda gamma: proposals.append(propose(gamma)) or proposals[-1]
+    made = generate(target, torch.tensor([[0, 3, 1, 4, 2]]).expand(rows, -1), proposer, **options)
+    first, p_values = torch.stack(made.tokens)[:, 0], []
+    for token in first.unique():
+        guesses, q = (x[first == token, 0] for x in proposals[0])
+        if len(guesses) > 100 and q[0].max() < 1:
+            p_values.append(chi_square(guesses.bincount(minlength=5), q[0]))
+    return min(p_values) * len(p_values)
+
+
+def q_figures(s: Setup) -> list[dict]:
+    """The q that a proposer reports is the distribution that its guesses have."""
+    rows, target, draft = 500 if s.quick else 4000, tiny(s.seed, 5), tiny(s.seed + 100, 5)
+    warpings = {"temperature": 0.6}, {"temperature": 1.0, "top_k": 3}
+    warpings += ({"temperature": 1.3, "top_p": 0.8, "repetition_penalty": 1.2},)
+    makers = [lambda: ModelProposer(draft), lambda: EarlyExitProposer(target, 1)]
+    found = [q_p_value(make(), target, rows, **w) for make in makers for w in warpings]
+    raw = [q_p_value(RawProposer(draft), target, rows, **w) for w in warpings]
+    told = f"first guesses of {rows} equal rows against the reported q, chi-square, Bonferroni over texts"
+    worst = f"{told}, the smallest of {len(found)} settings"
+    broken = f"{told}, the largest of {len(raw)} settings: a proposer that reports raw logits"
+    figures = [figure("q_p_value", [min(found)], "p-value", worst) | {"n": len(found)}]
+    return [*figures, figure("control_raw_q_p_value", [max(raw)], "p-value", broken)]
+
+
+def race_figures(s: Setup) -> list[dict]:
+    """Speed against transformers, eager and compiled; all else there is measured at the same gamma."""
+    gamma, long, figures = main_figures(s)
+    figures += task_figures(s, gamma, long) + batch_figures(s, gamma) + early_exit_figures(s)
+    return figures + compiled_figures(s, gamma)
+
+
+def exact_figures(s: Setup) -> list[dict]:
+    return prefix_figures(s) + sampling_figures(s) + q_figures(s)
+
+
+def learned_heads(s: Setup, seed: int) -> ParallelDraft:
+    """A parallel draft, trained on the target's answers to requests and word problems; one that is done is read."""
+    done = RUNS / f"heads-{seed}"
+    if done.is_dir() and not s.quick:
+        return ParallelDraft.from_pretrained(done)
+    count, tokenizer = 8 if s.quick else 200, lab.load_tokenizer("lab-target")
+    texts = [*Requests(count), *(long[:1] for _, long in Solutions(count, (1, 5)))]
+    prompts = [encode(tokenizer, text) for text in texts]
+    answers = generate_targets(
+        s.target, tokenizer, prompts, None if s.quick else RUNS, 16 if s.quick else 128
+    )
+    torch.manual_seed(seed)
+    heads = ParallelDraft(s.target.config.hidden_size, 8)
+    options = {"epochs": 1 if s.quick else 8, "batch_size": 4 if s.quick else 16}
+    train_parallel(heads, s.target, answers, learning_rate=5e-3, seed=seed, **options)
+    if not s.quick:
+        heads.save_pretrained(done)
+    return heads
+
+
+def parallel_figures(s: Setup) -> list[dict]:
+    """Heads that guess in one call beside the chain draft: acceptance by position, and speed."""
+    tokenizer, target = lab.load_tokenizer("lab-target"), Runner(s.target)
+    requests = [encode(tokenizer, text) for text in Requests(2 if s.quick else 24, test=True)]
+    tasks = {"": s.prompts("long"), "_requests": requests}
+    told = {"": PROBLEMS.format("long"), "_requests": "requests to tell about somebody"}
+    chain, figures = ours(target, ModelProposer(s.draft), 8), []
+    seeds = range(s.seed, s.seed + (1 if s.quick else 5))
+    arms = {}
+    for seed in seeds:
+        arms[seed] = ours(target, ParallelProposer(s.target, learned_heads(s, seed)), 8)
+        s.bar.update()
+    for task, prompts in tasks.items():
+        conditions = f"greedy, {told[task]}, gamma 8"
+        done = race({"generate": peer(s.target), "chain": chain} | arms, prompts, 1, s.bar)
+        by_seed = {seed: summarize([r for run in done[seed] for r in run.rounds]) for seed in seeds}
+        of_chain = summarize([r for run in done["chain"] for r in run.rounds])
+        heads = f"{len(seeds)} trainings of 8 heads, {conditions}; n is trainings"
+        figures += summary_figures("parallel" + task, [*by_seed.values()], s.told(heads))
+        per_prompt = [summarize(run.rounds) for run in done["chain"]]
+        figures += summary_figures(
+            "chain" + task, per_prompt, s.told(f"{conditions}; n is prompts")
+        )
+        figures += position_figures("parallel" + task, [*by_seed.values()], s.told(heads))
+        figures += position_figures(
+            "chain" + task, per_prompt, s.told(f"{conditions}; n is prompts")
+        )
+        speeds = [np.mean(ratios(done[seed], done["chain"])) for seed in seeds]
+        figures.append(figure(f"parallel_over_chain{task}", speeds, "ratio", s.told(heads)))
+        cost = [x.draft_seconds / x.target_calls for x in by_seed.values()]
+        cost = [x / (of_chain.draft_seconds / of_chain.target_calls) for x in cost]
+        what = f"seconds of drafting per round over the chain's, {heads}"
+        figures.append(figure(f"parallel_cost_over_chain{task}", cost, "ratio", s.told(what)))
+    return figures
+
+
+def summary_figures(name: str, summaries: list, told: str) -> list[dict]:
+    accepted = [x.acceptance for x in summaries if np.isfinite(x.acceptance)]
+    calls = [x.tokens_per_call for x in summaries if np.isfinite(x.tokens_per_call)]
+    return [
+        figure(f"acceptance_{name}", accepted, "fraction", told),
+        figure(f"tokens_per_call_{name}", calls, "tokens", told),
+    ]
+
+
+def position_figures(name: str, summaries: list, told: str) -> list[dict]:
+    """Of all guesses at a position, the fraction that is accepted with all before it."""
+    told = f"all guesses before it accepted, too; {told}"
+    figures = []
+    for i in range(max(len(x.unconditional) for x in summaries)):
+        values = [x.unconditional[i] for x in summaries if len(x.unconditional) > i]
+        position = f"acceptance_{name}_position_{i + 1}"
+        figures.append(figure(position, values, "fraction", told))
+    return figures
+
+
+PARTS = {
+    "race": race_figures,
+    "gammas": gamma_figures,
+    "block": block_figures,
+    "tokenizers": other_tokenizer_figures,
+    "parallel": parallel_figures,
+    "exact": exact_figures,
+}
+
+
+def measure(quick: bool, seed: int, parts: Sequence[str] = tuple(PARTS)) -> list[dict]:
     """Measure speculative decoding against transformers: speed, acceptance, exactness."""
     torch.set_num_threads(1 if quick else THREADS)
-    prompts, pairs = (2, 4) if quick else (24, 20)
-    total = 5 * prompts + -(-prompts // 8) + pairs + len(SETTINGS) + len(CONTROLS)
+    prompts, third, pairs = (2, 2, 4) if quick else (24, 8, 20)
+    steps = {"race": 5 * prompts + -(-prompts // 8), "gammas": 2 * third, "tokenizers": third}
+    steps["parallel"] = 2 * prompts + (1 if quick else 5)
+    steps |= {"block": len(TEMPERATURES), "exact": pairs + len(SETTINGS) + len(CONTROLS)}
+    total = sum(steps[part] for part in parts)
     target, draft = lab.load("lab-target"), lab.load("lab-draft")
     with tqdm(total=total, desc="speculate") as bar, drafts_of_fixed_length(draft):
         s = Setup(target, draft, quick, seed, bar)
-        gamma, long, figures = main_figures(s)
-        figures += task_figures(s, gamma, long) + batch_figures(s, gamma) + early_exit_figures(s)
-        figures += prefix_figures(s) + sampling_figures(s)
-        return figures + compiled_figures(s, gamma)
+        return [one for part in parts for one in PARTS[part](s)]
 
 
 if __name__ == "__main__":
-    benchmark(measure)
+    benchmark(measure, parts=tuple(PARTS))

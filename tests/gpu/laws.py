@@ -28,6 +28,7 @@ from kvlab.lab.report import problems
 from kvlab.layers import proportional
 from kvlab.losses import kl
 from kvlab.models import differences, fingerprint, require_supported, rotary_of
+from kvlab.parallel import ParallelDraft
 from kvlab.slots import Slots, step
 from kvlab.speculate import Runner, Sampling, decode, generate, summarize
 from kvlab.training import fit
@@ -291,6 +292,9 @@ def speculation_greedy(device: str, dtype: torch.dtype) -> None:
     prompts, known = [tokens(device, 1, n, seed=n)[0] for n in (7, 1, 20)], tokens(device, 1, 12)
     qwen, llama = both(device, dtype)
     texts = [torch.cat((known[0], ids)) for ids in prompts]
+    heads = ParallelDraft(qwen.config.hidden_size, guesses=3)
+    nn.init.normal_(heads.output_proj, std=0.1)
+    heads.to(device, dtype)
     for model, read, prefix in ((qwen, prompts, None), (llama, texts, kv.prefill(llama, known))):
         options = {"max_new_tokens": 16, "prefix": prefix}
         want = generate(model, prompts, **options).tokens
@@ -301,6 +305,7 @@ def speculation_greedy(device: str, dtype: torch.dtype) -> None:
             speculate.ModelProposer(noisy(model)),
             speculate.EarlyExitProposer(model, 2),
             speculate.LookupProposer(),
+            speculate.ParallelProposer(model, heads),
         ):
             name = type(proposer).__name__
             got = generate(model, prompts, proposer, gamma=3, **options)
@@ -338,22 +343,9 @@ def speculation_lab(device: str, dtype: torch.dtype) -> None:
 
 def without_residual(p: Tensor, proposal, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Verification that samples from p itself after a rejection: wrong, as the test must show."""
-    accepted, _ = exact_rule(p, proposal, uniform)
+    accepted, _ = speculate.verify(p, proposal, uniform)
     p_next = p[torch.arange(len(p), device=p.device), accepted]
     return accepted, speculate.sample_categorical(p_next, uniform[:, -1])
-
-
-exact_rule = speculate.verify
-
-
-@contextmanager
-def verified_by(rule) -> Iterator[None]:
-    """Let `generate` verify by another rule."""
-    speculate.verify = rule
-    try:
-        yield
-    finally:
-        speculate.verify = exact_rule
 
 
 def speculation_sampled(device: str, dtype: torch.dtype) -> None:
@@ -374,16 +366,17 @@ def speculation_sampled(device: str, dtype: torch.dtype) -> None:
     first, second = state.logits[0].double().softmax(-1), torch.stack(after).double().softmax(-1)
     expected = (first[:, None] * second).flatten().cpu().numpy()
     p_values = {}
-    for rule in (exact_rule, without_residual):
+    exact_rules = speculate.verify, speculate.verify_block
+    for rule in (*exact_rules, without_residual):
         sampling = Sampling(1.0, generator=torch.Generator().manual_seed(0))
-        options = {"gamma": 3, "max_new_tokens": 5, "sampling": sampling}
-        with verified_by(rule):
-            rows = begun.expand(PAIRS[device], -1)
-            pairs = generate(target, rows, speculate.ModelProposer(draft), **options).tokens
+        options = {"gamma": 3, "max_new_tokens": 5, "sampling": sampling, "verify": rule}
+        rows = begun.expand(PAIRS[device], -1)
+        pairs = generate(target, rows, speculate.ModelProposer(draft), **options).tokens
         pairs = torch.stack(pairs)[:, :2]
         counts = np.bincount(6 * pairs[:, 0] + pairs[:, 1], minlength=36)
         p_values[rule] = chi_square(counts, expected)
-    assert p_values[exact_rule] > 1e-3, f"p is {p_values[exact_rule]:.2g}"
+    for rule in exact_rules:
+        assert p_values[rule] > 1e-3, f"{rule.__name__}: p is {p_values[rule]:.2g}"
     assert p_values[without_residual] < 1e-6, (
         f"without residual p is {p_values[without_residual]:.2g}"
     )
@@ -471,8 +464,9 @@ def splice_arms(device: str, dtype: torch.dtype) -> None:
     for model in both(device, dtype):
         prefixes = [kv.prefill(model, ids[:, a:b]) for a, b in pairwise((0, 9, 20, 40))]
         full, rotary = kv.prefill(model, ids).cache, rotary_of(model)
-        for arm, options in (("full", {}), ("prefix", {}), ("recompute", {"fraction": 1.0})):
-            near_caches(splice(model, prefixes, arm, **options).cache, full, dtype, f"splice {arm}")
+        for arm in ("full", "prefix", "recompute", "gradual", "legolink"):
+            spliced = splice(model, prefixes, arm, fraction=1.0, first_tokens=20)
+            near_caches(spliced.cache, full, dtype, f"splice {arm}")
         moved = splice(model, prefixes, "shift").cache
         by_hand = prefixes[0].cache
         for start, prefix in zip((9, 20), prefixes[1:], strict=True):
