@@ -32,6 +32,7 @@ True
 """
 
 import json
+import pickle
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -529,9 +530,7 @@ def _read_projector(folder: Path, index: int) -> tuple[tuple, dict[str, Tensor]]
     with naming(place):
         try:
             return sizes, torch.load(place, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # of many kinds, also where a file holds more than tensors
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"it is no file of tensors ({error})") from error
 
 
