@@ -105,8 +105,9 @@ ROWS = (
         "correct answers about a passage that only the target read, rehearsed fuser",
         "fuse:answers_rehearsed_first",
         "low-rank map {fuse:answers_rehearsed_low_rank}; "
-        "the target writes a text instead {fuse:handover_answers_text}; "
-        "if the draft reads it {fuse:answers_sighted}",
+        "if the draft reads it {fuse:answers_sighted}; "
+        "on other questions, text of the target instead {fuse:handover_answers_text}, "
+        "fused {fuse:handover_answers_fuser}",
         "the draft reads blanks",
     ),
     (
