@@ -297,6 +297,11 @@ PROMISED = {
         "alignment_overhead",
         "reading_over_step",
         "segment_over_shuffled",
+        *(
+            f"{what}_{arm}_distillation"
+            for what in ("accuracy", "gain")
+            for arm in ("text", "logit")
+        ),
         *(f"cka_layer_{layer}" for layer in range(3)),
         "projector_parameters",
         "projector_parameters_7b",
@@ -342,6 +347,14 @@ PROMISED = {
             for name in ("token", "block", "gain")
             for t in (0.5, 1, 1.5)
         ),
+        "acceptance_block",
+        *(
+            f"{what}_{arm}{task}"
+            for what in ("acceptance", "tokens_per_call")
+            for arm in ("parallel", "chain")
+            for task in ("", "_requests")
+        ),
+        *(f"parallel_over_chain{task}" for task in ("", "_requests")),
         "acceptance_other_tokenizer",
         "acceptance_other_tokenizer_sampled",
         "other_tokenizer_over_generate",

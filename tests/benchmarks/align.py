@@ -62,6 +62,8 @@ SOURCE |= {"start": "xavier", "freeze_projectors": False}
 CODI = {"codi_weight": 0.5}
 # KaVa's two ablations; without the KV loss, CODI is all that remains of the teacher.
 CHANGES = {"no_kv_loss": CODI, "segment_codi": CODI}
+# The part "rivals": these arms alone, with this number of seeds.
+RIVALS, RIVAL_SEEDS = ("ce_only", "segment", "text_distillation", "logit_distillation"), 1
 ALL_ARMS = ARMS | {"segment_codi": ARMS["segment"]}
 TRIED = {  # what changes, in the arm that this is about, with one seed
     "source": ("full", SOURCE),
@@ -231,6 +233,29 @@ def arm_figures(runs: dict[tuple[str, int], dict]) -> list[dict]:
     return figures
 
 
+def rival_figures(quick: bool, seed: int, folder: Path) -> list[dict]:
+    """Distillation of text and probabilities, beside no teacher and segments in the same run."""
+    seeds = range(seed, seed + (1 if quick else RIVAL_SEEDS))
+    jobs = {(arm, i): (arm, i, {}) for i in seeds for arm in RIVALS}
+    runs, figures = train_some(jobs, quick, folder), []
+    told = (
+        "a student of 3 layers from random weights, 600 problems; test problems of 1 to 3 steps, "
+    )
+    told += "greedy; all rivals in one run; n is seeds"
+    final = {arm: {i: runs[arm, i]["accuracy"][-1] for i in seeds} for arm in RIVALS}
+    for arm, values in final.items():
+        name = f"accuracy_{arm}" if arm.endswith("distillation") else f"accuracy_beside_{arm}"
+        figures.append(figure(name, [*values.values()], "fraction", told))
+        for i, value in values.items():
+            figures.append(
+                figure(f"{name}_seed_{i}", [value], "fraction", f"seed {i} alone; {told}")
+            )
+        if arm.endswith("distillation"):
+            figures.append(_minus(final, arm, "ce_only", f"gain_{arm}", told))
+            figures.append(_minus(final, arm, "segment", f"segment_to_{arm}", told))
+    return figures
+
+
 def _minus(final: dict[str, dict[int, float]], one: str, other: str, name: str, told: str) -> dict:
     """How much more of the problems one arm solves than another, on the seeds that both have."""
     gains = [value - final[other][i] for i, value in final[one].items() if i in final[other]]
@@ -394,10 +419,13 @@ def measure(quick: bool, seed: int, parts: Sequence[str]) -> list[dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if quick else RUNS
         folder.mkdir(parents=True, exist_ok=True)
-        runs = train_all(quick, seed, parts, folder)
-        figures = map_figures(folder, range(seed, seed + (1 if quick else SEEDS)))
+        alone = "rivals" in parts and not {*parts} & {*RIVALS}
+        figures = rival_figures(quick, seed, folder) if alone else []
+        if {*parts} & {*ALL_ARMS, "tried"}:
+            runs = train_all(quick, seed, parts, folder)
+            figures += map_figures(folder, range(seed, seed + (1 if quick else SEEDS)))
+            figures += arm_figures(runs)
     torch.set_num_threads(1)
-    figures += arm_figures(runs)
     if "tried" in parts:
         figures += tried_figures(runs)
     if "costs" in parts:
@@ -406,4 +434,4 @@ def measure(quick: bool, seed: int, parts: Sequence[str]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    benchmark(measure, parts=[*ALL_ARMS, "tried", "costs"])
+    benchmark(measure, parts=[*ALL_ARMS, "tried", "costs", "rivals"])

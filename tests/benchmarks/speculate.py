@@ -510,6 +510,9 @@ def block_figures(s: Setup) -> list[dict]:
             name = f"acceptance_block_{name}_at_{temperature:g}"
             conditions = f"temperature {temperature:g}, {told}"
             figures.append(figure(name, value.tolist(), "tokens", conditions))
+        if temperature == 1:
+            fractions = [float(tokens) / 8 for tokens in by_block]
+            figures.append(figure("acceptance_block", fractions, "fraction", conditions))
         s.bar.update()
     return figures
 
