@@ -70,7 +70,9 @@ ROWS = (
         "04",
         "problems solved after alignment to the teacher's cache by segments",
         "align:accuracy_segment",
-        "no teacher {align:accuracy_ce_only}; by index {align:accuracy_baseline}; "
+        "no teacher {align:accuracy_ce_only}; "
+        "the teacher's text instead, one seed {align:accuracy_text_distillation}; "
+        "by index {align:accuracy_baseline}; "
         "another problem's teacher {align:accuracy_shuffled_segment}",
         "a student from random weights, 600 problems; interval over a few seeds",
     ),

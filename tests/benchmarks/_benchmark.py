@@ -40,7 +40,7 @@ def benchmark(measure: Callable[..., list[dict]], seed: int = 0, parts: Sequence
     started = time.perf_counter()
     chosen = {"parts": options.parts} if parts else {}
     figures = measure(options.quick, seed, **chosen)
-    earlier = {}
+    earlier, before = {}, {}
     if parts and options.out and options.out.is_file() and set(options.parts) < set(parts):
         before, names = json.loads(options.out.read_text("utf-8")), {f["name"] for f in figures}
         kept = [f for f in before["figures"] if f["name"] not in names]
@@ -53,6 +53,7 @@ def benchmark(measure: Callable[..., list[dict]], seed: int = 0, parts: Sequence
         "seeds": [seed],
         "seconds": round(time.perf_counter() - started, 1),
         **({"earlier": earlier} if earlier else {}),
+        **({"note": before["note"]} if earlier and "note" in before else {}),
     }
     text = as_text(result)
     if options.out:
