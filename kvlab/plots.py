@@ -267,10 +267,10 @@ def speed_ratios(ratios: Rows) -> Axes:
 
 
 def seed_strips(runs: Mapping[str, Sequence[float]], xlabel: str) -> Axes:
-    """One dot for each run, one row per label from the top, and a line at the mean of the row."""
+    """One dot for each run, one row per label from the top, and a mark and a number for the mean."""
     ax = axes(height=0.7 + 0.3 * len(runs))[0]
-    means = {label: (np.mean(values),) * 3 for label, values in runs.items()}
-    draw_dots(ax, means, ".2f", (INK, "|"))
+    spans = {label: (np.mean(x), min(x), max(x)) for label, x in runs.items()}
+    draw_dots(ax, spans, ".2f", (INK, "|"))
     for y, values in enumerate(runs.values()):
         ax.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.45, ms=6, clip_on=False)
     top = max(map(max, runs.values()))
