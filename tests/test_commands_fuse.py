@@ -310,7 +310,7 @@ def test_of_two_processes_one_measures_and_writes(tiny, capsys, monkeypatch):
         ),
         (
             "--base_model lab-teacher",
-            "The two models' tokenizers differ .lab-target has 1536 tokens, lab-teacher 640",
+            "The two models' tokenizers differ .lab-target has 1536 tokens and reads",
         ),
         (
             "--output_dir squad.json",
