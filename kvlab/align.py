@@ -832,13 +832,15 @@ def similar_layers(
 class Arm(NamedTuple):
     """What a student learns from its teacher, and how its cache is aligned.
 
-    layers : teacher layers for each student layer by CKA; 0: the one in proportion.
-    segments : time by segments, or else by index.
-    control : what should teach nothing.
-    without : an ablation of KaVa (Kuzina et al. 2025, arXiv 2510.02312): without the KV loss, or with
-        features that are copied as far as they go, not projected.
-    learn : the teacher's cache, or else the solutions that it writes in place of the given ones
-        (Kim and Rush 2016, arXiv 1606.07947), and with "probabilities" those of their tokens, too.
+    Attributes:
+        layers: teacher layers for each student layer by CKA; 0: the one in proportion.
+        segments: time by segments, or else by index.
+        control: what should teach nothing.
+        without: an ablation, in the spirit of those of KaVa (Kuzina et al. 2025, arXiv 2510.02312):
+            without the KV loss, or with features that are copied as far as they go, not projected.
+        learn: the teacher's cache, or else the solutions that it writes in place of the given ones
+            (Kim and Rush 2016, arXiv 1606.07947), and with "probabilities" those of their tokens,
+            too.
     """
 
     layers: int = 0
