@@ -646,8 +646,10 @@ shared = shared_tokens(tokenizer, words)
 sizes = len(tokenizer), len(words), shared.shape[1]
 print("student {} tokens, teacher {}, in both {}".format(*sizes))
 (written,) = align.write_solutions(teacher, words, [long])
-turns = [short[0], {"role": "assistant", "content": written}]
-pair = segment(tokenizer, turns), segment(words, turns)
+print("the teacher writes:", textwrap.shorten(written, 76))
+if scale.name == "tiny":
+    assert written == long[1]["content"]  # it was trained on this style
+pair = segment(tokenizer, long), segment(words, long)
 agreed, _ = agreed_tokens(*(text.begins for text in pair))
 solution = int((pair[0].begins >= 0).sum())
 reached = int((pair[0].begins[agreed] >= 0).sum())
@@ -669,7 +671,7 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# These are the four tokens of its solution that the teacher was least sure of.
+# These are the four tokens of the solution in its style that the teacher was least sure of.
 # Of most others it is all but certain, so that its probabilities say little more than its text.
 #
 # ## The arms, and controls that should fail
