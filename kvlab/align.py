@@ -55,7 +55,7 @@ from kvlab.layers import (
     ridge,
     save_layer_map,
 )
-from kvlab.losses import columns_to_keep, cross_entropy
+from kvlab.losses import columns_to_keep, cross_entropy, kl
 from kvlab.models import position_limit, rotary_of
 from kvlab.training import fit, require_least
 from kvlab.vocabularies import agreed_tokens, shared_tokens
@@ -648,7 +648,7 @@ def token_loss(logits: Tensor, target: TeacherTokens) -> Tensor:
     p = target.probabilities[:, 1:][counted]
     p = p / p.sum(-1, keepdim=True)
     log_q = logits[:, :-1][counted].float().log_softmax(-1).gather(-1, target.ids[:, 1:][counted])
-    return (torch.special.xlogy(p, p) - p * log_q).sum() / counted.sum().clamp(min=1)
+    return kl(log_q, p.log()).sum() / counted.sum().clamp(min=1)
 
 
 # -- training
@@ -954,18 +954,21 @@ def _distilled(
             folder.mkdir(parents=True, exist_ok=True)
             solutions = write_solutions(teacher, words, problems.teacher)
             write_text(path, json.dumps(solutions))
-    texts, others = [], []
+    texts, conversations = [], []
     for solution, (*question, given) in zip(read_json(path), problems.student, strict=True):
-        written = [*question, {"role": "assistant", "content": solution}]
+        conversation = [*question, {"role": "assistant", "content": solution}]
         try:
-            usable = len(segment(tokenizer, written).input_ids) <= limit
+            text = segment(tokenizer, conversation)
         except ValueError:
-            usable = False
-        written = written if usable else [*question, given]
-        texts.append(segment(tokenizer, written))
-        others.append(segment(words, written))
+            text = None
+        if text is None or len(text.input_ids) > limit:
+            conversation = [*question, given]
+            text = segment(tokenizer, conversation)
+        texts.append(text)
+        conversations.append(conversation)
     if arm.learn == "text":
         return texts, []
+    others = [segment(words, conversation) for conversation in conversations]
     return texts, [predict_with_teacher(teacher, others, texts, shared_tokens(tokenizer, words))]
 
 

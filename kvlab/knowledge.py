@@ -256,7 +256,7 @@ def _narrowing(model, slots: Slots, stored: DynamicCache, columns: Tensor, count
         }
         return (hidden, *args[1:]), options | narrowed
 
-    layers = getattr(model.base_model, models._layer_list(model.base_model, len(slots.layers)))
+    layers = getattr(model.base_model, models.layer_list(model.base_model, len(slots.layers)))
     with ExitStack() as hooks:
         for i, layer in enumerate(layers):
             hook = layer.register_forward_pre_hook(partial(narrow, i), with_kwargs=True)

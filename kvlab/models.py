@@ -147,7 +147,7 @@ def require_supported(model: PreTrainedModel) -> None:
     layers, by = _read_at_two_places(decoder, config)
     _require_sizes(name, layers, config)
     _require_rotation(name, layers, by, rotary)
-    _layer_list(decoder, config.num_hidden_layers)
+    layer_list(decoder, config.num_hidden_layers)
     _checked.update((decoder, rotary))
 
 
@@ -252,7 +252,7 @@ def rotate_keys(keys: Tensor, by: Tensor, rotary: nn.Module, scale: float = 1.0)
     return torch.cat((x * cos - y * sin, y * cos + x * sin), -1).to(keys.dtype)
 
 
-def _layer_list(decoder: nn.Module, count: int) -> str:
+def layer_list(decoder: nn.Module, count: int) -> str:
     """Return the name of the module that lists a decoder's layers."""
     children = decoder.named_children()
     lists = [k for k, m in children if isinstance(m, nn.ModuleList) and len(m) == count]
@@ -273,7 +273,7 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     require_supported(model)
     base = copy.copy(model.base_model)
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    name = _layer_list(base, count)
+    name = layer_list(base, count)
     if not 0 < layers <= count:
         raise CacheError(f"layers is {layers}, expected 1 to {count}, which the model has.")
     shallow = copy.copy(model)

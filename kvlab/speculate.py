@@ -454,6 +454,23 @@ def _compiled_step(device: torch.device) -> Callable[..., Tensor]:
 Model = PreTrainedModel | Runner
 
 
+def _draft(gamma: int, read: Callable, choose: Callable) -> Proposal:
+    """Choose tokens one after another.
+
+    Args:
+        gamma: Their number.
+        read: From the tokens (B,) drafted before to the logits (B, 1, V) of the next.
+        choose: From these logits and tokens to the next, and its distribution (None: greedy).
+    """
+    drafted, distributions = [], []
+    for _ in range(gamma):
+        token, q = choose(read(drafted), drafted)
+        drafted.append(token)
+        distributions.append(q)
+    q = None if distributions[0] is None else torch.stack(distributions, 1)
+    return Proposal(torch.stack(drafted, 1), q)
+
+
 class ModelProposer:
     """A smaller causal LM with the target's tokenizer (not checked: another only guesses badly).
 
@@ -498,18 +515,14 @@ class ModelProposer:
     def propose(self, gamma: int) -> Proposal:
         """Sample x_1 from q_1(text), x_2 from q_2(text, x_1), ... (Algorithm 1, lines 1 to 4)."""
         lengths = self.runner.slots.lengths
-        drafted, distributions = [], []
-        for i in range(gamma):
-            if i == 0:
-                logits = self._read_text()
-            else:
-                logits = self.runner(drafted[-1][:, None], [n + i - 1 for n in lengths])
-            token, q = self._choose(logits, drafted)
-            drafted.append(token)
-            distributions.append(q)
+
+        def read(drafted: list[Tensor]) -> Tensor:
+            if not drafted:
+                return self._read_text()
+            return self.runner(drafted[-1][:, None], [n + len(drafted) - 1 for n in lengths])
+
         self.drafted = gamma
-        q = None if self.sampling.greedy else torch.stack(distributions, 1)
-        return Proposal(torch.stack(drafted, 1), q)
+        return _draft(gamma, read, self._choose)
 
     def _choose(self, logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Choose the token (B,) after those drafted; with its distribution, if sampled."""
@@ -660,14 +673,12 @@ class ParallelProposer:
         if self.states is None:
             return Proposal(last.new_empty(len(last), 0))
         logits = self.head(self.draft(self.states, self.embed(last))[:, :gamma])
-        drafted, distributions = [], []
-        for i in range(logits.shape[1]):
-            contexts = self.sampling.contexts(self.texts, drafted)
-            token, q = self.sampling.choose(logits[:, i : i + 1], contexts)
-            drafted.append(token)
-            distributions.append(q)
-        q = None if self.sampling.greedy else torch.stack(distributions, 1)
-        return Proposal(torch.stack(drafted, 1), q)
+
+        def choose(logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+            return self.sampling.choose(logits, self.sampling.contexts(self.texts, drafted))
+
+        steps = logits.split(1, 1)
+        return _draft(len(steps), lambda drafted: steps[len(drafted)], choose)
 
     def accept(self, accepted: list[int], target_cache: Slots) -> None:
         """Take the states from which the target chose the last token of each text."""
@@ -715,15 +726,15 @@ class TranslatingProposer(ModelProposer):
         self.tokenizer, self.target_tokenizer = tokenizer, target_tokenizer
         shared = shared_tokens(target_tokenizer, tokenizer).to(self.runner.model.device)
         size = self.runner.model.get_input_embeddings().num_embeddings
-        self.target_ids, self.own_ids = shared[:, shared[1] < size]
-        if not len(self.own_ids):
+        self.target_ids, self.draft_ids = shared[:, shared[1] < size]
+        if not len(self.draft_ids):
             counts = f"The draft's tokenizer has {len(tokenizer)} tokens"
             counts += f", the target's {len(target_tokenizer)}"
             raise ValueError(f"{counts}, and none is in both: choose a draft of a related family.")
-        self.to_own = self.own_ids.new_zeros(max(target_tokenizer.get_vocab().values()) + 1)
-        self.to_own[self.target_ids] = self.own_ids
-        self.to_target = self.own_ids.new_zeros(size)
-        self.to_target[self.own_ids] = self.target_ids
+        self.to_draft = self.draft_ids.new_zeros(max(target_tokenizer.get_vocab().values()) + 1)
+        self.to_draft[self.target_ids] = self.draft_ids
+        self.to_target = self.draft_ids.new_zeros(size)
+        self.to_target[self.draft_ids] = self.target_ids
 
     def start(self, texts: Texts, target_cache: Slots, sampling: Sampling, room: int) -> None:
         """Read the texts, encoded for the draft, with room for about two tokens per new one."""
@@ -737,14 +748,14 @@ class TranslatingProposer(ModelProposer):
 
     def _encode_text(self, row: int) -> list[int]:
         """The draft's tokens of a text; moves its border."""
-        text, (before, own_before) = self.target_texts[row], self.borders[row]
+        text, (before, draft_before) = self.target_texts[row], self.borders[row]
         border = len(text) - self.lookback
         tail = self._encode(text[before:])
-        own = self.texts[row][:own_before] + tail
+        own = self.texts[row][:draft_before] + tail
         if border > before:
             head = self._encode(text[before:border])
             if head + self._encode(text[border:]) == tail:
-                self.borders[row] = (border, own_before + len(head))
+                self.borders[row] = (border, draft_before + len(head))
         return [0] * (2 - len(own)) + own  # a draft reads one token and guesses after another
 
     def _encode(self, tokens: list[int]) -> list[int]:
@@ -772,11 +783,11 @@ class TranslatingProposer(ModelProposer):
         if self.sampling.greedy:
             return logits[:, 0].argmax(-1), None
         # Low enough that no token outside of both vocabularies is sampled, also in half precision.
-        scores = logits.new_full((len(logits), 1, len(self.to_own)), -1e4)
-        scores[..., self.target_ids] = logits[..., self.own_ids]
+        scores = logits.new_full((len(logits), 1, len(self.to_draft)), -1e4)
+        scores[..., self.target_ids] = logits[..., self.draft_ids]
         contexts = self.sampling.contexts(self.target_texts, [self.to_target[x] for x in drafted])
         token, q = self.sampling.choose(scores, contexts)
-        return self.to_own[token], q
+        return self.to_draft[token], q
 
     def accept(self, accepted: list[int], target_cache: Slots) -> None:
         """Encode the texts again, and keep of what was read how they begin."""

@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from _broken import RawProposer
 from conftest import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,7 +46,6 @@ from kvlab.speculate import (
     Prefix,
     Proposal,
     Round,
-    RowSampling,
     Runner,
     Sampling,
     TranslatingProposer,
@@ -1575,18 +1575,6 @@ class Drafts:
                 counts = torch.tensor(tokens).bincount(minlength=len(laws[0]))
                 found.append(chi_square(counts, laws[0].double()))
         return min(found) * len(found)
-
-
-class RawSampling(RowSampling):
-    """Samples as told, but reports the probabilities of the raw logits."""
-
-    def choose(self, logits, texts):
-        return super().choose(logits, texts)[0], logits[:, 0].softmax(-1)
-
-
-class RawProposer(ModelProposer):
-    def start(self, texts, target_cache, sampling, room):
-        super().start(texts, target_cache, RawSampling(**vars(sampling)), room)
 
 
 def p_value_of_drafts(tiny_model, kind, options, rows=1500):

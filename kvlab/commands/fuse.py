@@ -17,7 +17,6 @@ from kvlab.commands import shared
 from kvlab.evaluate import figure, run_info
 from kvlab.files import require_writable
 from kvlab.fuse import Fuser, FuserArm, FuserExample
-from kvlab.generation import encode
 from kvlab.models import fingerprint
 from kvlab.speculate import FusedProposer, ModelProposer, generate, summarize
 
@@ -78,11 +77,8 @@ def train_fuser_command(
         raise ValueError(f"{len(texts)} prompts are less than {batch}.")
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process  # gives each process its GPU
     draft, target = scale.load("draft"), scale.load("target")
-    training_ids = [encode(tokenizer, text) for text in texts]
-    tests = [encode(tokenizer, text) for text in heldout_texts]
-    lengths = [[len(ids) + max_new_tokens for ids in rows] for rows in (training_ids, tests)]
-    training_ids = shared.leave_out_long((draft, target), training_ids, lengths[0])
-    tests = shared.leave_out_long((draft, target), tests, lengths[1])
+    encode = partial(shared.encode_requests, tokenizer, (draft, target))
+    training_ids, tests = (encode(rows, max_new_tokens) for rows in (texts, heldout_texts))
     answers = drafts.generate_targets(target, tokenizer, training_ids, output_dir, max_new_tokens)
     if is_main:
         print(

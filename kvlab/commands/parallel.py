@@ -12,7 +12,6 @@ from kvlab.commands import shared
 from kvlab.draft import generate_targets
 from kvlab.evaluate import figure, run_info
 from kvlab.files import require_writable
-from kvlab.generation import encode
 from kvlab.parallel import ParallelDraft, ParallelSettings, train_parallel
 from kvlab.speculate import ParallelProposer, generate, summarize
 
@@ -63,15 +62,13 @@ def train_parallel_command(
     is_main = PartialState(cpu=scale.device == "cpu").is_main_process
     target, tokenizer = scale.load("target"), scale.load_tokenizer("target")
     requests = shared.load_requests(data, source, split, prompts, heldout, settings.seed)
-    rows = []
-    for conversations in requests:
-        ids = [encode(tokenizer, conversation) for conversation in conversations]
-        lengths = [len(row) + max_new_tokens for row in ids]
-        rows.append(shared.leave_out_long([target], ids, lengths))
-    examples = generate_targets(target, tokenizer, rows[0], output_dir, max_new_tokens)
+    training_ids, tests = (
+        shared.encode_requests(tokenizer, [target], rows, max_new_tokens) for rows in requests
+    )
+    examples = generate_targets(target, tokenizer, training_ids, output_dir, max_new_tokens)
     torch.manual_seed(settings.seed)
     draft = ParallelDraft(target.config.hidden_size, guesses).to(target.device)
-    run = shared.run_name(target, guesses, asdict(settings), rows[0], max_new_tokens)
+    run = shared.run_name(target, guesses, asdict(settings), training_ids, max_new_tokens)
     checkpoint = output_dir / run / "checkpoint.safetensors"
     training = asdict(settings) | {"checkpoint": checkpoint}
     history = train_parallel(draft, target, examples, **training)
@@ -80,7 +77,7 @@ def train_parallel_command(
     draft.save_pretrained(output_dir)
     proposer = ParallelProposer(target, draft.to(target.dtype))
     accepted = []
-    for ids in rows[1]:
+    for ids in tests:
         ends = {"max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
         rounds = generate(target, [torch.tensor(ids)], proposer, gamma=guesses, **ends).rounds
         accepted.append(summarize(rounds))
@@ -93,7 +90,7 @@ def train_parallel_command(
 
 def _position_figures(summaries: list, guesses: int) -> list[dict]:
     """Acceptance of all guesses that were reached, and by position."""
-    told = f"held-out prompts, greedy, gamma {guesses}; n is prompts"
+    conditions = f"held-out prompts, greedy, gamma {guesses}; n is prompts"
     rows = {"acceptance": [s.acceptance for s in summaries]}
     for i in range(guesses):
         values = [s.conditional[i] for s in summaries if len(s.conditional) > i]
@@ -101,8 +98,8 @@ def _position_figures(summaries: list, guesses: int) -> list[dict]:
     rows["tokens_per_call"] = [s.tokens_per_call for s in summaries]
     figures = []
     for name, values in rows.items():
-        known = np.array(values)[np.isfinite(values)]
-        if len(known):
+        finite = np.array(values)[np.isfinite(values)]
+        if len(finite):
             unit = "tokens" if name == "tokens_per_call" else "fraction"
-            figures.append(figure(name, known, unit, told))
+            figures.append(figure(name, finite, unit, conditions))
     return figures

@@ -12,6 +12,7 @@ import pandas as pd
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlab.files import write_text
+from kvlab.generation import encode
 from kvlab.knowledge import Item, KnowledgeCache
 from kvlab.lab import corpora
 from kvlab.models import fingerprint, position_limit
@@ -35,8 +36,8 @@ def load_shared_tokenizer(scale: Scale) -> PreTrainedTokenizerBase:
     target, draft = scale.load_tokenizer("target"), scale.load_tokenizer("draft")
     if target.get_vocab() != draft.get_vocab():
         names = {scale.target: target, scale.draft: draft}
-        odd = target.get_vocab().keys() ^ draft.get_vocab().keys()
-        token = max((token for token in sorted(odd) if token.isalpha()), key=len, default="")
+        differing = target.get_vocab().keys() ^ draft.get_vocab().keys()
+        token = max((token for token in sorted(differing) if token.isalpha()), key=len, default="")
         text = (target if token in target.get_vocab() else draft).convert_tokens_to_string([token])
         parts = []
         for name, tokenizer in names.items():
@@ -229,3 +230,14 @@ def load_requests(
         texts += [messages(record)[:1] for record in records[context]]
     count = min(prompts or len(texts), len(texts))
     return random.Random(seed).sample(texts, count), heldout_texts
+
+
+def encode_requests(
+    tokenizer: PreTrainedTokenizerBase,
+    models: Sequence[PreTrainedModel],
+    conversations: Sequence[Conversation],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of those requests that all models can read with an answer of `max_new_tokens`."""
+    rows = [encode(tokenizer, conversation) for conversation in conversations]
+    return leave_out_long(models, rows, [len(ids) + max_new_tokens for ids in rows])

@@ -104,11 +104,12 @@ def speculate(
     rows = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     room = max(map(len, rows)) + max_new_tokens + gamma + 1 if compiled else None
     target = decoding.Runner(scale.load("target"), room)
-    draft = decoding.Runner(scale.load("draft"), room)
+    draft = None if parallel_draft else decoding.Runner(scale.load("draft"), room)
     knowledge = _open_knowledge(store, target.model, draft.model, scale) if store else None
     lengths = [len(ids) + max_new_tokens for ids in rows]
     pairs = [*zip(texts, rows, strict=True)]
-    pairs = shared.leave_out_long((target.model, draft.model), pairs, lengths)
+    models = [runner.model for runner in (target, draft) if runner]
+    pairs = shared.leave_out_long(models, pairs, lengths)
     fuser = fuser and _fit(fuser, draft.model, target.model)
     make_proposer = partial(_make_proposer, draft, translation, fuser, fused, knowledge, threshold)
     if parallel_draft:
@@ -178,9 +179,11 @@ def _fit(fuser: Fuser, draft, target) -> Fuser:
 
 def _load_tokenizers(scale: Scale, must_share: bool) -> list[PreTrainedTokenizerBase]:
     """The target's tokenizer; if they differ, also those between which a draft is translated."""
-    target, draft = scale.load_tokenizer("target"), scale.load_tokenizer("draft")
-    if must_share or target.get_vocab() == draft.get_vocab():
+    if must_share:
         return [shared.load_shared_tokenizer(scale)]
+    target, draft = scale.load_tokenizer("target"), scale.load_tokenizer("draft")
+    if target.get_vocab() == draft.get_vocab():
+        return [target]
     print(f"{scale.draft} has another tokenizer than {scale.target}: its guesses are translated.")
     return [target, draft, target]
 

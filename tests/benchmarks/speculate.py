@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 from _benchmark import benchmark
+from _broken import RawProposer
 from tqdm.auto import tqdm
 from transformers import CompileConfig, PreTrainedModel
 
@@ -34,7 +35,6 @@ from kvlab.speculate import (
     Proposal,
     Proposer,
     Round,
-    RowSampling,
     Runner,
     Sampling,
     TranslatingProposer,
@@ -668,18 +668,6 @@ def sampling_figures(s: Setup) -> list[dict]:
         )
         s.bar.update()
     return figures
-
-
-class RawSampling(RowSampling):
-    """Samples by processed logits, but reports the probabilities of the raw ones."""
-
-    def choose(self, logits, texts):
-        return super().choose(logits, texts)[0], logits[:, 0].softmax(-1)
-
-
-class RawProposer(ModelProposer):
-    def start(self, texts, target_cache, sampling, room):
-        super().start(texts, target_cache, RawSampling(**vars(sampling)), room)
 
 
 def q_p_value(proposer: Proposer, target: PreTrainedModel, rows: int, **warping) -> float:
